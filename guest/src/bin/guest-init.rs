@@ -1,0 +1,148 @@
+//! Init of a guest (L2): answers commands on the serial console, so that a test or a person
+//! can drive the workload.
+//!
+//! A line in, lines out; every answer ends with a line that begins with `@end`.
+//!
+//! ```text
+//! hammer CALL A B    all CPUs hammer the system call; results must be A or B
+//! count              what every CPU saw in calls begun after this command
+//! dmesg              the kernel log's errors and warnings
+//! cat PATH           prints a file
+//! write PATH TEXT    writes a file
+//! run PROGRAM ARGS   runs a program
+//! poweroff | reboot
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::Command;
+use std::thread;
+
+use guest::workload::Hammer;
+use rustix::fs::OFlags;
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, reboot};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+
+fn main() {
+    if let Err(error) = serve() {
+        // PID 1 must not end: the kernel would panic. Say why on the kernel log and stay.
+        let _ = fs::write("/dev/kmsg", format!("<2>guest-init: {error}"));
+        loop {
+            thread::park();
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
+        mount(kind, at, kind, MountFlags::empty(), None)?;
+    }
+    // The initramfs has no /dev/console node, so init starts without streams.
+    let console = OpenOptions::new().read(true).write(true).open("/dev/console")?;
+    let mut mode = tcgetattr(&console)?;
+    mode.local_modes &= !LocalModes::ECHO;
+    tcsetattr(&console, OptionalActions::Now, &mode)?;
+    let mut init = Init {
+        console: console.try_clone()?,
+        cpus: thread::available_parallelism()?.get(),
+        hammer: None,
+    };
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    init.say(&format!("@end ready cpus={} release={}", init.cpus, release.trim()))?;
+    for line in BufReader::new(console).lines() {
+        let last = match init.obey(&line?) {
+            Ok(rest) => format!("@end ok {rest}"),
+            Err(error) => format!("@end error {error}"),
+        };
+        init.say(last.trim_end())?;
+    }
+    Ok(())
+}
+
+struct Init {
+    console: File,
+    cpus: usize,
+    hammer: Option<Hammer>,
+}
+
+impl Init {
+    fn say(&mut self, line: &str) -> io::Result<()> {
+        writeln!(self.console, "{line}")
+    }
+
+    /// Obeys one command; returns what to add to the answer's last line.
+    fn obey(&mut self, line: &str) -> io::Result<String> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match *words {
+            [] => Ok(String::new()),
+            ["hammer", call, first, second] => {
+                let number = |text: &str| text.parse().map_err(io::Error::other);
+                let expected = [number(first)?, number(second)?];
+                let hammer = Hammer::start(call, expected, self.cpus).map_err(io::Error::other)?;
+                self.hammer = Some(hammer);
+                Ok(format!("cpus={}", self.cpus))
+            }
+            ["count"] => self.count(),
+            ["dmesg"] => self.dmesg(),
+            ["cat", path] => {
+                let text = fs::read_to_string(path)?;
+                self.console.write_all(text.as_bytes())?;
+                Ok(String::new())
+            }
+            ["write", path, ..] => {
+                let text = line.split_once(path).map_or("", |(_, text)| text.trim_start());
+                fs::write(path, text)?;
+                Ok(String::new())
+            }
+            ["run", program, ref arguments @ ..] => {
+                let output = Command::new(program).args(arguments).output()?;
+                self.console.write_all(&output.stdout)?;
+                self.console.write_all(&output.stderr)?;
+                Ok(output.status.to_string())
+            }
+            ["poweroff"] => Ok(reboot(RebootCommand::PowerOff).map(|()| String::new())?),
+            ["reboot"] => Ok(reboot(RebootCommand::Restart).map(|()| String::new())?),
+            [other, ..] => Err(io::Error::other(format!("unknown or incomplete command {other}"))),
+        }
+    }
+
+    fn count(&mut self) -> io::Result<String> {
+        let hammer = self.hammer.as_ref().ok_or_else(|| io::Error::other("nothing is hammered"))?;
+        for (cpu, counts) in hammer.count().iter().enumerate() {
+            self.say(&format!(
+                "@count cpu={cpu} first={} second={} other={}",
+                counts.first, counts.second, counts.other
+            ))?;
+        }
+        Ok(String::new())
+    }
+
+    /// Prints records of level "error" and worse, and warnings that come with a trace
+    /// (Linux `Documentation/ABI/testing/dev-kmsg`: `priority,sequence,time,flags;text`).
+    fn dmesg(&mut self) -> io::Result<String> {
+        let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+        let mut log = OpenOptions::new().read(true).custom_flags(nonblocking).open("/dev/kmsg")?;
+        let (mut errors, mut records) = (0, 0);
+        let mut buffer = [0; 8192];
+        loop {
+            let length = match log.read(&mut buffer) {
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => continue,
+                Err(error) => return Err(error),
+            };
+            records += 1;
+            let record = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            let Some((head, text)) = record.split_once(';') else { continue };
+            let priority: u32 = head.split(',').next().and_then(|p| p.parse().ok()).unwrap_or(0);
+            let text = text.lines().next().unwrap_or("");
+            if priority & 7 <= 3 || text.contains("WARNING:") || text.contains("Call Trace") {
+                errors += 1;
+                self.say(&format!("@dmesg {text}"))?;
+            }
+        }
+        Ok(format!("errors={errors} records={records}"))
+    }
+}

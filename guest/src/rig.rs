@@ -1,0 +1,187 @@
+//! The rig: an emulated x86 host with virtualization extensions (L1) that runs a stock
+//! Linux with stock KVM, for machines that have neither VMX nor SVM.
+//!
+//! ```text
+//!   this machine:  QEMU (TCG) ──────────────────────────────┐
+//!   L1:            stock kernel, kvm-amd, rig-init (init)   │ ttyS1: requests, frames
+//!                    └─ runs a program of ours ─────────────┘ ttyS0: L1's kernel log
+//!   L2:                  └─ which starts guests through KVM
+//! ```
+
+use std::fs::{self, File};
+use std::io::{BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::initramfs::Initramfs;
+use crate::kernel::Kernel;
+use crate::progress::Step;
+use crate::qemu::Qemu;
+use crate::wire::{Frame, Request};
+use crate::{AtPath, Error};
+
+/// L1's kernel modules, in loading order.
+pub const MODULES: [(&str, &str); 3] = [
+    ("irqbypass", "virt/lib/irqbypass"),
+    ("kvm", "arch/x86/kvm/kvm"),
+    ("kvm-amd", "arch/x86/kvm/kvm-amd"),
+];
+
+const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+/// CPUs of the emulated host: as many as the machines have that this is developed on.
+const CPUS: &str = "2";
+const MEMORY_MIB: &str = "4096";
+
+/// Which of the program's streams a piece of output belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// A running emulated host. It is shut off when dropped.
+pub struct Rig {
+    child: Child,
+    requests: ChildStdin,
+    frames: Receiver<Frame>,
+    folder: PathBuf,
+}
+
+impl Rig {
+    /// Starts the host, with `files` (name in the host without leading slash, source) in
+    /// its root file system, and waits until it answers (about five seconds).
+    ///
+    /// # Errors
+    /// [`Error::Rig`] with the end of the host's kernel log when it does not come up.
+    pub fn start(
+        qemu: &Qemu,
+        kernel: &Kernel,
+        init: &Path,
+        files: &[(&str, &Path)],
+    ) -> Result<Self, Error> {
+        let step = Step::new("Starting the rig's host");
+        let folder = std::env::temp_dir().join(format!("vmm-rig-{}", std::process::id()));
+        fs::create_dir_all(&folder).at(&folder)?;
+        let mut archive = Initramfs::default().file("init", init)?;
+        for (name, path) in MODULES {
+            archive = archive.file(&format!("modules/{name}.ko"), &kernel.module(path))?;
+        }
+        for (name, source) in files {
+            archive = archive.file(name, source)?;
+        }
+        let initrd = folder.join("initrd");
+        archive.write(&initrd)?;
+
+        let mut child = qemu_command(qemu, kernel, &initrd, &folder.join("console"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(folder.join("qemu")).at(&folder)?)
+            .spawn()
+            .map_err(|source| Error::Spawn {
+                program: qemu.program.display().to_string(),
+                source,
+            })?;
+        let (Some(requests), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Error::Rig("QEMU has no pipes".into()));
+        };
+        let (sender, frames) = mpsc::channel();
+        thread::spawn(move || {
+            let mut reader = BufReader::new(stdout);
+            while let Ok(frame) = Frame::read(&mut reader) {
+                if sender.send(frame).is_err() {
+                    break;
+                }
+            }
+        });
+        let rig = Self { child, requests, frames, folder };
+        match rig.next(BOOT_DEADLINE)? {
+            Frame::Ready => {}
+            Frame::Error(text) => return Err(Error::Rig(text)),
+            other => return Err(Error::Rig(format!("the host began with {other:?}"))),
+        }
+        step.done();
+        Ok(rig)
+    }
+
+    /// Runs a program in the host and passes its output to `sink` as it comes.
+    /// Returns its exit code.
+    ///
+    /// # Errors
+    /// [`Error::Rig`] when the program does not exist, when the host breaks off, or when
+    /// `deadline` passes; then the host is in an unknown state and should be dropped.
+    pub fn run(
+        &mut self,
+        request: &Request,
+        deadline: Duration,
+        mut sink: impl FnMut(Stream, &[u8]),
+    ) -> Result<i32, Error> {
+        let mut line = serde_json::to_vec(request).map_err(|e| Error::Rig(e.to_string()))?;
+        line.push(b'\n');
+        self.requests.write_all(&line).at("the rig's serial line")?;
+        let until = Instant::now() + deadline;
+        loop {
+            match self.next(until.saturating_duration_since(Instant::now()))? {
+                Frame::Stdout(bytes) => sink(Stream::Stdout, &bytes),
+                Frame::Stderr(bytes) => sink(Stream::Stderr, &bytes),
+                Frame::Exit(code) => return Ok(code),
+                Frame::Error(text) => return Err(Error::Rig(text)),
+                Frame::Ready => return Err(Error::Rig("the host restarted".into())),
+            }
+        }
+    }
+
+    fn next(&self, timeout: Duration) -> Result<Frame, Error> {
+        self.frames.recv_timeout(timeout).map_err(|error| {
+            let what = match error {
+                RecvTimeoutError::Timeout => "no answer in time",
+                RecvTimeoutError::Disconnected => "the host broke off",
+            };
+            let log = |name: &str| {
+                let bytes = fs::read(self.folder.join(name)).unwrap_or_default();
+                let text = String::from_utf8_lossy(&bytes);
+                let lines: Vec<_> = text.lines().collect();
+                lines[lines.len().saturating_sub(25)..].join("\n  ")
+            };
+            Error::Rig(format!(
+                "{what}\n  {}\n  {}",
+                log("qemu"),
+                log("console")
+            ))
+        })
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // Nothing in the host outlives it, so it needs no shutting down; a child that is
+        // gone already and a folder that can't be removed are both fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn qemu_command(qemu: &Qemu, kernel: &Kernel, initrd: &Path, console: &Path) -> Command {
+    let mut command = Command::new(&qemu.program);
+    for folder in qemu.firmware {
+        command.args(["-L", folder]);
+    }
+    command
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none"])
+        .args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,+npt"])
+        .args(["-machine", "q35", "-smp", CPUS, "-m", MEMORY_MIB])
+        .arg("-kernel")
+        .arg(&kernel.bzimage)
+        .arg("-initrd")
+        .arg(initrd)
+        .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr"])
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .args(["-chardev", "stdio,id=wire,signal=off", "-serial", "chardev:wire"]);
+    command
+}

@@ -1,0 +1,143 @@
+//! The workload: one pinned thread per CPU hammers a system call and checks every result.
+//!
+//! Counts are kept per *epoch*. A worker looks for a new epoch before each call, so every
+//! call counted in an epoch began after the epoch was opened. That is what makes "nobody
+//! saw old code after `applied`" checkable without a clock.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+/// The system calls to choose from: cheap, without side effects, and with a known result.
+const CALLS: [(&str, fn() -> i64); 6] = [
+    ("getpid", || i64::from(process::getpid().as_raw_nonzero().get())),
+    ("getppid", || process::getppid().map_or(0, |pid| i64::from(pid.as_raw_nonzero().get()))),
+    ("getuid", || i64::from(process::getuid().as_raw())),
+    ("geteuid", || i64::from(process::geteuid().as_raw())),
+    ("getgid", || i64::from(process::getgid().as_raw())),
+    ("getegid", || i64::from(process::getegid().as_raw())),
+];
+
+/// A worker that has not counted this many calls by [`COUNT_DEADLINE`] is reported as it is.
+const ENOUGH_CALLS: u64 = 200;
+const COUNT_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What one CPU saw in one epoch.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Results equal to the first expected value.
+    pub first: u64,
+    /// Results equal to the second expected value.
+    pub second: u64,
+    /// Results that are neither. Any is a failure.
+    pub other: u64,
+}
+
+#[derive(Default)]
+struct Worker {
+    epoch: AtomicU64,
+    first: AtomicU64,
+    second: AtomicU64,
+    other: AtomicU64,
+}
+
+/// Workers on every CPU, running until the guest ends.
+pub struct Hammer {
+    epoch: Arc<AtomicU64>,
+    workers: Vec<Arc<Worker>>,
+}
+
+impl Hammer {
+    /// Starts hammering `call` on `cpus` CPUs; results must be one of `expected`.
+    ///
+    /// # Errors
+    /// Names the calls there are when `call` is none of them, or says that a thread failed.
+    pub fn start(call: &str, expected: [i64; 2], cpus: usize) -> Result<Self, String> {
+        let call = CALLS.iter().find(|(name, _)| *name == call).map(|(_, call)| *call);
+        let call = call.ok_or_else(|| {
+            let names: Vec<_> = CALLS.iter().map(|(name, _)| *name).collect();
+            format!("the system call must be one of {}", names.join(", "))
+        })?;
+        let epoch = Arc::new(AtomicU64::new(1));
+        let failed: Arc<OnceLock<String>> = Arc::default();
+        let mut workers = Vec::new();
+        for cpu in 0..cpus {
+            let worker = Arc::new(Worker::default());
+            workers.push(worker.clone());
+            let (epoch, failed) = (epoch.clone(), failed.clone());
+            thread::Builder::new()
+                .name(format!("hammer{cpu}"))
+                .spawn(move || {
+                    let mut set = CpuSet::new();
+                    set.set(cpu);
+                    // The lowest priority: the thread that answers commands must get through.
+                    let ready = sched_setaffinity(None, &set).and_then(|()| process::nice(19));
+                    match ready {
+                        Ok(_) => worker.work(call, expected, &epoch),
+                        Err(errno) => _ = failed.set(format!("CPU {cpu}: {errno}")),
+                    }
+                })
+                .map_err(|error| error.to_string())?;
+        }
+        let hammer = Self { epoch, workers };
+        hammer.count();
+        failed.get().map_or(Ok(hammer), |text| Err(text.clone()))
+    }
+
+    /// Opens an epoch, lets every worker make some calls in it, and returns what each saw.
+    pub fn count(&self) -> Vec<Counts> {
+        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+        let until = Instant::now() + COUNT_DEADLINE;
+        while !self.workers.iter().all(|worker| worker.calls_in(epoch) >= ENOUGH_CALLS)
+            && Instant::now() < until
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.workers.iter().map(|worker| worker.counts_in(epoch)).collect()
+    }
+}
+
+impl Worker {
+    fn work(&self, call: fn() -> i64, [first, second]: [i64; 2], epoch: &AtomicU64) {
+        let mut mine = 0;
+        loop {
+            let now = epoch.load(Ordering::SeqCst);
+            if now != mine {
+                mine = now;
+                for counter in [&self.first, &self.second, &self.other] {
+                    counter.store(0, Ordering::Relaxed);
+                }
+                self.epoch.store(now, Ordering::SeqCst);
+            }
+            let result = call();
+            let counter = if result == first {
+                &self.first
+            } else if result == second {
+                &self.second
+            } else {
+                &self.other
+            };
+            counter.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn calls_in(&self, epoch: u64) -> u64 {
+        let counts = self.counts_in(epoch);
+        counts.first + counts.second + counts.other
+    }
+
+    fn counts_in(&self, epoch: u64) -> Counts {
+        if self.epoch.load(Ordering::SeqCst) != epoch {
+            return Counts::default();
+        }
+        Counts {
+            first: self.first.load(Ordering::SeqCst),
+            second: self.second.load(Ordering::SeqCst),
+            other: self.other.load(Ordering::SeqCst),
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! kallsyms inside a kernel image, found without symbols (Linux kernel/kallsyms.c,
+//! scripts/kallsyms.c).
+//!
+//! Names are compressed with a table of 256 tokens. Its entries for the digits are always
+//! single characters and lie together, which is how the table is found; everything else
+//! follows from it and is checked against itself.
+//!
+//! ```text
+//! up to 6.3:  offsets  relative_base  num_syms  names  markers  [seqs]  token_table  token_index
+//! since 6.4:  num_syms  names  markers  token_table  token_index  offsets  relative_base  [seqs]
+//! ```
+
+/// What kallsyms says of one symbol.
+pub(super) type Symbol = (u64, u8, String);
+
+/// Every 256th name has a marker.
+const NAMES_PER_MARKER: usize = 256;
+/// Symbol counts outside of this are not a kernel's.
+const COUNT_RANGE: std::ops::Range<usize> = 1_000..4_000_000;
+
+/// Finds and decodes kallsyms in a piece of read-only data. `is_text_base` tells whether an
+/// address is the kernel's link-time base; it decides how offsets are encoded.
+pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Vec<Symbol>> {
+    let needle: Vec<u8> = (b'0'..=b'9').flat_map(|digit| [digit, 0]).collect();
+    let mut from = 0;
+    while let Some(found) = memchr::memmem::find(&data[from..], &needle) {
+        let digits = from + found;
+        if let Some(symbols) = Tokens::around(data, digits).and_then(|t| t.symbols(data, &is_text_base)) {
+            return Some(symbols);
+        }
+        from = digits + 1;
+    }
+    None
+}
+
+fn u32_at(data: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+
+fn u64_at(data: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(data.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}
+
+/// The token table and where it lies.
+struct Tokens<'a> {
+    start: usize,
+    /// End of `token_index`.
+    end: usize,
+    tokens: Vec<&'a [u8]>,
+}
+
+impl<'a> Tokens<'a> {
+    /// Reads the table that has the token for `'0'` at `digits`, and checks its index.
+    fn around(data: &'a [u8], digits: usize) -> Option<Self> {
+        // Each token before it ends with a NUL, so as many NULs lie between.
+        let mut start = digits;
+        for _ in 0..b'0' {
+            let text = data[..start.checked_sub(1)?].iter().rev().take(128).position(|&b| b == 0)?;
+            start -= text + 1;
+        }
+        let mut tokens = Vec::with_capacity(256);
+        let mut at = start;
+        for _ in 0..256 {
+            let length = data.get(at..)?.iter().take(128).position(|&b| b == 0)?;
+            tokens.push(&data[at..at + length]);
+            at += length + 1;
+        }
+        let index = at.next_multiple_of(8);
+        let mut offset = 0;
+        for (i, token) in tokens.iter().enumerate() {
+            let entry = data.get(index + 2 * i..index + 2 * i + 2)?;
+            if usize::from(u16::from_le_bytes(entry.try_into().ok()?)) != offset {
+                return None;
+            }
+            offset += token.len() + 1;
+        }
+        Some(Self { start, end: index + 512, tokens })
+    }
+
+    /// Decodes the name at `at`; returns it, type letter first, and where the next begins.
+    fn name(&self, data: &[u8], at: usize) -> Option<(Vec<u8>, usize)> {
+        // Since 6.1 a set top bit means that a second byte holds the upper bits.
+        let first = usize::from(*data.get(at)?);
+        let (length, at) = if first & 0x80 == 0 {
+            (first, at + 1)
+        } else {
+            (first & 0x7f | usize::from(*data.get(at + 1)?) << 7, at + 2)
+        };
+        let mut name = Vec::new();
+        for &token in data.get(at..at + length)? {
+            name.extend(self.tokens[usize::from(token)]);
+        }
+        (length > 0).then_some((name, at + length))
+    }
+
+    fn symbols(&self, data: &[u8], is_text_base: &impl Fn(u64) -> bool) -> Option<Vec<Symbol>> {
+        let (count_at, count) = self.count(data)?;
+        let mut names = Vec::with_capacity(count);
+        let mut at = count_at + 8;
+        for _ in 0..count {
+            let (name, next) = self.name(data, at)?;
+            names.push(name);
+            at = next;
+        }
+        let offsets_size = (4 * count).next_multiple_of(8);
+        let old = || {
+            let base_at = count_at.checked_sub(8)?;
+            Some((base_at.checked_sub(offsets_size)?, base_at))
+        };
+        let new = || {
+            let offsets_at = self.end.next_multiple_of(8);
+            Some((offsets_at, offsets_at + offsets_size))
+        };
+        [old(), new()].into_iter().flatten().find_map(|(offsets_at, base_at)| {
+            let base = u64_at(data, base_at)?;
+            [absolute_percpu, base_relative].into_iter().find_map(|decode| {
+                let address = |i: usize| Some(decode(base, u32_at(data, offsets_at + 4 * i)?));
+                let text = names.iter().position(|name| name == b"T_text")?;
+                if !is_text_base(address(text)?) {
+                    return None;
+                }
+                names
+                    .iter()
+                    .enumerate()
+                    .map(|(i, name)| {
+                        let (kind, name) = name.split_first()?;
+                        Some((address(i)?, *kind, String::from_utf8(name.to_vec()).ok()?))
+                    })
+                    .collect()
+            })
+        })
+    }
+
+    /// Finds `num_syms`: a plausible count, followed by that many names, followed by markers
+    /// that agree with them.
+    fn count(&self, data: &[u8]) -> Option<(usize, usize)> {
+        let aligned = self.start - self.start % 8;
+        (0..aligned / 8).rev().map(|word| 8 * word).find_map(|at| {
+            let count = u32_at(data, at)? as usize;
+            if !COUNT_RANGE.contains(&count) || u32_at(data, at + 4)? != 0 {
+                return None;
+            }
+            self.names_agree(data, at + 8, count).then_some((at, count))
+        })
+    }
+
+    fn names_agree(&self, data: &[u8], names: usize, count: usize) -> bool {
+        let mut at = names;
+        let mut marks = Vec::new();
+        for i in 0..count {
+            if i.is_multiple_of(NAMES_PER_MARKER) {
+                marks.push(at - names);
+            }
+            match self.name(data, at) {
+                Some((_, next)) if next <= self.start => at = next,
+                _ => return false,
+            }
+        }
+        let markers = at.next_multiple_of(8);
+        marks
+            .iter()
+            .enumerate()
+            .all(|(i, &mark)| u32_at(data, markers + 4 * i).is_some_and(|m| m as usize == mark))
+    }
+}
+
+/// Up to 6.14 on x86-64 SMP (`CONFIG_KALLSYMS_ABSOLUTE_PERCPU`): positive offsets are
+/// absolute, negative ones count down from the base.
+fn absolute_percpu(base: u64, offset: u32) -> u64 {
+    match i32::try_from(offset) {
+        Ok(absolute) => u64::from(absolute.unsigned_abs()),
+        Err(_) => base.wrapping_add(u64::from(!offset)),
+    }
+}
+
+/// Later: every offset counts up from the base.
+fn base_relative(base: u64, offset: u32) -> u64 {
+    base.wrapping_add(u64::from(offset))
+}

@@ -1,0 +1,155 @@
+//! A symbol table: by name, and by address.
+
+use crate::addr::Gva;
+
+/// Symbols at their link-time addresses.
+#[derive(Debug, Default)]
+pub struct Symbols {
+    names: String,
+    /// Sorted by address.
+    entries: Vec<Entry>,
+    /// Indices into `entries`, sorted by name.
+    by_name: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    address: u64,
+    start: u32,
+    end: u32,
+    kind: u8,
+}
+
+/// The answer to a name.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No symbol has it.
+    None,
+    /// One symbol has it, or several at the same address.
+    One(Gva),
+    /// Several symbols at different addresses have it.
+    Several(Vec<Gva>),
+}
+
+impl Symbols {
+    /// Builds the table from (address, type letter as in `nm`, name).
+    ///
+    /// Returns `None` if the names exceed 4 GiB.
+    pub fn new<'a>(symbols: impl Iterator<Item = (u64, u8, &'a str)>) -> Option<Self> {
+        let mut table = Self::default();
+        for (address, kind, name) in symbols {
+            let start = u32::try_from(table.names.len()).ok()?;
+            table.names.push_str(name);
+            let end = u32::try_from(table.names.len()).ok()?;
+            table.entries.push(Entry { address, start, end, kind });
+        }
+        table.names.shrink_to_fit();
+        table.entries.sort_by_key(|entry| entry.address);
+        table.by_name = (0..u32::try_from(table.entries.len()).ok()?).collect();
+        let mut by_name = std::mem::take(&mut table.by_name);
+        by_name.sort_by_key(|&index| table.name(index));
+        table.by_name = by_name;
+        Some(table)
+    }
+
+    fn name(&self, index: u32) -> &str {
+        self.entry_name(&self.entries[index as usize])
+    }
+
+    fn entry_name(&self, entry: &Entry) -> &str {
+        &self.names[entry.start as usize..entry.end as usize]
+    }
+
+    /// How many symbols there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Finds a symbol by its exact name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Found {
+        let from = self.by_name.partition_point(|&index| self.name(index) < name);
+        let mut addresses: Vec<Gva> = self.by_name[from..]
+            .iter()
+            .take_while(|&&index| self.name(index) == name)
+            .map(|&index| Gva(self.entries[index as usize].address))
+            .collect();
+        addresses.dedup();
+        match *addresses {
+            [] => Found::None,
+            [one] => Found::One(one),
+            _ => Found::Several(addresses),
+        }
+    }
+
+    /// The text symbol (`t`, `T`, `w`, `W`) that covers an address: its name, start, and
+    /// where the next symbol begins, which bounds its size.
+    #[must_use]
+    pub fn function_at(&self, address: Gva) -> Option<Function<'_>> {
+        let is_text = |entry: &Entry| matches!(entry.kind, b't' | b'T' | b'w' | b'W');
+        let after = self.entries.partition_point(|entry| entry.address <= address.0);
+        let found = self.entries[..after].iter().rev().find(|entry| is_text(entry))?;
+        // Aliases share an address: the first one in the table stands for all.
+        let first = self.entries.partition_point(|entry| entry.address < found.address);
+        let named = self.entries[first..].iter().find(|entry| is_text(entry))?;
+        let end = self.entries.get(after).map_or(u64::MAX, |entry| entry.address);
+        Some(Function {
+            name: self.entry_name(named),
+            start: Gva(found.address),
+            end: Gva(end),
+        })
+    }
+
+    /// All symbols in the order of their addresses: address, type letter, name.
+    pub fn iter(&self) -> impl Iterator<Item = (Gva, u8, &str)> {
+        self.entries
+            .iter()
+            .map(|entry| (Gva(entry.address), entry.kind, self.entry_name(entry)))
+    }
+}
+
+/// A function, as far as a symbol table knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Function<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its first byte.
+    pub start: Gva,
+    /// Where the next symbol begins.
+    pub end: Gva,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_addresses_are_found_and_ambiguity_is_told() {
+        let table = Symbols::new(
+            [
+                (0x30, b't', "dup"),
+                (0x10, b'T', "one"),
+                (0x20, b't', "dup"),
+                (0x10, b'W', "alias"),
+                (0x40, b'D', "data"),
+            ]
+            .into_iter(),
+        )
+        .expect("a table");
+        assert_eq!(table.find("one"), Found::One(Gva(0x10)));
+        assert_eq!(table.find("alias"), Found::One(Gva(0x10)));
+        assert_eq!(table.find("dup"), Found::Several(vec![Gva(0x20), Gva(0x30)]));
+        assert_eq!(table.find("du"), Found::None);
+        let function = table.function_at(Gva(0x2f)).expect("covered");
+        assert_eq!((function.name, function.start, function.end), ("dup", Gva(0x20), Gva(0x30)));
+        assert_eq!(table.function_at(Gva(0x1f)).expect("covered").name, "one");
+        assert_eq!(table.function_at(Gva(0xf)), None);
+    }
+}

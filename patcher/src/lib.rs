@@ -1,0 +1,25 @@
+//! Live patching of kernel text, as pure logic.
+//!
+//! ```text
+//! plan ──resolve──▶ resolved plan ──compile──▶ program ──session──▶ steps
+//!   ▲                  ▲        ▲                          ◀── outcomes
+//!   JSON          kernel image  live text
+//! ```
+//!
+//! Nothing here touches KVM, threads, a clock or files. A [`session::Session`] calls nothing:
+//! it yields a [`program::Step`], is told how it went, and yields the next. Whoever executes
+//! the steps implements [`target::Target`].
+
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod compile;
+pub mod insn;
+pub mod kernel;
+pub mod plan;
+pub mod program;
+pub mod refusal;
+pub mod resolve;
+pub mod session;
+pub mod target;
+pub mod trap;

@@ -1,0 +1,258 @@
+//! The plan: what a person or a program asks for, as JSON.
+//!
+//! ```json
+//! { "version": 1, "name": "cve-2026-0001",
+//!   "kernel": { "release": "6.1.0-56-cloud-amd64" },
+//!   "deadline_ms": 500, "strategy": "auto", "atomic": true,
+//!   "patches": [
+//!     { "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" },
+//!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" } ] }
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use crate::insn;
+use crate::refusal::{Pointer, Refusal, Refused};
+
+/// The only version there is.
+pub const VERSION: u32 = 1;
+/// Longest plan, in bytes of JSON.
+pub const MAX_BYTES: usize = 1 << 20;
+/// Most patches in a plan.
+pub const MAX_PATCHES: usize = 4096;
+/// Time a program may take when the plan does not say, in milliseconds.
+pub const DEFAULT_DEADLINE_MS: u64 = 2000;
+/// Longest deadline, in milliseconds.
+pub const MAX_DEADLINE_MS: u64 = 60_000;
+/// Longest name, in bytes.
+pub const MAX_NAME: usize = 128;
+/// Longest site, in bytes.
+pub const MAX_SITE: usize = 4096;
+
+/// How the sites are to be changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// Whatever fits; the report says what was chosen and why.
+    #[default]
+    Auto,
+    /// `int3` on every site, then the tails, then the heads; vCPUs that hit a site wait.
+    Breakpoint,
+    /// Every vCPU out of the guest, write everything, go on.
+    Hold,
+}
+
+/// A plan that is well-formed. Whether it fits a guest is for [`crate::resolve`] to say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// Its name: unique among the patches of a VM.
+    pub name: String,
+    /// The kernel it was made for; any, if absent.
+    pub release: Option<String>,
+    /// Time the program may take, in milliseconds.
+    pub deadline_ms: u64,
+    /// How to apply it.
+    pub strategy: Strategy,
+    /// Whether no vCPU may run some sites old and others new.
+    pub atomic: bool,
+    /// What to change.
+    pub patches: Vec<Patch>,
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Patch {
+    /// Replace bytes.
+    Raw {
+        /// Where: `symbol`, `symbol+0xoff` or `0xaddress`.
+        at: String,
+        /// What must be there now.
+        expect: Vec<u8>,
+        /// What to put there; shorter is filled up with no-operations.
+        replace: Vec<u8>,
+    },
+    /// Jump from a function's entry to another function.
+    Redirect {
+        /// The function to leave.
+        from: String,
+        /// The function to enter.
+        to: String,
+    },
+}
+
+// What JSON may hold, before it is checked. Every field is optional in `RawPatch` so that a
+// missing one is reported by name, and an unknown one is refused by name.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPlan {
+    version: u32,
+    name: String,
+    kernel: Option<RawKernel>,
+    deadline_ms: Option<u64>,
+    #[serde(default)]
+    strategy: Strategy,
+    #[serde(default)]
+    atomic: bool,
+    patches: Vec<RawPatch>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawKernel {
+    release: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPatch {
+    at: Option<String>,
+    expect: Option<String>,
+    replace: Option<String>,
+    redirect: Option<String>,
+    to: Option<String>,
+}
+
+impl Plan {
+    /// Reads a plan from JSON.
+    ///
+    /// # Errors
+    /// All that is wrong with it, each with the JSON pointer (RFC 6901) of the place.
+    pub fn parse(json: &[u8]) -> Result<Self, Vec<Refused>> {
+        if json.len() > MAX_BYTES {
+            return Err(vec![Refusal::PlanTooLarge { bytes: json.len(), limit: MAX_BYTES }.at_root()]);
+        }
+        let mut reader = serde_json::Deserializer::from_slice(json);
+        let raw: RawPlan = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+            let at = Pointer::from_path(error.path());
+            vec![Refusal::PlanMalformed { what: error.into_inner().to_string() }.at(at)]
+        })?;
+        reader.end().map_err(|error| {
+            vec![Refusal::PlanMalformed { what: format!("after the plan: {error}") }.at_root()]
+        })?;
+        raw.check()
+    }
+}
+
+impl RawPlan {
+    fn check(self) -> Result<Plan, Vec<Refused>> {
+        let mut wrong = Vec::new();
+        let mut refuse = |pointer: &str, what: String| {
+            wrong.push(Refusal::PlanMalformed { what }.at(Pointer::new(pointer)));
+        };
+        if self.version != VERSION {
+            refuse("/version", format!("version {} is unknown, {VERSION} is the only one", self.version));
+        }
+        if self.name.is_empty() || self.name.len() > MAX_NAME || !self.name.chars().all(is_name_char) {
+            refuse("/name", format!("a name is 1 to {MAX_NAME} letters, digits, '-', '_' or '.'"));
+        }
+        let deadline_ms = self.deadline_ms.unwrap_or(DEFAULT_DEADLINE_MS);
+        if !(1..=MAX_DEADLINE_MS).contains(&deadline_ms) {
+            refuse("/deadline_ms", format!("a deadline is 1 to {MAX_DEADLINE_MS} milliseconds"));
+        }
+        if self.patches.is_empty() || self.patches.len() > MAX_PATCHES {
+            refuse("/patches", format!("a plan has 1 to {MAX_PATCHES} patches, this one {}", self.patches.len()));
+        }
+        if self.atomic && self.strategy == Strategy::Breakpoint && self.patches.len() > 1 {
+            refuse(
+                "/strategy",
+                "breakpoint changes sites one after another; an atomic plan of several needs hold".into(),
+            );
+        }
+        let mut patches = Vec::with_capacity(self.patches.len());
+        for (i, patch) in self.patches.into_iter().enumerate() {
+            match patch.check() {
+                Ok(patch) => patches.push(patch),
+                Err((field, what)) => refuse(&format!("/patches/{i}{field}"), what),
+            }
+        }
+        if !wrong.is_empty() {
+            return Err(wrong);
+        }
+        Ok(Plan {
+            name: self.name,
+            release: self.kernel.map(|kernel| kernel.release),
+            deadline_ms,
+            strategy: self.strategy,
+            atomic: self.atomic,
+            patches,
+        })
+    }
+}
+
+fn is_name_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
+impl RawPatch {
+    fn check(self) -> Result<Patch, (&'static str, String)> {
+        match self {
+            Self { at: Some(at), expect: Some(expect), replace: Some(replace), redirect: None, to: None } => {
+                let expect = bytes(&expect).map_err(|what| ("/expect", what))?;
+                let replace = bytes(&replace).map_err(|what| ("/replace", what))?;
+                Ok(Patch::Raw { at, expect, replace })
+            }
+            Self { at: None, expect: None, replace: None, redirect: Some(from), to: Some(to) } => {
+                Ok(Patch::Redirect { from, to })
+            }
+            _ => Err((
+                "",
+                "a patch is either \"at\", \"expect\" and \"replace\", or \"redirect\" and \"to\"".into(),
+            )),
+        }
+    }
+}
+
+fn bytes(text: &str) -> Result<Vec<u8>, String> {
+    let bytes = insn::parse_hex(text).ok_or_else(|| format!("{text:?} is not pairs of hex digits"))?;
+    if (1..=MAX_SITE).contains(&bytes.len()) {
+        Ok(bytes)
+    } else {
+        Err(format!("a site has 1 to {MAX_SITE} bytes, not {}", bytes.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(json: &str) -> Vec<(String, &'static str)> {
+        Plan::parse(json.as_bytes())
+            .expect_err("it should be refused")
+            .iter()
+            .map(|refused| (refused.pointer.to_string(), refused.refusal.code()))
+            .collect()
+    }
+
+    #[test]
+    fn a_full_plan_is_read() {
+        let plan = Plan::parse(
+            br#"{"version":1,"name":"a","kernel":{"release":"6.1"},"deadline_ms":5,"strategy":"hold","atomic":true,
+                "patches":[{"redirect":"f","to":"g"},{"at":"f+0x14","expect":"0f1f","replace":"90"}]}"#,
+        )
+        .expect("a plan");
+        assert_eq!(plan.release.as_deref(), Some("6.1"));
+        assert_eq!(plan.patches.len(), 2);
+        assert_eq!(plan.deadline_ms, 5);
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        let malformed = |at: &str| vec![(at.to_owned(), "plan_malformed")];
+        assert_eq!(refused("{"), malformed(""));
+        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":"f","bogus":1}]}"#), malformed("/patches/0/bogus"));
+        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":7}]}"#), malformed("/patches/0/at"));
+        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":"f"}]}"#), malformed("/patches/0"));
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"at":"f","expect":"9","replace":"90"}]}"#),
+            malformed("/patches/0/expect")
+        );
+        assert_eq!(
+            refused(r#"{"version":2,"name":"","deadline_ms":0,"patches":[]}"#),
+            [("/version", "plan_malformed"), ("/name", "plan_malformed"), ("/deadline_ms", "plan_malformed"), ("/patches", "plan_malformed")]
+                .map(|(at, code)| (at.to_owned(), code))
+        );
+        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"redirect":"f","to":"g"}]} x"#), malformed(""));
+        assert_eq!(refused(&" ".repeat(MAX_BYTES + 1)), [(String::new(), "plan_too_large")]);
+    }
+}

@@ -1,0 +1,115 @@
+//! A program: the steps that take the sites from old to new, each with the steps that undo
+//! it, compiled before anything is written.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
+use crate::addr::Gva;
+use crate::insn;
+use crate::plan::Strategy;
+use crate::resolve::Site;
+use crate::trap::TrapTable;
+
+/// One thing to do to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Make the trap table known to every vCPU that leaves the guest from now on.
+    Publish(Arc<TrapTable>),
+    /// From here on a #BP in the guest exits to the monitor, on every vCPU. Ends with a fence.
+    Arm,
+    /// Compare guest memory.
+    Check {
+        /// Where.
+        at: Gva,
+        /// What must be there.
+        bytes: Vec<u8>,
+    },
+    /// Write guest memory. One byte is one store; see [`crate::target`] for longer ones.
+    Write {
+        /// Where.
+        at: Gva,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Every vCPU that was in guest mode has left it, and every vCPU executes a serializing
+    /// instruction before its next guest instruction.
+    Fence,
+    /// No vCPU executes guest instructions from here on.
+    Hold,
+    /// End of [`Step::Hold`].
+    Release,
+    /// #BP is the guest's own affair again.
+    Disarm,
+    /// Forget the trap table; vCPUs that wait at a trap go on.
+    Withdraw,
+}
+
+impl Step {
+    /// Whether the step closes a program. Such a step does not fail, and no deadline stops
+    /// it: giving up between two of them would leave traps without an owner.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        matches!(self, Self::Release | Self::Disarm | Self::Withdraw)
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Publish(_) => f.write_str("publish the trap table"),
+            Self::Arm => f.write_str("intercept #BP on every vCPU"),
+            Self::Check { at, bytes } => write!(f, "check   {at}  {}", insn::hex(bytes)),
+            Self::Write { at, bytes } => write!(f, "write   {at}  {}", insn::hex(bytes)),
+            Self::Fence => f.write_str("fence"),
+            Self::Hold => f.write_str("hold all vCPUs"),
+            Self::Release => f.write_str("release all vCPUs"),
+            Self::Disarm => f.write_str("stop intercepting #BP"),
+            Self::Withdraw => f.write_str("withdraw the trap table"),
+        }
+    }
+}
+
+/// A step and what undoes it, in the order in which that is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reversible {
+    /// The step.
+    pub step: Step,
+    /// Its undo.
+    pub undo: Vec<Step>,
+}
+
+/// The whole way from old to new.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// The strategy that was chosen; never `auto`.
+    pub strategy: Strategy,
+    /// Why it was chosen.
+    pub reason: &'static str,
+    /// The sites.
+    pub sites: Vec<Site>,
+    /// The steps.
+    pub steps: Vec<Reversible>,
+}
+
+impl Program {
+    /// How many fences it has, the one inside [`Step::Arm`] apart.
+    #[must_use]
+    pub fn fences(&self) -> usize {
+        self.steps.iter().filter(|step| step.step == Step::Fence).count()
+    }
+}
+
+impl Serialize for Program {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let steps: Vec<String> = self.steps.iter().map(|step| step.step.to_string()).collect();
+        let mut fields = serializer.serialize_struct("Program", 5)?;
+        fields.serialize_field("strategy", &self.strategy)?;
+        fields.serialize_field("reason", self.reason)?;
+        fields.serialize_field("fences", &self.fences())?;
+        fields.serialize_field("sites", &self.sites)?;
+        fields.serialize_field("steps", &steps)?;
+        fields.end()
+    }
+}

@@ -1,0 +1,293 @@
+//! Why a plan is refused: a stable code, the place in the plan, what was expected and what
+//! was found. Every code is listed in `docs/limits.md` with its remedy.
+
+use std::fmt;
+
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+use serde_path_to_error::{Path, Segment};
+
+use crate::addr::Gva;
+use crate::insn;
+
+/// A place in a plan, as a JSON pointer (RFC 6901). The empty pointer is the whole plan.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pointer(String);
+
+impl Pointer {
+    /// Takes a pointer that is well-formed already.
+    #[must_use]
+    pub fn new(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+
+    /// The patch with this index.
+    #[must_use]
+    pub fn patch(index: usize) -> Self {
+        Self(format!("/patches/{index}"))
+    }
+
+    pub(crate) fn from_path(path: &Path) -> Self {
+        let mut text = String::new();
+        for segment in path {
+            match segment {
+                Segment::Seq { index } => text += &format!("/{index}"),
+                Segment::Map { key } => text += &format!("/{}", key.replace('~', "~0").replace('/', "~1")),
+                Segment::Enum { .. } | Segment::Unknown => {}
+            }
+        }
+        Self(text)
+    }
+}
+
+impl fmt::Display for Pointer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A reason.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The JSON is broken, has an unknown field, or a value that is out of range.
+    #[error("{what}")]
+    PlanMalformed {
+        /// What is wrong.
+        what: String,
+    },
+    /// The JSON is too long.
+    #[error("the plan has {bytes} bytes, {limit} is the limit")]
+    PlanTooLarge {
+        /// Its length.
+        bytes: usize,
+        /// The longest allowed.
+        limit: usize,
+    },
+    /// The plan names another kernel release.
+    #[error("the plan is for kernel {wanted}, the guest runs {running}")]
+    KernelMismatch {
+        /// The plan's release.
+        wanted: String,
+        /// The guest's release.
+        running: String,
+    },
+    /// An address is neither a symbol, nor a symbol with an offset, nor a number.
+    #[error("{text:?} is no address: use symbol, symbol+0xoffset or 0xaddress")]
+    BadAddress {
+        /// The text.
+        text: String,
+    },
+    /// No symbol has this name.
+    #[error("the kernel has no symbol {name}")]
+    UnknownSymbol {
+        /// The name.
+        name: String,
+    },
+    /// Several symbols have this name.
+    #[error("{name} is ambiguous: it is at {}; give the address itself", list(.at))]
+    AmbiguousSymbol {
+        /// The name.
+        name: String,
+        /// Where they are, in the running guest.
+        at: Vec<Gva>,
+    },
+    /// The guest has no memory there.
+    #[error("{at} is not mapped in the guest's kernel")]
+    Unmapped {
+        /// The address.
+        at: Gva,
+    },
+    /// The site lies in no function, so its instructions can't be told.
+    #[error("{at} lies in no function of the kernel's text")]
+    NotText {
+        /// The address.
+        at: Gva,
+    },
+    /// The bytes there are not those the plan expects.
+    #[error("at {at}: expected {}, found {}", insn::hex(.expected), insn::hex(.found))]
+    ExpectMismatch {
+        /// The site.
+        at: Gva,
+        /// The plan's bytes.
+        expected: Vec<u8>,
+        /// The guest's bytes.
+        found: Vec<u8>,
+    },
+    /// The site begins or ends inside an instruction.
+    #[error("{at} lies inside the instruction at {begins}")]
+    InsideInstruction {
+        /// The site's first byte, or the byte after its last.
+        at: Gva,
+        /// Where that instruction begins.
+        begins: Gva,
+    },
+    /// The function does not decode as far as the site.
+    #[error("{function} can't be decoded beyond {at}, so no instruction boundary is known at the site")]
+    Undecodable {
+        /// The function.
+        function: String,
+        /// The first address that is not understood.
+        at: Gva,
+    },
+    /// A branch of the function goes to the inside of the site.
+    #[error("the instruction at {from} branches to {to}, inside the site")]
+    BranchIntoSite {
+        /// The branch.
+        from: Gva,
+        /// Where it goes.
+        to: Gva,
+    },
+    /// The new bytes do not fit.
+    #[error("the replacement has {replacement} bytes, the site only {site}")]
+    ReplacementTooLong {
+        /// Length of the replacement.
+        replacement: usize,
+        /// Length of the site.
+        site: usize,
+    },
+    /// The new bytes are not whole instructions.
+    #[error("the replacement {} is not whole instructions", insn::hex(.bytes))]
+    ReplacementUndecodable {
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// A boundary inside the site would be or is one between instructions: a task that was
+    /// preempted there would return to the middle of something else.
+    #[error("the site at {at} holds {instructions} instructions; a preempted task may return to the middle of it")]
+    MultiInstruction {
+        /// The site.
+        at: Gva,
+        /// How many there are now, or would be then.
+        instructions: usize,
+    },
+    /// Two sites share a byte.
+    #[error("the site at {at} overlaps the site at {other} ({whose})")]
+    OverlappingSites {
+        /// This site.
+        at: Gva,
+        /// The other.
+        other: Gva,
+        /// Which patch the other belongs to.
+        whose: String,
+    },
+    /// The target of a redirect can't be reached by a 32-bit displacement.
+    #[error("{to} is out of reach of a jump at {at}")]
+    OutOfReach {
+        /// The site.
+        at: Gva,
+        /// The target.
+        to: Gva,
+    },
+    /// The old and the new bytes are the same.
+    #[error("the site at {at} holds the new bytes already")]
+    NothingToDo {
+        /// The site.
+        at: Gva,
+    },
+    /// A patch of this name is applied already.
+    #[error("a patch named {name} is applied already; revert it first or choose another name")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// No patch has this name.
+    #[error("no patch is named {name}")]
+    UnknownPatch {
+        /// The name.
+        name: String,
+    },
+    /// The patch was reverted or never applied, so it can't be reverted.
+    #[error("the patch {name} is not applied")]
+    NotApplied {
+        /// The name.
+        name: String,
+    },
+    /// The guest's kernel has not started far enough, or is not the one that was given.
+    #[error("the guest's kernel can't be patched: {why}")]
+    GuestNotReady {
+        /// Why.
+        why: String,
+    },
+    /// An earlier failure left the guest held; nothing may be written any more.
+    #[error("the guest is held since {name} failed and could not be rolled back")]
+    GuestHeld {
+        /// The plan that failed.
+        name: String,
+    },
+}
+
+impl Refusal {
+    /// The code of this reason. It never changes.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::PlanMalformed { .. } => "plan_malformed",
+            Self::PlanTooLarge { .. } => "plan_too_large",
+            Self::KernelMismatch { .. } => "kernel_mismatch",
+            Self::BadAddress { .. } => "bad_address",
+            Self::UnknownSymbol { .. } => "unknown_symbol",
+            Self::AmbiguousSymbol { .. } => "ambiguous_symbol",
+            Self::Unmapped { .. } => "unmapped",
+            Self::NotText { .. } => "not_text",
+            Self::ExpectMismatch { .. } => "expect_mismatch",
+            Self::InsideInstruction { .. } => "inside_instruction",
+            Self::Undecodable { .. } => "undecodable",
+            Self::BranchIntoSite { .. } => "branch_into_site",
+            Self::ReplacementTooLong { .. } => "replacement_too_long",
+            Self::ReplacementUndecodable { .. } => "replacement_undecodable",
+            Self::MultiInstruction { .. } => "multi_instruction",
+            Self::OverlappingSites { .. } => "overlapping_sites",
+            Self::OutOfReach { .. } => "out_of_reach",
+            Self::NothingToDo { .. } => "nothing_to_do",
+            Self::NameTaken { .. } => "name_taken",
+            Self::UnknownPatch { .. } => "unknown_patch",
+            Self::NotApplied { .. } => "not_applied",
+            Self::GuestNotReady { .. } => "guest_not_ready",
+            Self::GuestHeld { .. } => "guest_held",
+        }
+    }
+
+    /// Ties the reason to a place in the plan.
+    #[must_use]
+    pub fn at(self, pointer: Pointer) -> Refused {
+        Refused { pointer, refusal: self }
+    }
+
+    /// Ties the reason to the plan as a whole.
+    #[must_use]
+    pub fn at_root(self) -> Refused {
+        self.at(Pointer::new(""))
+    }
+}
+
+fn list(addresses: &[Gva]) -> String {
+    addresses.iter().map(Gva::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// A reason and its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Where in the plan.
+    pub pointer: Pointer,
+    /// Why.
+    pub refusal: Refusal,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.pointer.0.is_empty() {
+            write!(f, "{}: ", self.pointer)?;
+        }
+        write!(f, "{} [{}]", self.refusal, self.refusal.code())
+    }
+}
+
+impl Serialize for Refused {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Refused", 3)?;
+        fields.serialize_field("code", self.refusal.code())?;
+        fields.serialize_field("pointer", &self.pointer.0)?;
+        fields.serialize_field("message", &self.refusal.to_string())?;
+        fields.end()
+    }
+}

@@ -1,0 +1,314 @@
+//! Plan + kernel image + live text -> resolved plan, or all the reasons why not.
+//!
+//! Nothing is written here. A resolved plan says for every site which bytes are there now
+//! and which will be.
+
+use serde::Serialize;
+
+use crate::addr::Gva;
+use crate::insn::{self, Insn};
+use crate::kernel::symbols::{Found, Function};
+use crate::kernel::KernelImage;
+use crate::plan::{Patch, Plan, Strategy};
+use crate::refusal::{Pointer, Refusal, Refused};
+
+/// Functions longer than this, in bytes, are not decoded.
+const MAX_FUNCTION: usize = 1 << 20;
+
+/// The guest's memory, read through its kernel's own page tables.
+pub trait Text {
+    /// Fills `into` with the bytes at `at`.
+    ///
+    /// # Errors
+    /// The first address that is not mapped; `into` may be partly filled.
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva>;
+}
+
+/// A kernel image and where the guest runs it.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel<'a> {
+    /// The image.
+    pub image: &'a KernelImage,
+    /// How far above its link-time address it runs (KASLR); a multiple of 2 MiB.
+    pub slide: u64,
+}
+
+impl Kernel<'_> {
+    fn live(&self, linked: Gva) -> Gva {
+        Gva(linked.0.wrapping_add(self.slide))
+    }
+
+    /// The function around a live address.
+    #[must_use]
+    pub fn function_at(&self, at: Gva) -> Option<Function<'_>> {
+        let function = self.image.symbols().function_at(Gva(at.0.wrapping_sub(self.slide)))?;
+        Some(Function {
+            name: function.name,
+            start: self.live(function.start),
+            end: self.live(function.end),
+        })
+    }
+
+    /// Where a symbol is in the guest.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
+    pub fn symbol(&self, name: &str) -> Result<Gva, Refusal> {
+        match self.image.symbols().find(name) {
+            Found::One(at) => Ok(self.live(at)),
+            Found::None => Err(Refusal::UnknownSymbol { name: name.to_owned() }),
+            Found::Several(at) => Err(Refusal::AmbiguousSymbol {
+                name: name.to_owned(),
+                at: at.into_iter().map(|at| self.live(at)).collect(),
+            }),
+        }
+    }
+
+    /// An address as a plan writes it: `symbol`, `symbol+0xoffset`, `0xaddress`.
+    fn address(&self, text: &str) -> Result<Gva, Refusal> {
+        let bad = || Refusal::BadAddress { text: text.to_owned() };
+        let number = |digits: &str| u64::from_str_radix(digits.strip_prefix("0x")?, 16).ok();
+        if text.starts_with("0x") {
+            return number(text).map(Gva).ok_or_else(bad);
+        }
+        let (name, offset) = match text.split_once('+') {
+            Some((name, offset)) => (name, number(offset).ok_or_else(bad)?),
+            None => (text, 0),
+        };
+        if name.is_empty() {
+            return Err(bad());
+        }
+        let base = self.symbol(name)?;
+        base.0.checked_add(offset).map(Gva).ok_or_else(bad)
+    }
+}
+
+/// A site: where, and what before and after. `old` and `new` have the same length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Site {
+    /// Which patch of the plan asks for it.
+    pub pointer: Pointer,
+    /// Its first byte.
+    pub at: Gva,
+    /// The same as `function+0xoffset`.
+    pub symbol: String,
+    /// What is there now.
+    pub old: Vec<u8>,
+    /// What will be there.
+    pub new: Vec<u8>,
+}
+
+impl Site {
+    /// The site with old and new exchanged.
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Self { old: self.new.clone(), new: self.old.clone(), ..self.clone() }
+    }
+
+    fn end(&self) -> Gva {
+        Gva(self.at.0.saturating_add(self.old.len() as u64))
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        self.at < other.end() && other.at < self.end()
+    }
+}
+
+impl Serialize for Site {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+        let mut fields = serializer.serialize_struct("Site", 6)?;
+        fields.serialize_field("at", &self.at)?;
+        fields.serialize_field("symbol", &self.symbol)?;
+        fields.serialize_field("old", &insn::hex(&self.old))?;
+        fields.serialize_field("new", &insn::hex(&self.new))?;
+        fields.serialize_field("old_code", &insn::disassemble(&self.old, self.at))?;
+        fields.serialize_field("new_code", &insn::disassemble(&self.new, self.at))?;
+        fields.end()
+    }
+}
+
+/// A plan that fits the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedPlan {
+    /// The plan's name.
+    pub name: String,
+    /// The strategy that was asked for.
+    pub strategy: Strategy,
+    /// Whether the sites form one group.
+    pub atomic: bool,
+    /// Time the program may take, in milliseconds.
+    pub deadline_ms: u64,
+    /// The sites, in the plan's order.
+    pub sites: Vec<Site>,
+}
+
+impl ResolvedPlan {
+    /// The plan that undoes this one. Its sites' old bytes are this plan's new ones.
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        Self { sites: self.sites.iter().map(Site::reversed).collect(), ..self.clone() }
+    }
+}
+
+/// Resolves `plan` against the guest. `taken` are the sites of patches applied before, with
+/// the names of these patches.
+///
+/// # Errors
+/// Every reason that was found, not just the first.
+pub fn resolve<'t>(
+    plan: &Plan,
+    kernel: Kernel<'_>,
+    text: &dyn Text,
+    taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
+) -> Result<ResolvedPlan, Vec<Refused>> {
+    let mut refused = Vec::new();
+    if let Some(wanted) = plan.release.as_ref().filter(|wanted| *wanted != kernel.image.release()) {
+        // Symbols of another kernel would only produce follow-up errors.
+        let running = kernel.image.release().to_owned();
+        let refusal = Refusal::KernelMismatch { wanted: wanted.clone(), running };
+        return Err(vec![refusal.at(Pointer::new("/kernel/release"))]);
+    }
+    let mut sites: Vec<Site> = Vec::new();
+    for (i, patch) in plan.patches.iter().enumerate() {
+        let pointer = Pointer::patch(i);
+        let site = match patch {
+            Patch::Raw { at, expect, replace } => raw_site(kernel, text, &pointer, at, expect, replace),
+            Patch::Redirect { from, to } => redirect_site(kernel, text, &pointer, from, to),
+        };
+        match site {
+            Ok(site) => sites.push(site),
+            Err(refusal) => refused.push(refusal.at(pointer)),
+        }
+    }
+    let taken: Vec<_> = taken.into_iter().collect();
+    for (i, site) in sites.iter().enumerate() {
+        let earlier = sites[..i].iter().map(|other| ("this plan", other));
+        if let Some((whose, other)) = earlier.chain(taken.iter().copied()).find(|(_, other)| site.overlaps(other)) {
+            let refusal = Refusal::OverlappingSites { at: site.at, other: other.at, whose: whose.to_owned() };
+            refused.push(refusal.at(site.pointer.clone()));
+        }
+    }
+    if !refused.is_empty() {
+        return Err(refused);
+    }
+    Ok(ResolvedPlan {
+        name: plan.name.clone(),
+        strategy: plan.strategy,
+        atomic: plan.atomic,
+        deadline_ms: plan.deadline_ms,
+        sites,
+    })
+}
+
+fn raw_site(
+    kernel: Kernel<'_>,
+    text: &dyn Text,
+    pointer: &Pointer,
+    at: &str,
+    expect: &[u8],
+    replace: &[u8],
+) -> Result<Site, Refusal> {
+    let at = kernel.address(at)?;
+    if replace.len() > expect.len() {
+        return Err(Refusal::ReplacementTooLong { replacement: replace.len(), site: expect.len() });
+    }
+    let mut found = vec![0; expect.len()];
+    text.read(at, &mut found).map_err(|at| Refusal::Unmapped { at })?;
+    if found != expect {
+        return Err(Refusal::ExpectMismatch { at, expected: expect.to_vec(), found });
+    }
+    let mut new = replace.to_vec();
+    new.extend(insn::nops(expect.len() - replace.len()));
+    site(kernel, text, pointer, at, found, new)
+}
+
+fn redirect_site(
+    kernel: Kernel<'_>,
+    text: &dyn Text,
+    pointer: &Pointer,
+    from: &str,
+    to: &str,
+) -> Result<Site, Refusal> {
+    let (from, to) = (kernel.address(from)?, kernel.address(to)?);
+    let mut entry = [0; 4 + insn::MAX_LENGTH];
+    text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
+    // An indirect-branch target keeps its marker: indirect calls must still land on it.
+    let skip = if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
+    let at = from.plus(skip).ok_or(Refusal::Unmapped { at: from })?;
+    let mut length = 0;
+    for insn in insn::decode(&entry[skip..], at) {
+        length += insn.len;
+        if length >= JMP_REL32 {
+            break;
+        }
+    }
+    let jump = insn::jmp_rel32(at, to).ok_or(Refusal::OutOfReach { at, to })?;
+    let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
+    let mut new = jump.to_vec();
+    new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
+    site(kernel, text, pointer, at, old, new)
+}
+
+/// `endbr64` (SDM volume 2).
+const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+const JMP_REL32: usize = 5;
+
+/// Checks a site against the instructions around it.
+fn site(
+    kernel: Kernel<'_>,
+    text: &dyn Text,
+    pointer: &Pointer,
+    at: Gva,
+    old: Vec<u8>,
+    new: Vec<u8>,
+) -> Result<Site, Refusal> {
+    let end = at.plus(old.len()).ok_or(Refusal::Unmapped { at })?;
+    let function = kernel.function_at(at).ok_or(Refusal::NotText { at })?;
+    if end > function.end {
+        return Err(Refusal::NotText { at: function.end });
+    }
+    let size = function.end.offset_from(function.start).unwrap_or(0);
+    if size > MAX_FUNCTION {
+        return Err(Refusal::NotText { at });
+    }
+    let mut code = vec![0; size];
+    text.read(function.start, &mut code).map_err(|at| Refusal::Unmapped { at })?;
+    let insns: Vec<Insn> = insn::decode(&code, function.start).collect();
+    boundary(&insns, at, &function)?;
+    boundary(&insns, end, &function)?;
+    if let Some(from) = insns.iter().find(|insn| insn.branch.is_some_and(|to| at < to && to < end)) {
+        return Err(Refusal::BranchIntoSite { from: from.at, to: from.branch.unwrap_or(at) });
+    }
+    let after = insn::count(&new, at).ok_or_else(|| Refusal::ReplacementUndecodable { bytes: new.clone() })?;
+    let before = insns.iter().filter(|insn| at <= insn.at && insn.at < end).count();
+    let first = insn::decode(&new, at).next().map_or(0, |insn| insn.len);
+    // Filling up with no-operations after a jump adds boundaries that nothing can reach, as
+    // long as the old code had none there.
+    if before > 1 || (after > 1 && !ends_in_jump(&new, at, first)) {
+        return Err(Refusal::MultiInstruction { at, instructions: before.max(after) });
+    }
+    if old == new {
+        return Err(Refusal::NothingToDo { at });
+    }
+    let offset = at.offset_from(function.start).unwrap_or(0);
+    let symbol = if offset == 0 { function.name.to_owned() } else { format!("{}+{offset:#x}", function.name) };
+    Ok(Site { pointer: pointer.clone(), at, symbol, old, new })
+}
+
+/// Whether control never goes from the first instruction of `new` to the one after it.
+fn ends_in_jump(new: &[u8], at: Gva, first: usize) -> bool {
+    matches!(new.first(), Some(0xe9 | 0xeb | 0xc3)) && insn::count(&new[..first], at) == Some(1)
+}
+
+/// Checks that `at` is where an instruction begins, or the function ends.
+fn boundary(insns: &[Insn], at: Gva, function: &Function<'_>) -> Result<(), Refusal> {
+    let decoded_to = insns.last().map_or(function.start, |last| Gva(last.at.0.saturating_add(last.len as u64)));
+    if at > decoded_to {
+        return Err(Refusal::Undecodable { function: function.name.to_owned(), at: decoded_to });
+    }
+    match insns.iter().find(|insn| insn.at < at && at < Gva(insn.at.0.saturating_add(insn.len as u64))) {
+        Some(insn) => Err(Refusal::InsideInstruction { at, begins: insn.at }),
+        None => Ok(()),
+    }
+}

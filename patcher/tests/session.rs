@@ -1,0 +1,191 @@
+//! Sessions against plain memory: every step failing in turn, and what is left behind.
+
+use patcher::addr::Gva;
+use patcher::compile::compile;
+use patcher::insn::INT3;
+use patcher::plan::Strategy;
+use patcher::program::{Program, Step};
+use patcher::refusal::Pointer;
+use patcher::resolve::{ResolvedPlan, Site};
+use patcher::session::End;
+use patcher::target::{StepError, Target, drive};
+
+/// Memory that counts steps and fails the chosen ones.
+struct Memory {
+    bytes: Vec<u8>,
+    steps: Vec<Step>,
+    fail_at: Option<usize>,
+    fail_undo_at: Option<usize>,
+    failed: bool,
+    expire_at: Option<usize>,
+}
+
+impl Memory {
+    fn new(bytes: &[u8]) -> Self {
+        Self { bytes: bytes.to_vec(), steps: Vec::new(), fail_at: None, fail_undo_at: None, failed: false, expire_at: None }
+    }
+
+    fn slice(&mut self, at: Gva, len: usize) -> &mut [u8] {
+        let from = usize::try_from(at.0).expect("small");
+        &mut self.bytes[from..from + len]
+    }
+}
+
+impl Target for Memory {
+    fn perform(&mut self, step: &Step) -> Result<(), StepError> {
+        let index = self.steps.len();
+        self.steps.push(step.clone());
+        let chosen = if self.failed { self.fail_undo_at } else { self.fail_at };
+        if chosen == Some(index) {
+            self.failed = true;
+            if let Step::Write { at, bytes } = step {
+                // Half of it was done already.
+                let half = bytes.len() / 2;
+                self.slice(*at, half).copy_from_slice(&bytes[..half]);
+            }
+            return Err(StepError::Host { what: "injected".into() });
+        }
+        match step {
+            Step::Write { at, bytes } => self.slice(*at, bytes.len()).copy_from_slice(bytes),
+            Step::Check { at, bytes } => {
+                let found = self.slice(*at, bytes.len()).to_vec();
+                if found != *bytes {
+                    self.failed = true;
+                    return Err(StepError::Mismatch { found });
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn expired(&self) -> bool {
+        self.expire_at.is_some_and(|at| self.steps.len() >= at)
+    }
+}
+
+const OLD: &[u8] = &[0x55, 0x0f, 0x1f, 0x44, 0, 0, 0x90, 0xc3, 0x31, 0xc0];
+const NEW: &[u8] = &[0x55, 0xe9, 1, 2, 3, 4, 0x90, 0x90, 0x29, 0xc0];
+
+fn plan(strategy: Strategy) -> ResolvedPlan {
+    let site = |at: usize, len: usize| Site {
+        pointer: Pointer::new(""),
+        at: Gva(at as u64),
+        symbol: String::new(),
+        old: OLD[at..at + len].to_vec(),
+        new: NEW[at..at + len].to_vec(),
+    };
+    ResolvedPlan {
+        name: "test".into(),
+        strategy,
+        atomic: false,
+        deadline_ms: 1,
+        sites: vec![site(1, 5), site(7, 1), site(8, 2)],
+    }
+}
+
+const STRATEGIES: [Strategy; 2] = [Strategy::Breakpoint, Strategy::Hold];
+
+#[test]
+fn a_program_applies_and_its_reverse_restores() {
+    for strategy in STRATEGIES {
+        let mut memory = Memory::new(OLD);
+        assert_eq!(drive(&compile(&plan(strategy)), &mut memory), End::Applied);
+        assert_eq!(memory.bytes, NEW, "{strategy:?}");
+        assert_eq!(drive(&compile(&plan(strategy).reversed()), &mut memory), End::Applied);
+        assert_eq!(memory.bytes, OLD, "{strategy:?}");
+    }
+}
+
+#[test]
+fn whichever_step_fails_every_byte_is_as_it_was() {
+    for strategy in STRATEGIES {
+        let program = compile(&plan(strategy));
+        for (fail_at, reversible) in program.steps.iter().enumerate() {
+            let mut memory = Memory::new(OLD);
+            memory.fail_at = Some(fail_at);
+            let end = drive(&program, &mut memory);
+            let place = format!("{strategy:?}, step {fail_at}: {}", reversible.step);
+            if reversible.step.is_closing() {
+                assert_eq!((end, &memory.bytes[..]), (End::Applied, NEW), "{place}");
+            } else {
+                assert!(matches!(end, End::RolledBack { .. }), "{place}: {end:?}");
+                assert_eq!(memory.bytes, OLD, "{place}");
+            }
+        }
+    }
+}
+
+fn last_write(program: &Program) -> usize {
+    program.steps.iter().rposition(|s| matches!(s.step, Step::Write { .. })).expect("a write")
+}
+
+#[test]
+fn if_undoing_fails_too_the_guest_is_left_held() {
+    for strategy in STRATEGIES {
+        let program = compile(&plan(strategy));
+        let fail_at = last_write(&program);
+        for fail_undo_at in fail_at + 1..fail_at + 5 {
+            let mut memory = Memory::new(OLD);
+            (memory.fail_at, memory.fail_undo_at) = (Some(fail_at), Some(fail_undo_at));
+            let end = drive(&program, &mut memory);
+            assert!(matches!(end, End::Held { .. }), "{strategy:?} {fail_undo_at} {end:?}");
+            assert_eq!(memory.steps.last(), Some(&Step::Hold));
+        }
+    }
+}
+
+#[test]
+fn foreign_bytes_are_never_overwritten() {
+    for strategy in STRATEGIES {
+        for at in [1, 5, 7, 9] {
+            let mut foreign = OLD.to_vec();
+            foreign[at] ^= 0xff;
+            let mut memory = Memory::new(&foreign);
+            let end = drive(&compile(&plan(strategy)), &mut memory);
+            assert!(matches!(end, End::RolledBack { .. }), "{strategy:?} {at} {end:?}");
+            assert_eq!(memory.bytes, foreign);
+        }
+    }
+}
+
+#[test]
+fn a_deadline_rolls_back_wherever_it_strikes() {
+    for strategy in STRATEGIES {
+        let program = compile(&plan(strategy));
+        for expire_at in 0..=last_write(&program) {
+            let mut memory = Memory::new(OLD);
+            memory.expire_at = Some(expire_at);
+            let end = drive(&program, &mut memory);
+            let End::RolledBack { failure } = end else { panic!("{end:?}") };
+            assert_eq!(failure.error, StepError::Deadline);
+            assert_eq!(memory.bytes, OLD, "{strategy:?} {expire_at}");
+        }
+    }
+}
+
+#[test]
+fn breakpoint_needs_three_fences_whatever_the_number_of_sites() {
+    let program = compile(&plan(Strategy::Breakpoint));
+    assert_eq!(program.fences(), 3);
+    // Between two writes to the same byte there is always a fence, and a tail is only
+    // written while its head is int3.
+    let mut memory = Memory::new(OLD);
+    for reversible in &program.steps {
+        if let Step::Write { at, bytes } = &reversible.step
+            && bytes.len() > 1
+        {
+            let head = memory.slice(Gva(at.0 - 1), 1)[0];
+            assert_eq!(head, INT3);
+        }
+        memory.perform(&reversible.step).expect("performed");
+    }
+}
+
+#[test]
+fn a_single_byte_site_needs_no_fence_for_a_tail() {
+    let mut one = plan(Strategy::Breakpoint);
+    one.sites.remove(2);
+    one.sites.remove(0);
+    assert_eq!(compile(&one).fences(), 2);
+}

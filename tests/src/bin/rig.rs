@@ -1,0 +1,23 @@
+//! Runs a command in the rig's host, for a person who wants to look around:
+//! `cargo rig vmm doctor`, `cargo rig vmm --kernel /guest/bzImage --initrd /guest/initrd ...`.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use guest::wire::Request;
+use tests::lab::{self, Place};
+
+fn main() -> Result<()> {
+    let argv: Vec<String> = std::env::args().skip(1).collect();
+    if argv.is_empty() || argv[0].starts_with('-') {
+        bail!("usage: cargo rig PROGRAM [ARGUMENT ...], for example: cargo rig vmm doctor");
+    }
+    match lab::prepare()? {
+        Place::Here(_) => bail!("this machine has KVM: run the command itself"),
+        Place::Rig(mut rig, _) => {
+            let request = Request { argv, env: Vec::new() };
+            let code = rig.run(&request, Duration::from_secs(3600), lab::pass_on)?;
+            std::process::exit(code);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The lab: a place where guests can run, and all that they need.
+//!
+//! On a host with VMX or SVM that place is here. Elsewhere it is the rig: this very program
+//! is started again inside the emulated host, so a test is written once, as if KVM were local.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use guest::binaries::{self, Binaries};
+use guest::initramfs::Initramfs;
+use guest::kernel::Kernel;
+use guest::rig::{Rig, Stream};
+use guest::wire::Request;
+use guest::{cache, qemu};
+
+const VMM: &str = "LAB_VMM";
+const KERNEL: &str = "LAB_KERNEL";
+const INITRD: &str = "LAB_INITRD";
+
+/// What a guest needs, as paths that are valid in this process.
+#[derive(Debug, Clone)]
+pub struct Lab {
+    /// The monitor.
+    pub vmm: PathBuf,
+    /// The stock kernel.
+    pub kernel: PathBuf,
+    /// The guest's initramfs, with the workload.
+    pub initrd: PathBuf,
+}
+
+impl Lab {
+    /// The lab that an outer process prepared for this one, if there is one.
+    pub fn inherited() -> Option<Self> {
+        let path = |name| std::env::var_os(name).map(PathBuf::from);
+        Some(Self {
+            vmm: path(VMM)?,
+            kernel: path(KERNEL)?,
+            initrd: path(INITRD)?,
+        })
+    }
+
+    fn environment(&self) -> Vec<(String, String)> {
+        [(VMM, &self.vmm), (KERNEL, &self.kernel), (INITRD, &self.initrd)]
+            .map(|(name, path)| (name.to_owned(), path.display().to_string()))
+            .to_vec()
+    }
+}
+
+/// Where guests run.
+pub enum Place {
+    /// On this machine.
+    Here(Lab),
+    /// In the rig's host, where this program is `/bin/self`.
+    Rig(Box<Rig>, Lab),
+}
+
+/// Provides everything that guests need, and a place to run them.
+///
+/// # Errors
+/// Whatever keeps it from being provided, with what to do about it where that is known.
+pub fn prepare() -> Result<Place> {
+    let kernel = Kernel::debian()?;
+    let binaries = binaries::build()?;
+    let initrd = guest_initrd(&binaries)?;
+    if usable_kvm(&binaries.vmm) {
+        return Ok(Place::Here(Lab {
+            vmm: binaries.vmm,
+            kernel: kernel.bzimage,
+            initrd,
+        }));
+    }
+    let qemu = qemu::corrected()?;
+    let me = std::env::current_exe().context("this program's own path")?;
+    let rig = Rig::start(
+        &qemu,
+        &kernel,
+        &binaries.rig_init,
+        &[
+            ("bin/vmm", &binaries.vmm),
+            ("bin/self", &me),
+            ("guest/bzImage", &kernel.bzimage),
+            ("guest/initrd", &initrd),
+        ],
+    )?;
+    let lab = Lab {
+        vmm: "/bin/vmm".into(),
+        kernel: "/guest/bzImage".into(),
+        initrd: "/guest/initrd".into(),
+    };
+    Ok(Place::Rig(Box::new(rig), lab))
+}
+
+/// Asks the monitor itself, which finds out by trying.
+fn usable_kvm(vmm: &Path) -> bool {
+    Command::new(vmm)
+        .arg("doctor")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn guest_initrd(binaries: &Binaries) -> Result<PathBuf> {
+    let path = cache::root().join("guest-initrd");
+    // Another run may be reading the old one: put the new one in its place at once.
+    let partial = path.with_extension(std::process::id().to_string());
+    Initramfs::default().file("init", &binaries.guest_init)?.write(&partial)?;
+    std::fs::rename(&partial, &path).with_context(|| path.display().to_string())?;
+    Ok(path)
+}
+
+impl Place {
+    /// Runs this program again, as the inner one, with `arguments`; its output is passed on
+    /// to `sink`. Returns its exit code.
+    ///
+    /// # Errors
+    /// When it can't be started, or the rig breaks off.
+    pub fn run_self(
+        &mut self,
+        arguments: &[&str],
+        deadline: Duration,
+        mut sink: impl FnMut(Stream, &[u8]),
+    ) -> Result<i32> {
+        match self {
+            Self::Here(lab) => {
+                let me = std::env::current_exe().context("this program's own path")?;
+                let output = Command::new(me)
+                    .args(arguments)
+                    .envs(lab.environment())
+                    .stdin(Stdio::null())
+                    .stderr(Stdio::inherit())
+                    .output()?;
+                sink(Stream::Stdout, &output.stdout);
+                Ok(output.status.code().unwrap_or(-1))
+            }
+            Self::Rig(rig, lab) => {
+                let mut argv = vec!["/bin/self"];
+                argv.extend(arguments);
+                let request = Request {
+                    argv: argv.into_iter().map(str::to_owned).collect(),
+                    env: lab.environment(),
+                };
+                Ok(rig.run(&request, deadline, sink)?)
+            }
+        }
+    }
+}
+
+/// Passes output on to this process's own streams.
+pub fn pass_on(stream: Stream, bytes: &[u8]) {
+    // Whoever reads may have gone; the exit code still tells.
+    let _ = match stream {
+        Stream::Stdout => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
+        Stream::Stderr => io::stderr().write_all(bytes),
+    };
+}

@@ -1,0 +1,118 @@
+//! Gets a vCPU thread out of `KVM_RUN`: the `immediate_exit` byte and a signal.
+//!
+//! Unsafe code: a second mapping of the vCPU's `kvm_run` page, and `tgkill`. Invariants: the
+//! mapping lives as long as the [`Kick`]; only the byte `immediate_exit` is accessed, always
+//! as an atomic; the kernel reads that byte with `READ_ONCE` and never writes it
+//! (KVM API 5, `immediate_exit`).
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::memory::PAGE;
+
+/// Installs the handler of the kick signal. It does nothing: being interrupted is the point.
+///
+/// # Errors
+/// What `sigaction` returned.
+pub fn install_handler() -> io::Result<()> {
+    extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), interrupt).map_err(io::Error::from)
+}
+
+/// A handle on one vCPU's `immediate_exit` and its thread.
+#[derive(Debug)]
+pub struct Kick {
+    page: NonNull<libc::c_void>,
+    thread: AtomicI32,
+}
+
+// SAFETY: the page is accessed through one atomic byte only.
+unsafe impl Send for Kick {}
+// SAFETY: as above.
+unsafe impl Sync for Kick {}
+
+impl Kick {
+    /// Maps the vCPU's `kvm_run` page once more.
+    ///
+    /// # Errors
+    /// What `mmap` returned.
+    pub fn new(vcpu: &VcpuFd) -> io::Result<Self> {
+        // SAFETY: a new shared mapping of a vCPU descriptor's first page, at an address of
+        // the kernel's choice; it aliases no Rust object.
+        let page = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.as_raw_fd(),
+                0,
+            )
+        };
+        if page == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let page = NonNull::new(page).ok_or_else(|| io::Error::other("mapped at zero"))?;
+        Ok(Self { page, thread: AtomicI32::new(0) })
+    }
+
+    fn immediate_exit(&self) -> &AtomicU8 {
+        // SAFETY: the mapping is a page long and lives as long as `self`; a byte is always
+        // aligned; see the module invariants for why an atomic view is right.
+        unsafe {
+            let byte = self.page.as_ptr().byte_add(std::mem::offset_of!(kvm_run, immediate_exit));
+            AtomicU8::from_ptr(byte.cast())
+        }
+    }
+
+    /// To be called by the vCPU's thread itself, before its first entry.
+    pub fn adopt_current_thread(&self) {
+        // SAFETY: gettid has no arguments and can't fail.
+        self.thread.store(unsafe { libc::gettid() }, Ordering::SeqCst);
+    }
+
+    /// Makes the next entries return at once, until [`Kick::clear`].
+    pub fn set(&self) {
+        self.immediate_exit().store(1, Ordering::SeqCst);
+    }
+
+    /// Allows entries again. Only the vCPU's thread calls this, *before* it looks for
+    /// requests: a kick that comes after the look must not be lost.
+    pub fn clear(&self) {
+        self.immediate_exit().store(0, Ordering::SeqCst);
+    }
+
+    /// Interrupts the thread. Does nothing before the thread exists or after it has ended.
+    pub fn signal(&self) {
+        let thread = self.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            // SAFETY: tgkill takes integers. A thread that has ended gives ESRCH, which is
+            // as good as done; the process's id can't be reused while it runs.
+            unsafe {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN());
+            }
+        }
+    }
+
+    /// To be called by the vCPU's thread when it ends: its id may be reused from then on.
+    pub fn disown(&self) {
+        self.thread.store(0, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Kick {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made in `new` and nothing refers to it any more. It can
+        // only fail for a bad range.
+        unsafe {
+            libc::munmap(self.page.as_ptr(), PAGE as usize);
+        }
+    }
+}

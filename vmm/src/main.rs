@@ -1,0 +1,2 @@
+//! x
+fn main() { std::process::exit(1) }

@@ -1,0 +1,242 @@
+//! Guest RAM: one memfd, mapped twice.
+//!
+//! KVM runs the guest on mapping A; the monitor reads and writes through mapping B. So a
+//! page can be write-protected for the guest (`mprotect` of A) and still be patched (B).
+//!
+//! Unsafe code: `mprotect` on mapping A. Invariant: nothing in this process holds a
+//! reference into mapping A or writes through it; only KVM uses it, and KVM turns a write
+//! to a protected page into an exit.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::sync::atomic::Ordering;
+
+use patcher::addr::Gpa;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+use crate::layout::{DEVICE_GAP, DEVICE_GAP_END};
+
+/// Size of a page, in bytes.
+pub const PAGE: u64 = 4096;
+
+/// Why RAM could not be made or reached.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No memfd of this size.
+    #[error("a memfd of {bytes} bytes: {source}")]
+    Memfd {
+        /// The size.
+        bytes: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The memfd could not be mapped.
+    #[error("mapping guest memory: {0}")]
+    Map(MmapRegionError),
+    /// The regions do not form an address space.
+    #[error("arranging guest memory: {0}")]
+    Arrange(String),
+    /// No RAM at this address.
+    #[error("guest-physical {at:#x}: {source}", at = .at.0)]
+    Access {
+        /// The address.
+        at: Gpa,
+        /// What vm-memory said.
+        source: GuestMemoryError,
+    },
+    /// The protection of a page could not be changed.
+    #[error("protecting guest-physical {at:#x}: {source}", at = .at.0)]
+    Protect {
+        /// The page.
+        at: Gpa,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// A piece of RAM as KVM wants to know it.
+#[derive(Debug, Clone, Copy)]
+pub struct Slot {
+    /// Guest-physical start.
+    pub guest: u64,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Start in mapping A.
+    pub host: u64,
+}
+
+/// The guest's memory.
+#[derive(Debug)]
+pub struct GuestRam {
+    guest_view: GuestMemoryMmap,
+    writer: GuestMemoryMmap,
+}
+
+impl GuestRam {
+    /// Makes `bytes` of zeroed RAM, split around the device gap below 4 GiB.
+    ///
+    /// # Errors
+    /// When the memory can't be had or mapped.
+    pub fn new(bytes: u64) -> Result<Self, Error> {
+        let file = memfd(bytes)?;
+        let low = bytes.min(DEVICE_GAP);
+        let mut parts = vec![(0, 0, low)];
+        if bytes > low {
+            parts.push((DEVICE_GAP_END, low, bytes - low));
+        }
+        Ok(Self {
+            guest_view: map(&file, &parts)?,
+            writer: map(&file, &parts)?,
+        })
+    }
+
+    /// RAM's pieces, for KVM.
+    pub fn slots(&self) -> Vec<Slot> {
+        self.guest_view
+            .iter()
+            .map(|region| Slot {
+                guest: region.start_addr().0,
+                bytes: region.len(),
+                host: region.as_ptr() as u64,
+            })
+            .collect()
+    }
+
+    /// The monitor's own view, for loaders.
+    pub fn writer(&self) -> &GuestMemoryMmap {
+        &self.writer
+    }
+
+    /// Reads RAM.
+    ///
+    /// # Errors
+    /// [`Error::Access`] when a byte of the range is not RAM.
+    pub fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        self.writer
+            .read_slice(into, GuestAddress(at.0))
+            .map_err(|source| Error::Access { at, source })
+    }
+
+    /// Writes RAM. A range of 1, 2, 4 or 8 bytes that is aligned to its size is written with
+    /// one store; a longer one byte by byte, in no promised order.
+    ///
+    /// # Errors
+    /// [`Error::Access`] when a byte of the range is not RAM; bytes before it may have been
+    /// written.
+    pub fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
+        let to = GuestAddress(at.0);
+        let memory = &self.writer;
+        let done = match *bytes {
+            [a] => memory.store(a, to, Ordering::SeqCst),
+            [a, b] if at.0.is_multiple_of(2) => memory.store(u16::from_le_bytes([a, b]), to, Ordering::SeqCst),
+            [a, b, c, d] if at.0.is_multiple_of(4) => {
+                memory.store(u32::from_le_bytes([a, b, c, d]), to, Ordering::SeqCst)
+            }
+            [a, b, c, d, e, f, g, h] if at.0.is_multiple_of(8) => {
+                memory.store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), to, Ordering::SeqCst)
+            }
+            _ => memory.write_slice(bytes, to),
+        };
+        done.map_err(|source| Error::Access { at, source })
+    }
+
+    /// Reads an aligned 64-bit word, such as a page-table entry, with one load.
+    ///
+    /// # Errors
+    /// [`Error::Access`] when it is not in RAM or not aligned.
+    pub fn load_u64(&self, at: Gpa) -> Result<u64, Error> {
+        self.writer
+            .load(GuestAddress(at.0), Ordering::SeqCst)
+            .map_err(|source| Error::Access { at, source })
+    }
+
+    /// Makes the page at `at` read-only for the guest, or writable again. The monitor's own
+    /// writes are not affected. While it is read-only a guest's write makes `KVM_RUN` fail
+    /// with `EFAULT` before the write took effect; re-entering tries it again.
+    ///
+    /// # Errors
+    /// [`Error::Access`] when there is no RAM; [`Error::Protect`] when the system refuses.
+    pub fn write_protect(&self, at: Gpa, protected: bool) -> Result<(), Error> {
+        let page = Gpa(at.0 & !(PAGE - 1));
+        let host = self
+            .guest_view
+            .get_host_address(GuestAddress(page.0))
+            .map_err(|source| Error::Access { at: page, source })?;
+        let prot = if protected {
+            libc::PROT_READ
+        } else {
+            libc::PROT_READ | libc::PROT_WRITE
+        };
+        // SAFETY: `host` is the start of a page inside mapping A, which lives as long as
+        // `self`; regions are page-aligned, so the whole page belongs to it. Per the module
+        // invariant nothing but KVM accesses it.
+        let result = unsafe { libc::mprotect(host.cast(), PAGE as usize, prot) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(Error::Protect { at: page, source: std::io::Error::last_os_error() })
+        }
+    }
+}
+
+fn memfd(bytes: u64) -> Result<File, Error> {
+    let fail = |source| Error::Memfd { bytes, source };
+    // SAFETY: the name is a NUL-terminated literal and the flags are valid.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(fail(std::io::Error::last_os_error()));
+    }
+    // SAFETY: `fd` was just returned by the kernel and nobody else owns it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes).map_err(fail)?;
+    Ok(file)
+}
+
+fn map(file: &File, parts: &[(u64, u64, u64)]) -> Result<GuestMemoryMmap, Error> {
+    let mut regions = Vec::new();
+    for &(guest, offset, bytes) in parts {
+        let file = file.try_clone().map_err(|source| Error::Memfd { bytes, source })?;
+        let size = usize::try_from(bytes).map_err(|e| Error::Arrange(e.to_string()))?;
+        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size).map_err(Error::Map)?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(guest))
+            .ok_or_else(|| Error::Arrange(format!("{bytes:#x} bytes at {guest:#x} do not fit")))?;
+        regions.push(region);
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Arrange(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_is_split_around_the_device_gap_and_both_ends_work() {
+        let ram = GuestRam::new(DEVICE_GAP + 2 * PAGE).expect("RAM");
+        let slots = ram.slots();
+        assert_eq!(slots.len(), 2);
+        assert_eq!((slots[0].guest, slots[0].bytes), (0, DEVICE_GAP));
+        assert_eq!((slots[1].guest, slots[1].bytes), (DEVICE_GAP_END, 2 * PAGE));
+        let last = Gpa(DEVICE_GAP_END + 2 * PAGE - 8);
+        ram.write(last, &0x1122_3344_5566_7788_u64.to_le_bytes()).expect("written");
+        assert_eq!(ram.load_u64(last).expect("read"), 0x1122_3344_5566_7788);
+        assert!(matches!(ram.write(Gpa(DEVICE_GAP), &[0]), Err(Error::Access { .. })));
+        assert!(matches!(ram.write(Gpa(DEVICE_GAP_END + 2 * PAGE - 1), &[0, 0]), Err(Error::Access { .. })));
+    }
+
+    #[test]
+    fn a_protected_page_takes_the_monitors_writes_and_both_views_agree() {
+        let ram = GuestRam::new(4 * PAGE).expect("RAM");
+        ram.write_protect(Gpa(PAGE + 5), true).expect("protected");
+        ram.write(Gpa(PAGE), &[1, 2, 3]).expect("written");
+        let mut seen = [0; 3];
+        ram.guest_view.read_slice(&mut seen, GuestAddress(PAGE)).expect("read");
+        assert_eq!(seen, [1, 2, 3]);
+        ram.write_protect(Gpa(PAGE), false).expect("unprotected");
+        ram.guest_view.write_slice(&[9], GuestAddress(PAGE)).expect("written");
+    }
+}

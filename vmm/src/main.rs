@@ -1,2 +1,173 @@
-//! x
-fn main() { std::process::exit(1) }
+//! The program `vmm`.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use hyper::Method;
+use patcher::plan::{MAX_BYTES, Plan};
+use serde_json::Value;
+use vmm::cli::{At, Cli, Command, Patch, Run, Vm};
+use vmm::config::Config;
+use vmm::control::client;
+use vmm::control::wire::Refusals;
+use vmm::controller::{Answer, AtInit};
+use vmm::monitor::{self, Options};
+use vmm::render::{self, Style};
+use vmm::vcpu::Ending;
+use vmm::{boot, doctor};
+
+const BAD_INPUT: u8 = 2;
+const REFUSED: u8 = 3;
+const ROLLED_BACK: u8 = 4;
+const GUEST_HELD: u8 = 5;
+const GUEST_RESET: u8 = 10;
+const GUEST_CRASHED: u8 = 11;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match (cli.command, cli.run) {
+        (Some(Command::Patch(patch)), _) => patch_command(&patch),
+        (Some(Command::Vm(vm)), _) => vm_command(&vm),
+        (Some(Command::Doctor { json }), _) => Ok(doctor::run(json)),
+        (None, Some(run)) => run_vm(run),
+        (None, None) => {
+            eprintln!("vmm: --kernel is missing; see vmm --help");
+            Ok(BAD_INPUT)
+        }
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_vm(run: Run) -> Result<u8> {
+    let config = match Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            return Ok(BAD_INPUT);
+        }
+    };
+    let at_init = match run.patch {
+        None => None,
+        Some(path) => {
+            let plan = read_plan(&path)?;
+            if let Err(refused) = Plan::parse(&plan) {
+                let value = serde_json::to_value(Refusals::new(refused))?;
+                print_answer(&value, run.json)?;
+                return Ok(BAD_INPUT);
+            }
+            let json = run.json;
+            Some(AtInit { plan, then: Box::new(move |answer| print_outcome(answer, json)) })
+        }
+    };
+    let ending = match monitor::run(Options { config, socket: run.api_socket, at_init }) {
+        Ok(ending) => ending,
+        Err(error) => {
+            let bad_input = matches!(
+                error,
+                monitor::Error::Socket(_)
+                    | monitor::Error::Machine(vmm::machine::Error::Boot(
+                        boot::kernel::Error::File { .. }
+                            | boot::kernel::Error::Kernel { .. }
+                            | boot::kernel::Error::CommandLine(_)
+                            | boot::kernel::Error::TooSmall { .. }
+                    ))
+            );
+            eprintln!("vmm: {error}");
+            return Ok(if bad_input { BAD_INPUT } else { 1 });
+        }
+    };
+    monitor::flush();
+    Ok(match ending {
+        Ending::PowerOff | Ending::Stopped => 0,
+        Ending::Reset => GUEST_RESET,
+        Ending::TripleFault => {
+            eprintln!("vmm: the guest crashed (triple fault)");
+            GUEST_CRASHED
+        }
+        Ending::Failed(what) => {
+            eprintln!("vmm: {what}");
+            1
+        }
+    })
+}
+
+/// Prints the outcome of `--patch` before init starts.
+fn print_outcome(answer: Answer, json: bool) {
+    let value = match &answer {
+        Answer::Report(report) => serde_json::to_value(report),
+        Answer::Refused(refusals) => serde_json::to_value(refusals),
+        Answer::Failed(what) => Ok(serde_json::json!({ "error": what })),
+        other => Ok(serde_json::json!({ "error": format!("{other:?}") })),
+    };
+    // The guest boots on whoever reads this.
+    if let Ok(value) = value {
+        let _ = print_answer(&value, json);
+    }
+}
+
+fn read_plan(path: &Path) -> Result<Vec<u8>> {
+    let mut plan = Vec::new();
+    // One byte more than a plan may have, so that too long a one is told, not cut off.
+    let limit = MAX_BYTES as u64 + 1;
+    if path.as_os_str() == "-" {
+        std::io::stdin().take(limit).read_to_end(&mut plan).context("standard input")?;
+    } else {
+        let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+        file.take(limit).read_to_end(&mut plan).with_context(|| path.display().to_string())?;
+    }
+    Ok(plan)
+}
+
+fn patch_command(patch: &Patch) -> Result<u8> {
+    let named = |name: &str, rest: &str| format!("/patches/{name}{rest}");
+    let (at, method, uri, body) = match patch {
+        Patch::Apply { at, plan } => (at, Method::POST, "/patches".to_owned(), read_plan(plan)?),
+        Patch::Check { at, plan } => (at, Method::POST, "/patches/check".to_owned(), read_plan(plan)?),
+        Patch::Explain { at, plan } => (at, Method::POST, "/patches/explain".to_owned(), read_plan(plan)?),
+        Patch::List { at } => (at, Method::GET, "/patches".to_owned(), Vec::new()),
+        Patch::Show { at, name } => (at, Method::GET, named(name, ""), Vec::new()),
+        Patch::Revert { at, name } => (at, Method::POST, named(name, "/revert"), Vec::new()),
+    };
+    ask(at, method, &uri, body)
+}
+
+fn vm_command(vm: &Vm) -> Result<u8> {
+    match vm {
+        Vm::Info { at } => ask(at, Method::GET, "/vm", Vec::new()),
+        Vm::Pause { at } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
+        Vm::Resume { at } => ask(at, Method::PUT, "/vm/resume", Vec::new()),
+    }
+}
+
+fn ask(at: &At, method: Method, uri: &str, body: Vec<u8>) -> Result<u8> {
+    let (status, value) = client::request(&at.socket, method, uri, body)?;
+    print_answer(&value, at.json)?;
+    Ok(match (status, value["state"].as_str()) {
+        (200, _) => 0,
+        (400, _) => BAD_INPUT,
+        (_, Some("refused")) => REFUSED,
+        (_, Some("rolled_back")) => ROLLED_BACK,
+        (_, Some("held")) => GUEST_HELD,
+        _ => 1,
+    })
+}
+
+fn print_answer(value: &Value, json: bool) -> Result<()> {
+    let text = if json {
+        serde_json::to_string_pretty(value)? + "\n"
+    } else {
+        render::answer(value, Style::detect())
+    };
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}

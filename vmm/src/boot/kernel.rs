@@ -1,0 +1,140 @@
+//! Loading a bzImage, its initrd and its command line, and the zero page that tells the
+//! kernel about them (Linux Documentation/arch/x86/boot.rst).
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use linux_loader::cmdline::Cmdline;
+use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::{BootConfigurator, BootParams};
+use linux_loader::loader::bootparam::boot_params;
+use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
+use patcher::addr::Gpa;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, DEVICE_GAP, HIGH_MEMORY, RSDP, ZERO_PAGE};
+use crate::memory::{self, GuestRam, PAGE};
+
+/// The 64-bit entry lies this far into the protected-mode kernel.
+const ENTRY_64: u64 = 0x200;
+/// `XLF_KERNEL_64`: the kernel has a 64-bit entry.
+const HAS_64_BIT_ENTRY: u16 = 1;
+/// A boot loader without a number of its own.
+const LOADER_UNDEFINED: u8 = 0xff;
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+/// Why a kernel can't be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file can't be read.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The kernel is no bzImage, or broken.
+    #[error("{path} is no bzImage that can be loaded: {what}")]
+    Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The command line is too long or has bytes that it can't have.
+    #[error("the kernel command line: {0}")]
+    CommandLine(String),
+    /// RAM is too small.
+    #[error("{what} needs {needed} MiB of memory, the guest has {available} MiB")]
+    TooSmall {
+        /// What does not fit.
+        what: &'static str,
+        /// What it needs.
+        needed: u64,
+        /// What there is.
+        available: u64,
+    },
+    /// RAM can't be written.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+}
+
+/// Reads a file that the user named.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })
+}
+
+/// Loads the kernel `image` (read from `path`) and what goes with it. Returns its entry.
+///
+/// # Errors
+/// See [`Error`].
+pub fn load(
+    ram: &GuestRam,
+    path: &Path,
+    image: &[u8],
+    initrd: Option<&[u8]>,
+    command_line: &str,
+) -> Result<u64, Error> {
+    let broken = |what: String| Error::Kernel { path: path.to_owned(), what };
+    let low_end = ram.writer().iter().next().map_or(0, |region| region.len()).min(DEVICE_GAP);
+    let fits = |what, needed: u64| {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        if needed <= low_end {
+            Ok(())
+        } else {
+            Err(Error::TooSmall { what, needed: mib(needed), available: low_end >> 20 })
+        }
+    };
+    fits("the kernel", HIGH_MEMORY + image.len() as u64)?;
+    let loaded = BzImage::load(
+        ram.writer(),
+        Some(GuestAddress(HIGH_MEMORY)),
+        &mut Cursor::new(image),
+        Some(GuestAddress(HIGH_MEMORY)),
+    )
+    .map_err(|e| broken(e.to_string()))?;
+    let mut header = loaded.setup_header.ok_or_else(|| broken("it has no setup header".into()))?;
+    if header.version < 0x20c || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
+        return Err(broken("it has no 64-bit entry (boot protocol 2.12 and XLF_KERNEL_64)".into()));
+    }
+    // The kernel unpacks itself to its preferred address or above where it was loaded.
+    let unpacked_end = header.pref_address.max(HIGH_MEMORY) + u64::from(header.init_size);
+    fits("the unpacked kernel", unpacked_end)?;
+
+    header.type_of_loader = LOADER_UNDEFINED;
+    header.cmd_line_ptr = u32::try_from(COMMAND_LINE).unwrap_or(u32::MAX);
+    let text = Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(|e| Error::CommandLine(e.to_string()))?;
+    load_cmdline(ram.writer(), GuestAddress(COMMAND_LINE), &text).map_err(|e| Error::CommandLine(e.to_string()))?;
+    if let Some(initrd) = initrd {
+        let size = initrd.len() as u64;
+        let end = low_end.min(u64::from(header.initrd_addr_max) + 1);
+        fits("the kernel with its initrd", unpacked_end + size.next_multiple_of(PAGE))?;
+        let at = (end - size) & !(PAGE - 1);
+        ram.write(Gpa(at), initrd)?;
+        header.ramdisk_image = u32::try_from(at).unwrap_or(u32::MAX);
+        header.ramdisk_size = u32::try_from(size).unwrap_or(u32::MAX);
+    }
+    write_zero_page(ram, header).map_err(broken)?;
+    Ok(loaded.kernel_load.0 + ENTRY_64)
+}
+
+fn write_zero_page(ram: &GuestRam, header: linux_loader::loader::bootparam::setup_header) -> Result<(), String> {
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: RSDP, ..Default::default() };
+    let mut map = vec![(0, BASE_MEMORY_END, E820_RAM), (RSDP, HIGH_MEMORY - RSDP, E820_RESERVED)];
+    for region in ram.writer().iter() {
+        let start = region.start_addr().0;
+        let from = start.max(HIGH_MEMORY);
+        map.push((from, start + region.len() - from, E820_RAM));
+    }
+    for (entry, &(addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
+        (entry.addr, entry.size, entry.r#type) = (addr, size, kind);
+    }
+    params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
+    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, GuestAddress(ZERO_PAGE)), ram.writer())
+        .map_err(|e| e.to_string())
+}

@@ -1,0 +1,157 @@
+//! What goes over the control socket, as JSON.
+
+use std::path::PathBuf;
+
+use patcher::addr::Gva;
+use patcher::plan::Strategy;
+use patcher::refusal::{Refusal, Refused};
+use patcher::resolve::Site;
+use serde::Serialize;
+
+/// `GET /vm`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Info {
+    /// What it is doing.
+    pub state: State,
+    /// How many vCPUs it has.
+    pub cpus: u8,
+    /// How much memory, in MiB.
+    pub memory_mib: u64,
+    /// The kernel file.
+    pub kernel_file: PathBuf,
+    /// The running kernel; absent until it has set up system calls.
+    pub kernel: Option<KernelInfo>,
+    /// How fences are made: `membarrier` or `kick`.
+    pub fence: String,
+    /// How many patches are applied.
+    pub patches: usize,
+    /// Time since the monitor started, in milliseconds.
+    pub uptime_ms: u64,
+    /// The monitor's version.
+    pub version: String,
+}
+
+/// About the running kernel.
+#[derive(Debug, Clone, Serialize)]
+pub struct KernelInfo {
+    /// What `uname -r` says in it.
+    pub release: String,
+    /// Where `_text` is.
+    pub base: Gva,
+    /// How far that is from where it was linked.
+    pub slide: u64,
+}
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It runs.
+    Running,
+    /// The user paused it.
+    Paused,
+    /// A program failed and could not be undone.
+    Held,
+}
+
+/// What became of a patch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PatchState {
+    /// Its new bytes are in place.
+    Applied,
+    /// Its old bytes are in place again.
+    Reverted,
+    /// It failed; its old bytes are in place.
+    RolledBack,
+    /// It failed and so did undoing it; the guest is held.
+    Held,
+}
+
+/// What a program did.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The plan's name.
+    pub name: String,
+    /// How it ended.
+    pub state: PatchState,
+    /// What failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// The strategy.
+    pub strategy: Strategy,
+    /// Why that one.
+    pub reason: String,
+    /// How long things took.
+    pub timing: Timing,
+    /// How many times a vCPU ran into a breakpoint of ours and waited.
+    pub traps: u64,
+    /// The sites.
+    pub sites: Vec<Site>,
+}
+
+/// How long things took, in microseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Timing {
+    /// From taking the request to its end.
+    pub total_us: u64,
+    /// Of that, the program.
+    pub program_us: u64,
+    /// How many fences there were, those inside arm and hold included.
+    pub fences: usize,
+    /// The longest of them.
+    pub longest_fence_us: u64,
+    /// The longest time that a vCPU was kept out of the guest.
+    pub longest_stall_us: u64,
+}
+
+/// One line of `GET /patches`.
+#[derive(Debug, Clone, Serialize)]
+pub struct PatchSummary {
+    /// The plan's name.
+    pub name: String,
+    /// What became of it.
+    pub state: PatchState,
+    /// How many sites it has.
+    pub sites: usize,
+    /// How it was applied.
+    pub strategy: Strategy,
+}
+
+/// A plan or a request that was refused: no guest byte was written.
+#[derive(Debug, Clone, Serialize)]
+pub struct Refusals {
+    /// Always `refused`.
+    pub state: &'static str,
+    /// Every reason.
+    pub refusals: Vec<Refused>,
+}
+
+impl Refusals {
+    /// Wraps the reasons.
+    #[must_use]
+    pub fn new(refusals: Vec<Refused>) -> Self {
+        Self { state: "refused", refusals }
+    }
+
+    /// Whether the plan itself is bad, whatever the guest.
+    #[must_use]
+    pub fn is_bad_input(&self) -> bool {
+        self.refusals.iter().any(|refused| {
+            matches!(refused.refusal, Refusal::PlanMalformed { .. } | Refusal::PlanTooLarge { .. })
+        })
+    }
+
+    /// Whether a patch was named that does not exist.
+    #[must_use]
+    pub fn is_unknown_patch(&self) -> bool {
+        self.refusals.iter().any(|refused| matches!(refused.refusal, Refusal::UnknownPatch { .. }))
+    }
+}
+
+/// A request that could not be served.
+#[derive(Debug, Clone, Serialize)]
+pub struct Trouble {
+    /// What is wrong.
+    pub error: String,
+}

@@ -1,0 +1,454 @@
+//! The controller: the one thread that changes the guest. It takes commands in order, so
+//! programs never interleave.
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use patcher::addr::{Gpa, Gva};
+use patcher::compile::compile;
+use patcher::kernel::KernelImage;
+use patcher::plan::Plan;
+use patcher::refusal::{Refusal, Refused};
+use patcher::resolve::{ResolvedPlan, resolve};
+use patcher::session::End;
+use patcher::target::drive;
+
+use crate::config::Config;
+use crate::control::wire::{Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing};
+use crate::live::Live;
+use crate::locate::{GuestKernel, Located};
+use crate::memory::{GuestRam, PAGE};
+use crate::rendezvous::Rendezvous;
+
+/// How long a pause waits for vCPUs that the host preempted.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Something to do.
+#[derive(Debug)]
+pub enum Command {
+    /// Tell about the VM.
+    Info,
+    /// Keep the vCPUs out of the guest.
+    Pause,
+    /// Let them in again.
+    Resume,
+    /// Apply a plan, given as JSON.
+    Apply(Vec<u8>),
+    /// Resolve a plan and say what it would change.
+    Check(Vec<u8>),
+    /// Compile a plan and print its steps.
+    Explain(Vec<u8>),
+    /// The patches that were applied.
+    List,
+    /// One of them.
+    Show(String),
+    /// Undo one of them.
+    Revert(String),
+}
+
+/// The answer.
+#[derive(Debug)]
+pub enum Answer {
+    /// About the VM.
+    Info(Box<Info>),
+    /// Done, with nothing to tell.
+    Done,
+    /// What a program did.
+    Report(Box<Report>),
+    /// What a program would do.
+    Program(Box<patcher::program::Program>),
+    /// The patches.
+    Patches(Vec<PatchSummary>),
+    /// Nothing was written.
+    Refused(Refusals),
+    /// The host failed.
+    Failed(String),
+}
+
+enum Message {
+    Command(Command, Box<dyn FnOnce(Answer) + Send>),
+    Located(Located, Box<dyn FnOnce() + Send>),
+    ProtectedWrite(Box<dyn FnOnce(bool) + Send>),
+}
+
+/// A handle for giving commands; clones give to the same controller.
+#[derive(Clone)]
+pub struct Controls(Sender<Message>);
+
+impl Controls {
+    /// Gives a command; `reply` is called with the answer, on the controller's thread.
+    /// Returns `false` when the controller has ended.
+    pub fn give(&self, command: Command, reply: impl FnOnce(Answer) + Send + 'static) -> bool {
+        self.0.send(Message::Command(command, Box::new(reply))).is_ok()
+    }
+
+    /// Tells where the kernel is and waits until that is dealt with.
+    pub fn located(&self, found: Located) {
+        self.wait(|done| Message::Located(found, Box::new(move || done(()))));
+    }
+
+    /// Tells of a write to a protected page and waits until that is dealt with; `false` if
+    /// no page is protected.
+    pub fn protected_write(&self) -> bool {
+        self.wait(|done| Message::ProtectedWrite(Box::new(done))).unwrap_or(true)
+    }
+
+    fn wait<T: Send + 'static>(&self, message: impl FnOnce(Box<dyn FnOnce(T) + Send>) -> Message) -> Option<T> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        // The receiver is right here until an answer came; nobody else can miss it.
+        let done = Box::new(move |value| drop(sender.send(value)));
+        self.0.send(message(done)).ok()?;
+        receiver.recv().ok()
+    }
+}
+
+/// The kernel image, read from its file when first needed, by whoever needs it first.
+pub struct Image {
+    file: Vec<u8>,
+    parsed: OnceLock<Result<Arc<KernelImage>, String>>,
+}
+
+impl Image {
+    /// Takes the content of a kernel file.
+    #[must_use]
+    pub fn new(file: Vec<u8>) -> Self {
+        Self { file, parsed: OnceLock::new() }
+    }
+
+    /// The file's content.
+    #[must_use]
+    pub fn file(&self) -> &[u8] {
+        &self.file
+    }
+
+    /// What is known of the kernel.
+    ///
+    /// # Errors
+    /// Why it can't be read.
+    pub fn parsed(&self) -> Result<Arc<KernelImage>, String> {
+        let parse = || KernelImage::parse(&self.file).map(Arc::new).map_err(|e| e.to_string());
+        self.parsed.get_or_init(parse).clone()
+    }
+}
+
+/// A plan to apply when the guest is about to start init, and what becomes of it.
+pub struct AtInit {
+    /// The plan, as JSON.
+    pub plan: Vec<u8>,
+    /// Called with the outcome, on the controller's thread, before init starts.
+    pub then: Box<dyn FnOnce(Answer) + Send>,
+}
+
+/// The page that the kernel writes to right before it starts init.
+#[derive(Clone, Copy)]
+enum Gate {
+    None,
+    Closed(Gpa),
+    Open,
+}
+
+struct Applied {
+    plan: ResolvedPlan,
+    state: PatchState,
+    report: Report,
+}
+
+/// The controller's state.
+pub struct Controller {
+    config: Config,
+    ram: Arc<GuestRam>,
+    rendezvous: Arc<Rendezvous>,
+    uses_membarrier: bool,
+    image: Arc<Image>,
+    located: Option<Located>,
+    kernel: Option<GuestKernel>,
+    patches: Vec<Applied>,
+    held_by: Option<String>,
+    at_init: Option<AtInit>,
+    gate: Gate,
+    started: Instant,
+}
+
+impl Controller {
+    /// A controller for a machine that is not started yet.
+    #[must_use]
+    pub fn new(config: Config, machine: &crate::machine::Machine, image: Arc<Image>, at_init: Option<AtInit>) -> Self {
+        Self {
+            config,
+            ram: machine.ram().clone(),
+            rendezvous: machine.rendezvous().clone(),
+            uses_membarrier: machine.uses_membarrier(),
+            image,
+            located: None,
+            kernel: None,
+            patches: Vec::new(),
+            held_by: None,
+            at_init,
+            gate: Gate::None,
+            started: Instant::now(),
+        }
+    }
+
+    /// Starts the thread. It ends when the last [`Controls`] is gone.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn spawn(self) -> std::io::Result<(Controls, JoinHandle<()>)> {
+        let (sender, receiver) = mpsc::channel();
+        let thread = thread::Builder::new().name("controller".into()).spawn(move || self.serve(&receiver))?;
+        Ok((Controls(sender), thread))
+    }
+
+    fn serve(mut self, messages: &Receiver<Message>) {
+        for message in messages {
+            match message {
+                Message::Command(command, reply) => reply(self.obey(command)),
+                Message::Located(found, done) => {
+                    self.located = Some(found);
+                    self.close_gate();
+                    done();
+                }
+                Message::ProtectedWrite(done) => done(self.open_gate()),
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> Answer {
+        match command {
+            Command::Info => Answer::Info(Box::new(self.info())),
+            Command::Pause => match self.rendezvous.pause(PAUSE_PATIENCE) {
+                Ok(()) => Answer::Done,
+                Err(error) => Answer::Failed(error.to_string()),
+            },
+            Command::Resume => {
+                self.rendezvous.resume();
+                Answer::Done
+            }
+            Command::Apply(json) => self.apply(&json),
+            Command::Check(json) | Command::Explain(json) => match self.resolve(&json) {
+                Ok(plan) => Answer::Program(Box::new(compile(&plan))),
+                Err(refused) => Answer::Refused(Refusals::new(refused)),
+            },
+            Command::List => Answer::Patches(self.patches.iter().map(Applied::summary).collect()),
+            Command::Show(name) => match self.find(&name) {
+                Ok(index) => Answer::Report(Box::new(self.patches[index].report.clone())),
+                Err(refusal) => Answer::Refused(Refusals::new(vec![refusal.at_root()])),
+            },
+            Command::Revert(name) => self.revert(&name),
+        }
+    }
+
+    fn info(&mut self) -> Info {
+        let kernel = self.kernel().ok().map(|kernel| KernelInfo {
+            release: kernel.kernel().image.release().to_owned(),
+            base: kernel.base(),
+            slide: kernel.kernel().slide,
+        });
+        Info {
+            state: self.state(),
+            cpus: self.config.cpus,
+            memory_mib: self.config.memory_mib,
+            kernel_file: self.config.kernel.clone(),
+            kernel,
+            fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
+            patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
+            uptime_ms: ms(self.started.elapsed()),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    fn state(&self) -> State {
+        if self.held_by.is_some() {
+            State::Held
+        } else if self.rendezvous.is_paused() {
+            State::Paused
+        } else {
+            State::Running
+        }
+    }
+
+    /// The guest's kernel, once it is far enough.
+    fn kernel(&mut self) -> Result<&GuestKernel, Refusal> {
+        if self.kernel.is_none() {
+            let not_ready = |why: &str| Refusal::GuestNotReady { why: why.to_owned() };
+            let found = self.located.ok_or_else(|| not_ready("it has not set up system calls yet"))?;
+            let image = self.image.parsed().map_err(|why| not_ready(&why))?;
+            self.kernel = Some(GuestKernel::new(image, found, self.ram.clone())?);
+        }
+        self.kernel.as_ref().ok_or(Refusal::GuestNotReady { why: String::new() })
+    }
+
+    fn find(&self, name: &str) -> Result<usize, Refusal> {
+        let unknown = || Refusal::UnknownPatch { name: name.to_owned() };
+        self.patches.iter().position(|patch| patch.plan.name == name).ok_or_else(unknown)
+    }
+
+    fn resolve(&mut self, json: &[u8]) -> Result<ResolvedPlan, Vec<Refused>> {
+        let plan = Plan::parse(json)?;
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        self.not_held().map_err(root)?;
+        let in_use = |patch: &Applied| patch.state == PatchState::Applied;
+        if self.patches.iter().any(|patch| in_use(patch) && patch.plan.name == plan.name) {
+            return Err(root(Refusal::NameTaken { name: plan.name }));
+        }
+        let kernel = self.kernel().map_err(root)?.clone();
+        let taken = self.patches.iter().filter(|patch| in_use(patch)).flat_map(|patch| {
+            patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site))
+        });
+        resolve(&plan, kernel.kernel(), &kernel, taken)
+    }
+
+    fn not_held(&self) -> Result<(), Refusal> {
+        match &self.held_by {
+            Some(name) => Err(Refusal::GuestHeld { name: name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn apply(&mut self, json: &[u8]) -> Answer {
+        let asked = Instant::now();
+        let plan = match self.resolve(json) {
+            Ok(plan) => plan,
+            Err(refused) => return Answer::Refused(Refusals::new(refused)),
+        };
+        let report = match self.execute(&plan, asked) {
+            Ok(report) => report,
+            Err(refusal) => return Answer::Refused(Refusals::new(vec![refusal.at_root()])),
+        };
+        if report.state == PatchState::Applied {
+            // A name may be used again after its patch was reverted.
+            self.patches.retain(|patch| patch.plan.name != plan.name);
+            self.patches.push(Applied { plan, state: report.state, report: report.clone() });
+        }
+        Answer::Report(Box::new(report))
+    }
+
+    fn revert(&mut self, name: &str) -> Answer {
+        let asked = Instant::now();
+        let reverted = self.not_held().and_then(|()| self.find(name)).and_then(|index| {
+            if self.patches[index].state != PatchState::Applied {
+                return Err(Refusal::NotApplied { name: name.to_owned() });
+            }
+            let back = self.patches[index].plan.reversed();
+            let mut report = self.execute(&back, asked)?;
+            if report.state == PatchState::Applied {
+                report.state = PatchState::Reverted;
+                self.patches[index].state = PatchState::Reverted;
+                self.patches[index].report = report.clone();
+            }
+            Ok(report)
+        });
+        match reverted {
+            Ok(report) => Answer::Report(Box::new(report)),
+            Err(refusal) => Answer::Refused(Refusals::new(vec![refusal.at_root()])),
+        }
+    }
+
+    /// Runs the program of a resolved plan.
+    fn execute(&mut self, plan: &ResolvedPlan, asked: Instant) -> Result<Report, Refusal> {
+        let kernel = self.kernel()?.clone();
+        let program = compile(plan);
+        let resolved = asked.elapsed();
+        let mut target = Live::new(&kernel, &self.rendezvous, Duration::from_millis(plan.deadline_ms));
+        let end = drive(&program, &mut target);
+        let total = asked.elapsed();
+        let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
+        let counters = self.rendezvous.counters();
+        let (state, failure) = match end {
+            End::Applied => (PatchState::Applied, None),
+            End::RolledBack { failure } => (PatchState::RolledBack, Some(failure.to_string())),
+            End::Held { failure, undo } => {
+                self.held_by = Some(plan.name.clone());
+                (PatchState::Held, Some(format!("{failure}; undoing it: {undo}")))
+            }
+        };
+        Ok(Report {
+            name: plan.name.clone(),
+            state,
+            failure,
+            strategy: program.strategy,
+            reason: program.reason.to_owned(),
+            timing: Timing {
+                total_us: us(total),
+                program_us: us(total.saturating_sub(resolved)),
+                fences: target.fences().len(),
+                longest_fence_us: us(longest_fence),
+                longest_stall_us: counters.longest_stall_ns / 1000,
+            },
+            traps: counters.traps,
+            sites: program.sites,
+        })
+    }
+
+    // The gate before init: the kernel frees its init sections, overwriting them with a
+    // pattern, right before it starts init (Linux init/main.c, kernel_init and
+    // free_initmem; mm/page_alloc.c, free_reserved_area). A page of them that nobody writes
+    // to otherwise is protected from the time the kernel is found; the write to it is the
+    // signal, and the vCPU that does it waits. `docs/gate.md` has the alternatives.
+
+    /// Protects the page, if there is a plan to be applied then.
+    fn close_gate(&mut self) {
+        if self.at_init.is_none() {
+            return;
+        }
+        let protected = self.kernel().cloned().map_err(|refusal| refusal.to_string()).and_then(|kernel| {
+            let symbol = |name| kernel.kernel().symbol(name).map_err(|refusal| refusal.to_string());
+            let (start, end) = (symbol("__alt_instructions")?, symbol("__alt_instructions_end")?);
+            let page = Gva(start.0.next_multiple_of(PAGE));
+            if page.0 + PAGE > end.0 {
+                return Err("the kernel's table of alternatives fills no page".to_owned());
+            }
+            let at = kernel.translate(page).ok_or_else(|| format!("{page} is not mapped"))?.at;
+            self.ram.write_protect(at, true).map_err(|e| e.to_string())?;
+            Ok(at)
+        });
+        match protected {
+            Ok(page) => self.gate = Gate::Closed(page),
+            Err(why) => self.finish_at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}"))),
+        }
+    }
+
+    /// Applies the plan and lets the vCPU go on. `false` if nothing was protected.
+    fn open_gate(&mut self) -> bool {
+        let page = match self.gate {
+            Gate::None => return false,
+            // Another vCPU came to it at the same time.
+            Gate::Open => return true,
+            Gate::Closed(page) => page,
+        };
+        self.gate = Gate::Open;
+        self.finish_at_init(|controller, plan| controller.apply(plan));
+        if let Err(error) = self.ram.write_protect(page, false) {
+            eprintln!("vmm: {error}");
+        }
+        true
+    }
+
+    fn finish_at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {
+        if let Some(at_init) = self.at_init.take() {
+            let answer = apply(self, &at_init.plan);
+            (at_init.then)(answer);
+        }
+    }
+}
+
+impl Applied {
+    fn summary(&self) -> PatchSummary {
+        PatchSummary {
+            name: self.plan.name.clone(),
+            state: self.state,
+            sites: self.plan.sites.len(),
+            strategy: self.report.strategy,
+        }
+    }
+}
+
+fn ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,154 @@
+//! Finding the kernel in a running guest: where it is (KASLR), its page tables, and proof
+//! that it is the kernel whose image was given.
+//!
+//! Linux puts the address of `entry_SYSCALL_64` into `MSR_LSTAR` when it sets up a CPU
+//! (arch/x86/kernel/cpu/common.c, `syscall_init`), early in boot and before it starts other
+//! CPUs. From it follows the slide; from the page tables in CR3 at that moment the physical
+//! place; from there the kernel's own top-level table, `init_top_pgt`, which is used from
+//! then on, whatever process a vCPU is running.
+
+use std::sync::Arc;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+use patcher::addr::{Gpa, Gva};
+use patcher::kernel::KernelImage;
+use patcher::refusal::Refusal;
+use patcher::resolve::{Kernel, Text};
+
+use crate::memory::GuestRam;
+use crate::paging::{Mapping, PageTables};
+
+const MSR_LSTAR: u32 = 0xc000_0082;
+const CR4_LA57: u64 = 1 << 12;
+/// Kernel text lies in the upper half.
+const UPPER_HALF: u64 = 1 << 63;
+/// KASLR moves the kernel by multiples of this (`CONFIG_PHYSICAL_ALIGN`).
+const SLIDE_ALIGN: u64 = 2 << 20;
+/// And by less than this (`KERNEL_IMAGE_SIZE`).
+const SLIDE_MAX: u64 = 1 << 30;
+
+/// What a vCPU's registers tell about the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Located {
+    /// Where `SYSCALL` goes.
+    pub syscall_entry: Gva,
+    /// The page tables in use at that moment.
+    pub tables: PageTables,
+}
+
+/// Looks at a vCPU that is out of `KVM_RUN`. `None` as long as its kernel has not set up
+/// system calls.
+pub fn look(vcpu: &VcpuFd) -> Option<Located> {
+    let entry = kvm_msr_entry { index: MSR_LSTAR, ..Default::default() };
+    let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+    vcpu.get_msrs(&mut msrs).ok()?;
+    let syscall_entry = msrs.as_slice().first()?.data;
+    if syscall_entry & UPPER_HALF == 0 {
+        return None;
+    }
+    let sregs = vcpu.get_sregs().ok()?;
+    let levels = if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 };
+    Some(Located {
+        syscall_entry: Gva(syscall_entry),
+        tables: PageTables { root: Gpa(sregs.cr3), levels },
+    })
+}
+
+/// The kernel of a running guest.
+#[derive(Debug, Clone)]
+pub struct GuestKernel {
+    image: Arc<KernelImage>,
+    slide: u64,
+    tables: PageTables,
+    ram: Arc<GuestRam>,
+}
+
+impl GuestKernel {
+    /// Ties an image to the guest that runs it.
+    ///
+    /// # Errors
+    /// [`Refusal::GuestNotReady`] when the guest runs something else.
+    pub fn new(image: Arc<KernelImage>, found: Located, ram: Arc<GuestRam>) -> Result<Self, Refusal> {
+        let other = |why: String| Refusal::GuestNotReady { why };
+        let at_link = Kernel { image: &image, slide: 0 };
+        let slide = found.syscall_entry.0.wrapping_sub(at_link.symbol("entry_SYSCALL_64")?.0);
+        if !slide.is_multiple_of(SLIDE_ALIGN) || slide >= SLIDE_MAX {
+            return Err(other(format!(
+                "its system calls enter at {}, which fits no place of {}",
+                found.syscall_entry,
+                image.release()
+            )));
+        }
+        let here = Kernel { image: &image, slide };
+        let (root, banner) = (here.symbol("init_top_pgt")?, here.symbol("linux_banner")?);
+        let mut kernel = Self { image: image.clone(), slide, tables: found.tables, ram };
+        let root = kernel.translate(root).ok_or_else(|| other(format!("{root} is not mapped")))?;
+        kernel.tables.root = root.at;
+        let expected = format!("Linux version {} ", image.release());
+        let mut text = vec![0; expected.len()];
+        kernel.read(banner, &mut text).map_err(|at| other(format!("{at} is not mapped")))?;
+        if text != expected.as_bytes() {
+            return Err(other(format!("{:?} is where {expected:?} should be", String::from_utf8_lossy(&text))));
+        }
+        Ok(kernel)
+    }
+
+    /// The image with its place.
+    #[must_use]
+    pub fn kernel(&self) -> Kernel<'_> {
+        Kernel { image: &self.image, slide: self.slide }
+    }
+
+    /// Where `_text` is.
+    #[must_use]
+    pub fn base(&self) -> Gva {
+        Gva(self.image.text_base().0.wrapping_add(self.slide))
+    }
+
+    /// Translates an address through the kernel's own page tables.
+    #[must_use]
+    pub fn translate(&self, at: Gva) -> Option<Mapping> {
+        self.tables.translate(at, |entry| self.ram.load_u64(entry).ok())
+    }
+
+    /// The physical pieces of a range, all of them, or the first address that has none.
+    fn pieces(&self, at: Gva, length: usize) -> Result<Vec<(Gpa, usize)>, Gva> {
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < length {
+            let here = at.plus(done).ok_or(at)?;
+            let mapping = self.translate(here).ok_or(here)?;
+            let size = usize::try_from(mapping.left).unwrap_or(usize::MAX).min(length - done);
+            pieces.push((mapping.at, size));
+            done += size;
+        }
+        Ok(pieces)
+    }
+
+    /// Writes guest memory. Nothing is written unless the whole range is mapped.
+    ///
+    /// # Errors
+    /// The first address that is not mapped, or is not RAM.
+    pub fn write(&self, at: Gva, bytes: &[u8]) -> Result<(), Gva> {
+        let mut rest = bytes;
+        for (piece, size) in self.pieces(at, bytes.len())? {
+            let (now, later) = rest.split_at(size);
+            self.ram.write(piece, now).map_err(|_| at)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+impl Text for GuestKernel {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        let mut rest = into;
+        for (piece, size) in self.pieces(at, rest.len())? {
+            let (now, later) = rest.split_at_mut(size);
+            self.ram.read(piece, now).map_err(|_| at)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}

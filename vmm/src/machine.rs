@@ -1,0 +1,150 @@
+//! The machine: everything that makes up a VM, put together and owned in one place.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use patcher::addr::VcpuId;
+
+use crate::boot::{acpi, cpuid, kernel, registers};
+use crate::config::Config;
+use crate::devices::{Console, Line, Ports, Power};
+use crate::kick::{self, Kick};
+use crate::kvm::{self, During, Vm};
+use crate::layout::COM1_IRQ;
+use crate::membarrier::Membarrier;
+use crate::memory::{self, GuestRam};
+use crate::rendezvous::Rendezvous;
+use crate::vcpu::{Listener, Vcpu};
+
+/// Why a machine can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The kernel or what goes with it.
+    #[error(transparent)]
+    Boot(#[from] kernel::Error),
+    /// A descriptor, a thread or a signal handler.
+    #[error("the host: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// A machine that is ready to start.
+pub struct Machine {
+    vm: Arc<Vm>,
+    ports: Arc<Ports>,
+    rendezvous: Arc<Rendezvous>,
+    vcpus: Vec<(kvm_ioctls::VcpuFd, Arc<Kick>)>,
+    threads: Vec<JoinHandle<()>>,
+    uses_membarrier: bool,
+}
+
+impl Machine {
+    /// Builds the machine; `image` is the kernel file's content. The serial console writes
+    /// to `output` and raises `drained` when it can take more input.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is left behind.
+    pub fn build(
+        config: &Config,
+        image: &[u8],
+        output: Box<dyn io::Write + Send>,
+        drained: Line,
+    ) -> Result<Self, Error> {
+        let initrd = config.initrd.as_deref().map(kernel::read).transpose()?;
+        let ram = Arc::new(GuestRam::new(config.memory_bytes())?);
+        let entry = kernel::load(&ram, &config.kernel, image, initrd.as_deref(), &config.command_line)?;
+        acpi::write(&ram, config.cpus)?;
+        registers::write_tables(&ram)?;
+
+        let vm = Arc::new(Vm::new(ram, config.cpus)?);
+        let interrupt = Line::new()?;
+        vm.fd().register_irqfd(interrupt.event(), COM1_IRQ).during("KVM_IRQFD")?;
+        let ports = Arc::new(Ports::new(Console::new(interrupt, drained, output), Power::new()));
+
+        kick::install_handler()?;
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let fd = vm.vcpu(id)?;
+            let mut features = vm.supported_cpuid()?;
+            cpuid::place(&mut features, id, config.cpus);
+            fd.set_cpuid2(&features).during("KVM_SET_CPUID2")?;
+            if id == 0 {
+                // The others wait for the kernel's INIT and SIPI.
+                let sregs = registers::sregs(&fd.get_sregs().during("KVM_GET_SREGS")?);
+                fd.set_sregs(&sregs).during("KVM_SET_SREGS")?;
+                fd.set_regs(&registers::regs(entry)).during("KVM_SET_REGS")?;
+            }
+            let kick = Arc::new(Kick::new(&fd)?);
+            vcpus.push((fd, kick));
+        }
+        let barrier = Membarrier::register().ok();
+        let kicks = vcpus.iter().map(|(_, kick)| kick.clone()).collect();
+        Ok(Self {
+            vm,
+            ports,
+            rendezvous: Arc::new(Rendezvous::new(kicks, barrier)),
+            vcpus,
+            threads: Vec::new(),
+            uses_membarrier: barrier.is_some(),
+        })
+    }
+
+    /// Starts the vCPUs.
+    ///
+    /// # Errors
+    /// When the system has no thread left; those that were started are stopped by
+    /// [`Machine::shut_down`].
+    pub fn start(&mut self, listener: &Arc<dyn Listener>) -> Result<(), Error> {
+        for (index, parts) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
+            let vcpu = Vcpu::new(
+                VcpuId(index),
+                parts,
+                self.vm.clone(),
+                self.rendezvous.clone(),
+                self.ports.clone(),
+                listener.clone(),
+            );
+            self.threads.push(vcpu.spawn()?);
+        }
+        Ok(())
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        self.vm.ram()
+    }
+
+    /// Where the vCPUs are met.
+    #[must_use]
+    pub fn rendezvous(&self) -> &Arc<Rendezvous> {
+        &self.rendezvous
+    }
+
+    /// The devices.
+    #[must_use]
+    pub fn ports(&self) -> &Arc<Ports> {
+        &self.ports
+    }
+
+    /// Whether fences are made by membarrier, not by kicking and waiting.
+    #[must_use]
+    pub fn uses_membarrier(&self) -> bool {
+        self.uses_membarrier
+    }
+
+    /// Stops the vCPUs and waits for their threads.
+    pub fn shut_down(self) {
+        self.rendezvous.stop();
+        for thread in self.threads {
+            // A thread that panicked has printed why.
+            let _ = thread.join();
+        }
+    }
+}

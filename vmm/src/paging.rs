@@ -1,0 +1,113 @@
+//! Walking the guest's page tables from outside (SDM volume 3, 4.5; APM volume 2, 5.3).
+//!
+//! The guest's memory is not trusted: whatever the tables hold, a walk ends after as many
+//! loads as there are levels.
+
+use patcher::addr::{Gpa, Gva};
+
+const PRESENT: u64 = 1;
+const LARGE: u64 = 1 << 7;
+/// Bits 12 to 51 hold an address.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// A set of page tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageTables {
+    /// The top-level table.
+    pub root: Gpa,
+    /// Four, or five with CR4.LA57.
+    pub levels: u8,
+}
+
+/// Where an address leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mapping {
+    /// The physical address.
+    pub at: Gpa,
+    /// Bytes from there to the end of the page.
+    pub left: u64,
+}
+
+impl PageTables {
+    /// Translates an address. `None` if it is not mapped, not canonical, or if a table lies
+    /// outside of what `load` can read.
+    pub fn translate(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Mapping> {
+        let bits = 12 + 9 * u32::from(self.levels);
+        let upper = address.0 >> (bits - 1);
+        if upper != 0 && upper != u64::MAX >> (bits - 1) {
+            return None;
+        }
+        let mut table = self.root.0 & ADDRESS;
+        for level in (0..u32::from(self.levels)).rev() {
+            let shift = 12 + 9 * level;
+            let index = address.0 >> shift & 0x1ff;
+            let entry = load(Gpa(table + 8 * index))?;
+            if entry & PRESENT == 0 {
+                return None;
+            }
+            let is_leaf = level == 0 || entry & LARGE != 0;
+            if is_leaf && level > 2 {
+                return None;
+            }
+            if is_leaf {
+                let size = 1 << shift;
+                let base = entry & ADDRESS & !(size - 1);
+                let offset = address.0 & (size - 1);
+                return Some(Mapping { at: Gpa(base + offset), left: size - offset });
+            }
+            table = entry & ADDRESS;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    fn walk(tables: PageTables, entries: &[(u64, u64)], address: u64) -> Option<Mapping> {
+        let memory: HashMap<u64, u64> = entries.iter().copied().collect();
+        tables.translate(Gva(address), |at| memory.get(&at.0).copied())
+    }
+
+    const FOUR: PageTables = PageTables { root: Gpa(0x1000), levels: 4 };
+    const KERNEL: u64 = 0xffff_ffff_8123_4567;
+
+    #[test]
+    fn pages_of_every_size_are_found() {
+        let pml4 = (0x1000 + 8 * 511, 0x2003);
+        assert_eq!(
+            walk(FOUR, &[pml4, (0x2000 + 8 * 510, 0x4000_0083)], KERNEL),
+            Some(Mapping { at: Gpa(0x4123_4567), left: 0x4000_0000 - 0x0123_4567 })
+        );
+        let pdpt = (0x2000 + 8 * 510, 0x3003);
+        assert_eq!(
+            walk(FOUR, &[pml4, pdpt, (0x3000 + 8 * 9, 0x0060_0083)], KERNEL),
+            Some(Mapping { at: Gpa(0x0063_4567), left: 0x20_0000 - 0x3_4567 })
+        );
+        let directory = (0x3000 + 8 * 9, 0x4003);
+        assert_eq!(
+            walk(FOUR, &[pml4, pdpt, directory, (0x4000 + 8 * 0x34, 0x8000_0000_0000_9003)], KERNEL),
+            Some(Mapping { at: Gpa(0x9567), left: 0x1000 - 0x567 })
+        );
+        let five = PageTables { root: Gpa(0x7000), levels: 5 };
+        let top = (0x7000 + 8 * 511, 0x1003);
+        assert_eq!(
+            walk(five, &[top, pml4, (0x2000 + 8 * 510, 0x4000_0083)], KERNEL).map(|m| m.at),
+            Some(Gpa(0x4123_4567))
+        );
+    }
+
+    #[test]
+    fn hostile_tables_end_in_none() {
+        assert_eq!(walk(FOUR, &[], KERNEL), None);
+        assert_eq!(walk(FOUR, &[(0x1000 + 8 * 511, 0x2002)], KERNEL), None, "not present");
+        assert_eq!(walk(FOUR, &[(0x1000 + 8 * 511, 0x2083)], KERNEL), None, "a 512 GiB page");
+        assert_eq!(walk(FOUR, &[(0x1000 + 8 * 511, 0x1003)], 0x8000_0000_0000), None, "not canonical");
+        // A table that points to itself is walked to its end and no further.
+        let cyclic: Vec<_> = (0..512).map(|i| (0x1000 + 8 * i, 0x1003)).collect();
+        assert_eq!(walk(FOUR, &cyclic, KERNEL).map(|m| m.at), Some(Gpa(0x1567)));
+    }
+}

@@ -1,0 +1,148 @@
+//! Answers of the control socket for a person.
+
+use std::fmt::Write;
+use std::io::IsTerminal;
+
+use serde_json::Value;
+
+/// Colours, if a person is looking.
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    colour: bool,
+}
+
+impl Style {
+    /// Colours if standard output is a terminal and `NO_COLOR` is not set.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+    }
+
+    fn paint(self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    fn red(self, text: &str) -> String {
+        self.paint("31", text)
+    }
+
+    fn green(self, text: &str) -> String {
+        self.paint("32", text)
+    }
+
+    fn bold(self, text: &str) -> String {
+        self.paint("1", text)
+    }
+}
+
+fn text<'v>(value: &'v Value, field: &str) -> &'v str {
+    value[field].as_str().unwrap_or("")
+}
+
+fn array<'v>(value: &'v Value, field: &str) -> &'v [Value] {
+    value[field].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// Renders an answer. What it is shows in its fields.
+#[must_use]
+pub fn answer(value: &Value, style: Style) -> String {
+    let mut out = String::new();
+    // Writing to a string does not fail.
+    let _ = match value {
+        Value::Array(patches) => list(&mut out, patches),
+        _ if value.get("refusals").is_some() => refusals(&mut out, value, style),
+        _ if value.get("timing").is_some() => report(&mut out, value, style),
+        _ if value.get("steps").is_some() => program(&mut out, value, style),
+        _ if value.get("uptime_ms").is_some() => info(&mut out, value, style),
+        _ if value.get("error").is_some() => writeln!(out, "{}", style.red(text(value, "error"))),
+        _ => writeln!(out, "{}", text(value, "state")),
+    };
+    out
+}
+
+fn list(out: &mut String, patches: &[Value]) -> std::fmt::Result {
+    if patches.is_empty() {
+        return writeln!(out, "no patches");
+    }
+    writeln!(out, "{:<32} {:<10} {:<11} {:>5}", "name", "state", "strategy", "sites")?;
+    for patch in patches {
+        let (name, state, strategy) = (text(patch, "name"), text(patch, "state"), text(patch, "strategy"));
+        writeln!(out, "{name:<32} {state:<10} {strategy:<11} {:>5}", patch["sites"])?;
+    }
+    Ok(())
+}
+
+fn refusals(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    writeln!(out, "{}: nothing was written", style.red("refused"))?;
+    for refusal in array(value, "refusals") {
+        let pointer = text(refusal, "pointer");
+        let pointer = if pointer.is_empty() { "the plan" } else { pointer };
+        writeln!(out, "  {} at {pointer}: {}", style.bold(text(refusal, "code")), text(refusal, "message"))?;
+    }
+    Ok(())
+}
+
+fn sites(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    for site in array(value, "sites") {
+        writeln!(out, "  {}", style.bold(text(site, "symbol")))?;
+        for line in array(site, "old_code") {
+            writeln!(out, "  {}", style.red(&format!("- {}", line.as_str().unwrap_or(""))))?;
+        }
+        for line in array(site, "new_code") {
+            writeln!(out, "  {}", style.green(&format!("+ {}", line.as_str().unwrap_or(""))))?;
+        }
+    }
+    Ok(())
+}
+
+fn report(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    let state = text(value, "state");
+    let good = matches!(state, "applied" | "reverted");
+    let painted = if good { style.green(state) } else { style.red(state) };
+    writeln!(out, "{}: {painted}", style.bold(text(value, "name")))?;
+    if let Some(failure) = value["failure"].as_str() {
+        writeln!(out, "  {failure}")?;
+    }
+    sites(out, value, style)?;
+    let timing = &value["timing"];
+    writeln!(out, "  strategy {} ({})", text(value, "strategy"), text(value, "reason"))?;
+    writeln!(
+        out,
+        "  {} us in all, {} us of them the program; {} fences, the longest {} us",
+        timing["total_us"], timing["program_us"], timing["fences"], timing["longest_fence_us"]
+    )?;
+    writeln!(out, "  longest stall of a vCPU {} us; {} traps", timing["longest_stall_us"], value["traps"])
+}
+
+fn program(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    sites(out, value, style)?;
+    writeln!(
+        out,
+        "  strategy {} ({}), {} fences",
+        text(value, "strategy"),
+        text(value, "reason"),
+        value["fences"]
+    )?;
+    for (number, step) in (1..).zip(array(value, "steps")) {
+        writeln!(out, "  {number:>4}  {}", step.as_str().unwrap_or(""))?;
+    }
+    Ok(())
+}
+
+fn info(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    writeln!(
+        out,
+        "{}, {} vCPUs, {} MiB, up {} ms",
+        style.bold(text(value, "state")),
+        value["cpus"],
+        value["memory_mib"],
+        value["uptime_ms"]
+    )?;
+    let kernel = &value["kernel"];
+    if kernel.is_null() {
+        writeln!(out, "kernel {} (not started far enough to be patched)", text(value, "kernel_file"))?;
+    } else {
+        writeln!(out, "kernel {} at {}", text(kernel, "release"), text(kernel, "base"))?;
+    }
+    writeln!(out, "{} patches applied; fences by {}", value["patches"], text(value, "fence"))
+}

@@ -1,0 +1,325 @@
+//! Where the controller and the vCPU threads meet: fence, hold, inspect, and the switch that
+//! turns #BP exits on. No KVM types here.
+//!
+//! A vCPU thread calls [`Rendezvous::enter`] before every `KVM_RUN` and [`Rendezvous::leave`]
+//! after it. Each vCPU has a counter of passes, odd while it may be in the guest:
+//!
+//! ```text
+//!   vCPU:        clear immediate_exit; passes += 1 (odd); look for requests; KVM_RUN
+//!   controller:  put the request; passes odd? then immediate_exit = 1, signal; barrier
+//! ```
+//!
+//! Both sides write, then read what the other writes, all sequentially consistent, so at
+//! least one sees the other: either the vCPU sees the request and stays out, or the
+//! controller sees an odd counter and kicks. A kicked vCPU finds `immediate_exit` or the
+//! pending signal before KVM enters the guest, whenever it is scheduled next; the barrier
+//! forces out those that are in the guest at this moment. So nobody waits for a vCPU that the
+//! host preempted. `docs/rendezvous.md` gives the sources.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use patcher::addr::VcpuId;
+use patcher::trap::TrapTable;
+
+use crate::kick::Kick;
+use crate::membarrier::Membarrier;
+
+/// A step program is in its hold.
+const HOLD: u32 = 1;
+/// The user paused the VM.
+const PAUSE: u32 = 2;
+/// The VM ends.
+const STOP: u32 = 4;
+
+/// What a vCPU thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// Enter the guest, then call [`Rendezvous::leave`].
+    Run,
+    /// Turn #BP exits on or off, then ask again.
+    Intercept(bool),
+    /// End the thread.
+    Stop,
+}
+
+/// A wait for a vCPU took longer than allowed.
+#[derive(Debug, thiserror::Error)]
+#[error("vCPU {} did not leave the guest in time", .vcpu.0)]
+pub struct Late {
+    /// The vCPU.
+    pub vcpu: VcpuId,
+}
+
+/// Why a fence could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FenceError {
+    /// The membarrier system call failed.
+    #[error("membarrier: {0}")]
+    Membarrier(std::io::Error),
+    /// A kicked vCPU did not come out (fallback only).
+    #[error(transparent)]
+    Late(#[from] Late),
+}
+
+#[derive(Debug)]
+struct Port {
+    kick: Arc<Kick>,
+    /// Odd while the vCPU may execute guest instructions.
+    passes: AtomicU64,
+    longest_stall_ns: AtomicU64,
+    traps: AtomicU64,
+}
+
+/// The meeting place of one VM.
+#[derive(Debug)]
+pub struct Rendezvous {
+    ports: Vec<Port>,
+    requests: AtomicU32,
+    intercept: AtomicBool,
+    traps: RwLock<Arc<TrapTable>>,
+    gate: Mutex<()>,
+    changed: Condvar,
+    barrier: Option<Membarrier>,
+}
+
+/// What the vCPUs went through since [`Rendezvous::reset_counters`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Longest time that a vCPU was kept out of the guest by us, in nanoseconds.
+    pub longest_stall_ns: u64,
+    /// Breakpoints of ours that vCPUs ran into.
+    pub traps: u64,
+}
+
+impl Rendezvous {
+    /// A meeting place for these vCPUs. Without a `barrier`, fences fall back to kicking and
+    /// waiting.
+    #[must_use]
+    pub fn new(kicks: Vec<Arc<Kick>>, barrier: Option<Membarrier>) -> Self {
+        let port = |kick| Port {
+            kick,
+            passes: AtomicU64::new(0),
+            longest_stall_ns: AtomicU64::new(0),
+            traps: AtomicU64::new(0),
+        };
+        Self {
+            ports: kicks.into_iter().map(port).collect(),
+            requests: AtomicU32::new(0),
+            intercept: AtomicBool::new(false),
+            traps: RwLock::default(),
+            gate: Mutex::new(()),
+            changed: Condvar::new(),
+            barrier,
+        }
+    }
+
+    // The vCPU threads' side.
+
+    /// Comes back when the vCPU may enter the guest, must change its interception first, or
+    /// must end. `intercepting` is what the caller applied last.
+    pub fn enter(&self, vcpu: VcpuId, intercepting: bool) -> Entry {
+        let port = &self.ports[vcpu.0];
+        loop {
+            port.kick.clear();
+            port.passes.fetch_add(1, SeqCst);
+            let requests = self.requests.load(SeqCst);
+            let wanted = self.intercept.load(SeqCst);
+            if requests == 0 && wanted == intercepting {
+                return Entry::Run;
+            }
+            self.leave(vcpu);
+            if requests & STOP != 0 {
+                return Entry::Stop;
+            }
+            if wanted != intercepting {
+                return Entry::Intercept(wanted);
+            }
+            self.wait_while(|| self.requests.load(SeqCst) & (HOLD | PAUSE) != 0);
+        }
+    }
+
+    /// Says that the vCPU is out of the guest.
+    pub fn leave(&self, vcpu: VcpuId) {
+        self.ports[vcpu.0].passes.fetch_add(1, SeqCst);
+    }
+
+    /// The traps of the program in flight.
+    #[must_use]
+    pub fn traps(&self) -> Arc<TrapTable> {
+        self.traps.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits at a trap until `table` is withdrawn.
+    pub fn wait_at_trap(&self, vcpu: VcpuId, table: &Arc<TrapTable>) {
+        self.ports[vcpu.0].traps.fetch_add(1, SeqCst);
+        self.wait_while(|| Arc::ptr_eq(&self.traps(), table));
+    }
+
+    /// Notes that the vCPU was kept out of the guest for this long.
+    pub fn stalled(&self, vcpu: VcpuId, time: Duration) {
+        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.ports[vcpu.0].longest_stall_ns.fetch_max(ns, SeqCst);
+    }
+
+    fn wait_while(&self, condition: impl Fn() -> bool) {
+        let mut gate = self.lock();
+        while condition() && self.requests.load(SeqCst) & STOP == 0 {
+            gate = self.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        // The mutex guards nothing but the sleep itself.
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    // The controller's side.
+
+    /// Every vCPU that was in the guest leaves it; every vCPU serializes before its next
+    /// guest instruction. Nobody stops. With membarrier it does not wait for vCPUs that the
+    /// host preempted.
+    ///
+    /// # Errors
+    /// Without membarrier: [`FenceError::Late`] after `patience`.
+    pub fn fence(&self, patience: Duration) -> Result<(), FenceError> {
+        match self.barrier {
+            Some(barrier) => barrier.sync_core().map_err(FenceError::Membarrier),
+            None => {
+                let inside = self.kick();
+                Ok(self.wait_until_left(&inside, patience)?)
+            }
+        }
+    }
+
+    /// No vCPU executes guest instructions from the return of this call until
+    /// [`Rendezvous::release`]. Does not wait for vCPUs that the host preempted.
+    ///
+    /// # Errors
+    /// As [`Rendezvous::fence`]; the vCPUs stay held, so release them.
+    pub fn hold(&self, patience: Duration) -> Result<(), FenceError> {
+        self.request(HOLD, patience)
+    }
+
+    /// Ends a hold. Does nothing without one.
+    pub fn release(&self) {
+        self.requests.fetch_and(!HOLD, SeqCst);
+        self.wake();
+    }
+
+    /// Pauses the VM for the user. Holds come and go without ending it. Returns when every
+    /// vCPU is out of `KVM_RUN`, so it does wait for preempted ones.
+    ///
+    /// # Errors
+    /// As [`Rendezvous::fence`]; the pause stays requested.
+    pub fn pause(&self, patience: Duration) -> Result<(), FenceError> {
+        self.request(PAUSE, patience)?;
+        Ok(self.wait_until_left(&self.inside(), patience)?)
+    }
+
+    /// Ends a pause. Does nothing without one.
+    pub fn resume(&self) {
+        self.requests.fetch_and(!PAUSE, SeqCst);
+        self.wake();
+    }
+
+    /// Whether the user paused the VM.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.requests.load(SeqCst) & PAUSE != 0
+    }
+
+    /// Makes every vCPU thread end.
+    pub fn stop(&self) {
+        self.requests.fetch_or(STOP, SeqCst);
+        self.kick();
+        self.wake();
+    }
+
+    /// Turns #BP exits on: no vCPU executes another guest instruction without them.
+    ///
+    /// # Errors
+    /// As [`Rendezvous::fence`]; interception stays requested, so disarm.
+    pub fn arm(&self, patience: Duration) -> Result<(), FenceError> {
+        self.intercept.store(true, SeqCst);
+        self.kick();
+        self.fence(patience)
+    }
+
+    /// Turns #BP exits off. vCPUs follow when they are scheduled next; nobody waits.
+    pub fn disarm(&self) {
+        self.intercept.store(false, SeqCst);
+        self.kick();
+    }
+
+    /// Publishes the traps of a program.
+    pub fn publish(&self, table: Arc<TrapTable>) {
+        *self.traps.write().unwrap_or_else(PoisonError::into_inner) = table;
+    }
+
+    /// Withdraws the traps; vCPUs that wait at one go on.
+    pub fn withdraw(&self) {
+        self.publish(Arc::default());
+        self.wake();
+    }
+
+    /// Starts counting afresh.
+    pub fn reset_counters(&self) {
+        for port in &self.ports {
+            port.longest_stall_ns.store(0, SeqCst);
+            port.traps.store(0, SeqCst);
+        }
+    }
+
+    /// What the vCPUs went through.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        Counters {
+            longest_stall_ns: self.ports.iter().map(|p| p.longest_stall_ns.load(SeqCst)).max().unwrap_or(0),
+            traps: self.ports.iter().map(|p| p.traps.load(SeqCst)).sum(),
+        }
+    }
+
+    fn request(&self, what: u32, patience: Duration) -> Result<(), FenceError> {
+        self.requests.fetch_or(what, SeqCst);
+        self.kick();
+        self.fence(patience)
+    }
+
+    /// The vCPUs that may be in the guest, with their passes.
+    fn inside(&self) -> Vec<(VcpuId, u64)> {
+        let passes = self.ports.iter().map(|port| port.passes.load(SeqCst));
+        passes.enumerate().filter(|(_, passes)| passes % 2 == 1).map(|(i, p)| (VcpuId(i), p)).collect()
+    }
+
+    /// Kicks every vCPU that may be in the guest; returns them.
+    fn kick(&self) -> Vec<(VcpuId, u64)> {
+        let inside = self.inside();
+        for (vcpu, _) in &inside {
+            self.ports[vcpu.0].kick.set();
+        }
+        for (vcpu, _) in &inside {
+            self.ports[vcpu.0].kick.signal();
+        }
+        inside
+    }
+
+    fn wait_until_left(&self, inside: &[(VcpuId, u64)], patience: Duration) -> Result<(), Late> {
+        let until = Instant::now() + patience;
+        for &(vcpu, passes) in inside {
+            while self.ports[vcpu.0].passes.load(SeqCst) == passes {
+                if Instant::now() > until {
+                    return Err(Late { vcpu });
+                }
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        Ok(())
+    }
+}

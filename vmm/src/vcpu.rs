@@ -1,0 +1,210 @@
+//! A vCPU's thread: enter the guest, handle what made it leave, again.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
+use kvm_ioctls::VcpuFd;
+use patcher::addr::{Gpa, Gva, VcpuId};
+use patcher::trap::Action;
+
+use crate::devices::{Ports, Wish};
+use crate::exit::{self, Exit};
+use crate::kick::Kick;
+use crate::kvm::Vm;
+use crate::locate::{self, Located};
+use crate::rendezvous::{Entry, Rendezvous};
+
+/// Why the machine ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest crashed so that the processor shut down.
+    TripleFault,
+    /// The monitor was told to stop.
+    Stopped,
+    /// Something broke.
+    Failed(String),
+}
+
+/// Whom a vCPU tells what happened.
+pub trait Listener: Send + Sync {
+    /// The machine ends.
+    fn ended(&self, ending: Ending);
+    /// The kernel was found; called once, on the first vCPU, which goes on when it returns.
+    fn located(&self, found: Located);
+    /// The guest wrote to a protected page. The vCPU tries again when it returns. `false` if
+    /// no page was protected, so that nothing explains the fault.
+    fn protected_write(&self) -> bool;
+}
+
+/// A vCPU and all that its thread needs.
+pub struct Vcpu {
+    id: VcpuId,
+    fd: VcpuFd,
+    kick: Arc<Kick>,
+    // The VM's memory must outlive the vCPU.
+    vm: Arc<Vm>,
+    rendezvous: Arc<Rendezvous>,
+    ports: Arc<Ports>,
+    listener: Arc<dyn Listener>,
+    intercepting: bool,
+    locating: bool,
+}
+
+/// Why the guest was left, as far as the loop cares.
+enum Left {
+    OnItsOwn,
+    ForUs,
+    ForGood(Ending),
+}
+
+/// After so long out of the guest its watchdog is told that it was not to blame.
+const LONG_STALL: Duration = Duration::from_secs(1);
+
+impl Vcpu {
+    /// Puts a vCPU together. The first one looks for the kernel if `locating`.
+    #[must_use]
+    pub fn new(
+        id: VcpuId,
+        (fd, kick): (VcpuFd, Arc<Kick>),
+        vm: Arc<Vm>,
+        rendezvous: Arc<Rendezvous>,
+        ports: Arc<Ports>,
+        listener: Arc<dyn Listener>,
+    ) -> Self {
+        Self { id, fd, kick, vm, rendezvous, ports, listener, intercepting: false, locating: id.0 == 0 }
+    }
+
+    /// Starts the thread, named after the vCPU.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn spawn(self) -> io::Result<JoinHandle<()>> {
+        std::thread::Builder::new().name(format!("vcpu{}", self.id.0)).spawn(move || self.work())
+    }
+
+    fn work(mut self) {
+        self.kick.adopt_current_thread();
+        // Since when the vCPU is out of the guest for a reason of ours.
+        let mut out_since = None;
+        loop {
+            match self.rendezvous.enter(self.id, self.intercepting) {
+                Entry::Stop => break,
+                Entry::Intercept(on) => {
+                    out_since.get_or_insert_with(Instant::now);
+                    if let Err(what) = self.set_debug(on, 0) {
+                        self.listener.ended(Ending::Failed(what));
+                        break;
+                    }
+                    self.intercepting = on;
+                    continue;
+                }
+                Entry::Run => {}
+            }
+            if let Some(since) = out_since.take() {
+                let time = since.elapsed();
+                self.rendezvous.stalled(self.id, time);
+                if time > LONG_STALL {
+                    // Fails on guests without a kvm clock, which have no such watchdog.
+                    let _ = self.fd.kvmclock_ctrl();
+                }
+            }
+            match self.pass() {
+                Left::OnItsOwn => {}
+                Left::ForUs => out_since = Some(Instant::now()),
+                Left::ForGood(ending) => {
+                    self.listener.ended(ending);
+                    break;
+                }
+            }
+        }
+        self.kick.disown();
+    }
+
+    /// Enters the guest once.
+    fn pass(&mut self) -> Left {
+        let exit = exit::run(&mut self.fd);
+        self.rendezvous.leave(self.id);
+        let mut ours = false;
+        let ending = match exit {
+            Exit::Interrupted => {
+                ours = true;
+                None
+            }
+            Exit::PortIn(port, data) => {
+                self.ports.read(port, data);
+                None
+            }
+            Exit::PortOut(port, data) => self.ports.write(port, data).map(|wish| match wish {
+                Wish::Off => Ending::PowerOff,
+                Wish::Reset => Ending::Reset,
+            }),
+            Exit::MemoryIn(data) => {
+                data.fill(0xff);
+                None
+            }
+            Exit::MemoryOut => None,
+            Exit::Breakpoint(at) => {
+                ours = true;
+                self.breakpoint(at).err().map(Ending::Failed)
+            }
+            Exit::ProtectedWrite => {
+                ours = true;
+                let known = self.listener.protected_write();
+                (!known).then(|| Ending::Failed(format!("vCPU {}: KVM_RUN: bad address", self.id.0)))
+            }
+            Exit::Reset => Some(Ending::Reset),
+            Exit::PowerOff => Some(Ending::PowerOff),
+            Exit::TripleFault => Some(Ending::TripleFault),
+            Exit::Failed(what) => Some(Ending::Failed(format!("vCPU {}: {what}", self.id.0))),
+        };
+        if self.locating
+            && let Some(found) = locate::look(&self.fd)
+        {
+            self.locating = false;
+            self.listener.located(found);
+        }
+        match ending {
+            Some(ending) => Left::ForGood(ending),
+            None if ours => Left::ForUs,
+            None => Left::OnItsOwn,
+        }
+    }
+
+    /// Handles an `int3` that left the guest.
+    fn breakpoint(&self, at: Gva) -> Result<(), String> {
+        let table = self.rendezvous.traps();
+        match table.judge(at, self.byte_at(at)?) {
+            Action::Resume => Ok(()),
+            Action::Wait => {
+                self.rendezvous.wait_at_trap(self.id, &table);
+                Ok(())
+            }
+            Action::Deliver => self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP),
+        }
+    }
+
+    /// Reads a byte as this vCPU sees it, user space included.
+    fn byte_at(&self, at: Gva) -> Result<u8, String> {
+        let failed = |what: String| format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0);
+        let found = self.fd.translate_gva(at.0).map_err(|e| failed(e.to_string()))?;
+        let mut byte = [0];
+        self.vm.ram().read(Gpa(found.physical_address), &mut byte).map_err(|e| failed(e.to_string()))?;
+        Ok(byte[0])
+    }
+
+    fn set_debug(&self, intercept: bool, inject: u32) -> Result<(), String> {
+        let intercept = if intercept { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP } else { 0 };
+        let inject = if inject == 0 { 0 } else { KVM_GUESTDBG_ENABLE | inject };
+        let debug = kvm_guest_debug { control: intercept | inject, ..Default::default() };
+        self.fd
+            .set_guest_debug(&debug)
+            .map_err(|error| format!("vCPU {}: KVM_SET_GUEST_DEBUG: {error}", self.id.0))
+    }
+}

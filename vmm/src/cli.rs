@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::config::Fence;
+
 /// A KVM microVM monitor that live-patches its guest's kernel from outside.
 #[derive(Debug, Parser)]
 #[command(
@@ -55,6 +57,10 @@ pub struct Run {
     /// A plan to apply when the guest is about to start init.
     #[arg(long, value_name = "FILE")]
     pub patch: Option<PathBuf>,
+    /// How fences are made: membarrier where the host has it (auto), or by kicking every
+    /// running vCPU and waiting for it.
+    #[arg(long, value_enum, default_value_t = Fence::Auto)]
+    pub fence: Fence,
     /// Print the outcome of --patch as JSON.
     #[arg(long)]
     pub json: bool,

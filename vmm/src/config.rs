@@ -14,6 +14,15 @@ pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// ends the monitor.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd";
 
+/// How fences are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Fence {
+    /// By membarrier, or by kicking if the host lacks it.
+    Auto,
+    /// By kicking every vCPU that runs and waiting for it.
+    Kick,
+}
+
 /// A machine to be built.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -27,6 +36,8 @@ pub struct Config {
     pub cpus: u8,
     /// How much memory, in MiB.
     pub memory_mib: u64,
+    /// How fences are made.
+    pub fence: Fence,
 }
 
 /// Why the machine can't be as asked.
@@ -57,6 +68,7 @@ impl Config {
         command_line: Option<String>,
         cpus: u32,
         memory_mib: u64,
+        fence: Fence,
     ) -> Result<Self, Error> {
         let count = u8::try_from(cpus).ok().filter(|n| (1..=MAX_CPUS).contains(n));
         let Some(count) = count else {
@@ -66,7 +78,7 @@ impl Config {
             return Err(Error::Memory { mib: memory_mib });
         }
         let command_line = command_line.unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
-        Ok(Self { kernel, initrd, command_line, cpus: count, memory_mib })
+        Ok(Self { kernel, initrd, command_line, cpus: count, memory_mib, fence })
     }
 
     /// Memory in bytes, whole pages.
@@ -82,7 +94,7 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_are_named() {
-        let config = |cpus, mib| Config::new("k".into(), None, None, cpus, mib).map(|c| c.cpus);
+        let config = |cpus, mib| Config::new("k".into(), None, None, cpus, mib, Fence::Auto).map(|c| c.cpus);
         assert_eq!(config(1, 96), Ok(1));
         assert_eq!(config(64, 512), Ok(64));
         for cpus in [0, 65, 256, 257] {

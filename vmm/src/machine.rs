@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use patcher::addr::VcpuId;
 
 use crate::boot::{acpi, cpuid, kernel, registers};
-use crate::config::Config;
+use crate::config::{Config, Fence};
 use crate::devices::{Console, Line, Ports, Power};
 use crate::kick::{self, Kick};
 use crate::kvm::{self, During, Vm};
@@ -83,7 +83,10 @@ impl Machine {
             let kick = Arc::new(Kick::new(&fd)?);
             vcpus.push((fd, kick));
         }
-        let barrier = Membarrier::register().ok();
+        let barrier = match config.fence {
+            Fence::Auto => Membarrier::register().ok(),
+            Fence::Kick => None,
+        };
         let kicks = vcpus.iter().map(|(_, kick)| kick.clone()).collect();
         Ok(Self {
             vm,

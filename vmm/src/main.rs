@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 }
 
 fn run_vm(run: Run) -> Result<u8> {
-    let config = match Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory) {
+    let config = match Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory, run.fence) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("vmm: {error}");

@@ -36,6 +36,8 @@ fn main() {
 }
 
 fn serve() -> io::Result<()> {
+    // Before anything else, so that a test sees whether the kernel was patched by then.
+    let ppid = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
     for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
         mount(kind, at, kind, MountFlags::empty(), None)?;
     }
@@ -50,7 +52,7 @@ fn serve() -> io::Result<()> {
         hammer: None,
     };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    init.say(&format!("@end ready cpus={} release={}", init.cpus, release.trim()))?;
+    init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
     for line in BufReader::new(console).lines() {
         let last = match init.obey(&line?) {
             Ok(rest) => format!("@end ok {rest}"),
@@ -138,7 +140,7 @@ impl Init {
             let Some((head, text)) = record.split_once(';') else { continue };
             let priority: u32 = head.split(',').next().and_then(|p| p.parse().ok()).unwrap_or(0);
             let text = text.lines().next().unwrap_or("");
-            if priority & 7 <= 3 || text.contains("WARNING:") || text.contains("Call Trace") {
+            if priority & 7 <= 3 || text.starts_with("WARNING: ") || text.starts_with("Call Trace") {
                 errors += 1;
                 self.say(&format!("@dmesg {text}"))?;
             }

@@ -1,0 +1,61 @@
+//! Campaigns: the same in a short form as a test and in full length behind `cargo soak`.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::lab::Lab;
+use crate::vm::{Setup, Vm, redirect_plan};
+
+/// Boots 4 vCPUs again and again: every boot reaches init without an error in its kernel log
+/// and takes a patch by each strategy.
+///
+/// # Errors
+/// The first boot that does not.
+pub fn boots(lab: &Lab, count: usize) -> Result<()> {
+    for boot in 1..=count {
+        boot_once(lab).with_context(|| format!("boot {boot} of {count}"))?;
+    }
+    Ok(())
+}
+
+fn boot_once(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    vm.hammer("getppid", 0, 1)?;
+    for strategy in ["breakpoint", "hold"] {
+        vm.apply(&redirect_plan("boot", Some(strategy)))?;
+        vm.expect_all(true)?;
+        vm.revert("boot")?;
+        vm.expect_all(false)?;
+    }
+    vm.expect_no_kernel_errors()?;
+    ensure!(vm.power_off()? == 0, "the guest did not power off");
+    Ok(())
+}
+
+/// Flips a hammered system call so many times; every so often every CPU is asked what it
+/// sees.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn flips(lab: &Lab, setup: &Setup, strategy: &str, flips: usize) -> Result<()> {
+    const LOOKS: usize = 10;
+    let mut vm = Vm::start(lab, setup)?;
+    // Init is process 1 and has no parent.
+    vm.hammer("getppid", 0, 1)?;
+    vm.expect_all(false)?;
+    let plan = redirect_plan("flip", Some(strategy));
+    let look_every = (flips / 2).div_ceil(LOOKS);
+    for pair in 0..flips / 2 {
+        let look = pair % look_every == 0;
+        vm.apply(&plan)?;
+        if look {
+            vm.expect_all(true)?;
+        }
+        vm.revert("flip")?;
+        if look {
+            vm.expect_all(false)?;
+        }
+    }
+    vm.expect_no_kernel_errors()?;
+    ensure!(vm.power_off()? == 0, "the guest did not power off");
+    Ok(())
+}

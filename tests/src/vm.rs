@@ -1,0 +1,324 @@
+//! A running VM, driven as a user would: the monitor's process, its console, its socket.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vmm::control::client;
+
+use crate::lab::Lab;
+
+pub use hyper::Method;
+
+/// Longest silence of a guest that was asked something. Generous: the rig is emulated.
+const PATIENCE: Duration = Duration::from_secs(120);
+const QUIET_CONSOLE: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd";
+
+/// Errors that a stock kernel logs on this machine whatever the monitor does: it was built
+/// for machines with a PCI bus, and this one has none.
+const KNOWN_ERRORS: [&str; 1] = ["PCI: Fatal: No config space access function found"];
+
+/// How to start a VM.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// How many vCPUs.
+    pub cpus: u8,
+    /// How much memory.
+    pub memory_mib: u64,
+    /// Added to the kernel's command line.
+    pub command_line: String,
+    /// Added to the monitor's command line.
+    pub arguments: Vec<String>,
+}
+
+impl Setup {
+    /// A VM of so many vCPUs.
+    #[must_use]
+    pub fn cpus(cpus: u8) -> Self {
+        Self { cpus, memory_mib: 256, command_line: String::new(), arguments: Vec::new() }
+    }
+}
+
+/// A VM whose guest answers commands.
+pub struct Vm {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+    errors: Arc<Mutex<String>>,
+    folder: TempDir,
+    /// What the guest said when it was up.
+    pub greeting: String,
+    /// What came on standard output before that.
+    pub boot_log: Vec<String>,
+}
+
+/// What one CPU of the workload saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// Results of the first kind.
+    pub first: u64,
+    /// Results of the second kind.
+    pub second: u64,
+    /// Other results; any is a failure.
+    pub other: u64,
+}
+
+impl Vm {
+    /// Starts a VM and waits until its init answers.
+    ///
+    /// # Errors
+    /// With all that it printed when it does not come up.
+    pub fn start(lab: &Lab, setup: &Setup) -> Result<Self> {
+        let folder = TempDir::new()?;
+        let mut child = Command::new(&lab.vmm)
+            .arg("--kernel")
+            .arg(&lab.kernel)
+            .arg("--initrd")
+            .arg(&lab.initrd)
+            .args(["--cpus", &setup.cpus.to_string(), "--memory", &setup.memory_mib.to_string()])
+            .arg("--cmdline")
+            .arg(format!("{QUIET_CONSOLE} {}", setup.command_line))
+            .arg("--api-socket")
+            .arg(folder.path().join("socket"))
+            .args(&setup.arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("starting vmm")?;
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (Some(stdin), Some(stdout), Some(mut stderr)) = (stdin, stdout, stderr) else {
+            bail!("vmm has no pipes");
+        };
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(stdout);
+            let mut line = Vec::new();
+            while let Ok(1..) = reader.read_until(b'\n', &mut line) {
+                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+                line.clear();
+                if sender.send(text).is_err() {
+                    break;
+                }
+            }
+        });
+        let errors = Arc::new(Mutex::new(String::new()));
+        let collected = errors.clone();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1024];
+            while let Ok(length @ 1..) = stderr.read(&mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                collected.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+            }
+        });
+        let mut vm = Self { child, stdin, lines, errors, folder, greeting: String::new(), boot_log: Vec::new() };
+        let (before, greeting) = vm.answer()?;
+        (vm.boot_log, vm.greeting) = (before, greeting);
+        ensure!(vm.greeting.starts_with("ready "), "init said {:?}", vm.greeting);
+        Ok(vm)
+    }
+
+    /// The control socket's path.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    /// A folder that lives as long as the VM.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The monitor's process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What the monitor wrote to standard error.
+    #[must_use]
+    pub fn errors(&self) -> String {
+        self.errors.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads up to a line that ends an answer; returns the lines before it and its rest.
+    fn answer(&mut self) -> Result<(Vec<String>, String)> {
+        let mut before = Vec::new();
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => match line.strip_prefix("@end ") {
+                    Some(rest) => return Ok((before, rest.to_owned())),
+                    None => before.push(line),
+                },
+                Err(why) => bail!(
+                    "the guest says nothing ({why}); the monitor: {:?} {}; the console so far:\n{}",
+                    self.child.try_wait(),
+                    self.errors(),
+                    before.join("\n")
+                ),
+            }
+        }
+    }
+
+    /// Gives the guest's init a command; returns the lines it answered and what it added to
+    /// its last line.
+    ///
+    /// # Errors
+    /// When the guest reports an error or stays silent.
+    pub fn ask(&mut self, command: &str) -> Result<(Vec<String>, String)> {
+        writeln!(self.stdin, "{command}")?;
+        let (lines, last) = self.answer()?;
+        match last.strip_prefix("ok") {
+            Some(rest) => Ok((lines, rest.trim().to_owned())),
+            None => bail!("{command}: {last}"),
+        }
+    }
+
+    /// Makes every CPU hammer a system call.
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub fn hammer(&mut self, call: &str, first: i64, second: i64) -> Result<()> {
+        self.ask(&format!("hammer {call} {first} {second}")).map(drop)
+    }
+
+    /// What every CPU saw in calls that began after this one. Fails if a CPU made no call or
+    /// saw an unexpected result.
+    ///
+    /// # Errors
+    /// As [`Vm::ask`], and on anything unexpected.
+    pub fn count(&mut self) -> Result<Vec<Seen>> {
+        let (lines, _) = self.ask("count")?;
+        let seen: Vec<Seen> = lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("@count "))
+            .map(|line| {
+                let field = |name: &str| -> Result<u64> {
+                    let word = line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+                    Ok(word.ok_or_else(|| anyhow!("{line:?} has no {name}"))?.parse()?)
+                };
+                Ok(Seen { first: field("first")?, second: field("second")?, other: field("other")? })
+            })
+            .collect::<Result<_>>()?;
+        for (cpu, seen) in seen.iter().enumerate() {
+            ensure!(seen.other == 0, "CPU {cpu} saw unexpected results: {seen:?}");
+            ensure!(seen.first + seen.second > 0, "CPU {cpu} made no call");
+        }
+        Ok(seen)
+    }
+
+    /// Fails unless every CPU sees only results of the first kind (or the second).
+    ///
+    /// # Errors
+    /// With what they saw.
+    pub fn expect_all(&mut self, second: bool) -> Result<()> {
+        let seen = self.count()?;
+        let wrong = |seen: &Seen| if second { seen.first } else { seen.second };
+        ensure!(seen.iter().all(|seen| wrong(seen) == 0), "expected second = {second} only, saw {seen:?}");
+        Ok(())
+    }
+
+    /// Fails if the guest's kernel log has errors.
+    ///
+    /// # Errors
+    /// With the errors.
+    pub fn expect_no_kernel_errors(&mut self) -> Result<()> {
+        let (lines, _) = self.ask("dmesg")?;
+        let errors: Vec<&str> = lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("@dmesg "))
+            .filter(|line| !KNOWN_ERRORS.contains(line))
+            .collect();
+        ensure!(errors.is_empty(), "the kernel log has errors:\n{}", errors.join("\n"));
+        Ok(())
+    }
+
+    /// Sends a request to the control socket.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn request(&self, method: Method, uri: &str, body: &[u8]) -> Result<(u16, Value)> {
+        Ok(client::request(&self.socket(), method, uri, body.to_vec())?)
+    }
+
+    /// Applies a plan; fails unless it was applied. Returns the report.
+    ///
+    /// # Errors
+    /// With the answer.
+    pub fn apply(&self, plan: &Value) -> Result<Value> {
+        let (status, answer) = self.request(Method::POST, "/patches", plan.to_string().as_bytes())?;
+        ensure!(status == 200 && answer["state"] == "applied", "{status}: {answer:#}");
+        Ok(answer)
+    }
+
+    /// Reverts a patch; fails unless it was reverted. Returns the report.
+    ///
+    /// # Errors
+    /// With the answer.
+    pub fn revert(&self, name: &str) -> Result<Value> {
+        let (status, answer) = self.request(Method::POST, &format!("/patches/{name}/revert"), b"")?;
+        ensure!(status == 200 && answer["state"] == "reverted", "{status}: {answer:#}");
+        Ok(answer)
+    }
+
+    /// Switches the guest off and returns the monitor's exit code.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn power_off(self) -> Result<i32> {
+        self.end_by("poweroff")
+    }
+
+    /// Gives a command that ends the VM and returns the monitor's exit code.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn end_by(mut self, command: &str) -> Result<i32> {
+        writeln!(self.stdin, "{command}")?;
+        self.wait()
+    }
+
+    /// Waits for the monitor's end; returns its exit code.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn wait(&mut self) -> Result<i32> {
+        // The console closes when the monitor ends.
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(_) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => bail!("the VM does not end"),
+            }
+        }
+        self.child.wait()?.code().context("the monitor was killed")
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The plan that makes `getppid` return what `getpid` does. Without a name of a strategy the
+/// monitor chooses.
+#[must_use]
+pub fn redirect_plan(name: &str, strategy: Option<&str>) -> Value {
+    json!({
+        "version": 1,
+        "name": name,
+        "deadline_ms": 60_000,
+        "strategy": strategy.unwrap_or("auto"),
+        "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }]
+    })
+}

@@ -1,0 +1,53 @@
+//! Promise: `--patch` applies its plan after the kernel has set itself up and before init
+//! runs its first instruction; a plan that is refused leaves the VM running unpatched.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use tests::lab::Lab;
+use tests::vm::{Setup, Vm, redirect_plan};
+
+use super::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("at_init::applied_before_init_runs", applied),
+    ("at_init::a_refused_plan_leaves_the_vm_running", refused),
+];
+
+fn start(lab: &Lab, plan: &serde_json::Value, more: &[&str]) -> Result<Vm> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("plan.json");
+    fs::write(&path, plan.to_string())?;
+    let mut arguments = vec!["--patch".to_owned(), path.display().to_string()];
+    arguments.extend(more.iter().map(|word| (*word).to_owned()));
+    Vm::start(lab, &Setup { arguments, ..Setup::cpus(4) })
+}
+
+fn applied(lab: &Lab) -> Result<()> {
+    for strategy in ["breakpoint", "hold"] {
+        let mut vm = start(lab, &redirect_plan("early", Some(strategy)), &[])?;
+        let log = vm.boot_log.join("\n");
+        // Init's greeting ends the boot log, so this was printed before init ran.
+        ensure!(log.contains("early: applied"), "the outcome was not printed:\n{log}");
+        // Init asks for its parent's id before anything else, and its parent is itself now.
+        ensure!(vm.greeting.contains("ppid=1"), "init started unpatched: {}", vm.greeting);
+        vm.hammer("getppid", 0, 1)?;
+        vm.expect_all(true)?;
+        vm.revert("early")?;
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+    }
+    Ok(())
+}
+
+fn refused(lab: &Lab) -> Result<()> {
+    let plan = json!({ "version": 1, "name": "early", "patches": [{ "redirect": "nope", "to": "nope" }] });
+    let mut vm = start(lab, &plan, &["--json"])?;
+    let log = vm.boot_log.join("\n");
+    ensure!(log.contains("\"unknown_symbol\""), "the refusal was not printed:\n{log}");
+    ensure!(vm.greeting.contains("ppid=0"), "{}", vm.greeting);
+    vm.expect_no_kernel_errors()?;
+    ensure!(vm.power_off()? == 0, "the guest did not power off");
+    Ok(())
+}

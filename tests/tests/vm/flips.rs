@@ -1,0 +1,18 @@
+//! Promise: a hammered function is switched under full load, on every vCPU, and nobody sees
+//! anything but the old and the new behaviour.
+
+use tests::campaigns::flips;
+use tests::vm::Setup;
+
+use super::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("flips::breakpoint_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "breakpoint", 1000)),
+    ("flips::hold_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "hold", 1000)),
+    ("flips::breakpoint_with_fences_by_kick", |lab| flips(lab, &by_kick(), "breakpoint", 100)),
+    ("flips::hold_with_fences_by_kick", |lab| flips(lab, &by_kick(), "hold", 100)),
+];
+
+fn by_kick() -> Setup {
+    Setup { arguments: vec!["--fence".into(), "kick".into()], ..Setup::cpus(4) }
+}

@@ -1,0 +1,79 @@
+//! Whole-VM tests, one file per promise.
+//!
+//! On a host with VMX or SVM they run here. Elsewhere each is run in the rig's host, which
+//! is started once; the outer process only passes the verdict on.
+
+mod at_init;
+mod boot;
+mod cli;
+mod flips;
+mod refusals;
+mod socket;
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use tests::lab::{self, Lab, Place};
+
+/// A test: a name and what it does in a lab.
+type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
+
+/// Longest time for one test.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+fn all() -> Vec<Test> {
+    [at_init::TESTS, boot::TESTS, cli::TESTS, flips::TESTS, refusals::TESTS, socket::TESTS].concat()
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Guests take all the CPUs there are; two at a time would only disturb each other.
+    arguments.test_threads = Some(1);
+    let trials = if arguments.list {
+        all().into_iter().map(|(name, _)| Trial::test(name, || Ok(()))).collect()
+    } else if let Some(lab) = Lab::inherited() {
+        here(&lab)
+    } else {
+        match lab::prepare() {
+            Ok(Place::Here(lab)) => here(&lab),
+            Ok(rig @ Place::Rig(..)) => there(rig),
+            Err(error) => {
+                eprintln!("the lab can't be provided: {error:#}");
+                return ExitCode::FAILURE;
+            }
+        }
+    };
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn here(lab: &Lab) -> Vec<Trial> {
+    let trial = |(name, test): Test| {
+        let lab = lab.clone();
+        Trial::test(name, move || test(&lab).map_err(|error| Failed::from(format!("{error:?}"))))
+    };
+    all().into_iter().map(trial).collect()
+}
+
+fn there(rig: Place) -> Vec<Trial> {
+    let rig = Arc::new(Mutex::new(rig));
+    let trial = |(name, _): Test| {
+        let rig = rig.clone();
+        Trial::test(name, move || {
+            let mut output = Vec::new();
+            let mut rig = rig.lock().unwrap_or_else(PoisonError::into_inner);
+            let code = rig
+                .run_self(&["--exact", name], DEADLINE, |_, bytes| output.extend(bytes))
+                .map_err(|error| Failed::from(format!("{error:?}")))?;
+            let text = String::from_utf8_lossy(&output);
+            // Exactly this test must have run: a filter that matches nothing passes too.
+            if code == 0 && text.contains("test result: ok. 1 passed; 0 failed") {
+                Ok(())
+            } else {
+                Err(Failed::from(format!("exit code {code}\n{text}")))
+            }
+        })
+    };
+    all().into_iter().map(trial).collect()
+}

@@ -1,0 +1,113 @@
+//! Promise: whatever a client does to the control socket, the guest and other clients do not
+//! notice.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use tests::lab::Lab;
+use tests::vm::{Method, Setup, Vm, redirect_plan};
+
+use super::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("socket::garbage_and_broken_clients", broken_clients),
+    ("socket::many_clients_at_once", many_clients),
+];
+
+fn broken_clients(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    let mode = std::fs::symlink_metadata(vm.socket())?.permissions().mode() & 0o777;
+    ensure!(mode == 0o600, "the socket's mode is {mode:o}");
+    vm.hammer("getppid", 0, 1)?;
+    let plan = redirect_plan("interrupted", None).to_string();
+    let whole = format!("POST /patches HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{plan}", plan.len());
+    let endless = format!("GET /{} HTTP/1.1\r\n", "a".repeat(1 << 20));
+    let headers = format!("GET /vm HTTP/1.1\r\n{}", "X-Y: z\r\n".repeat(10_000));
+    let garbage: Vec<u8> = (0..100_000_u32).map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    let wrong: [&[u8]; 9] = [
+        b"",
+        b"\x00\x01\x02\xff\xfe\r\n\r\n",
+        b"GET",
+        b"GET /vm HTTP/9.9\r\n\r\n",
+        b"POST /patches HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        b"POST /patches HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n{",
+        endless.as_bytes(),
+        headers.as_bytes(),
+        &garbage,
+    ];
+    for bytes in wrong {
+        let mut stream = UnixStream::connect(vm.socket())?;
+        // The server may hang up in the middle of it.
+        let _ = stream.write_all(bytes);
+    }
+    // Clients that die in the middle of a good request, at every tenth byte, and right after.
+    for cut in (0..=whole.len()).step_by(10).chain([whole.len()]) {
+        let mut stream = UnixStream::connect(vm.socket())?;
+        stream.write_all(&whole.as_bytes()[..cut])?;
+    }
+    // One that says nothing at all is hung up on.
+    let mut silent = UnixStream::connect(vm.socket())?;
+    silent.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut rest = Vec::new();
+    ensure!(silent.read_to_end(&mut rest).is_ok(), "a silent client is kept for a minute");
+
+    // The cut-off requests were dropped; the whole one was obeyed, though nobody waited.
+    let (status, answer) = vm.request(Method::GET, "/patches", b"")?;
+    ensure!(status == 200 && answer[0]["name"] == "interrupted", "{status}: {answer:#}");
+    ensure!(answer.as_array().is_some_and(|list| list.len() == 1), "{answer:#}");
+    vm.expect_all(true)?;
+    vm.revert("interrupted")?;
+    vm.expect_all(false)?;
+    for (method, uri, expected) in [
+        (Method::GET, "/", 404),
+        (Method::GET, "/nothing/here", 404),
+        (Method::DELETE, "/vm", 405),
+        (Method::GET, "/vm/pause", 405),
+    ] {
+        let (status, answer) = vm.request(method, uri, b"")?;
+        ensure!(status == expected && answer["error"].is_string(), "{uri}: {status} {answer:#}");
+    }
+    vm.expect_no_kernel_errors()
+}
+
+fn many_clients(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    vm.hammer("getppid", 0, 1)?;
+    let socket = vm.socket();
+    let clients: Vec<_> = (0..8)
+        .map(|number| {
+            let socket = socket.clone();
+            std::thread::spawn(move || -> Result<(usize, usize)> {
+                let (mut applied, mut refused) = (0, 0);
+                for round in 0..10 {
+                    // All want the same site; whoever is late is refused, nobody interleaves.
+                    let name = format!("client{number}-{round}");
+                    let plan = redirect_plan(&name, None).to_string().into_bytes();
+                    let (_, answer) = vmm::control::client::request(&socket, Method::POST, "/patches", plan)?;
+                    match answer["state"].as_str() {
+                        Some("applied") => {
+                            applied += 1;
+                            let uri = format!("/patches/{name}/revert");
+                            let (_, answer) = vmm::control::client::request(&socket, Method::POST, &uri, Vec::new())?;
+                            ensure!(answer["state"] == "reverted", "{answer:#}");
+                        }
+                        Some("refused") => refused += 1,
+                        _ => anyhow::bail!("{answer:#}"),
+                    }
+                }
+                Ok((applied, refused))
+            })
+        })
+        .collect();
+    let mut total = (0, 0);
+    for client in clients {
+        let (applied, refused) = client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        total = (total.0 + applied, total.1 + refused);
+    }
+    ensure!(total.0 > 0 && total.0 + total.1 == 80, "{total:?}");
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()
+}

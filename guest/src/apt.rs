@@ -114,7 +114,7 @@ fn parse_deb822(text: &str) -> Vec<Source> {
         })
     };
     text.split("\n\n")
-        .filter(|stanza| !field(stanza, "Enabled").is_some_and(|v| v == "no"))
+        .filter(|stanza| field(stanza, "Enabled").is_none_or(|value| value != "no"))
         .filter_map(|stanza| {
             Some(Source {
                 uris: field(stanza, "URIs")?,

@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use rustix::process;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+/// A system call by name.
+type Call = (&'static str, fn() -> i64);
+
 /// The system calls to choose from: cheap, without side effects, and with a known result.
-const CALLS: [(&str, fn() -> i64); 6] = [
+const CALLS: [Call; 6] = [
     ("getpid", || i64::from(process::getpid().as_raw_nonzero().get())),
     ("getppid", || process::getppid().map_or(0, |pid| i64::from(pid.as_raw_nonzero().get()))),
     ("getuid", || i64::from(process::getuid().as_raw())),

@@ -209,9 +209,12 @@ fn raw_site(
     expect: &[u8],
     replace: &[u8],
 ) -> Result<Site, Refusal> {
-    let at = kernel.address(at)?;
+    let (written, at) = (at, kernel.address(at)?);
     if replace.len() > expect.len() {
         return Err(Refusal::ReplacementTooLong { replacement: replace.len(), site: expect.len() });
+    }
+    if insn::count(replace, at).is_none() {
+        return Err(Refusal::ReplacementUndecodable { bytes: replace.to_vec() });
     }
     let mut found = vec![0; expect.len()];
     text.read(at, &mut found).map_err(|at| Refusal::Unmapped { at })?;
@@ -220,7 +223,7 @@ fn raw_site(
     }
     let mut new = replace.to_vec();
     new.extend(insn::nops(expect.len() - replace.len()));
-    site(kernel, text, pointer, at, found, new)
+    site(kernel, text, pointer, (written, at), found, new)
 }
 
 fn redirect_site(
@@ -230,7 +233,7 @@ fn redirect_site(
     from: &str,
     to: &str,
 ) -> Result<Site, Refusal> {
-    let (from, to) = (kernel.address(from)?, kernel.address(to)?);
+    let (written, from, to) = (from, kernel.address(from)?, kernel.address(to)?);
     let mut entry = [0; 4 + insn::MAX_LENGTH];
     text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
     // An indirect-branch target keeps its marker: indirect calls must still land on it.
@@ -247,19 +250,19 @@ fn redirect_site(
     let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
     let mut new = jump.to_vec();
     new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
-    site(kernel, text, pointer, at, old, new)
+    site(kernel, text, pointer, (written, at), old, new)
 }
 
 /// `endbr64` (SDM volume 2).
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 const JMP_REL32: usize = 5;
 
-/// Checks a site against the instructions around it.
+/// Checks a site against the instructions around it. `written` is how the plan names it.
 fn site(
     kernel: Kernel<'_>,
     text: &dyn Text,
     pointer: &Pointer,
-    at: Gva,
+    (written, at): (&str, Gva),
     old: Vec<u8>,
     new: Vec<u8>,
 ) -> Result<Site, Refusal> {
@@ -292,7 +295,10 @@ fn site(
         return Err(Refusal::NothingToDo { at });
     }
     let offset = at.offset_from(function.start).unwrap_or(0);
-    let symbol = if offset == 0 { function.name.to_owned() } else { format!("{}+{offset:#x}", function.name) };
+    // Of several names of a function, the plan's own is the one that its author knows.
+    let named = written.split('+').next().unwrap_or(written);
+    let name = if kernel.symbol(named) == Ok(function.start) { named } else { function.name };
+    let symbol = if offset == 0 { name.to_owned() } else { format!("{name}+{offset:#x}") };
     Ok(Site { pointer: pointer.clone(), at, symbol, old, new })
 }
 

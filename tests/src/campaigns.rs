@@ -1,6 +1,6 @@
 //! Campaigns: the same in a short form as a test and in full length behind `cargo soak`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::lab::Lab;
 use crate::vm::{Setup, Vm, redirect_plan};
@@ -27,8 +27,7 @@ fn boot_once(lab: &Lab) -> Result<()> {
         vm.expect_all(false)?;
     }
     vm.expect_no_kernel_errors()?;
-    ensure!(vm.power_off()? == 0, "the guest did not power off");
-    Ok(())
+    vm.power_off()
 }
 
 /// Flips a hammered system call so many times; every so often every CPU is asked what it
@@ -44,9 +43,11 @@ pub fn flips(lab: &Lab, setup: &Setup, strategy: &str, flips: usize) -> Result<(
     vm.expect_all(false)?;
     let plan = redirect_plan("flip", Some(strategy));
     let look_every = (flips / 2).div_ceil(LOOKS);
+    let mut traps = 0;
     for pair in 0..flips / 2 {
         let look = pair % look_every == 0;
-        vm.apply(&plan)?;
+        let report = vm.apply(&plan)?;
+        traps += report["traps"].as_u64().unwrap_or(0);
         if look {
             vm.expect_all(true)?;
         }
@@ -56,6 +57,6 @@ pub fn flips(lab: &Lab, setup: &Setup, strategy: &str, flips: usize) -> Result<(
         }
     }
     vm.expect_no_kernel_errors()?;
-    ensure!(vm.power_off()? == 0, "the guest did not power off");
-    Ok(())
+    println!("{flips} flips by {strategy}: {traps} traps taken");
+    vm.power_off()
 }

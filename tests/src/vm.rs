@@ -268,12 +268,15 @@ impl Vm {
         Ok(answer)
     }
 
-    /// Switches the guest off and returns the monitor's exit code.
+    /// Switches the guest off.
     ///
     /// # Errors
-    /// When it does not end.
-    pub fn power_off(self) -> Result<i32> {
-        self.end_by("poweroff")
+    /// When it does not end, or the monitor's exit code is not 0.
+    pub fn power_off(mut self) -> Result<()> {
+        writeln!(self.stdin, "poweroff")?;
+        let code = self.wait()?;
+        ensure!(code == 0, "powering off: exit code {code}: {}", self.errors());
+        Ok(())
     }
 
     /// Gives a command that ends the VM and returns the monitor's exit code.

@@ -15,7 +15,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use crate::memory::PAGE;
+use crate::memory::PAGE_SIZE;
 
 /// Installs the handler of the kick signal. It does nothing: being interrupted is the point.
 ///
@@ -49,7 +49,7 @@ impl Kick {
         let page = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                PAGE as usize,
+                PAGE_SIZE,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
                 vcpu.as_raw_fd(),
@@ -112,7 +112,7 @@ impl Drop for Kick {
         // SAFETY: the mapping was made in `new` and nothing refers to it any more. It can
         // only fail for a bad range.
         unsafe {
-            libc::munmap(self.page.as_ptr(), PAGE as usize);
+            libc::munmap(self.page.as_ptr(), PAGE_SIZE);
         }
     }
 }

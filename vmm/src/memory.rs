@@ -23,6 +23,8 @@ use crate::layout::{DEVICE_GAP, DEVICE_GAP_END};
 
 /// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
+/// The same, for what counts in the host's own sizes.
+pub const PAGE_SIZE: usize = 4096;
 
 /// Why RAM could not be made or reached.
 #[derive(Debug, thiserror::Error)]
@@ -175,7 +177,7 @@ impl GuestRam {
         // SAFETY: `host` is the start of a page inside mapping A, which lives as long as
         // `self`; regions are page-aligned, so the whole page belongs to it. Per the module
         // invariant nothing but KVM accesses it.
-        let result = unsafe { libc::mprotect(host.cast(), PAGE as usize, prot) };
+        let result = unsafe { libc::mprotect(host.cast(), PAGE_SIZE, prot) };
         if result == 0 {
             Ok(())
         } else {

@@ -68,6 +68,8 @@ struct Port {
     kick: Arc<Kick>,
     /// Odd while the vCPU may execute guest instructions.
     passes: AtomicU64,
+    /// When the vCPU came out for a reason of ours, or 0 if it is not out for one.
+    out_since_ns: AtomicU64,
     longest_stall_ns: AtomicU64,
     traps: AtomicU64,
 }
@@ -82,6 +84,8 @@ pub struct Rendezvous {
     gate: Mutex<()>,
     changed: Condvar,
     barrier: Option<Membarrier>,
+    /// Times are counted from here.
+    epoch: Instant,
 }
 
 /// What the vCPUs went through since [`Rendezvous::reset_counters`].
@@ -101,6 +105,7 @@ impl Rendezvous {
         let port = |kick| Port {
             kick,
             passes: AtomicU64::new(0),
+            out_since_ns: AtomicU64::new(0),
             longest_stall_ns: AtomicU64::new(0),
             traps: AtomicU64::new(0),
         };
@@ -112,6 +117,7 @@ impl Rendezvous {
             gate: Mutex::new(()),
             changed: Condvar::new(),
             barrier,
+            epoch: Instant::now(),
         }
     }
 
@@ -157,10 +163,28 @@ impl Rendezvous {
         self.wait_while(|| Arc::ptr_eq(&self.traps(), table));
     }
 
-    /// Notes that the vCPU was kept out of the guest for this long.
-    pub fn stalled(&self, vcpu: VcpuId, time: Duration) {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.ports[vcpu.0].longest_stall_ns.fetch_max(ns, SeqCst);
+    /// Notes that the vCPU is out of the guest for a reason of ours, from now on if it was
+    /// not so already.
+    pub fn stall_begins(&self, vcpu: VcpuId) {
+        // Nobody else writes it, and the clock never reads 0 by the time a guest has run.
+        let _ = self.ports[vcpu.0].out_since_ns.compare_exchange(0, self.now_ns(), SeqCst, SeqCst);
+    }
+
+    /// Notes that the vCPU enters the guest. Returns how long it was out for a reason of ours.
+    pub fn stall_ends(&self, vcpu: VcpuId) -> Duration {
+        let port = &self.ports[vcpu.0];
+        match port.out_since_ns.swap(0, SeqCst) {
+            0 => Duration::ZERO,
+            since => {
+                let ns = self.now_ns() - since;
+                port.longest_stall_ns.fetch_max(ns, SeqCst);
+                Duration::from_nanos(ns)
+            }
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     fn wait_while(&self, condition: impl Fn() -> bool) {
@@ -277,11 +301,23 @@ impl Rendezvous {
         }
     }
 
-    /// What the vCPUs went through.
+    /// What the vCPUs went through. Gives those that are out a moment to get in again; a
+    /// stall that lasts longer counts as far as it got.
     #[must_use]
     pub fn counters(&self) -> Counters {
+        const MOMENT: Duration = Duration::from_millis(5);
+        let until = Instant::now() + MOMENT;
+        let out = |port: &Port| port.out_since_ns.load(SeqCst) != 0;
+        while !self.is_paused() && self.ports.iter().any(out) && Instant::now() < until {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        let now = self.now_ns();
+        let longest = |port: &Port| match port.out_since_ns.load(SeqCst) {
+            0 => port.longest_stall_ns.load(SeqCst),
+            since => port.longest_stall_ns.load(SeqCst).max(now.saturating_sub(since)),
+        };
         Counters {
-            longest_stall_ns: self.ports.iter().map(|p| p.longest_stall_ns.load(SeqCst)).max().unwrap_or(0),
+            longest_stall_ns: self.ports.iter().map(longest).max().unwrap_or(0),
             traps: self.ports.iter().map(|p| p.traps.load(SeqCst)).sum(),
         }
     }

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
 use kvm_ioctls::VcpuFd;
@@ -59,8 +59,7 @@ pub struct Vcpu {
 
 /// Why the guest was left, as far as the loop cares.
 enum Left {
-    OnItsOwn,
-    ForUs,
+    GoOn,
     ForGood(Ending),
 }
 
@@ -91,13 +90,11 @@ impl Vcpu {
 
     fn work(mut self) {
         self.kick.adopt_current_thread();
-        // Since when the vCPU is out of the guest for a reason of ours.
-        let mut out_since = None;
         loop {
             match self.rendezvous.enter(self.id, self.intercepting) {
                 Entry::Stop => break,
                 Entry::Intercept(on) => {
-                    out_since.get_or_insert_with(Instant::now);
+                    self.rendezvous.stall_begins(self.id);
                     if let Err(what) = self.set_debug(on, 0) {
                         self.listener.ended(Ending::Failed(what));
                         break;
@@ -107,17 +104,12 @@ impl Vcpu {
                 }
                 Entry::Run => {}
             }
-            if let Some(since) = out_since.take() {
-                let time = since.elapsed();
-                self.rendezvous.stalled(self.id, time);
-                if time > LONG_STALL {
-                    // Fails on guests without a kvm clock, which have no such watchdog.
-                    let _ = self.fd.kvmclock_ctrl();
-                }
+            if self.rendezvous.stall_ends(self.id) > LONG_STALL {
+                // Fails on guests without a kvm clock, which have no such watchdog.
+                let _ = self.fd.kvmclock_ctrl();
             }
             match self.pass() {
-                Left::OnItsOwn => {}
-                Left::ForUs => out_since = Some(Instant::now()),
+                Left::GoOn => {}
                 Left::ForGood(ending) => {
                     self.listener.ended(ending);
                     break;
@@ -131,12 +123,11 @@ impl Vcpu {
     fn pass(&mut self) -> Left {
         let exit = exit::run(&mut self.fd);
         self.rendezvous.leave(self.id);
-        let mut ours = false;
+        if matches!(exit, Exit::Interrupted | Exit::Breakpoint(_) | Exit::ProtectedWrite) {
+            self.rendezvous.stall_begins(self.id);
+        }
         let ending = match exit {
-            Exit::Interrupted => {
-                ours = true;
-                None
-            }
+            Exit::Interrupted | Exit::MemoryOut => None,
             Exit::PortIn(port, data) => {
                 self.ports.read(port, data);
                 None
@@ -149,13 +140,8 @@ impl Vcpu {
                 data.fill(0xff);
                 None
             }
-            Exit::MemoryOut => None,
-            Exit::Breakpoint(at) => {
-                ours = true;
-                self.breakpoint(at).err().map(Ending::Failed)
-            }
+            Exit::Breakpoint(at) => self.breakpoint(at).err().map(Ending::Failed),
             Exit::ProtectedWrite => {
-                ours = true;
                 let known = self.listener.protected_write();
                 (!known).then(|| Ending::Failed(format!("vCPU {}: KVM_RUN: bad address", self.id.0)))
             }
@@ -170,11 +156,7 @@ impl Vcpu {
             self.locating = false;
             self.listener.located(found);
         }
-        match ending {
-            Some(ending) => Left::ForGood(ending),
-            None if ours => Left::ForUs,
-            None => Left::OnItsOwn,
-        }
+        ending.map_or(Left::GoOn, Left::ForGood)
     }
 
     /// Handles an `int3` that left the guest.

@@ -96,9 +96,10 @@ impl Symbols {
         let is_text = |entry: &Entry| matches!(entry.kind, b't' | b'T' | b'w' | b'W');
         let after = self.entries.partition_point(|entry| entry.address <= address.0);
         let found = self.entries[..after].iter().rev().find(|entry| is_text(entry))?;
-        // Aliases share an address: the first one in the table stands for all.
+        // Of aliases at one address, a global one is what people write.
         let first = self.entries.partition_point(|entry| entry.address < found.address);
-        let named = self.entries[first..].iter().find(|entry| is_text(entry))?;
+        let aliases = || self.entries[first..after].iter().filter(|e| e.address == found.address && is_text(e));
+        let named = aliases().find(|entry| entry.kind.is_ascii_uppercase()).or_else(|| aliases().next())?;
         let end = self.entries.get(after).map_or(u64::MAX, |entry| entry.address);
         Some(Function {
             name: self.entry_name(named),

@@ -1,1 +1,77 @@
-fn main(){}
+//! `cargo soak`: the long campaigns. `cargo test` runs a short form of each.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use tests::campaigns;
+use tests::lab::{self, Lab, Place};
+use tests::vm::Setup;
+
+/// Long campaigns against real guests.
+#[derive(Debug, Parser)]
+#[command(after_help = "\
+Examples:
+  cargo soak                     everything
+  cargo soak boots --times 200   one campaign, longer")]
+struct Arguments {
+    /// Which campaign: boots, flips-breakpoint or flips-hold. All, if absent.
+    campaign: Option<String>,
+    /// How many boots or flips, instead of the campaign's own number.
+    #[arg(long)]
+    times: Option<usize>,
+}
+
+type Campaign = fn(&Lab, usize) -> Result<()>;
+
+const CAMPAIGNS: [(&str, usize, Campaign); 3] = [
+    ("boots", 50, campaigns::boots),
+    ("flips-breakpoint", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "breakpoint", times)),
+    ("flips-hold", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "hold", times)),
+];
+
+/// Longest time for all campaigns.
+const DEADLINE: Duration = Duration::from_secs(12 * 3600);
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    if let Some(lab) = Lab::inherited() {
+        return run(&lab, &arguments);
+    }
+    match lab::prepare()? {
+        Place::Here(lab) => run(&lab, &arguments),
+        mut rig @ Place::Rig(..) => {
+            let words: Vec<String> = std::env::args().skip(1).collect();
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let code = rig.run_self(&words, DEADLINE, lab::pass_on)?;
+            Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+        }
+    }
+}
+
+fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {
+    let chosen = |name: &str| arguments.campaign.as_deref().is_none_or(|wanted| wanted == name);
+    let mut failed = 0;
+    let mut ran = 0;
+    for (name, times, campaign) in CAMPAIGNS.into_iter().filter(|(name, ..)| chosen(name)) {
+        ran += 1;
+        let times = arguments.times.unwrap_or(times);
+        print!("{name}: {times} times ... ");
+        std::io::stdout().flush()?;
+        let started = Instant::now();
+        let result = campaign(lab, times);
+        let seconds = started.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => println!("ok ({seconds:.0} s)"),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED ({seconds:.0} s): {error:?}");
+            }
+        }
+    }
+    (ran > 0).then_some(()).context("there is no such campaign; see cargo soak --help")?;
+    println!("{} passed, {failed} failed", ran - failed);
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -48,6 +48,5 @@ fn refused(lab: &Lab) -> Result<()> {
     ensure!(log.contains("\"unknown_symbol\""), "the refusal was not printed:\n{log}");
     ensure!(vm.greeting.contains("ppid=0"), "{}", vm.greeting);
     vm.expect_no_kernel_errors()?;
-    ensure!(vm.power_off()? == 0, "the guest did not power off");
-    Ok(())
+    vm.power_off()
 }

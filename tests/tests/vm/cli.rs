@@ -114,8 +114,7 @@ fn patch_commands(lab: &Lab) -> Result<()> {
     says(run_to_end(lab, &["vm", "pause", "--socket", &socket])?, 0, "done")?;
     says(run_to_end(lab, &["vm", "info", "--socket", &socket])?, 0, "paused")?;
     says(run_to_end(lab, &["vm", "resume", "--socket", &socket])?, 0, "done")?;
-    ensure!(vm.power_off()? == 0, "the guest did not power off");
-    Ok(())
+    vm.power_off()
 }
 
 fn doctor(lab: &Lab) -> Result<()> {

@@ -15,7 +15,7 @@ const HYPERVISOR: u32 = 1 << 31;
 /// Fills in what depends on the vCPU. `apic_id` is its index.
 pub fn place(cpuid: &mut CpuId, apic_id: u8, cpus: u8) {
     let (id, count) = (u32::from(apic_id), u32::from(cpus));
-    let core_bits = u32::from(cpus.next_power_of_two().trailing_zeros() as u8);
+    let core_bits = count.next_power_of_two().trailing_zeros();
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {

@@ -90,6 +90,9 @@ pub fn load(
             Err(Error::TooSmall { what, needed: mib(needed), available: low_end >> 20 })
         }
     };
+    if let Some(stated) = stated_size(image).filter(|stated| *stated > image.len() as u64) {
+        return Err(broken(format!("it is truncated: {} of {stated} bytes", image.len())));
+    }
     fits("the kernel", HIGH_MEMORY + image.len() as u64)?;
     let loaded = BzImage::load(
         ram.writer(),
@@ -121,6 +124,17 @@ pub fn load(
     }
     write_zero_page(ram, header).map_err(broken)?;
     Ok(loaded.kernel_load.0 + ENTRY_64)
+}
+
+/// The size of a bzImage by its own header: boot sector, setup sectors, and `syssize` units
+/// of 16 bytes.
+fn stated_size(image: &[u8]) -> Option<u64> {
+    let setup = match *image.get(0x1f1)? {
+        0 => 4,
+        sectors => u64::from(sectors),
+    };
+    let units = u32::from_le_bytes(image.get(0x1f4..0x1f8)?.try_into().ok()?);
+    (image.get(0x202..0x206)? == b"HdrS").then_some((setup + 1) * 512 + 16 * u64::from(units))
 }
 
 fn write_zero_page(ram: &GuestRam, header: linux_loader::loader::bootparam::setup_header) -> Result<(), String> {

@@ -40,10 +40,8 @@ pub fn build() -> Result<Binaries, Error> {
             .args(["--message-format", "json-render-diagnostics"])
             .stderr(Stdio::inherit()),
     )?;
-    let built: Vec<PathBuf> = stdout
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Message>(line).ok()?.executable)
-        .collect();
+    let built: Vec<PathBuf> =
+        stdout.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()?.executable).collect();
     let find = |name: &str| {
         built
             .iter()
@@ -51,11 +49,8 @@ pub fn build() -> Result<Binaries, Error> {
             .cloned()
             .ok_or_else(|| Error::Archive(format!("cargo built no program called {name}")))
     };
-    let binaries = Binaries {
-        vmm: find("vmm")?,
-        guest_init: find("guest-init")?,
-        rig_init: find("rig-init")?,
-    };
+    let binaries =
+        Binaries { vmm: find("vmm")?, guest_init: find("guest-init")?, rig_init: find("rig-init")? };
     step.done();
     Ok(binaries)
 }

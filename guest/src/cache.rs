@@ -26,10 +26,7 @@ pub fn root() -> PathBuf {
 ///
 /// # Errors
 /// Whatever `fill` returns, or a file error of the cache itself.
-pub fn entry(
-    key: &str,
-    fill: impl FnOnce(&Path) -> Result<(), Error>,
-) -> Result<PathBuf, Error> {
+pub fn entry(key: &str, fill: impl FnOnce(&Path) -> Result<(), Error>) -> Result<PathBuf, Error> {
     let root = root();
     let done = root.join(key);
     if done.exists() {

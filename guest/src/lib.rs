@@ -62,11 +62,7 @@ pub enum Error {
 fn tail(output: &str) -> String {
     let lines: Vec<&str> = output.lines().collect();
     let last = lines[lines.len().saturating_sub(15)..].join("\n  ");
-    if last.is_empty() {
-        String::new()
-    } else {
-        format!(", its last lines:\n  {last}")
-    }
+    if last.is_empty() { String::new() } else { format!(", its last lines:\n  {last}") }
 }
 
 /// Names the file in an error.
@@ -76,10 +72,7 @@ pub(crate) trait AtPath<T> {
 
 impl<T> AtPath<T> for std::io::Result<T> {
     fn at(self, path: impl Into<PathBuf>) -> Result<T, Error> {
-        self.map_err(|source| Error::File {
-            path: path.into(),
-            source,
-        })
+        self.map_err(|source| Error::File { path: path.into(), source })
     }
 }
 
@@ -89,10 +82,7 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String, Error> {
     let output = command
         .stdin(std::process::Stdio::null())
         .output()
-        .map_err(|source| Error::Spawn {
-            program: program.clone(),
-            source,
-        })?;
+        .map_err(|source| Error::Spawn { program: program.clone(), source })?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
         return Ok(stdout);

@@ -36,12 +36,7 @@ pub fn ensure(purpose: &str, packages: &[&'static str]) -> Result<(), Error> {
     if missing.is_empty() {
         return Ok(());
     }
-    let refuse = |why| {
-        Err(Error::Packages(Missing {
-            packages: missing.clone(),
-            why,
-        }))
-    };
+    let refuse = |why| Err(Error::Packages(Missing { packages: missing.clone(), why }));
     if !Path::new("/etc/debian_version").exists() {
         return refuse("this is not Debian (the names below are Debian's)");
     }

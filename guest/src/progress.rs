@@ -27,21 +27,15 @@ impl Step {
         if bar.is_none() {
             eprintln!("  {title} ...");
         }
-        Self {
-            title,
-            bar,
-            started: Instant::now(),
-            last_line: Instant::now(),
-        }
+        Self { title, bar, started: Instant::now(), last_line: Instant::now() }
     }
 
     /// Tells how far it is, out of `total`.
     pub fn at(&mut self, position: u64, total: u64) {
         if let Some(bar) = &self.bar {
             if bar.length() != Some(total)
-                && let Ok(style) = ProgressStyle::with_template(
-                    "{spinner} {msg} [{bar:30}] {pos}/{len} {elapsed}",
-                )
+                && let Ok(style) =
+                    ProgressStyle::with_template("{spinner} {msg} [{bar:30}] {pos}/{len} {elapsed}")
             {
                 bar.set_style(style);
                 bar.set_length(total);

@@ -24,11 +24,8 @@ use crate::wire::{Frame, Request};
 use crate::{AtPath, Error};
 
 /// L1's kernel modules, in loading order.
-pub const MODULES: [(&str, &str); 3] = [
-    ("irqbypass", "virt/lib/irqbypass"),
-    ("kvm", "arch/x86/kvm/kvm"),
-    ("kvm-amd", "arch/x86/kvm/kvm-amd"),
-];
+pub const MODULES: [(&str, &str); 3] =
+    [("irqbypass", "virt/lib/irqbypass"), ("kvm", "arch/x86/kvm/kvm"), ("kvm-amd", "arch/x86/kvm/kvm-amd")];
 
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 /// CPUs of the emulated host: as many as the machines have that this is developed on.
@@ -58,12 +55,7 @@ impl Rig {
     ///
     /// # Errors
     /// [`Error::Rig`] with the end of the host's kernel log when it does not come up.
-    pub fn start(
-        qemu: &Qemu,
-        kernel: &Kernel,
-        init: &Path,
-        files: &[(&str, &Path)],
-    ) -> Result<Self, Error> {
+    pub fn start(qemu: &Qemu, kernel: &Kernel, init: &Path, files: &[(&str, &Path)]) -> Result<Self, Error> {
         let step = Step::new("Starting the rig's host");
         let folder = std::env::temp_dir().join(format!("vmm-rig-{}", std::process::id()));
         fs::create_dir_all(&folder).at(&folder)?;
@@ -82,10 +74,7 @@ impl Rig {
             .stdout(Stdio::piped())
             .stderr(File::create(folder.join("qemu")).at(&folder)?)
             .spawn()
-            .map_err(|source| Error::Spawn {
-                program: qemu.program.display().to_string(),
-                source,
-            })?;
+            .map_err(|source| Error::Spawn { program: qemu.program.display().to_string(), source })?;
         let (Some(requests), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Error::Rig("QEMU has no pipes".into()));
         };
@@ -147,11 +136,7 @@ impl Rig {
                 let lines: Vec<_> = text.lines().collect();
                 lines[lines.len().saturating_sub(25)..].join("\n  ")
             };
-            Error::Rig(format!(
-                "{what}\n  {}\n  {}",
-                log("qemu"),
-                log("console")
-            ))
+            Error::Rig(format!("{what}\n  {}\n  {}", log("qemu"), log("console")))
         })
     }
 }
@@ -167,7 +152,9 @@ impl Drop for Rig {
 }
 
 fn qemu_command(qemu: &Qemu, kernel: &Kernel, initrd: &Path, console: &Path) -> Command {
-    let mut command = Command::new(&qemu.program);
+    // However this process ends, the emulator must not stay behind.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(&qemu.program);
     for folder in qemu.firmware {
         command.args(["-L", folder]);
     }

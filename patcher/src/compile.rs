@@ -83,10 +83,8 @@ fn hold(sites: &[Site]) -> Vec<Reversible> {
 
 fn breakpoint(sites: &[Site]) -> Vec<Reversible> {
     let table = Arc::new(TrapTable::new(sites.iter().map(|site| site.at)));
-    let mut steps = vec![
-        step(Step::Publish(table), [Step::Withdraw, Step::Disarm]),
-        step(Step::Arm, [Step::Fence]),
-    ];
+    let mut steps =
+        vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])];
     for site in sites {
         steps.extend([check_old(site), write(site.at, &[INT3], &site.old[..1])]);
     }

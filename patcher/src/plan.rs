@@ -151,7 +151,10 @@ impl RawPlan {
             refuse("/deadline_ms", format!("a deadline is 1 to {MAX_DEADLINE_MS} milliseconds"));
         }
         if self.patches.is_empty() || self.patches.len() > MAX_PATCHES {
-            refuse("/patches", format!("a plan has 1 to {MAX_PATCHES} patches, this one {}", self.patches.len()));
+            refuse(
+                "/patches",
+                format!("a plan has 1 to {MAX_PATCHES} patches, this one {}", self.patches.len()),
+            );
         }
         if self.atomic && self.strategy == Strategy::Breakpoint && self.patches.len() > 1 {
             refuse(
@@ -240,7 +243,10 @@ mod tests {
     fn what_is_wrong_is_told_with_its_place() {
         let malformed = |at: &str| vec![(at.to_owned(), "plan_malformed")];
         assert_eq!(refused("{"), malformed(""));
-        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":"f","bogus":1}]}"#), malformed("/patches/0/bogus"));
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"at":"f","bogus":1}]}"#),
+            malformed("/patches/0/bogus")
+        );
         assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":7}]}"#), malformed("/patches/0/at"));
         assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":"f"}]}"#), malformed("/patches/0"));
         assert_eq!(
@@ -249,10 +255,18 @@ mod tests {
         );
         assert_eq!(
             refused(r#"{"version":2,"name":"","deadline_ms":0,"patches":[]}"#),
-            [("/version", "plan_malformed"), ("/name", "plan_malformed"), ("/deadline_ms", "plan_malformed"), ("/patches", "plan_malformed")]
-                .map(|(at, code)| (at.to_owned(), code))
+            [
+                ("/version", "plan_malformed"),
+                ("/name", "plan_malformed"),
+                ("/deadline_ms", "plan_malformed"),
+                ("/patches", "plan_malformed")
+            ]
+            .map(|(at, code)| (at.to_owned(), code))
         );
-        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"redirect":"f","to":"g"}]} x"#), malformed(""));
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"redirect":"f","to":"g"}]} x"#),
+            malformed("")
+        );
         assert_eq!(refused(&" ".repeat(MAX_BYTES + 1)), [(String::new(), "plan_too_large")]);
     }
 }

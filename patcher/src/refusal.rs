@@ -153,7 +153,9 @@ pub enum Refusal {
     },
     /// A boundary inside the site would be or is one between instructions: a task that was
     /// preempted there would return to the middle of something else.
-    #[error("the site at {at} holds {instructions} instructions; a preempted task may return to the middle of it")]
+    #[error(
+        "the site at {at} holds {instructions} instructions; a preempted task may return to the middle of it"
+    )]
     MultiInstruction {
         /// The site.
         at: Gva,

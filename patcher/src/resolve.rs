@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::addr::Gva;
 use crate::insn::{self, Insn};
-use crate::kernel::symbols::{Found, Function};
 use crate::kernel::KernelImage;
+use crate::kernel::symbols::{Found, Function};
 use crate::plan::{Patch, Plan, Strategy};
 use crate::refusal::{Pointer, Refusal, Refused};
 
@@ -42,11 +42,7 @@ impl Kernel<'_> {
     #[must_use]
     pub fn function_at(&self, at: Gva) -> Option<Function<'_>> {
         let function = self.image.symbols().function_at(Gva(at.0.wrapping_sub(self.slide)))?;
-        Some(Function {
-            name: function.name,
-            start: self.live(function.start),
-            end: self.live(function.end),
-        })
+        Some(Function { name: function.name, start: self.live(function.start), end: self.live(function.end) })
     }
 
     /// Where a symbol is in the guest.
@@ -184,7 +180,9 @@ pub fn resolve<'t>(
     let taken: Vec<_> = taken.into_iter().collect();
     for (i, site) in sites.iter().enumerate() {
         let earlier = sites[..i].iter().map(|other| ("this plan", other));
-        if let Some((whose, other)) = earlier.chain(taken.iter().copied()).find(|(_, other)| site.overlaps(other)) {
+        if let Some((whose, other)) =
+            earlier.chain(taken.iter().copied()).find(|(_, other)| site.overlaps(other))
+        {
             let refusal = Refusal::OverlappingSites { at: site.at, other: other.at, whose: whose.to_owned() };
             refused.push(refusal.at(site.pointer.clone()));
         }
@@ -283,7 +281,8 @@ fn site(
     if let Some(from) = insns.iter().find(|insn| insn.branch.is_some_and(|to| at < to && to < end)) {
         return Err(Refusal::BranchIntoSite { from: from.at, to: from.branch.unwrap_or(at) });
     }
-    let after = insn::count(&new, at).ok_or_else(|| Refusal::ReplacementUndecodable { bytes: new.clone() })?;
+    let after =
+        insn::count(&new, at).ok_or_else(|| Refusal::ReplacementUndecodable { bytes: new.clone() })?;
     let before = insns.iter().filter(|insn| at <= insn.at && insn.at < end).count();
     let first = insn::decode(&new, at).next().map_or(0, |insn| insn.len);
     // Filling up with no-operations after a jump adds boundaries that nothing can reach, as
@@ -309,7 +308,8 @@ fn ends_in_jump(new: &[u8], at: Gva, first: usize) -> bool {
 
 /// Checks that `at` is where an instruction begins, or the function ends.
 fn boundary(insns: &[Insn], at: Gva, function: &Function<'_>) -> Result<(), Refusal> {
-    let decoded_to = insns.last().map_or(function.start, |last| Gva(last.at.0.saturating_add(last.len as u64)));
+    let decoded_to =
+        insns.last().map_or(function.start, |last| Gva(last.at.0.saturating_add(last.len as u64)));
     if at > decoded_to {
         return Err(Refusal::Undecodable { function: function.name.to_owned(), at: decoded_to });
     }

@@ -116,7 +116,11 @@ impl<'p> Session<'p> {
     }
 
     fn back(failure: Failure, journal: VecDeque<Step>) -> Phase {
-        if journal.is_empty() { Phase::Ended(End::RolledBack { failure }) } else { Phase::Back { failure, journal } }
+        if journal.is_empty() {
+            Phase::Ended(End::RolledBack { failure })
+        } else {
+            Phase::Back { failure, journal }
+        }
     }
 
     /// What undoes the steps up to `failed`, the last one first. A failed check changed

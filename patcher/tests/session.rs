@@ -22,7 +22,14 @@ struct Memory {
 
 impl Memory {
     fn new(bytes: &[u8]) -> Self {
-        Self { bytes: bytes.to_vec(), steps: Vec::new(), fail_at: None, fail_undo_at: None, failed: false, expire_at: None }
+        Self {
+            bytes: bytes.to_vec(),
+            steps: Vec::new(),
+            fail_at: None,
+            fail_undo_at: None,
+            failed: false,
+            expire_at: None,
+        }
     }
 
     fn slice(&mut self, at: Gva, len: usize) -> &mut [u8] {

@@ -35,11 +35,7 @@ impl Lab {
     /// The lab that an outer process prepared for this one, if there is one.
     pub fn inherited() -> Option<Self> {
         let path = |name| std::env::var_os(name).map(PathBuf::from);
-        Some(Self {
-            vmm: path(VMM)?,
-            kernel: path(KERNEL)?,
-            initrd: path(INITRD)?,
-        })
+        Some(Self { vmm: path(VMM)?, kernel: path(KERNEL)?, initrd: path(INITRD)? })
     }
 
     fn environment(&self) -> Vec<(String, String)> {
@@ -66,11 +62,7 @@ pub fn prepare() -> Result<Place> {
     let binaries = binaries::build()?;
     let initrd = guest_initrd(&binaries)?;
     if usable_kvm(&binaries.vmm) {
-        return Ok(Place::Here(Lab {
-            vmm: binaries.vmm,
-            kernel: kernel.bzimage,
-            initrd,
-        }));
+        return Ok(Place::Here(Lab { vmm: binaries.vmm, kernel: kernel.bzimage, initrd }));
     }
     let qemu = qemu::corrected()?;
     let me = std::env::current_exe().context("this program's own path")?;
@@ -85,11 +77,7 @@ pub fn prepare() -> Result<Place> {
             ("guest/initrd", &initrd),
         ],
     )?;
-    let lab = Lab {
-        vmm: "/bin/vmm".into(),
-        kernel: "/guest/bzImage".into(),
-        initrd: "/guest/initrd".into(),
-    };
+    let lab = Lab { vmm: "/bin/vmm".into(), kernel: "/guest/bzImage".into(), initrd: "/guest/initrd".into() };
     Ok(Place::Rig(Box::new(rig), lab))
 }
 
@@ -140,10 +128,8 @@ impl Place {
             Self::Rig(rig, lab) => {
                 let mut argv = vec!["/bin/self"];
                 argv.extend(arguments);
-                let request = Request {
-                    argv: argv.into_iter().map(str::to_owned).collect(),
-                    env: lab.environment(),
-                };
+                let request =
+                    Request { argv: argv.into_iter().map(str::to_owned).collect(), env: lab.environment() };
                 Ok(rig.run(&request, deadline, sink)?)
             }
         }

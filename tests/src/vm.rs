@@ -18,7 +18,8 @@ pub use hyper::Method;
 
 /// Longest silence of a guest that was asked something. Generous: the rig is emulated.
 const PATIENCE: Duration = Duration::from_secs(120);
-const QUIET_CONSOLE: &str = "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd";
+const QUIET_CONSOLE: &str =
+    "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd";
 
 /// Errors that a stock kernel logs on this machine whatever the monitor does: it was built
 /// for machines with a PCI bus, and this one has none.
@@ -117,7 +118,8 @@ impl Vm {
                 collected.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
             }
         });
-        let mut vm = Self { child, stdin, lines, errors, folder, greeting: String::new(), boot_log: Vec::new() };
+        let mut vm =
+            Self { child, stdin, lines, errors, folder, greeting: String::new(), boot_log: Vec::new() };
         let (before, greeting) = vm.answer()?;
         (vm.boot_log, vm.greeting) = (before, greeting);
         ensure!(vm.greeting.starts_with("ready "), "init said {:?}", vm.greeting);
@@ -245,7 +247,8 @@ impl Vm {
     /// # Errors
     /// When there is no answer.
     pub fn request(&self, method: Method, uri: &str, body: &[u8]) -> Result<(u16, Value)> {
-        Ok(client::request(&self.socket(), method, uri, body.to_vec())?)
+        client::request(&self.socket(), method, uri, body.to_vec())
+            .with_context(|| format!("the monitor's standard error: {:?}", self.errors()))
     }
 
     /// Applies a plan; fails unless it was applied. Returns the report.

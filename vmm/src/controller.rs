@@ -16,7 +16,9 @@ use patcher::session::End;
 use patcher::target::drive;
 
 use crate::config::Config;
-use crate::control::wire::{Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing};
+use crate::control::wire::{
+    Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing,
+};
 use crate::live::Live;
 use crate::locate::{GuestKernel, Located};
 use crate::memory::{GuestRam, PAGE};
@@ -57,6 +59,8 @@ pub enum Answer {
     Done,
     /// What a program did.
     Report(Box<Report>),
+    /// A plan fits the guest.
+    Fits(Box<Fits>),
     /// What a program would do.
     Program(Box<patcher::program::Program>),
     /// The patches.
@@ -95,7 +99,10 @@ impl Controls {
         self.wait(|done| Message::ProtectedWrite(Box::new(done))).unwrap_or(true)
     }
 
-    fn wait<T: Send + 'static>(&self, message: impl FnOnce(Box<dyn FnOnce(T) + Send>) -> Message) -> Option<T> {
+    fn wait<T: Send + 'static>(
+        &self,
+        message: impl FnOnce(Box<dyn FnOnce(T) + Send>) -> Message,
+    ) -> Option<T> {
         let (sender, receiver) = mpsc::sync_channel(1);
         // The receiver is right here until an answer came; nobody else can miss it.
         let done = Box::new(move |value| drop(sender.send(value)));
@@ -174,7 +181,12 @@ pub struct Controller {
 impl Controller {
     /// A controller for a machine that is not started yet.
     #[must_use]
-    pub fn new(config: Config, machine: &crate::machine::Machine, image: Arc<Image>, at_init: Option<AtInit>) -> Self {
+    pub fn new(
+        config: Config,
+        machine: &crate::machine::Machine,
+        image: Arc<Image>,
+        at_init: Option<AtInit>,
+    ) -> Self {
         Self {
             config,
             ram: machine.ram().clone(),
@@ -227,7 +239,19 @@ impl Controller {
                 Answer::Done
             }
             Command::Apply(json) => self.apply(&json),
-            Command::Check(json) | Command::Explain(json) => match self.resolve(&json) {
+            Command::Check(json) => match self.resolve(&json) {
+                Ok(plan) => {
+                    let program = compile(&plan);
+                    Answer::Fits(Box::new(Fits {
+                        state: "fits",
+                        strategy: program.strategy,
+                        reason: program.reason.to_owned(),
+                        sites: program.sites,
+                    }))
+                }
+                Err(refused) => Answer::Refused(Refusals::new(refused)),
+            },
+            Command::Explain(json) => match self.resolve(&json) {
                 Ok(plan) => Answer::Program(Box::new(compile(&plan))),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
@@ -294,9 +318,11 @@ impl Controller {
             return Err(root(Refusal::NameTaken { name: plan.name }));
         }
         let kernel = self.kernel().map_err(root)?.clone();
-        let taken = self.patches.iter().filter(|patch| in_use(patch)).flat_map(|patch| {
-            patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site))
-        });
+        let taken = self
+            .patches
+            .iter()
+            .filter(|patch| in_use(patch))
+            .flat_map(|patch| patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site)));
         resolve(&plan, kernel.kernel(), &kernel, taken)
     }
 

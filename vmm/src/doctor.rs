@@ -55,11 +55,7 @@ const PROBES: [(&str, Probe, &str); 7] = [
         open_kvm,
         "load kvm-intel or kvm-amd, and let this user read and write /dev/kvm (group kvm)",
     ),
-    (
-        "a guest runs",
-        guest_runs,
-        "see the host's kernel log; nothing works without this",
-    ),
+    ("a guest runs", guest_runs, "see the host's kernel log; nothing works without this"),
     (
         "int3 exits to the monitor",
         int3_exits,
@@ -71,11 +67,7 @@ const PROBES: [(&str, Probe, &str); 7] = [
         protected_write_exits,
         "needs KVM with a memfd that is mapped twice; see the host's kernel log",
     ),
-    (
-        "a running vCPU can be kicked out",
-        kick_works,
-        "needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)",
-    ),
+    ("a running vCPU can be kicked out", kick_works, "needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)"),
     (
         "membarrier SYNC_CORE",
         membarrier_works,
@@ -127,7 +119,9 @@ fn print(findings: &Findings) {
              software behind it, and that can't do what failed above."
         );
     }
-    println!("This host can't run and patch guests directly. `cargo demo` and `cargo test` use the rig instead.");
+    println!(
+        "This host can't run and patch guests directly. `cargo demo` and `cargo test` use the rig instead."
+    );
 }
 
 fn cpu_flags() -> Result<String, String> {
@@ -136,7 +130,8 @@ fn cpu_flags() -> Result<String, String> {
     match ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|word| word == *flag)) {
         Some(flag) => Ok(format!("{flag} in /proc/cpuinfo")),
         None if fs::exists("/dev/kvm").unwrap_or(false) => {
-            Err("neither vmx nor svm in /proc/cpuinfo: if there is a /dev/kvm it emulates guests in software".into())
+            Err("neither vmx nor svm in /proc/cpuinfo: if there is a /dev/kvm it emulates guests in software"
+                .into())
         }
         None => Err("neither vmx nor svm in /proc/cpuinfo".into()),
     }
@@ -162,7 +157,8 @@ fn guest_runs() -> Result<String, String> {
 fn int3_exits() -> Result<String, String> {
     // int3
     let mut tiny = Tiny::new(&[0xcc])?;
-    let debug = kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP, ..Default::default() };
+    let debug =
+        kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP, ..Default::default() };
     tiny.vcpu.set_guest_debug(&debug).map_err(|e| format!("KVM_SET_GUEST_DEBUG: {e}"))?;
     tiny.run(|exit| match exit {
         Exit::Breakpoint(at) if at == Gva(CODE) => Ok(()),
@@ -220,7 +216,8 @@ fn membarrier_works() -> Result<String, String> {
 fn unexpected(exit: &Exit<'_>) -> String {
     match exit {
         Exit::Failed(what) if what.contains("InternalError") => {
-            "KVM gave up (KVM_EXIT_INTERNAL_ERROR): it emulates guest code and does not know this instruction".into()
+            "KVM gave up (KVM_EXIT_INTERNAL_ERROR): it emulates guest code and does not know this instruction"
+                .into()
         }
         Exit::Interrupted => "the vCPU was stuck at it for five seconds".into(),
         other => format!("it ended with {other:?} instead"),

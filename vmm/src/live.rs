@@ -31,7 +31,10 @@ impl<'m> Live<'m> {
         &self.fences
     }
 
-    fn timed(&mut self, fence: impl FnOnce(&Rendezvous, Duration) -> Result<(), FenceError>) -> Result<(), StepError> {
+    fn timed(
+        &mut self,
+        fence: impl FnOnce(&Rendezvous, Duration) -> Result<(), FenceError>,
+    ) -> Result<(), StepError> {
         /// A rollback must be able to fence however late it is.
         const LEAST_PATIENCE: Duration = Duration::from_secs(1);
         let started = Instant::now();

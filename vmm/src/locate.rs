@@ -49,10 +49,7 @@ pub fn look(vcpu: &VcpuFd) -> Option<Located> {
     }
     let sregs = vcpu.get_sregs().ok()?;
     let levels = if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 };
-    Some(Located {
-        syscall_entry: Gva(syscall_entry),
-        tables: PageTables { root: Gpa(sregs.cr3), levels },
-    })
+    Some(Located { syscall_entry: Gva(syscall_entry), tables: PageTables { root: Gpa(sregs.cr3), levels } })
 }
 
 /// The kernel of a running guest.
@@ -89,7 +86,10 @@ impl GuestKernel {
         let mut text = vec![0; expected.len()];
         kernel.read(banner, &mut text).map_err(|at| other(format!("{at} is not mapped")))?;
         if text != expected.as_bytes() {
-            return Err(other(format!("{:?} is where {expected:?} should be", String::from_utf8_lossy(&text))));
+            return Err(other(format!(
+                "{:?} is where {expected:?} should be",
+                String::from_utf8_lossy(&text)
+            )));
         }
         Ok(kernel)
     }

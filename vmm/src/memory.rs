@@ -15,8 +15,8 @@ use std::sync::atomic::Ordering;
 use patcher::addr::Gpa;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
 use crate::layout::{DEVICE_GAP, DEVICE_GAP_END};
@@ -91,10 +91,7 @@ impl GuestRam {
         if bytes > low {
             parts.push((DEVICE_GAP_END, low, bytes - low));
         }
-        Ok(Self {
-            guest_view: map(&file, &parts)?,
-            writer: map(&file, &parts)?,
-        })
+        Ok(Self { guest_view: map(&file, &parts)?, writer: map(&file, &parts)? })
     }
 
     /// RAM's pieces, for KVM.
@@ -119,9 +116,7 @@ impl GuestRam {
     /// # Errors
     /// [`Error::Access`] when a byte of the range is not RAM.
     pub fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), Error> {
-        self.writer
-            .read_slice(into, GuestAddress(at.0))
-            .map_err(|source| Error::Access { at, source })
+        self.writer.read_slice(into, GuestAddress(at.0)).map_err(|source| Error::Access { at, source })
     }
 
     /// Writes RAM. A range of 1, 2, 4 or 8 bytes that is aligned to its size is written with
@@ -135,7 +130,9 @@ impl GuestRam {
         let memory = &self.writer;
         let done = match *bytes {
             [a] => memory.store(a, to, Ordering::SeqCst),
-            [a, b] if at.0.is_multiple_of(2) => memory.store(u16::from_le_bytes([a, b]), to, Ordering::SeqCst),
+            [a, b] if at.0.is_multiple_of(2) => {
+                memory.store(u16::from_le_bytes([a, b]), to, Ordering::SeqCst)
+            }
             [a, b, c, d] if at.0.is_multiple_of(4) => {
                 memory.store(u32::from_le_bytes([a, b, c, d]), to, Ordering::SeqCst)
             }
@@ -152,9 +149,7 @@ impl GuestRam {
     /// # Errors
     /// [`Error::Access`] when it is not in RAM or not aligned.
     pub fn load_u64(&self, at: Gpa) -> Result<u64, Error> {
-        self.writer
-            .load(GuestAddress(at.0), Ordering::SeqCst)
-            .map_err(|source| Error::Access { at, source })
+        self.writer.load(GuestAddress(at.0), Ordering::SeqCst).map_err(|source| Error::Access { at, source })
     }
 
     /// Makes the page at `at` read-only for the guest, or writable again. The monitor's own
@@ -169,11 +164,7 @@ impl GuestRam {
             .guest_view
             .get_host_address(GuestAddress(page.0))
             .map_err(|source| Error::Access { at: page, source })?;
-        let prot = if protected {
-            libc::PROT_READ
-        } else {
-            libc::PROT_READ | libc::PROT_WRITE
-        };
+        let prot = if protected { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
         // SAFETY: `host` is the start of a page inside mapping A, which lives as long as
         // `self`; regions are page-aligned, so the whole page belongs to it. Per the module
         // invariant nothing but KVM accesses it.

@@ -53,6 +53,7 @@ pub fn answer(value: &Value, style: Style) -> String {
         _ if value.get("refusals").is_some() => refusals(&mut out, value, style),
         _ if value.get("timing").is_some() => report(&mut out, value, style),
         _ if value.get("steps").is_some() => program(&mut out, value, style),
+        _ if value["state"] == "fits" => fits(&mut out, value, style),
         _ if value.get("uptime_ms").is_some() => info(&mut out, value, style),
         _ if value.get("error").is_some() => writeln!(out, "{}", style.red(text(value, "error"))),
         _ => writeln!(out, "{}", text(value, "state")),
@@ -112,6 +113,12 @@ fn report(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
         timing["total_us"], timing["program_us"], timing["fences"], timing["longest_fence_us"]
     )?;
     writeln!(out, "  longest stall of a vCPU {} us; {} traps", timing["longest_stall_us"], value["traps"])
+}
+
+fn fits(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    writeln!(out, "{}", style.green("the plan fits"))?;
+    sites(out, value, style)?;
+    writeln!(out, "  strategy {} ({})", text(value, "strategy"), text(value, "reason"))
 }
 
 fn program(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {

@@ -46,11 +46,8 @@ fn serve() -> io::Result<()> {
     let mut mode = tcgetattr(&console)?;
     mode.local_modes &= !LocalModes::ECHO;
     tcsetattr(&console, OptionalActions::Now, &mode)?;
-    let mut init = Init {
-        console: console.try_clone()?,
-        cpus: thread::available_parallelism()?.get(),
-        hammer: None,
-    };
+    let mut init =
+        Init { console: console.try_clone()?, cpus: thread::available_parallelism()?.get(), hammer: None };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
     for line in BufReader::new(console).lines() {

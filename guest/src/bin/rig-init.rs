@@ -65,10 +65,8 @@ fn send(up: &Mutex<File>, frame: &Frame) -> io::Result<()> {
 
 /// Runs the program to its end, forwarding both of its streams.
 fn run(request: &Request, up: &Mutex<File>) -> io::Result<Frame> {
-    let (program, arguments) = request
-        .argv
-        .split_first()
-        .ok_or_else(|| io::Error::other("an empty command"))?;
+    let (program, arguments) =
+        request.argv.split_first().ok_or_else(|| io::Error::other("an empty command"))?;
     let mut child = Command::new(program)
         .args(arguments)
         .env("PATH", "/bin")

@@ -27,7 +27,9 @@ pub enum Error {
         bytes: u64,
     },
     /// A compression method that is not supported.
-    #[error("the payload's compression is not supported (it begins with {magic:02x?}); gzip, lz4 and zstd are")]
+    #[error(
+        "the payload's compression is not supported (it begins with {magic:02x?}); gzip, lz4 and zstd are"
+    )]
     Compression {
         /// Its first bytes.
         magic: Vec<u8>,
@@ -83,8 +85,9 @@ impl KernelImage {
             .iter()
             .find_map(|segment| kallsyms::read(segment.data, |address| address == text_base))
             .ok_or(Error::NoSymbols)?;
-        let symbols = Symbols::new(found.iter().map(|(address, kind, name)| (*address, *kind, name.as_str())))
-            .ok_or(Error::NoSymbols)?;
+        let symbols =
+            Symbols::new(found.iter().map(|(address, kind, name)| (*address, *kind, name.as_str())))
+                .ok_or(Error::NoSymbols)?;
         let release = payload::header_release(file)
             .map(str::to_owned)
             .or_else(|| banner_release(&symbols, &segments))

@@ -98,21 +98,16 @@ impl Symbols {
         let found = self.entries[..after].iter().rev().find(|entry| is_text(entry))?;
         // Of aliases at one address, a global one is what people write.
         let first = self.entries.partition_point(|entry| entry.address < found.address);
-        let aliases = || self.entries[first..after].iter().filter(|e| e.address == found.address && is_text(e));
+        let aliases =
+            || self.entries[first..after].iter().filter(|e| e.address == found.address && is_text(e));
         let named = aliases().find(|entry| entry.kind.is_ascii_uppercase()).or_else(|| aliases().next())?;
         let end = self.entries.get(after).map_or(u64::MAX, |entry| entry.address);
-        Some(Function {
-            name: self.entry_name(named),
-            start: Gva(found.address),
-            end: Gva(end),
-        })
+        Some(Function { name: self.entry_name(named), start: Gva(found.address), end: Gva(end) })
     }
 
     /// All symbols in the order of their addresses: address, type letter, name.
     pub fn iter(&self) -> impl Iterator<Item = (Gva, u8, &str)> {
-        self.entries
-            .iter()
-            .map(|entry| (Gva(entry.address), entry.kind, self.entry_name(entry)))
+        self.entries.iter().map(|entry| (Gva(entry.address), entry.kind, self.entry_name(entry)))
     }
 }
 

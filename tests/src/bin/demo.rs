@@ -40,9 +40,14 @@ fn demo(lab: &Lab) -> Result<()> {
     let started = Instant::now();
     let mut vm = Vm::start(lab, &Setup::cpus(CPUS))?;
     let seconds = started.elapsed().as_secs_f64();
-    println!("\nA stock kernel, {}, reached init in {seconds:.1} s.", vm.greeting.trim_start_matches("ready "));
+    println!(
+        "\nA stock kernel, {}, reached init in {seconds:.1} s.",
+        vm.greeting.trim_start_matches("ready ")
+    );
     vm.hammer("getppid", 0, 1)?;
-    println!("All {CPUS} vCPUs now hammer getppid(). In init it returns 0; the patch makes it return 1, as getpid().\n");
+    println!(
+        "All {CPUS} vCPUs now hammer getppid(). In init it returns 0; the patch makes it return 1, as getpid().\n"
+    );
 
     let plan = redirect_plan("demo", None);
     let (_, check) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
@@ -86,12 +91,19 @@ fn look(vm: &mut Vm, when: &str, patched: bool) -> Result<()> {
 }
 
 fn table(rows: &[(String, Value)]) {
-    println!("{:<20} {:>12} {:>12} {:>14} {:>7} {:>6}", "strategy", "latency us", "program us", "longest stall", "fences", "traps");
+    println!(
+        "{:<20} {:>12} {:>12} {:>14} {:>7} {:>6}",
+        "strategy", "latency us", "program us", "longest stall", "fences", "traps"
+    );
     for (name, report) in rows {
         let timing = &report["timing"];
         println!(
             "{name:<20} {:>12} {:>12} {:>14} {:>7} {:>6}",
-            timing["total_us"], timing["program_us"], timing["longest_stall_us"], timing["fences"], report["traps"]
+            timing["total_us"].to_string(),
+            timing["program_us"].to_string(),
+            timing["longest_stall_us"].to_string(),
+            timing["fences"].to_string(),
+            report["traps"].to_string()
         );
     }
 }

@@ -85,13 +85,17 @@ fn kaslr(lab: &Lab) -> Result<()> {
     }
     ensure!(slides[0] == Some(0), "nokaslr: {slides:?}");
     // A kernel may by chance land where it was linked, but not three times.
-    ensure!(slides[1..].iter().any(|slide| slide.is_some_and(|slide| slide != 0)), "never relocated: {slides:?}");
+    ensure!(
+        slides[1..].iter().any(|slide| slide.is_some_and(|slide| slide != 0)),
+        "never relocated: {slides:?}"
+    );
     Ok(())
 }
 
 /// Runs the monitor to its end; for command lines that it does not accept.
 pub(crate) fn run_to_end(lab: &Lab, arguments: &[&str]) -> Result<(i32, String)> {
     let output = Command::new(&lab.vmm).args(arguments).output()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     Ok((output.status.code().unwrap_or(-1), text))
 }

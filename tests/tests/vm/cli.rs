@@ -81,7 +81,10 @@ fn patch_commands(lab: &Lab) -> Result<()> {
     let plan = vm.folder().join("plan.json").display().to_string();
     fs::write(&plan, redirect_plan("cli", None).to_string())?;
     let bad = vm.folder().join("bad.json").display().to_string();
-    fs::write(&bad, json!({ "version": 1, "name": "b", "patches": [{ "redirect": "nope", "to": "nope" }] }).to_string())?;
+    fs::write(
+        &bad,
+        json!({ "version": 1, "name": "b", "patches": [{ "redirect": "nope", "to": "nope" }] }).to_string(),
+    )?;
     let broken = vm.folder().join("broken.json").display().to_string();
     fs::write(&broken, "{")?;
     let at = ["--socket", socket.as_str()];

@@ -15,7 +15,8 @@ pub(crate) const TESTS: &[Test] = &[("refusals::every_code_and_no_byte_written",
 fn every_code(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup { memory_mib: 128, ..Setup::cpus(2) })?;
     let entry = entry_bytes(&vm)?;
-    let raw = |at: &str, expect: &str, replace: &str| json!({ "at": at, "expect": expect, "replace": replace });
+    let raw =
+        |at: &str, expect: &str, replace: &str| json!({ "at": at, "expect": expect, "replace": replace });
     let plan = |patches: Value| json!({ "version": 1, "name": "bad", "patches": patches }).to_string();
     let one = |patch: Value| plan(json!([patch]));
     let getppid = "__x64_sys_getppid";
@@ -31,7 +32,11 @@ fn every_code(lab: &Lab) -> Result<()> {
         ("unknown_symbol", 409, one(raw("no_such_function", nop, "90"))),
         ("unknown_symbol", 409, one(json!({ "redirect": getppid, "to": "no_such_function" }))),
         ("ambiguous_symbol", 409, one(raw(ambiguous(&mut vm)?.as_str(), nop, "90"))),
-        ("overlapping_sites", 409, plan(json!([raw(getppid, nop, "e900000000"), raw(getppid, nop, "e900000000")]))),
+        (
+            "overlapping_sites",
+            409,
+            plan(json!([raw(getppid, nop, "e900000000"), raw(getppid, nop, "e900000000")])),
+        ),
         ("replacement_too_long", 409, one(raw(getppid, nop, "0f1f44000090"))),
         ("replacement_undecodable", 409, one(raw(getppid, nop, "0f1f440000".split_at(8).0))),
         ("multi_instruction", 409, one(raw(getppid, nop, "9090909090"))),
@@ -101,7 +106,8 @@ fn ambiguous(vm: &mut Vm) -> Result<String> {
     // Every driver has its own; this one is in the core kernel more than once.
     let candidates = ["cpumask_next", "print_fmt", "init_once", "proc_fops", "seq_stop", "dummy_read"];
     for name in candidates {
-        let plan = json!({ "version": 1, "name": "x", "patches": [{ "redirect": name, "to": name }] }).to_string();
+        let plan =
+            json!({ "version": 1, "name": "x", "patches": [{ "redirect": name, "to": name }] }).to_string();
         let (_, answer) = vm.request(Method::POST, "/patches/check", plan.as_bytes())?;
         if answer["refusals"][0]["code"] == "ambiguous_symbol" {
             return Ok(name.to_owned());

@@ -12,10 +12,8 @@ use tests::vm::{Method, Setup, Vm, redirect_plan};
 
 use super::Test;
 
-pub(crate) const TESTS: &[Test] = &[
-    ("socket::garbage_and_broken_clients", broken_clients),
-    ("socket::many_clients_at_once", many_clients),
-];
+pub(crate) const TESTS: &[Test] =
+    &[("socket::garbage_and_broken_clients", broken_clients), ("socket::many_clients_at_once", many_clients)];
 
 fn broken_clients(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
@@ -97,7 +95,8 @@ fn many_clients(lab: &Lab) -> Result<()> {
                         Some("applied") => {
                             applied += 1;
                             let uri = format!("/patches/{name}/revert");
-                            let (_, answer) = vmm::control::client::request(&socket, Method::POST, &uri, Vec::new())?;
+                            let (_, answer) =
+                                vmm::control::client::request(&socket, Method::POST, &uri, Vec::new())?;
                             ensure!(answer["state"] == "reverted", "{answer:#}");
                         }
                         Some("refused") => refused += 1,

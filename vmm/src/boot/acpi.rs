@@ -1,6 +1,7 @@
 //! ACPI tables of a hardware-reduced machine: what a kernel without MP-table support needs
 //! to find its CPUs, its serial port and its power switch.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -8,10 +9,11 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 use patcher::addr::Gpa;
 
-use crate::layout::{ACPI_TABLES, COM1, COM1_IRQ, HIGH_MEMORY, IO_APIC, LOCAL_APIC, RESET, RSDP, SLEEP_CONTROL};
+use crate::layout::{
+    ACPI_TABLES, COM1, COM1_IRQ, HIGH_MEMORY, IO_APIC, LOCAL_APIC, RESET, RSDP, SLEEP_CONTROL,
+};
 use crate::memory::{Error, GuestRam};
 
 const OEM: [u8; 6] = *b"RSTVMM";

@@ -12,7 +12,9 @@ use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
 use patcher::addr::Gpa;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, DEVICE_GAP, HIGH_MEMORY, RSDP, ZERO_PAGE};
+use crate::layout::{
+    BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, DEVICE_GAP, HIGH_MEMORY, RSDP, ZERO_PAGE,
+};
 use crate::memory::{self, GuestRam, PAGE};
 
 /// The 64-bit entry lies this far into the protected-mode kernel.
@@ -111,8 +113,10 @@ pub fn load(
 
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = u32::try_from(COMMAND_LINE).unwrap_or(u32::MAX);
-    let text = Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(|e| Error::CommandLine(e.to_string()))?;
-    load_cmdline(ram.writer(), GuestAddress(COMMAND_LINE), &text).map_err(|e| Error::CommandLine(e.to_string()))?;
+    let text =
+        Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(|e| Error::CommandLine(e.to_string()))?;
+    load_cmdline(ram.writer(), GuestAddress(COMMAND_LINE), &text)
+        .map_err(|e| Error::CommandLine(e.to_string()))?;
     if let Some(initrd) = initrd {
         let size = initrd.len() as u64;
         let end = low_end.min(u64::from(header.initrd_addr_max) + 1);
@@ -137,7 +141,10 @@ fn stated_size(image: &[u8]) -> Option<u64> {
     (image.get(0x202..0x206)? == b"HdrS").then_some((setup + 1) * 512 + 16 * u64::from(units))
 }
 
-fn write_zero_page(ram: &GuestRam, header: linux_loader::loader::bootparam::setup_header) -> Result<(), String> {
+fn write_zero_page(
+    ram: &GuestRam,
+    header: linux_loader::loader::bootparam::setup_header,
+) -> Result<(), String> {
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: RSDP, ..Default::default() };
     let mut map = vec![(0, BASE_MEMORY_END, E820_RAM), (RSDP, HIGH_MEMORY - RSDP, E820_RESERVED)];
     for region in ram.writer().iter() {

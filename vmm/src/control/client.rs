@@ -56,9 +56,9 @@ pub fn request(socket: &Path, method: Method, uri: &str, body: Vec<u8>) -> Resul
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|e| talk(e.to_string()))?;
-        let response = sender.send_request(request).await.map_err(|e| talk(e.to_string()))?;
+        let response = sender.send_request(request).await.map_err(|e| talk(format!("{e:?}")))?;
         let status = response.status().as_u16();
-        let body = response.into_body().collect().await.map_err(|e| talk(e.to_string()))?.to_bytes();
+        let body = response.into_body().collect().await.map_err(|e| talk(format!("body {e:?}")))?.to_bytes();
         let value = serde_json::from_slice(&body).map_err(|e| talk(format!("its answer is no JSON: {e}")))?;
         Ok((status, value))
     })

@@ -205,10 +205,18 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
                 Err(reply) => return reply,
             }
         }
-        (_, ["vm"] | ["vm", "pause" | "resume"] | ["patches"] | ["patches", _] | ["patches", _, "revert"]) => {
+        (
+            _,
+            ["vm"] | ["vm", "pause" | "resume"] | ["patches"] | ["patches", _] | ["patches", _, "revert"],
+        ) => {
             return trouble(StatusCode::METHOD_NOT_ALLOWED, &format!("{method} does not go with /{path}"));
         }
-        _ => return trouble(StatusCode::NOT_FOUND, &format!("there is no /{path}; see the README's control socket section")),
+        _ => {
+            return trouble(
+                StatusCode::NOT_FOUND,
+                &format!("there is no /{path}; see the README's control socket section"),
+            );
+        }
     };
     let (sender, receiver) = oneshot::channel();
     // A client that went away does not stop its command, and does not hear of it.
@@ -237,6 +245,7 @@ fn reply(answer: Answer) -> Reply {
         Answer::Info(info) => json(StatusCode::OK, &info),
         Answer::Done => json(StatusCode::OK, &serde_json::json!({ "state": "done" })),
         Answer::Report(report) => json(status(&report), &report),
+        Answer::Fits(fits) => json(StatusCode::OK, &fits),
         Answer::Program(program) => json(StatusCode::OK, &program),
         Answer::Patches(patches) => json(StatusCode::OK, &patches),
         Answer::Refused(refusals) if refusals.is_bad_input() => json(StatusCode::BAD_REQUEST, &refusals),

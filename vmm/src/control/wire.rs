@@ -68,6 +68,19 @@ pub enum PatchState {
     Held,
 }
 
+/// What a plan would change.
+#[derive(Debug, Clone, Serialize)]
+pub struct Fits {
+    /// Always `fits`.
+    pub state: &'static str,
+    /// The strategy that would be used.
+    pub strategy: Strategy,
+    /// Why that one.
+    pub reason: String,
+    /// The sites.
+    pub sites: Vec<Site>,
+}
+
 /// What a program did.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {

@@ -19,6 +19,7 @@ use guest::{cache, qemu};
 const VMM: &str = "LAB_VMM";
 const KERNEL: &str = "LAB_KERNEL";
 const INITRD: &str = "LAB_INITRD";
+const IN_RIG: &str = "LAB_IN_RIG";
 
 /// What a guest needs, as paths that are valid in this process.
 #[derive(Debug, Clone)]
@@ -29,19 +30,27 @@ pub struct Lab {
     pub kernel: PathBuf,
     /// The guest's initramfs, with the workload.
     pub initrd: PathBuf,
+    /// Whether this process is in the rig's host, where it may do as it likes.
+    pub in_rig: bool,
 }
 
 impl Lab {
     /// The lab that an outer process prepared for this one, if there is one.
     pub fn inherited() -> Option<Self> {
         let path = |name| std::env::var_os(name).map(PathBuf::from);
-        Some(Self { vmm: path(VMM)?, kernel: path(KERNEL)?, initrd: path(INITRD)? })
+        let in_rig = std::env::var_os(IN_RIG).is_some_and(|value| value == "true");
+        Some(Self { vmm: path(VMM)?, kernel: path(KERNEL)?, initrd: path(INITRD)?, in_rig })
     }
 
     fn environment(&self) -> Vec<(String, String)> {
-        [(VMM, &self.vmm), (KERNEL, &self.kernel), (INITRD, &self.initrd)]
-            .map(|(name, path)| (name.to_owned(), path.display().to_string()))
-            .to_vec()
+        [
+            (VMM, self.vmm.display().to_string()),
+            (KERNEL, self.kernel.display().to_string()),
+            (INITRD, self.initrd.display().to_string()),
+            (IN_RIG, self.in_rig.to_string()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .to_vec()
     }
 }
 
@@ -62,7 +71,7 @@ pub fn prepare() -> Result<Place> {
     let binaries = binaries::build()?;
     let initrd = guest_initrd(&binaries)?;
     if usable_kvm(&binaries.vmm) {
-        return Ok(Place::Here(Lab { vmm: binaries.vmm, kernel: kernel.bzimage, initrd }));
+        return Ok(Place::Here(Lab { vmm: binaries.vmm, kernel: kernel.bzimage, initrd, in_rig: false }));
     }
     let qemu = qemu::corrected()?;
     let me = std::env::current_exe().context("this program's own path")?;
@@ -77,19 +86,27 @@ pub fn prepare() -> Result<Place> {
             ("guest/initrd", &initrd),
         ],
     )?;
-    let lab = Lab { vmm: "/bin/vmm".into(), kernel: "/guest/bzImage".into(), initrd: "/guest/initrd".into() };
+    let lab = Lab {
+        vmm: "/bin/vmm".into(),
+        kernel: "/guest/bzImage".into(),
+        initrd: "/guest/initrd".into(),
+        in_rig: true,
+    };
     Ok(Place::Rig(Box::new(rig), lab))
 }
 
-/// Asks the monitor itself, which finds out by trying.
+/// Asks the monitor itself, which finds out by trying. Without VMX or SVM it need not be
+/// asked: its probes would only time out.
 fn usable_kvm(vmm: &Path) -> bool {
-    Command::new(vmm)
-        .arg("doctor")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    info.split_whitespace().any(|word| word == "vmx" || word == "svm")
+        && Command::new(vmm)
+            .arg("doctor")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success())
 }
 
 fn guest_initrd(binaries: &Binaries) -> Result<PathBuf> {

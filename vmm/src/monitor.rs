@@ -1,8 +1,9 @@
 //! Runs one machine: puts machine, controller and control socket together, and waits for
 //! input, connections, signals and the end in one event loop.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -85,6 +86,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     events.add_subscriber(Box::new(Signalled { signals, ends: ends.clone() }));
     events.add_subscriber(Box::new(Typing {
         ports: machine.ports().clone(),
+        stdin: File::from(io::stdin().as_fd().try_clone_to_owned()?),
         drained: on_drained,
         keys: raw.is_terminal().then(Keys::default),
         pending: Vec::new(),
@@ -199,6 +201,9 @@ impl MutEventSubscriber for Signalled {
 /// Console input.
 struct Typing {
     ports: Arc<Ports>,
+    /// Standard input without the buffer that `std::io::Stdin` keeps: what lies in a buffer
+    /// wakes no event loop.
+    stdin: File,
     drained: EventFd,
     /// Present when a person types.
     keys: Option<Keys>,
@@ -210,10 +215,10 @@ struct Typing {
 impl Typing {
     fn read(&mut self, ops: &mut EventOps) {
         let mut buffer = [0; 256];
-        let bytes = match io::stdin().lock().read(&mut buffer) {
+        let bytes = match self.stdin.read(&mut buffer) {
             Ok(0) | Err(_) => {
                 // End of input. The guest goes on without.
-                let _ = ops.remove(Events::empty(&io::stdin()));
+                let _ = ops.remove(Events::empty(&self.stdin));
                 return;
             }
             Ok(length) => &buffer[..length],
@@ -230,7 +235,7 @@ impl Typing {
         }
         self.pass_on();
         if !self.pending.is_empty() {
-            let _ = ops.remove(Events::empty(&io::stdin()));
+            let _ = ops.remove(Events::empty(&self.stdin));
         }
     }
 
@@ -252,7 +257,7 @@ impl MutEventSubscriber for Typing {
             let waiting = !self.pending.is_empty();
             self.pass_on();
             if waiting && self.pending.is_empty() {
-                let _ = ops.add(Events::new(&io::stdin(), EventSet::IN));
+                let _ = ops.add(Events::new(&self.stdin, EventSet::IN));
             }
         } else {
             self.read(ops);
@@ -262,7 +267,7 @@ impl MutEventSubscriber for Typing {
     fn init(&mut self, ops: &mut EventOps) {
         watch(ops, &self.drained);
         // Files and /dev/null can't be waited for: no input then.
-        let _ = ops.add(Events::new(&io::stdin(), EventSet::IN));
+        let _ = ops.add(Events::new(&self.stdin, EventSet::IN));
     }
 }
 

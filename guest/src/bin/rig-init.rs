@@ -28,6 +28,8 @@ fn serve() -> io::Result<()> {
         mount(kind, at, kind, MountFlags::empty(), None)?;
     }
     mount("devtmpfs", "/dev", "devtmpfs", MountFlags::empty(), None)?;
+    fs::create_dir_all("/dev/pts")?;
+    mount("devpts", "/dev/pts", "devpts", MountFlags::empty(), None)?;
     let line = OpenOptions::new().read(true).write(true).open("/dev/ttyS1")?;
     let mut mode = tcgetattr(&line)?;
     mode.make_raw();

@@ -9,6 +9,7 @@ mod cli;
 mod flips;
 mod refusals;
 mod socket;
+mod terminal;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,18 +21,28 @@ use tests::lab::{self, Lab, Place};
 /// A test: a name and what it does in a lab.
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
 
+/// Tests that do something to the host that only the rig's host may be done to.
+const RIG_ONLY: [&str; 1] = ["cli::without_kvm_it_says_so"];
+
 /// Longest time for one test.
-const DEADLINE: Duration = Duration::from_secs(600);
+const DEADLINE: Duration = Duration::from_secs(240);
 
 fn all() -> Vec<Test> {
-    [at_init::TESTS, boot::TESTS, cli::TESTS, flips::TESTS, refusals::TESTS, socket::TESTS].concat()
+    [at_init::TESTS, boot::TESTS, cli::TESTS, flips::TESTS, refusals::TESTS, socket::TESTS, terminal::TESTS]
+        .concat()
 }
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Guests take all the CPUs there are; two at a time would only disturb each other.
     arguments.test_threads = Some(1);
-    let trials = if arguments.list {
+    let wanted = |(name, _): &Test| match &arguments.filter {
+        Some(filter) if arguments.exact => name == filter,
+        Some(filter) => name.contains(filter.as_str()),
+        None => true,
+    };
+    let trials = if arguments.list || !all().iter().any(wanted) {
+        // Nothing runs, so nothing needs to be provided.
         all().into_iter().map(|(name, _)| Trial::test(name, || Ok(()))).collect()
     } else if let Some(lab) = Lab::inherited() {
         here(&lab)
@@ -51,7 +62,14 @@ fn main() -> ExitCode {
 fn here(lab: &Lab) -> Vec<Trial> {
     let trial = |(name, test): Test| {
         let lab = lab.clone();
+        let ignored = RIG_ONLY.contains(&name) && !lab.in_rig;
+        if ignored {
+            eprintln!(
+                "{name} is skipped: it hides /dev/kvm from the whole machine, which only the rig allows"
+            );
+        }
         Trial::test(name, move || test(&lab).map_err(|error| Failed::from(format!("{error:?}"))))
+            .with_ignored_flag(ignored)
     };
     all().into_iter().map(trial).collect()
 }

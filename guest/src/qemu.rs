@@ -1,5 +1,5 @@
 //! The rig's emulator: QEMU's TCG with two defects of its SVM corrected, built from the
-//! distribution's source package once and cached. [`EDITS`] is the whole change; the
+//! distribution's source package once and cached. `EDITS` is the whole change; the
 //! decision note `docs/rig.md` tells how the defects show.
 
 use std::fs;

@@ -20,14 +20,24 @@ pub fn boots(lab: &Lab, count: usize) -> Result<()> {
 fn boot_once(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
     vm.hammer("getppid", 0, 1)?;
-    for strategy in ["breakpoint", "hold"] {
-        vm.apply(&redirect_plan("boot", Some(strategy)))?;
-        vm.expect_all(true)?;
-        vm.revert("boot")?;
-        vm.expect_all(false)?;
-    }
+    flip_by_each_strategy(&mut vm)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
+}
+
+/// Patches the hammered `getppid` and reverts it, by each strategy; every CPU must see each
+/// change.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn flip_by_each_strategy(vm: &mut Vm) -> Result<()> {
+    for strategy in ["breakpoint", "hold"] {
+        vm.apply(&redirect_plan(strategy, Some(strategy)))?;
+        vm.expect_all(true)?;
+        vm.revert(strategy)?;
+        vm.expect_all(false)?;
+    }
+    Ok(())
 }
 
 /// Flips a hammered system call so many times; every so often every CPU is asked what it

@@ -74,12 +74,7 @@ fn kaslr(lab: &Lab) -> Result<()> {
     for command_line in ["nokaslr", "", "", ""] {
         let mut vm = Vm::start(lab, &Setup { command_line: command_line.into(), ..Setup::cpus(2) })?;
         vm.hammer("getppid", 0, 1)?;
-        for strategy in ["breakpoint", "hold"] {
-            vm.apply(&redirect_plan("kaslr", Some(strategy)))?;
-            vm.expect_all(true)?;
-            vm.revert("kaslr")?;
-            vm.expect_all(false)?;
-        }
+        tests::campaigns::flip_by_each_strategy(&mut vm)?;
         let (_, info) = vm.request(Method::GET, "/vm", b"")?;
         slides.push(info["kernel"]["slide"].as_u64());
     }

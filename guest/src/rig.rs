@@ -87,7 +87,7 @@ impl Rig {
                 }
             }
         });
-        let rig = Self { child, requests, frames, folder };
+        let mut rig = Self { child, requests, frames, folder };
         match rig.next(BOOT_DEADLINE)? {
             Frame::Ready => {}
             Frame::Error(text) => return Err(Error::Rig(text)),
@@ -124,11 +124,15 @@ impl Rig {
         }
     }
 
-    fn next(&self, timeout: Duration) -> Result<Frame, Error> {
+    fn next(&mut self, timeout: Duration) -> Result<Frame, Error> {
         self.frames.recv_timeout(timeout).map_err(|error| {
             let what = match error {
-                RecvTimeoutError::Timeout => "no answer in time",
-                RecvTimeoutError::Disconnected => "the host broke off",
+                RecvTimeoutError::Timeout => "no answer in time".to_owned(),
+                // An exit code of 0 means that the host was reset, as by a triple fault.
+                RecvTimeoutError::Disconnected => match self.child.wait() {
+                    Ok(status) => format!("the host broke off (QEMU: {status})"),
+                    Err(error) => format!("the host broke off ({error})"),
+                },
             };
             let log = |name: &str| {
                 let bytes = fs::read(self.folder.join(name)).unwrap_or_default();

@@ -1,6 +1,6 @@
 //! Campaigns: the same in a short form as a test and in full length behind `cargo soak`.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::lab::Lab;
 use crate::vm::{Setup, Vm, redirect_plan};
@@ -38,6 +38,20 @@ pub fn flip_by_each_strategy(vm: &mut Vm) -> Result<()> {
         vm.expect_all(false)?;
     }
     Ok(())
+}
+
+/// A guest of so many vCPUs: each runs the workload and sees every change.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn every_vcpu(lab: &Lab, cpus: u8) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup { memory_mib: 1024, ..Setup::cpus(cpus) })?;
+    vm.hammer("getppid", 0, 1)?;
+    let seen = vm.count()?.len();
+    ensure!(seen == usize::from(cpus), "{seen} of {cpus} CPUs reported");
+    flip_by_each_strategy(&mut vm)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
 }
 
 /// Flips a hammered system call so many times; every so often every CPU is asked what it

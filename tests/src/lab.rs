@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -58,8 +58,14 @@ impl Lab {
 pub enum Place {
     /// On this machine.
     Here(Lab),
-    /// In the rig's host, where this program is `/bin/self`.
-    Rig(Box<Rig>, Lab),
+    /// In the rig's host.
+    Rig(Rigged),
+}
+
+/// The rig's host, where this program is `/bin/self`.
+pub struct Rigged {
+    rig: Box<Rig>,
+    lab: Lab,
 }
 
 /// Provides everything that guests need, and a place to run them.
@@ -92,7 +98,7 @@ pub fn prepare() -> Result<Place> {
         initrd: "/guest/initrd".into(),
         in_rig: true,
     };
-    Ok(Place::Rig(Box::new(rig), lab))
+    Ok(Place::Rig(Rigged { rig: Box::new(rig), lab }))
 }
 
 /// Asks the monitor itself, which finds out by trying. Without VMX or SVM it need not be
@@ -118,38 +124,57 @@ fn guest_initrd(binaries: &Binaries) -> Result<PathBuf> {
     Ok(path)
 }
 
-impl Place {
-    /// Runs this program again, as the inner one, with `arguments`; its output is passed on
-    /// to `sink`. Returns its exit code.
+/// Runs `inner` where guests can run: in this process, or in the rig's host, in another
+/// process of this program with the same arguments. `announce` is told the place first.
+///
+/// # Errors
+/// When there is no such place, what `inner` says, or when the rig breaks off.
+pub fn run_there(
+    deadline: Duration,
+    announce: impl FnOnce(&Place),
+    inner: impl FnOnce(&Lab) -> Result<ExitCode>,
+) -> Result<ExitCode> {
+    if let Some(lab) = Lab::inherited() {
+        return inner(&lab);
+    }
+    let mut place = prepare()?;
+    announce(&place);
+    match &mut place {
+        Place::Here(lab) => inner(lab),
+        Place::Rig(rigged) => {
+            let code = rigged.run_self(std::env::args().skip(1), deadline, pass_on)?;
+            Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+        }
+    }
+}
+
+impl Rigged {
+    /// Runs this program with `arguments` in the rig's host; its output is passed on to
+    /// `sink`. Returns its exit code.
     ///
     /// # Errors
     /// When it can't be started, or the rig breaks off.
     pub fn run_self(
         &mut self,
-        arguments: &[&str],
+        arguments: impl IntoIterator<Item = String>,
         deadline: Duration,
-        mut sink: impl FnMut(Stream, &[u8]),
+        sink: impl FnMut(Stream, &[u8]),
     ) -> Result<i32> {
-        match self {
-            Self::Here(lab) => {
-                let me = std::env::current_exe().context("this program's own path")?;
-                let output = Command::new(me)
-                    .args(arguments)
-                    .envs(lab.environment())
-                    .stdin(Stdio::null())
-                    .stderr(Stdio::inherit())
-                    .output()?;
-                sink(Stream::Stdout, &output.stdout);
-                Ok(output.status.code().unwrap_or(-1))
-            }
-            Self::Rig(rig, lab) => {
-                let mut argv = vec!["/bin/self"];
-                argv.extend(arguments);
-                let request =
-                    Request { argv: argv.into_iter().map(str::to_owned).collect(), env: lab.environment() };
-                Ok(rig.run(&request, deadline, sink)?)
-            }
-        }
+        let argv = std::iter::once("/bin/self".to_owned()).chain(arguments).collect();
+        Ok(self.rig.run(&Request { argv, env: self.lab.environment() }, deadline, sink)?)
+    }
+
+    /// Runs any program in the rig's host, as [`Rigged::run_self`] does this one.
+    ///
+    /// # Errors
+    /// As [`Rigged::run_self`].
+    pub fn run(
+        &mut self,
+        argv: Vec<String>,
+        deadline: Duration,
+        sink: impl FnMut(Stream, &[u8]),
+    ) -> Result<i32> {
+        Ok(self.rig.run(&Request { argv, env: Vec::new() }, deadline, sink)?)
     }
 }
 

@@ -6,7 +6,6 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::addr::{Gpa, Gva};
 use patcher::compile::compile;
 use patcher::kernel::KernelImage;
 use patcher::plan::Plan;
@@ -19,9 +18,10 @@ use crate::config::Config;
 use crate::control::wire::{
     Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing,
 };
+use crate::gate::{Arrival, AtInit, Gate};
 use crate::live::Live;
 use crate::locate::{GuestKernel, Located};
-use crate::memory::{GuestRam, PAGE};
+use crate::memory::GuestRam;
 use crate::rendezvous::Rendezvous;
 
 /// How long a pause waits for vCPUs that the host preempted.
@@ -140,22 +140,6 @@ impl Image {
     }
 }
 
-/// A plan to apply when the guest is about to start init, and what becomes of it.
-pub struct AtInit {
-    /// The plan, as JSON.
-    pub plan: Vec<u8>,
-    /// Called with the outcome, on the controller's thread, before init starts.
-    pub then: Box<dyn FnOnce(Answer) + Send>,
-}
-
-/// The page that the kernel writes to right before it starts init.
-#[derive(Clone, Copy)]
-enum Gate {
-    None,
-    Closed(Gpa),
-    Open,
-}
-
 struct Applied {
     plan: ResolvedPlan,
     state: PatchState,
@@ -173,7 +157,6 @@ pub struct Controller {
     kernel: Option<GuestKernel>,
     patches: Vec<Applied>,
     held_by: Option<String>,
-    at_init: Option<AtInit>,
     gate: Gate,
     started: Instant,
 }
@@ -197,8 +180,7 @@ impl Controller {
             kernel: None,
             patches: Vec::new(),
             held_by: None,
-            at_init,
-            gate: Gate::None,
+            gate: Gate::new(at_init),
             started: Instant::now(),
         }
     }
@@ -408,52 +390,34 @@ impl Controller {
         })
     }
 
-    // The gate before init: the kernel frees its init sections, overwriting them with a
-    // pattern, right before it starts init (Linux init/main.c, kernel_init and
-    // free_initmem; mm/page_alloc.c, free_reserved_area). A page of them that nobody writes
-    // to otherwise is protected from the time the kernel is found; the write to it is the
-    // signal, and the vCPU that does it waits. `docs/gate.md` has the alternatives.
-
-    /// Protects the page, if there is a plan to be applied then.
+    /// Makes the guest wait right before it starts init, if there is a plan to be applied then.
     fn close_gate(&mut self) {
-        if self.at_init.is_none() {
+        if !self.gate.is_wanted() {
             return;
         }
-        let protected = self.kernel().cloned().map_err(|refusal| refusal.to_string()).and_then(|kernel| {
-            let symbol = |name| kernel.kernel().symbol(name).map_err(|refusal| refusal.to_string());
-            let (start, end) = (symbol("__alt_instructions")?, symbol("__alt_instructions_end")?);
-            let page = Gva(start.0.next_multiple_of(PAGE));
-            if page.0 + PAGE > end.0 {
-                return Err("the kernel's table of alternatives fills no page".to_owned());
-            }
-            let at = kernel.translate(page).ok_or_else(|| format!("{page} is not mapped"))?.at;
-            self.ram.write_protect(at, true).map_err(|e| e.to_string())?;
-            Ok(at)
-        });
-        match protected {
-            Ok(page) => self.gate = Gate::Closed(page),
-            Err(why) => self.finish_at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}"))),
+        let kernel = self.kernel().cloned().map_err(|refusal| refusal.to_string());
+        if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, &self.ram)) {
+            self.at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}")));
         }
     }
 
-    /// Applies the plan and lets the vCPU go on. `false` if nothing was protected.
+    /// Applies the plan and lets the vCPU at the gate go on. `false` if the gate has nothing
+    /// to do with its write.
     fn open_gate(&mut self) -> bool {
-        let page = match self.gate {
-            Gate::None => return false,
-            // Another vCPU came to it at the same time.
-            Gate::Open => return true,
-            Gate::Closed(page) => page,
+        let page = match self.gate.arrive() {
+            Arrival::Foreign => return false,
+            Arrival::Late => return true,
+            Arrival::First(page) => page,
         };
-        self.gate = Gate::Open;
-        self.finish_at_init(|controller, plan| controller.apply(plan));
+        self.at_init(Self::apply);
         if let Err(error) = self.ram.write_protect(page, false) {
             eprintln!("vmm: {error}");
         }
         true
     }
 
-    fn finish_at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {
-        if let Some(at_init) = self.at_init.take() {
+    fn at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {
+        if let Some(at_init) = self.gate.take() {
             let answer = apply(self, &at_init.plan);
             (at_init.then)(answer);
         }

@@ -15,6 +15,7 @@ pub mod controller;
 pub mod devices;
 pub mod doctor;
 pub mod exit;
+pub mod gate;
 pub mod kick;
 pub mod kvm;
 pub mod layout;

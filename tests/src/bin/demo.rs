@@ -14,25 +14,19 @@ const CPUS: u8 = 4;
 const DEADLINE: Duration = Duration::from_secs(600);
 
 fn main() -> Result<ExitCode> {
-    if let Some(lab) = Lab::inherited() {
-        demo(&lab)?;
-        return Ok(ExitCode::SUCCESS);
+    if Lab::inherited().is_none() {
+        println!("Setting up (what is cached is not fetched or built again):");
     }
-    println!("Setting up (what is cached is not fetched or built again):");
-    match lab::prepare()? {
-        Place::Here(lab) => {
-            println!("\nThis machine runs guests directly.");
-            demo(&lab)?;
-            Ok(ExitCode::SUCCESS)
-        }
-        mut rig @ Place::Rig(..) => {
-            println!(
-                "\nThis machine has no usable virtualization: the demo runs in an emulated host (QEMU TCG, 2 CPUs \
-                 with SVM,\nstock kernel, stock KVM). Ratios mean something there, absolute times do not."
-            );
-            let code = rig.run_self(&[], DEADLINE, lab::pass_on)?;
-            Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
-        }
+    lab::run_there(DEADLINE, announce, |lab| demo(lab).map(|()| ExitCode::SUCCESS))
+}
+
+fn announce(place: &Place) {
+    match place {
+        Place::Here(_) => println!("\nThis machine runs guests directly."),
+        Place::Rig(_) => println!(
+            "\nThis machine has no usable virtualization: the demo runs in an emulated host (QEMU TCG, 2 CPUs \
+             with SVM,\nstock kernel, stock KVM). Ratios mean something there, absolute times do not."
+        ),
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use tests::campaigns;
-use tests::lab::{self, Lab, Place};
+use tests::lab::{self, Lab};
 use tests::vm::Setup;
 
 /// Long campaigns against real guests.
@@ -17,7 +17,7 @@ Examples:
   cargo soak                     everything
   cargo soak boots --times 200   one campaign, longer")]
 struct Arguments {
-    /// Which campaign: boots, flips-breakpoint or flips-hold. All, if absent.
+    /// Which campaign: boots, vcpus-64, flips-breakpoint or flips-hold. All, if absent.
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
@@ -26,8 +26,9 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 3] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 4] = [
     ("boots", 50, campaigns::boots),
+    ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("flips-breakpoint", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "breakpoint", times)),
     ("flips-hold", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "hold", times)),
 ];
@@ -37,18 +38,7 @@ const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    if let Some(lab) = Lab::inherited() {
-        return run(&lab, &arguments);
-    }
-    match lab::prepare()? {
-        Place::Here(lab) => run(&lab, &arguments),
-        mut rig @ Place::Rig(..) => {
-            let words: Vec<String> = std::env::args().skip(1).collect();
-            let words: Vec<&str> = words.iter().map(String::as_str).collect();
-            let code = rig.run_self(&words, DEADLINE, lab::pass_on)?;
-            Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
-        }
-    }
+    lab::run_there(DEADLINE, |_| (), |lab| run(lab, &arguments))
 }
 
 fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 
@@ -15,7 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::reset_by_acpi", |lab| ends(lab, 2, "reboot=a", "reboot", 10)),
     ("boot::triple_fault", |lab| ends(lab, 2, "reboot=t", "reboot", 11)),
     ("boot::panic", |lab| ends(lab, 2, "", "write /proc/sysrq-trigger c", 10)),
-    ("boot::sixteen_vcpus", |lab| all_cpus(lab, 16)),
+    ("boot::sixteen_vcpus", |lab| tests::campaigns::every_vcpu(lab, 16)),
     ("boot::memory_above_the_device_gap", large_memory),
     ("boot::signals_end_it_cleanly", signals),
     ("boot::kaslr_on_and_off", kaslr),
@@ -30,20 +30,6 @@ fn ends(lab: &Lab, cpus: u8, command_line: &str, command: &str, code: i32) -> Re
     ensure!(ended == code, "{command}: exit code {ended}, not {code}");
     ensure!(!socket.exists(), "the control socket was left behind");
     Ok(())
-}
-
-fn all_cpus(lab: &Lab, cpus: u8) -> Result<()> {
-    let mut vm = Vm::start(lab, &Setup::cpus(cpus))?;
-    ensure!(vm.greeting.contains(&format!("cpus={cpus} ")), "{}", vm.greeting);
-    vm.hammer("getppid", 0, 1)?;
-    for strategy in ["breakpoint", "hold"] {
-        vm.apply(&redirect_plan(strategy, Some(strategy)))?;
-        ensure!(vm.count()?.len() == usize::from(cpus), "not every CPU reported");
-        vm.expect_all(true)?;
-        vm.revert(strategy)?;
-        vm.expect_all(false)?;
-    }
-    vm.expect_no_kernel_errors()
 }
 
 fn large_memory(lab: &Lab) -> Result<()> {

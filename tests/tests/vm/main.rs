@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use tests::lab::{self, Lab, Place};
+use tests::lab::{self, Lab, Place, Rigged};
 
 /// A test: a name and what it does in a lab.
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
     } else {
         match lab::prepare() {
             Ok(Place::Here(lab)) => here(&lab),
-            Ok(rig @ Place::Rig(..)) => there(rig),
+            Ok(Place::Rig(rigged)) => there(rigged),
             Err(error) => {
                 eprintln!("the lab can't be provided: {error:#}");
                 return ExitCode::FAILURE;
@@ -74,15 +74,15 @@ fn here(lab: &Lab) -> Vec<Trial> {
     all().into_iter().map(trial).collect()
 }
 
-fn there(rig: Place) -> Vec<Trial> {
-    let rig = Arc::new(Mutex::new(rig));
+fn there(rigged: Rigged) -> Vec<Trial> {
+    let rigged = Arc::new(Mutex::new(rigged));
     let trial = |(name, _): Test| {
-        let rig = rig.clone();
+        let rigged = rigged.clone();
         Trial::test(name, move || {
             let mut output = Vec::new();
-            let mut rig = rig.lock().unwrap_or_else(PoisonError::into_inner);
-            let code = rig
-                .run_self(&["--exact", name], DEADLINE, |_, bytes| output.extend(bytes))
+            let mut rigged = rigged.lock().unwrap_or_else(PoisonError::into_inner);
+            let code = rigged
+                .run_self(["--exact", name].map(str::to_owned), DEADLINE, |_, bytes| output.extend(bytes))
                 .map_err(|error| Failed::from(format!("{error:?}")))?;
             let text = String::from_utf8_lossy(&output);
             // Exactly this test must have run: a filter that matches nothing passes too.

@@ -1,49 +1,115 @@
 //! Resolved plan -> program.
 //!
 //! ```text
-//! breakpoint                                   hold
-//!   publish, arm                                 hold
-//!   every site: check old, first byte := int3    every site: check old
-//!   fence                                        every site: write new
-//!   every site: remaining bytes                  every site: check new
-//!   fence                                        fence
-//!   every site: first byte := new                release
-//!   fence
-//!   every site: check new
-//!   withdraw, disarm
+//! breakpoint, bypass                           hold, inspect
+//!   bypass: every copy: write, check             hold, or inspect
+//!   publish, arm                                 every site: check old
+//!   every site: check old, first byte := int3    every site: write new
+//!   fence                                        every site: check new
+//!   every site: remaining bytes                  fence
+//!   fence                                        release
+//!   every site: first byte := new
+//!   fence                                      store
+//!   every site: check new                        every site: store new over old
+//!   withdraw, disarm                             fence
+//!                                                every site: check new
 //! ```
 //!
 //! Undoing replays the journal backwards, and the fences are steps of it: between restoring
 //! the heads to `int3`, the tails, and the old heads there are the same fences as on the way
-//! forward. `docs/fences.md` says why each is there.
+//! forward. `docs/fences.md` says why each is there, `docs/model.md` shows what happens
+//! without it.
 
 use std::sync::Arc;
 
 use crate::addr::Gva;
-use crate::insn::INT3;
+use crate::arena::{Arena, Copy, NoCopy};
+use crate::insn::{self, INT3};
 use crate::plan::Strategy;
 use crate::program::{Program, Reversible, Step};
+use crate::quiesce::Condition;
+use crate::refusal::{Refusal, Refused};
 use crate::resolve::{ResolvedPlan, Site};
-use crate::trap::TrapTable;
+use crate::trap::{TrapTable, Way};
 
-/// Compiles a resolved plan.
-#[must_use]
-pub fn compile(plan: &ResolvedPlan) -> Program {
-    let (strategy, reason) = choose(plan);
-    let steps = match strategy {
-        Strategy::Hold => hold(&plan.sites),
-        Strategy::Breakpoint | Strategy::Auto => breakpoint(&plan.sites),
-    };
-    Program { strategy, reason, sites: plan.sites.clone(), steps }
+/// What the host's processor promises.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// An aligned store of up to eight bytes to code that other processors execute is seen
+    /// by them as a whole (APM volume 2, 7.6.1; Intel makes no such promise).
+    pub stores_are_whole: bool,
 }
 
-fn choose(plan: &ResolvedPlan) -> (Strategy, &'static str) {
+/// Compiles a resolved plan, for which copies of instructions may be put into `arena`.
+///
+/// # Errors
+/// Why the strategy that the plan asks for does not fit, site by site, now or when the plan
+/// will be reverted. Copies that were made stay in the arena, unused.
+pub fn compile(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program, Vec<Refused>> {
+    let program = one_way(plan, host, arena)?;
+    // Nothing is applied that could not be reverted.
+    one_way(&plan.reversed(), host, arena)?;
+    Ok(program)
+}
+
+fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program, Vec<Refused>> {
+    let (strategy, reason) = choose(plan, host);
+    let wrong: Vec<Refused> = plan.sites.iter().filter_map(|site| misfit(plan, strategy, site)).collect();
+    if !wrong.is_empty() {
+        return Err(wrong);
+    }
+    let sites = &plan.sites;
+    let mut copies = Vec::new();
+    let steps = match strategy {
+        Strategy::Hold => stopped(Step::Hold, sites),
+        Strategy::Inspect => stopped(Step::Inspect(condition(plan)), sites),
+        Strategy::Store => store(sites),
+        Strategy::Bypass => bypass(sites, arena, &mut copies)?,
+        Strategy::Breakpoint | Strategy::Auto => trapped(sites, sites.iter().map(effect_or_wait)),
+    };
+    Ok(Program { strategy, reason, sites: sites.clone(), copies, steps })
+}
+
+fn choose(plan: &ResolvedPlan, host: Host) -> (Strategy, &'static str) {
+    let inside = plan.sites.iter().any(|site| !site.old_inside.is_empty());
     match plan.strategy {
+        Strategy::Auto if inside => {
+            (Strategy::Inspect, "a vCPU may stand inside a site of several instructions")
+        }
+        Strategy::Auto if plan.is_conditional() => {
+            (Strategy::Inspect, "the plan says where the vCPUs may not stand")
+        }
         Strategy::Auto if plan.atomic && plan.sites.len() > 1 => {
             (Strategy::Hold, "the sites must change as one, which only a hold can do")
         }
+        Strategy::Auto if host.stores_are_whole && plan.sites.iter().all(Site::is_one_store) => {
+            (Strategy::Store, "each site is changed by one store, which this processor shows as a whole")
+        }
         Strategy::Auto => (Strategy::Breakpoint, "independent sites: only vCPUs that hit one wait"),
         forced => (forced, "the plan asks for it"),
+    }
+}
+
+/// Why a site can't be changed by a strategy.
+fn misfit(plan: &ResolvedPlan, strategy: Strategy, site: &Site) -> Option<Refused> {
+    let at = site.at;
+    let refusal = match strategy {
+        Strategy::Inspect => return None,
+        _ if plan.is_conditional() || !site.old_inside.is_empty() => {
+            Refusal::MultiInstruction { at, instructions: site.old_inside.len() + 1 }
+        }
+        Strategy::Store if !site.is_one_store() => Refusal::NotOneStore { at, bytes: site.old.len() },
+        _ => return None,
+    };
+    Some(refusal.at(site.pointer.clone()))
+}
+
+fn condition(plan: &ResolvedPlan) -> Condition {
+    let several = plan.sites.iter().filter(|site| !site.old_inside.is_empty());
+    Condition {
+        inside: several.map(|site| Gva(site.at.0 + 1)..site.end()).collect(),
+        outside: plan.outside.clone(),
+        preemptible: plan.preemptible,
     }
 }
 
@@ -71,8 +137,8 @@ fn write(at: Gva, new: &[u8], old: &[u8]) -> Reversible {
     step(to(new), [to(old)])
 }
 
-fn hold(sites: &[Site]) -> Vec<Reversible> {
-    let mut steps = vec![step(Step::Hold, [Step::Fence, Step::Release])];
+fn stopped(stop: Step, sites: &[Site]) -> Vec<Reversible> {
+    let mut steps = vec![step(stop, [Step::Fence, Step::Release])];
     steps.extend(sites.iter().map(check_old));
     steps.extend(sites.iter().map(|site| write(site.at, &site.new, &site.old)));
     steps.extend(sites.iter().map(check_new));
@@ -81,8 +147,71 @@ fn hold(sites: &[Site]) -> Vec<Reversible> {
     steps
 }
 
-fn breakpoint(sites: &[Site]) -> Vec<Reversible> {
-    let table = Arc::new(TrapTable::new(sites.iter().map(|site| site.at)));
+fn store(sites: &[Site]) -> Vec<Reversible> {
+    let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.to_vec(), new: new.to_vec() };
+    let mut steps = Vec::new();
+    for (i, site) in sites.iter().enumerate() {
+        // On the way back the fence comes last: nobody executes new code after it.
+        let undo = if i == 0 { vec![Step::Fence] } else { vec![] };
+        steps.push(step(Step::Check { at: site.at, bytes: site.old.clone() }, undo));
+    }
+    steps.extend(
+        sites
+            .iter()
+            .map(|site| step(over(&site.old, &site.new, site.at), [over(&site.new, &site.old, site.at)])),
+    );
+    steps.push(step(Step::Fence, []));
+    steps.extend(sites.iter().map(check_new));
+    steps
+}
+
+fn effect_or_wait(site: &Site) -> (Gva, Way) {
+    (site.at, effect(site).unwrap_or(Way::Wait))
+}
+
+/// A way past a site in transit without waiting or executing anything. The old effect comes
+/// first: if the program fails, nobody has seen the new one.
+fn effect(site: &Site) -> Option<Way> {
+    let of = |code| insn::effect(code, site.at).map(Way::Effect);
+    of(&site.old).or_else(|| of(&site.new))
+}
+
+fn bypass(
+    sites: &[Site],
+    arena: &mut Arena,
+    copies: &mut Vec<Copy>,
+) -> Result<Vec<Reversible>, Vec<Refused>> {
+    let (mut steps, mut ways, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
+    for site in sites {
+        if let Some(way) = effect(site) {
+            ways.push((site.at, way));
+            continue;
+        }
+        // The kernel handles a fault there by the instruction's address, which the copy has not.
+        let copy = if site.may_fault { Err(NoCopy::Unmovable) } else { arena.copy(site.at, &site.old) };
+        match copy {
+            Ok(copy) => {
+                // Nothing leads to a copy unless a table says so, so it needs no undo.
+                steps.push(step(Step::Write { at: copy.at, bytes: copy.code.clone() }, []));
+                steps.push(step(Step::Check { at: copy.at, bytes: copy.code.clone() }, []));
+                ways.push((site.at, Way::Copy(copy.at)));
+                copies.push(copy);
+            }
+            Err(NoCopy::Unmovable) => {
+                wrong.push(Refusal::NotRelocatable { at: site.at }.at(site.pointer.clone()));
+            }
+            Err(NoCopy::Full) => wrong.push(Refusal::ArenaFull { at: site.at }.at(site.pointer.clone())),
+        }
+    }
+    if !wrong.is_empty() {
+        return Err(wrong);
+    }
+    steps.extend(trapped(sites, ways));
+    Ok(steps)
+}
+
+fn trapped(sites: &[Site], ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
+    let table = Arc::new(TrapTable::new(ways));
     let mut steps =
         vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])];
     for site in sites {

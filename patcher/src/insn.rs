@@ -1,6 +1,9 @@
 //! x86-64 instructions: where they begin, where they branch to, and the few we make.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter};
+use iced_x86::{
+    BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction,
+    InstructionBlock, IntelFormatter, Mnemonic,
+};
 
 use crate::addr::Gva;
 
@@ -18,6 +21,26 @@ pub struct Insn {
     pub len: usize,
     /// Where it may go besides the next instruction, if that is in the code itself.
     pub branch: Option<Gva>,
+    /// Whether control may come back to the next instruction after it was elsewhere: calls,
+    /// interrupts, exceptions.
+    pub returns: bool,
+    /// Whether control never goes on to the next instruction by itself.
+    pub ends: bool,
+}
+
+/// What an instruction does, if it does nothing but move the instruction pointer, and for a
+/// call push the address of the next instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// A no-operation or a direct jump.
+    GoTo(Gva),
+    /// A direct call.
+    Call {
+        /// What is pushed, eight bytes.
+        returns: Gva,
+        /// Where it goes.
+        to: Gva,
+    },
 }
 
 /// Decodes `code`, which lies at `at`, until its end or the first byte that is no instruction.
@@ -38,8 +61,58 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
                 }
                 _ => None,
             },
+            returns: returns(&insn),
+            ends: matches!(
+                insn.flow_control(),
+                FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
+            ),
         })
     })
+}
+
+fn returns(insn: &Instruction) -> bool {
+    matches!(
+        insn.flow_control(),
+        FlowControl::Call
+            | FlowControl::IndirectCall
+            | FlowControl::Interrupt
+            | FlowControl::Exception
+            | FlowControl::XbeginXabortXend
+    )
+}
+
+/// The first instruction of `code`, if `code` holds just this one.
+fn single(code: &[u8], at: Gva) -> Option<Instruction> {
+    let insn = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode();
+    (!insn.is_invalid() && insn.len() == code.len()).then_some(insn)
+}
+
+/// What the one instruction in `code` does, if it is of those that [`Effect`] can tell.
+#[must_use]
+pub fn effect(code: &[u8], at: Gva) -> Option<Effect> {
+    let insn = single(code, at)?;
+    let next = Gva(insn.next_ip());
+    match insn.code() {
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Some(Effect::GoTo(Gva(insn.near_branch_target()))),
+        Code::Call_rel32_64 => Some(Effect::Call { returns: next, to: Gva(insn.near_branch_target()) }),
+        _ if insn.mnemonic() == Mnemonic::Nop => Some(Effect::GoTo(next)),
+        _ => None,
+    }
+}
+
+/// The one instruction in `code`, which is at `from`, so changed that it does the same at
+/// `to`, and a jump from there to the instruction behind the original. `None` if it can't be
+/// executed elsewhere: what is called or raised there would see the other address.
+#[must_use]
+pub fn relocate(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
+    let insn = single(code, from)?;
+    if returns(&insn) {
+        return None;
+    }
+    let block = InstructionBlock::new(std::slice::from_ref(&insn), to.0);
+    let mut moved = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer;
+    moved.extend(jmp_rel32(to.plus(moved.len())?, Gva(insn.next_ip()))?);
+    Some(moved)
 }
 
 /// How many instructions `code` holds, or `None` if it ends inside one or does not decode.
@@ -146,6 +219,44 @@ mod tests {
         }
         assert_eq!(jmp_rel32(Gva(0), Gva(0x8000_0005)), None);
         assert_eq!(jmp_rel32(Gva(u64::MAX - 2), Gva(0)), None);
+    }
+
+    #[test]
+    fn effects_are_those_of_nops_jumps_and_calls_only() {
+        let at = Gva(0x1000);
+        for (code, expected) in [
+            (&[0x0f, 0x1f, 0x44, 0, 0][..], Some(Effect::GoTo(Gva(0x1005)))),
+            (&[0x66, 0x90], Some(Effect::GoTo(Gva(0x1002)))),
+            (&[0xeb, 0xfe], Some(Effect::GoTo(at))),
+            (&[0xe9, 0, 1, 0, 0], Some(Effect::GoTo(Gva(0x1105)))),
+            (&[0xe8, 0, 1, 0, 0], Some(Effect::Call { returns: Gva(0x1005), to: Gva(0x1105) })),
+            (&[0x74, 0x10], None),
+            (&[0xc3], None),
+            (&[0xf3, 0x90], None),
+            (&[0x90, 0x90], None),
+            (&[0x0f, 0x1f], None),
+        ] {
+            assert_eq!(effect(code, at), expected, "{}", hex(code));
+        }
+    }
+
+    #[test]
+    fn a_relocated_instruction_means_the_same_there() {
+        let (from, to) = (Gva(0xffff_ffff_8123_4560), Gva(0xffff_ffff_a000_0010));
+        // mov rax, [rip+0x100]; the address that it names must not change.
+        let moved = relocate(&[0x48, 0x8b, 0x05, 0, 1, 0, 0], from, to).expect("movable");
+        let insn = Decoder::with_ip(64, &moved, to.0, DecoderOptions::NONE).decode();
+        assert_eq!(insn.ip_rel_memory_address(), from.0 + 7 + 0x100);
+        let back = decode(&moved, to).last().expect("a jump back");
+        assert_eq!((back.branch, back.len), (Some(Gva(from.0 + 7)), 5));
+        // A short jcc becomes a long one to the same target.
+        let moved = relocate(&[0x74, 0x10], from, to).expect("movable");
+        assert_eq!(decode(&moved, to).next().and_then(|insn| insn.branch), Some(Gva(from.0 + 0x12)));
+        // These would show where they are.
+        for fixed in [&[0xe8, 0, 0, 0, 0][..], &[0xff, 0xd0], &[0x0f, 0x0b], &[0xcc]] {
+            assert_eq!(relocate(fixed, from, to), None, "{}", hex(fixed));
+        }
+        assert_eq!(relocate(&[0x31, 0xc0], from, Gva(0x1000)), None, "the way back is too long");
     }
 
     #[test]

@@ -13,11 +13,15 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod arena;
 pub mod compile;
 pub mod insn;
+pub mod interior;
 pub mod kernel;
+pub mod model;
 pub mod plan;
 pub mod program;
+pub mod quiesce;
 pub mod refusal;
 pub mod resolve;
 pub mod session;

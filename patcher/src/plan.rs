@@ -4,6 +4,7 @@
 //! { "version": 1, "name": "cve-2026-0001",
 //!   "kernel": { "release": "6.1.0-56-cloud-amd64" },
 //!   "deadline_ms": 500, "strategy": "auto", "atomic": true,
+//!   "quiesced": { "preemptible": true, "outside": ["queued_spin_unlock"] },
 //!   "patches": [
 //!     { "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" },
 //!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" } ] }
@@ -26,6 +27,8 @@ pub const DEFAULT_DEADLINE_MS: u64 = 2000;
 pub const MAX_DEADLINE_MS: u64 = 60_000;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 128;
+/// Most functions that no vCPU may be in.
+pub const MAX_OUTSIDE: usize = 64;
 /// Longest site, in bytes.
 pub const MAX_SITE: usize = 4096;
 
@@ -36,10 +39,18 @@ pub enum Strategy {
     /// Whatever fits; the report says what was chosen and why.
     #[default]
     Auto,
+    /// One atomic store each, then a fence. Only where a site is one instruction before and
+    /// after and lies in aligned eight bytes, and on processors that show such a store as a
+    /// whole: AMD says so of theirs; by asking for it the plan says so of this one.
+    Store,
     /// `int3` on every site, then the tails, then the heads; vCPUs that hit a site wait.
     Breakpoint,
+    /// The same, but vCPUs that hit a site execute a copy of the old instruction.
+    Bypass,
     /// Every vCPU out of the guest, write everything, go on.
     Hold,
+    /// The same, once every vCPU is seen to stand where it may.
+    Inspect,
 }
 
 /// A plan that is well-formed. Whether it fits a guest is for [`crate::resolve`] to say.
@@ -55,6 +66,10 @@ pub struct Plan {
     pub strategy: Strategy,
     /// Whether no vCPU may run some sites old and others new.
     pub atomic: bool,
+    /// Whether every vCPU must be in user mode, idle, or have a preempt count of zero.
+    pub preemptible: bool,
+    /// Functions that no vCPU may be in.
+    pub outside: Vec<String>,
     /// What to change.
     pub patches: Vec<Patch>,
 }
@@ -94,6 +109,8 @@ struct RawPlan {
     strategy: Strategy,
     #[serde(default)]
     atomic: bool,
+    #[serde(default)]
+    quiesced: RawQuiesced,
     patches: Vec<RawPatch>,
 }
 
@@ -101,6 +118,13 @@ struct RawPlan {
 #[serde(deny_unknown_fields)]
 struct RawKernel {
     release: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawQuiesced {
+    preemptible: bool,
+    outside: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -156,11 +180,19 @@ impl RawPlan {
                 format!("a plan has 1 to {MAX_PATCHES} patches, this one {}", self.patches.len()),
             );
         }
-        if self.atomic && self.strategy == Strategy::Breakpoint && self.patches.len() > 1 {
+        let one_by_one = matches!(self.strategy, Strategy::Store | Strategy::Breakpoint | Strategy::Bypass);
+        if self.atomic && one_by_one && self.patches.len() > 1 {
             refuse(
                 "/strategy",
-                "breakpoint changes sites one after another; an atomic plan of several needs hold".into(),
+                "it changes sites one after another; an atomic plan of several needs hold or inspect".into(),
             );
+        }
+        if self.quiesced.outside.len() > MAX_OUTSIDE {
+            refuse("/quiesced/outside", format!("{MAX_OUTSIDE} functions are the limit"));
+        }
+        let conditional = self.quiesced.preemptible || !self.quiesced.outside.is_empty();
+        if conditional && !matches!(self.strategy, Strategy::Auto | Strategy::Inspect) {
+            refuse("/strategy", "only inspect looks where the vCPUs are, as \"quiesced\" asks".into());
         }
         let mut patches = Vec::with_capacity(self.patches.len());
         for (i, patch) in self.patches.into_iter().enumerate() {
@@ -178,6 +210,8 @@ impl RawPlan {
             deadline_ms,
             strategy: self.strategy,
             atomic: self.atomic,
+            preemptible: self.quiesced.preemptible,
+            outside: self.quiesced.outside,
             patches,
         })
     }

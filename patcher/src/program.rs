@@ -7,13 +7,15 @@ use std::sync::Arc;
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use crate::addr::Gva;
+use crate::arena::Copy;
 use crate::insn;
 use crate::plan::Strategy;
+use crate::quiesce::Condition;
 use crate::resolve::Site;
 use crate::trap::TrapTable;
 
 /// One thing to do to the guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Step {
     /// Make the trap table known to every vCPU that leaves the guest from now on.
     Publish(Arc<TrapTable>),
@@ -33,12 +35,25 @@ pub enum Step {
         /// What.
         bytes: Vec<u8>,
     },
+    /// Replace guest memory by one atomic access to the aligned eight bytes around it, whose
+    /// other bytes stay what they are.
+    Store {
+        /// Where.
+        at: Gva,
+        /// What must be there.
+        old: Vec<u8>,
+        /// What to put there, of the same length.
+        new: Vec<u8>,
+    },
     /// Every vCPU that was in guest mode has left it, and every vCPU executes a serializing
     /// instruction before its next guest instruction.
     Fence,
     /// No vCPU executes guest instructions from here on.
     Hold,
-    /// End of [`Step::Hold`].
+    /// [`Step::Hold`], when every vCPU has come out and stands where this allows; tried again
+    /// and again until then.
+    Inspect(Condition),
+    /// End of [`Step::Hold`] and [`Step::Inspect`].
     Release,
     /// #BP is the guest's own affair again.
     Disarm,
@@ -58,12 +73,16 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Publish(_) => f.write_str("publish the trap table"),
+            Self::Publish(table) => write!(f, "publish the trap table: {table}"),
             Self::Arm => f.write_str("intercept #BP on every vCPU"),
             Self::Check { at, bytes } => write!(f, "check   {at}  {}", insn::hex(bytes)),
             Self::Write { at, bytes } => write!(f, "write   {at}  {}", insn::hex(bytes)),
+            Self::Store { at, old, new } => {
+                write!(f, "store   {at}  {} over {}", insn::hex(new), insn::hex(old))
+            }
             Self::Fence => f.write_str("fence"),
             Self::Hold => f.write_str("hold all vCPUs"),
+            Self::Inspect(condition) => write!(f, "hold all vCPUs once {condition}"),
             Self::Release => f.write_str("release all vCPUs"),
             Self::Disarm => f.write_str("stop intercepting #BP"),
             Self::Withdraw => f.write_str("withdraw the trap table"),
@@ -89,6 +108,8 @@ pub struct Program {
     pub reason: &'static str,
     /// The sites.
     pub sites: Vec<Site>,
+    /// The copies of old instructions that traps lead to.
+    pub copies: Vec<Copy>,
     /// The steps.
     pub steps: Vec<Reversible>,
 }

@@ -151,16 +151,51 @@ pub enum Refusal {
         /// The bytes.
         bytes: Vec<u8>,
     },
-    /// A boundary inside the site would be or is one between instructions: a task that was
-    /// preempted there would return to the middle of something else.
+    /// The strategy does not look where the vCPUs are, and one may stand inside the site, or
+    /// the plan sets conditions.
     #[error(
-        "the site at {at} holds {instructions} instructions; a preempted task may return to the middle of it"
+        "a vCPU may stand inside the site at {at} ({instructions} instructions), or the plan is conditional; \
+         only inspect looks where they stand"
     )]
     MultiInstruction {
         /// The site.
         at: Gva,
-        /// How many there are now, or would be then.
+        /// How many there are now.
         instructions: usize,
+    },
+    /// A task that no vCPU runs may come back to the inside of the site.
+    #[error("a task that does not run may come back to {inside}, inside the site at {at}: {why}")]
+    InteriorReachable {
+        /// The site.
+        at: Gva,
+        /// The boundary between two of its instructions.
+        inside: Gva,
+        /// How.
+        why: &'static str,
+    },
+    /// The site can't be changed by one store.
+    #[error(
+        "the {bytes} bytes at {at} are not one instruction in one aligned word of eight bytes, before and after"
+    )]
+    NotOneStore {
+        /// The site.
+        at: Gva,
+        /// Its length.
+        bytes: usize,
+    },
+    /// The old instruction can't be executed elsewhere.
+    #[error(
+        "the instruction at {at} can't be executed elsewhere: what it calls or raises would see the address"
+    )]
+    NotRelocatable {
+        /// The site.
+        at: Gva,
+    },
+    /// No room is left for copies of instructions.
+    #[error("the arena has no room for a copy of the instruction at {at}")]
+    ArenaFull {
+        /// The site.
+        at: Gva,
     },
     /// Two sites share a byte.
     #[error("the site at {at} overlaps the site at {other} ({whose})")]
@@ -238,6 +273,10 @@ impl Refusal {
             Self::ReplacementTooLong { .. } => "replacement_too_long",
             Self::ReplacementUndecodable { .. } => "replacement_undecodable",
             Self::MultiInstruction { .. } => "multi_instruction",
+            Self::InteriorReachable { .. } => "interior_reachable",
+            Self::NotOneStore { .. } => "not_one_store",
+            Self::NotRelocatable { .. } => "not_relocatable",
+            Self::ArenaFull { .. } => "arena_full",
             Self::OverlappingSites { .. } => "overlapping_sites",
             Self::OutOfReach { .. } => "out_of_reach",
             Self::NothingToDo { .. } => "nothing_to_do",

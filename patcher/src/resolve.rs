@@ -3,10 +3,16 @@
 //! Nothing is written here. A resolved plan says for every site which bytes are there now
 //! and which will be.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::rc::Rc;
+
 use serde::Serialize;
 
 use crate::addr::Gva;
 use crate::insn::{self, Insn};
+use crate::interior::{Sleepers, boundaries};
 use crate::kernel::KernelImage;
 use crate::kernel::symbols::{Found, Function};
 use crate::plan::{Patch, Plan, Strategy};
@@ -92,16 +98,40 @@ pub struct Site {
     pub old: Vec<u8>,
     /// What will be there.
     pub new: Vec<u8>,
+    /// Where a vCPU may stand inside the old code.
+    pub old_inside: Vec<Gva>,
+    /// Where a vCPU may stand inside the new code.
+    pub new_inside: Vec<Gva>,
+    /// Whether the kernel handles a fault of the instruction at `at`, by its address.
+    pub may_fault: bool,
 }
 
 impl Site {
     /// The site with old and new exchanged.
     #[must_use]
     pub fn reversed(&self) -> Self {
-        Self { old: self.new.clone(), new: self.old.clone(), ..self.clone() }
+        Self {
+            old: self.new.clone(),
+            new: self.old.clone(),
+            old_inside: self.new_inside.clone(),
+            new_inside: self.old_inside.clone(),
+            ..self.clone()
+        }
     }
 
-    fn end(&self) -> Gva {
+    /// Whether one atomic store can change it: it lies within eight aligned bytes and is one
+    /// instruction before and after.
+    #[must_use]
+    pub fn is_one_store(&self) -> bool {
+        let word = |at: Gva| at.0 / 8;
+        word(self.at) == word(Gva(self.end().0 - 1))
+            && self.old_inside.is_empty()
+            && self.new_inside.is_empty()
+    }
+
+    /// The first byte behind it.
+    #[must_use]
+    pub fn end(&self) -> Gva {
         Gva(self.at.0.saturating_add(self.old.len() as u64))
     }
 
@@ -135,15 +165,28 @@ pub struct ResolvedPlan {
     pub atomic: bool,
     /// Time the program may take, in milliseconds.
     pub deadline_ms: u64,
+    /// Whether every vCPU must be in user mode, idle, or have a preempt count of zero.
+    pub preemptible: bool,
+    /// Functions that no vCPU may be in.
+    pub outside: Vec<Range<Gva>>,
     /// The sites, in the plan's order.
     pub sites: Vec<Site>,
 }
 
 impl ResolvedPlan {
-    /// The plan that undoes this one. Its sites' old bytes are this plan's new ones.
+    /// The plan that undoes this one. Its sites' old bytes are this plan's new ones. Where
+    /// the new code has instructions inside that the old one had not, the strategy is free.
     #[must_use]
     pub fn reversed(&self) -> Self {
-        Self { sites: self.sites.iter().map(Site::reversed).collect(), ..self.clone() }
+        let inside = self.sites.iter().any(|site| !site.new_inside.is_empty());
+        let strategy = if inside { Strategy::Auto } else { self.strategy };
+        Self { strategy, sites: self.sites.iter().map(Site::reversed).collect(), ..self.clone() }
+    }
+
+    /// Whether it says where the vCPUs may not stand.
+    #[must_use]
+    pub fn is_conditional(&self) -> bool {
+        self.preemptible || !self.outside.is_empty()
     }
 }
 
@@ -165,16 +208,32 @@ pub fn resolve<'t>(
         let refusal = Refusal::KernelMismatch { wanted: wanted.clone(), running };
         return Err(vec![refusal.at(Pointer::new("/kernel/release"))]);
     }
+    let resolver = Resolver {
+        kernel,
+        text,
+        sleepers: Sleepers::new(kernel, text),
+        bypass: plan.strategy == Strategy::Bypass,
+        decoded: RefCell::default(),
+    };
     let mut sites: Vec<Site> = Vec::new();
     for (i, patch) in plan.patches.iter().enumerate() {
         let pointer = Pointer::patch(i);
         let site = match patch {
-            Patch::Raw { at, expect, replace } => raw_site(kernel, text, &pointer, at, expect, replace),
-            Patch::Redirect { from, to } => redirect_site(kernel, text, &pointer, from, to),
+            Patch::Raw { at, expect, replace } => resolver.raw_site(&pointer, at, expect, replace),
+            Patch::Redirect { from, to } => resolver.redirect_site(&pointer, from, to),
         };
         match site {
             Ok(site) => sites.push(site),
             Err(refusal) => refused.push(refusal.at(pointer)),
+        }
+    }
+    let mut outside = Vec::new();
+    for (i, name) in plan.outside.iter().enumerate() {
+        let function =
+            kernel.address(name).and_then(|at| kernel.function_at(at).ok_or(Refusal::NotText { at }));
+        match function {
+            Ok(function) => outside.push(function.start..function.end),
+            Err(refusal) => refused.push(refusal.at(Pointer::new(&format!("/quiesced/outside/{i}")))),
         }
     }
     let taken: Vec<_> = taken.into_iter().collect();
@@ -195,116 +254,119 @@ pub fn resolve<'t>(
         strategy: plan.strategy,
         atomic: plan.atomic,
         deadline_ms: plan.deadline_ms,
+        preemptible: plan.preemptible,
+        outside,
         sites,
     })
 }
 
-fn raw_site(
-    kernel: Kernel<'_>,
-    text: &dyn Text,
-    pointer: &Pointer,
-    at: &str,
-    expect: &[u8],
-    replace: &[u8],
-) -> Result<Site, Refusal> {
-    let (written, at) = (at, kernel.address(at)?);
-    if replace.len() > expect.len() {
-        return Err(Refusal::ReplacementTooLong { replacement: replace.len(), site: expect.len() });
-    }
-    if insn::count(replace, at).is_none() {
-        return Err(Refusal::ReplacementUndecodable { bytes: replace.to_vec() });
-    }
-    let mut found = vec![0; expect.len()];
-    text.read(at, &mut found).map_err(|at| Refusal::Unmapped { at })?;
-    if found != expect {
-        return Err(Refusal::ExpectMismatch { at, expected: expect.to_vec(), found });
-    }
-    let mut new = replace.to_vec();
-    new.extend(insn::nops(expect.len() - replace.len()));
-    site(kernel, text, pointer, (written, at), found, new)
+/// What the sites of one plan are resolved with.
+struct Resolver<'a> {
+    kernel: Kernel<'a>,
+    text: &'a dyn Text,
+    sleepers: Sleepers<'a>,
+    /// Whether instructions may have to be executed elsewhere.
+    bypass: bool,
+    /// Functions, by where they begin: plans of thousands of sites have many in one.
+    decoded: RefCell<HashMap<Gva, Rc<Vec<Insn>>>>,
 }
 
-fn redirect_site(
-    kernel: Kernel<'_>,
-    text: &dyn Text,
-    pointer: &Pointer,
-    from: &str,
-    to: &str,
-) -> Result<Site, Refusal> {
-    let (written, from, to) = (from, kernel.address(from)?, kernel.address(to)?);
-    let mut entry = [0; 4 + insn::MAX_LENGTH];
-    text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
-    // An indirect-branch target keeps its marker: indirect calls must still land on it.
-    let skip = if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
-    let at = from.plus(skip).ok_or(Refusal::Unmapped { at: from })?;
-    let mut length = 0;
-    for insn in insn::decode(&entry[skip..], at) {
-        length += insn.len;
-        if length >= JMP_REL32 {
-            break;
+impl Resolver<'_> {
+    fn raw_site(&self, pointer: &Pointer, at: &str, expect: &[u8], replace: &[u8]) -> Result<Site, Refusal> {
+        let (written, at) = (at, self.kernel.address(at)?);
+        if replace.len() > expect.len() {
+            return Err(Refusal::ReplacementTooLong { replacement: replace.len(), site: expect.len() });
         }
+        if insn::count(replace, at).is_none() {
+            return Err(Refusal::ReplacementUndecodable { bytes: replace.to_vec() });
+        }
+        let mut found = vec![0; expect.len()];
+        self.text.read(at, &mut found).map_err(|at| Refusal::Unmapped { at })?;
+        if found != expect {
+            return Err(Refusal::ExpectMismatch { at, expected: expect.to_vec(), found });
+        }
+        let mut new = replace.to_vec();
+        new.extend(insn::nops(expect.len() - replace.len()));
+        self.site(pointer, (written, at), found, new)
     }
-    let jump = insn::jmp_rel32(at, to).ok_or(Refusal::OutOfReach { at, to })?;
-    let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
-    let mut new = jump.to_vec();
-    new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
-    site(kernel, text, pointer, (written, at), old, new)
+
+    fn redirect_site(&self, pointer: &Pointer, from: &str, to: &str) -> Result<Site, Refusal> {
+        let (written, from, to) = (from, self.kernel.address(from)?, self.kernel.address(to)?);
+        let mut entry = [0; 4 + insn::MAX_LENGTH];
+        self.text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
+        // An indirect-branch target keeps its marker: indirect calls must still land on it.
+        let skip = if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
+        let at = from.plus(skip).ok_or(Refusal::Unmapped { at: from })?;
+        let mut length = 0;
+        for insn in insn::decode(&entry[skip..], at) {
+            length += insn.len;
+            if length >= JMP_REL32 {
+                break;
+            }
+        }
+        let jump = insn::jmp_rel32(at, to).ok_or(Refusal::OutOfReach { at, to })?;
+        let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
+        let mut new = jump.to_vec();
+        new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
+        self.site(pointer, (written, at), old, new)
+    }
+
+    /// Checks a site against the instructions around it. `written` is how the plan names it.
+    fn site(
+        &self,
+        pointer: &Pointer,
+        (written, at): (&str, Gva),
+        old: Vec<u8>,
+        new: Vec<u8>,
+    ) -> Result<Site, Refusal> {
+        let end = at.plus(old.len()).ok_or(Refusal::Unmapped { at })?;
+        let function = self.kernel.function_at(at).ok_or(Refusal::NotText { at })?;
+        if end > function.end {
+            return Err(Refusal::NotText { at: function.end });
+        }
+        let insns = self.decode(&function)?;
+        boundary(&insns, at, &function)?;
+        boundary(&insns, end, &function)?;
+        if let Some(from) = insns.iter().find(|insn| insn.branch.is_some_and(|to| at < to && to < end)) {
+            return Err(Refusal::BranchIntoSite { from: from.at, to: from.branch.unwrap_or(at) });
+        }
+        if insn::count(&new, at).is_none() {
+            return Err(Refusal::ReplacementUndecodable { bytes: new });
+        }
+        if old == new {
+            return Err(Refusal::NothingToDo { at });
+        }
+        let (old_inside, new_inside) = (boundaries(&old, at), boundaries(&new, at));
+        self.sleepers.keep_out(&old, at, &old_inside)?;
+        self.sleepers.keep_out(&new, at, &new_inside)?;
+        let may_fault = self.bypass && self.sleepers.may_fault(at);
+        let offset = at.offset_from(function.start).unwrap_or(0);
+        // Of several names of a function, the plan's own is the one that its author knows.
+        let named = written.split('+').next().unwrap_or(written);
+        let name = if self.kernel.symbol(named) == Ok(function.start) { named } else { function.name };
+        let symbol = if offset == 0 { name.to_owned() } else { format!("{name}+{offset:#x}") };
+        Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })
+    }
+
+    fn decode(&self, function: &Function<'_>) -> Result<Rc<Vec<Insn>>, Refusal> {
+        if let Some(insns) = self.decoded.borrow().get(&function.start) {
+            return Ok(insns.clone());
+        }
+        let size = function.end.offset_from(function.start).unwrap_or(0);
+        if size > MAX_FUNCTION {
+            return Err(Refusal::NotText { at: function.start });
+        }
+        let mut code = vec![0; size];
+        self.text.read(function.start, &mut code).map_err(|at| Refusal::Unmapped { at })?;
+        let insns = Rc::new(insn::decode(&code, function.start).collect::<Vec<_>>());
+        self.decoded.borrow_mut().insert(function.start, insns.clone());
+        Ok(insns)
+    }
 }
 
 /// `endbr64` (SDM volume 2).
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 const JMP_REL32: usize = 5;
-
-/// Checks a site against the instructions around it. `written` is how the plan names it.
-fn site(
-    kernel: Kernel<'_>,
-    text: &dyn Text,
-    pointer: &Pointer,
-    (written, at): (&str, Gva),
-    old: Vec<u8>,
-    new: Vec<u8>,
-) -> Result<Site, Refusal> {
-    let end = at.plus(old.len()).ok_or(Refusal::Unmapped { at })?;
-    let function = kernel.function_at(at).ok_or(Refusal::NotText { at })?;
-    if end > function.end {
-        return Err(Refusal::NotText { at: function.end });
-    }
-    let size = function.end.offset_from(function.start).unwrap_or(0);
-    if size > MAX_FUNCTION {
-        return Err(Refusal::NotText { at });
-    }
-    let mut code = vec![0; size];
-    text.read(function.start, &mut code).map_err(|at| Refusal::Unmapped { at })?;
-    let insns: Vec<Insn> = insn::decode(&code, function.start).collect();
-    boundary(&insns, at, &function)?;
-    boundary(&insns, end, &function)?;
-    if let Some(from) = insns.iter().find(|insn| insn.branch.is_some_and(|to| at < to && to < end)) {
-        return Err(Refusal::BranchIntoSite { from: from.at, to: from.branch.unwrap_or(at) });
-    }
-    let after =
-        insn::count(&new, at).ok_or_else(|| Refusal::ReplacementUndecodable { bytes: new.clone() })?;
-    let before = insns.iter().filter(|insn| at <= insn.at && insn.at < end).count();
-    let first = insn::decode(&new, at).next().map_or(0, |insn| insn.len);
-    // Filling up with no-operations after a jump adds boundaries that nothing can reach, as
-    // long as the old code had none there.
-    if before > 1 || (after > 1 && !ends_in_jump(&new, at, first)) {
-        return Err(Refusal::MultiInstruction { at, instructions: before.max(after) });
-    }
-    if old == new {
-        return Err(Refusal::NothingToDo { at });
-    }
-    let offset = at.offset_from(function.start).unwrap_or(0);
-    // Of several names of a function, the plan's own is the one that its author knows.
-    let named = written.split('+').next().unwrap_or(written);
-    let name = if kernel.symbol(named) == Ok(function.start) { named } else { function.name };
-    let symbol = if offset == 0 { name.to_owned() } else { format!("{name}+{offset:#x}") };
-    Ok(Site { pointer: pointer.clone(), at, symbol, old, new })
-}
-
-/// Whether control never goes from the first instruction of `new` to the one after it.
-fn ends_in_jump(new: &[u8], at: Gva, first: usize) -> bool {
-    matches!(new.first(), Some(0xe9 | 0xeb | 0xc3)) && insn::count(&new[..first], at) == Some(1)
-}
 
 /// Checks that `at` is where an instruction begins, or the function ends.
 fn boundary(insns: &[Insn], at: Gva, function: &Function<'_>) -> Result<(), Refusal> {

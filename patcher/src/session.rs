@@ -10,12 +10,13 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::hash::{Hash, Hasher};
 
 use crate::program::{Program, Step};
 use crate::target::StepError;
 
 /// How a session ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum End {
     /// Every step was done: all sites are new.
     Applied,
@@ -34,7 +35,7 @@ pub enum End {
 }
 
 /// A step that failed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("{step}: {error}")]
 pub struct Failure {
     /// The step.
@@ -43,7 +44,7 @@ pub struct Failure {
     pub error: StepError,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Phase {
     Forward(usize),
     Back { failure: Failure, journal: VecDeque<Step> },
@@ -51,11 +52,26 @@ enum Phase {
     Ended(End),
 }
 
-/// A run of a program.
-#[derive(Debug)]
+/// A run of a program. Two runs are equal if they are equally far; that they are of the same
+/// program is for the caller to see to.
+#[derive(Debug, Clone)]
 pub struct Session<'p> {
     program: &'p Program,
     phase: Phase,
+}
+
+impl PartialEq for Session<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.phase == other.phase
+    }
+}
+
+impl Eq for Session<'_> {}
+
+impl Hash for Session<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.phase.hash(state);
+    }
 }
 
 impl<'p> Session<'p> {
@@ -123,12 +139,12 @@ impl<'p> Session<'p> {
         }
     }
 
-    /// What undoes the steps up to `failed`, the last one first. A failed check changed
-    /// nothing, so its undo is left out; any other failed step may have been done in part,
-    /// and its undo makes good for that.
+    /// What undoes the steps up to `failed`, the last one first. A failed check or store
+    /// changed nothing, so its undo is left out; any other failed step may have been done in
+    /// part, and its undo makes good for that.
     fn journal(&self, failed: usize) -> VecDeque<Step> {
         let changed = |(index, step): &(usize, &crate::program::Reversible)| {
-            *index != failed || !matches!(step.step, Step::Check { .. })
+            *index != failed || !matches!(step.step, Step::Check { .. } | Step::Store { .. })
         };
         let done = self.program.steps[..=failed].iter().enumerate();
         done.rev().filter(changed).flat_map(|(_, step)| step.undo.iter().cloned()).collect()

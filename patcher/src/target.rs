@@ -1,12 +1,12 @@
 //! Whoever executes steps: a live VM, or a simulated one.
 
-use crate::addr::Gva;
+use crate::addr::{Gva, VcpuId};
 use crate::insn;
 use crate::program::{Program, Step};
 use crate::session::{End, Session};
 
 /// Why a step could not be done.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum StepError {
     /// Guest memory is not what it must be.
     #[error("found {} instead", insn::hex(.found))]
@@ -19,6 +19,16 @@ pub enum StepError {
     Unmapped {
         /// The address.
         at: Gva,
+    },
+    /// A vCPU stood where it may not until the deadline passed.
+    #[error("until the deadline vCPU {} {why}, last at {place}", .vcpu.0)]
+    NotQuiesced {
+        /// The vCPU.
+        vcpu: VcpuId,
+        /// Where it stood, with its function.
+        place: String,
+        /// What is wrong with that.
+        why: &'static str,
     },
     /// The plan's deadline passed.
     #[error("the deadline passed")]
@@ -33,7 +43,8 @@ pub enum StepError {
 
 /// Executes steps.
 pub trait Target {
-    /// Does one step, completely or not at all; [`Step::Write`] may be left half done. A
+    /// Does one step, completely or not at all; [`Step::Write`] may be left half done, and
+    /// [`Step::Hold`] and [`Step::Inspect`] may leave vCPUs held, until [`Step::Release`]. A
     /// write of 1, 2, 4 or 8 bytes that is aligned to its size is one store.
     ///
     /// # Errors

@@ -4,50 +4,71 @@
 //! and withdrawn after the last fence, so every `int3` of ours that a vCPU can meet has an
 //! owner.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::fmt;
 
 use crate::addr::Gva;
-use crate::insn::INT3;
+use crate::insn::{Effect, INT3};
+
+/// How a vCPU gets past a site in transit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Way {
+    /// It waits until the table is withdrawn, then executes what is there.
+    Wait,
+    /// The monitor does for it what the instruction would do.
+    Effect(Effect),
+    /// It executes a copy of the old instruction, which leads back to the code behind it.
+    Copy(Gva),
+}
 
 /// The sites of the program in flight.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Hash)]
 pub struct TrapTable {
-    sites: BTreeSet<Gva>,
+    sites: BTreeMap<Gva, Way>,
 }
 
 /// What a vCPU that left the guest at a breakpoint does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The site is in transit: wait until the table is withdrawn, then execute what is there.
-    Wait,
+    /// The site is in transit: go this way.
+    Pass(Way),
     /// The byte is no longer `int3`: somebody replaced it after it was fetched. Execute what
     /// is there now.
     Resume,
-    /// The `int3` is the guest's own: deliver #BP as the processor would have.
+    /// The `int3` is the guest's own: deliver #BP as the processor would have. Only if the
+    /// table is still the one in force; else judge again with that one: a program may have
+    /// been published, and its `int3` written, between reading the table and the byte.
     Deliver,
 }
 
 impl TrapTable {
     /// A table of these sites.
     #[must_use]
-    pub fn new(sites: impl IntoIterator<Item = Gva>) -> Self {
+    pub fn new(sites: impl IntoIterator<Item = (Gva, Way)>) -> Self {
         Self { sites: sites.into_iter().collect() }
     }
 
-    /// Whether a site is in it.
-    #[must_use]
-    pub fn contains(&self, site: Gva) -> bool {
-        self.sites.contains(&site)
-    }
-
-    /// Judges a breakpoint at `rip`, where memory now holds `byte`.
+    /// Judges a breakpoint at `rip`, where memory held `byte` after the table was read.
     #[must_use]
     pub fn judge(&self, rip: Gva, byte: u8) -> Action {
-        match (byte, self.contains(rip)) {
-            (INT3, true) => Action::Wait,
-            (INT3, false) => Action::Deliver,
+        match (byte, self.sites.get(&rip)) {
+            (INT3, Some(way)) => Action::Pass(*way),
+            (INT3, None) => Action::Deliver,
             _ => Action::Resume,
         }
+    }
+}
+
+impl fmt::Display for TrapTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |wanted: fn(&Way) -> bool| self.sites.values().filter(|way| wanted(way)).count();
+        write!(
+            f,
+            "{} wait, {} are passed by effect, {} by copy",
+            count(|way| *way == Way::Wait),
+            count(|way| matches!(way, Way::Effect(_))),
+            count(|way| matches!(way, Way::Copy(_)))
+        )
     }
 }
 
@@ -56,9 +77,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_int3_that_is_still_there_is_waited_for_or_delivered() {
-        let table = TrapTable::new([Gva(5)]);
-        assert_eq!(table.judge(Gva(5), INT3), Action::Wait);
+    fn only_an_int3_that_is_still_there_is_passed_or_delivered() {
+        let table = TrapTable::new([(Gva(5), Way::Wait)]);
+        assert_eq!(table.judge(Gva(5), INT3), Action::Pass(Way::Wait));
         assert_eq!(table.judge(Gva(5), 0x0f), Action::Resume);
         assert_eq!(table.judge(Gva(6), INT3), Action::Deliver);
         assert_eq!(table.judge(Gva(6), 0xe9), Action::Resume);

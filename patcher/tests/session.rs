@@ -1,7 +1,8 @@
 //! Sessions against plain memory: every step failing in turn, and what is left behind.
 
 use patcher::addr::Gva;
-use patcher::compile::compile;
+use patcher::arena::Arena;
+use patcher::compile::{Host, compile};
 use patcher::insn::INT3;
 use patcher::plan::Strategy;
 use patcher::program::{Program, Step};
@@ -21,15 +22,14 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(bytes: &[u8]) -> Self {
-        Self {
-            bytes: bytes.to_vec(),
-            steps: Vec::new(),
-            fail_at: None,
-            fail_undo_at: None,
-            failed: false,
-            expire_at: None,
-        }
+    fn new(text: &[u8]) -> Self {
+        let mut bytes = text.to_vec();
+        bytes.resize(ARENA.1 + usize::try_from(ARENA.0.0).expect("small"), 0);
+        Self { bytes, steps: Vec::new(), fail_at: None, fail_undo_at: None, failed: false, expire_at: None }
+    }
+
+    fn text(&self) -> &[u8] {
+        &self.bytes[..OLD.len()]
     }
 
     fn slice(&mut self, at: Gva, len: usize) -> &mut [u8] {
@@ -54,6 +54,14 @@ impl Target for Memory {
         }
         match step {
             Step::Write { at, bytes } => self.slice(*at, bytes.len()).copy_from_slice(bytes),
+            Step::Store { at, old, new } => {
+                let found = self.slice(*at, old.len()).to_vec();
+                if found != *old {
+                    self.failed = true;
+                    return Err(StepError::Mismatch { found });
+                }
+                self.slice(*at, new.len()).copy_from_slice(new);
+            }
             Step::Check { at, bytes } => {
                 let found = self.slice(*at, bytes.len()).to_vec();
                 if found != *bytes {
@@ -81,58 +89,77 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         symbol: String::new(),
         old: OLD[at..at + len].to_vec(),
         new: NEW[at..at + len].to_vec(),
+        old_inside: Vec::new(),
+        new_inside: Vec::new(),
+        may_fault: false,
     };
     ResolvedPlan {
         name: "test".into(),
         strategy,
         atomic: false,
         deadline_ms: 1,
+        preemptible: false,
+        outside: Vec::new(),
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
     }
 }
 
-const STRATEGIES: [Strategy; 2] = [Strategy::Breakpoint, Strategy::Hold];
+const STRATEGIES: [Strategy; 5] =
+    [Strategy::Store, Strategy::Breakpoint, Strategy::Bypass, Strategy::Hold, Strategy::Inspect];
+/// Where copies go, and how many bytes there are.
+const ARENA: (Gva, usize) = (Gva(0x40), 0x40);
+
+fn compiled(plan: &ResolvedPlan) -> Program {
+    compile(plan, Host { stores_are_whole: false }, &mut Arena::new(ARENA.0, ARENA.1)).expect("it fits")
+}
 
 #[test]
 fn a_program_applies_and_its_reverse_restores() {
     for strategy in STRATEGIES {
         let mut memory = Memory::new(OLD);
-        assert_eq!(drive(&compile(&plan(strategy)), &mut memory), End::Applied);
-        assert_eq!(memory.bytes, NEW, "{strategy:?}");
-        assert_eq!(drive(&compile(&plan(strategy).reversed()), &mut memory), End::Applied);
-        assert_eq!(memory.bytes, OLD, "{strategy:?}");
+        assert_eq!(drive(&compiled(&plan(strategy)), &mut memory), End::Applied);
+        assert_eq!(memory.text(), NEW, "{strategy:?}");
+        assert_eq!(drive(&compiled(&plan(strategy).reversed()), &mut memory), End::Applied);
+        assert_eq!(memory.text(), OLD, "{strategy:?}");
     }
 }
 
 #[test]
 fn whichever_step_fails_every_byte_is_as_it_was() {
     for strategy in STRATEGIES {
-        let program = compile(&plan(strategy));
+        let program = compiled(&plan(strategy));
         for (fail_at, reversible) in program.steps.iter().enumerate() {
             let mut memory = Memory::new(OLD);
             memory.fail_at = Some(fail_at);
             let end = drive(&program, &mut memory);
             let place = format!("{strategy:?}, step {fail_at}: {}", reversible.step);
             if reversible.step.is_closing() {
-                assert_eq!((end, &memory.bytes[..]), (End::Applied, NEW), "{place}");
+                assert_eq!((end, memory.text()), (End::Applied, NEW), "{place}");
             } else {
                 assert!(matches!(end, End::RolledBack { .. }), "{place}: {end:?}");
-                assert_eq!(memory.bytes, OLD, "{place}");
+                assert_eq!(memory.text(), OLD, "{place}");
             }
         }
     }
 }
 
 fn last_write(program: &Program) -> usize {
-    program.steps.iter().rposition(|s| matches!(s.step, Step::Write { .. })).expect("a write")
+    let writes = |step: &Step| matches!(step, Step::Write { .. } | Step::Store { .. });
+    program.steps.iter().rposition(|reversible| writes(&reversible.step)).expect("a write")
 }
 
 #[test]
 fn if_undoing_fails_too_the_guest_is_left_held() {
     for strategy in STRATEGIES {
-        let program = compile(&plan(strategy));
+        let program = compiled(&plan(strategy));
         let fail_at = last_write(&program);
-        for fail_undo_at in fail_at + 1..fail_at + 5 {
+        let mut whole = Memory::new(OLD);
+        whole.fail_at = Some(fail_at);
+        drive(&program, &mut whole);
+        for (fail_undo_at, step) in whole.steps.iter().enumerate().skip(fail_at + 1) {
+            if step.is_closing() {
+                continue;
+            }
             let mut memory = Memory::new(OLD);
             (memory.fail_at, memory.fail_undo_at) = (Some(fail_at), Some(fail_undo_at));
             let end = drive(&program, &mut memory);
@@ -149,9 +176,9 @@ fn foreign_bytes_are_never_overwritten() {
             let mut foreign = OLD.to_vec();
             foreign[at] ^= 0xff;
             let mut memory = Memory::new(&foreign);
-            let end = drive(&compile(&plan(strategy)), &mut memory);
+            let end = drive(&compiled(&plan(strategy)), &mut memory);
             assert!(matches!(end, End::RolledBack { .. }), "{strategy:?} {at} {end:?}");
-            assert_eq!(memory.bytes, foreign);
+            assert_eq!(memory.text(), foreign);
         }
     }
 }
@@ -159,21 +186,21 @@ fn foreign_bytes_are_never_overwritten() {
 #[test]
 fn a_deadline_rolls_back_wherever_it_strikes() {
     for strategy in STRATEGIES {
-        let program = compile(&plan(strategy));
+        let program = compiled(&plan(strategy));
         for expire_at in 0..=last_write(&program) {
             let mut memory = Memory::new(OLD);
             memory.expire_at = Some(expire_at);
             let end = drive(&program, &mut memory);
             let End::RolledBack { failure } = end else { panic!("{end:?}") };
             assert_eq!(failure.error, StepError::Deadline);
-            assert_eq!(memory.bytes, OLD, "{strategy:?} {expire_at}");
+            assert_eq!(memory.text(), OLD, "{strategy:?} {expire_at}");
         }
     }
 }
 
 #[test]
 fn breakpoint_needs_three_fences_whatever_the_number_of_sites() {
-    let program = compile(&plan(Strategy::Breakpoint));
+    let program = compiled(&plan(Strategy::Breakpoint));
     assert_eq!(program.fences(), 3);
     // Between two writes to the same byte there is always a fence, and a tail is only
     // written while its head is int3.
@@ -194,5 +221,5 @@ fn a_single_byte_site_needs_no_fence_for_a_tail() {
     let mut one = plan(Strategy::Breakpoint);
     one.sites.remove(2);
     one.sites.remove(0);
-    assert_eq!(compile(&one).fences(), 2);
+    assert_eq!(compiled(&one).fences(), 2);
 }

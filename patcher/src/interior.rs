@@ -1,0 +1,132 @@
+//! Sites of several instructions: who may come back to the boundaries inside?
+//!
+//! A vCPU can be looked at (strategy `inspect`). A task that no vCPU runs can't, so it must
+//! be shown that none can be there: no call inside returns there, no fault is handled and
+//! returns there, and the kernel does not preempt tasks in kernel mode.
+
+use std::cell::OnceCell;
+use std::collections::BTreeSet;
+
+use crate::addr::Gva;
+use crate::insn::{self, Insn};
+use crate::refusal::Refusal;
+use crate::resolve::{Kernel, Text};
+
+/// Where a vCPU may stand inside `code`, which is at `at`: the boundaries between its
+/// instructions that control can come to.
+#[must_use]
+pub fn boundaries(code: &[u8], at: Gva) -> Vec<Gva> {
+    let insns: Vec<Insn> = insn::decode(code, at).collect();
+    let mut reached = true;
+    let mut inside = Vec::new();
+    for (i, insn) in insns.iter().enumerate() {
+        reached |= insns.iter().any(|from| from.branch == Some(insn.at));
+        if i > 0 && reached {
+            inside.push(insn.at);
+        }
+        // What follows a jump is only reached by another.
+        reached &= !insn.ends;
+    }
+    inside
+}
+
+/// What a kernel lets tasks do that no vCPU runs. Read when first needed.
+pub(crate) struct Sleepers<'a> {
+    kernel: Kernel<'a>,
+    text: &'a dyn Text,
+    preempts: OnceCell<bool>,
+    handled: OnceCell<Option<BTreeSet<Gva>>>,
+}
+
+impl<'a> Sleepers<'a> {
+    pub(crate) fn new(kernel: Kernel<'a>, text: &'a dyn Text) -> Self {
+        Self { kernel, text, preempts: OnceCell::new(), handled: OnceCell::new() }
+    }
+
+    /// Refuses `code` at `at` if such a task may come back to one of the boundaries `inside`.
+    pub(crate) fn keep_out(&self, code: &[u8], at: Gva, inside: &[Gva]) -> Result<(), Refusal> {
+        if inside.is_empty() {
+            return Ok(());
+        }
+        let insns: Vec<Insn> = insn::decode(code, at).collect();
+        let comes_back = |boundary: Gva| {
+            let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
+            if before.is_some_and(|insn| insn.returns) {
+                return Some("what is called before it returns there");
+            }
+            if self.may_fault(boundary) {
+                return Some("the kernel's exception table has its instruction");
+            }
+            self.preempts().then_some("the kernel preempts tasks in kernel mode")
+        };
+        match inside.iter().find_map(|&boundary| Some((boundary, comes_back(boundary)?))) {
+            Some((inside, why)) => Err(Refusal::InteriorReachable { at, inside, why }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the kernel expects the instruction at `at` to fault. Yes, if that can't be told.
+    pub(crate) fn may_fault(&self, at: Gva) -> bool {
+        self.handled.get_or_init(|| self.exception_table()).as_ref().is_none_or(|table| table.contains(&at))
+    }
+
+    /// The instructions in `__ex_table` (Linux arch/x86/include/asm/extable.h: three 32-bit
+    /// fields, the first is the instruction's distance from the field itself).
+    fn exception_table(&self) -> Option<BTreeSet<Gva>> {
+        const ENTRY: usize = 12;
+        const MOST: usize = 1 << 24;
+        let symbol = |name| self.kernel.symbol(name).ok();
+        let (start, end) = (symbol("__start___ex_table")?, symbol("__stop___ex_table")?);
+        let size = end.offset_from(start).filter(|size| *size <= MOST)?;
+        let mut table = vec![0; size];
+        self.text.read(start, &mut table).ok()?;
+        let entries = (start.0..).step_by(ENTRY).zip(table.chunks_exact(ENTRY));
+        let insn = |(at, entry): (u64, &[u8])| {
+            let distance = i32::from_le_bytes(entry.first_chunk().copied()?);
+            Some(Gva(at.wrapping_add_signed(distance.into())))
+        };
+        entries.map(insn).collect()
+    }
+
+    /// Whether tasks are preempted in kernel mode. Yes, if that can't be told.
+    fn preempts(&self) -> bool {
+        *self.preempts.get_or_init(|| self.read_preempts().unwrap_or(true))
+    }
+
+    /// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at
+    /// boot (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
+    fn read_preempts(&self) -> Option<bool> {
+        let mut banner = [0; 256];
+        self.text.read(self.kernel.symbol("linux_banner").ok()?, &mut banner).ok()?;
+        let end = banner.iter().position(|byte| *byte == b'\n')?;
+        let banner = std::str::from_utf8(&banner[..end]).ok()?;
+        if !banner.contains("PREEMPT_DYNAMIC") {
+            return Some(banner.contains("PREEMPT"));
+        }
+        let mut mode = [0; 4];
+        self.text.read(self.kernel.symbol("preempt_dynamic_mode").ok()?, &mut mode).ok()?;
+        Some(!(0..=1).contains(&i32::from_le_bytes(mode)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boundaries_are_where_control_can_come() {
+        let at = Gva(0x1000);
+        for (code, expected) in [
+            (&[0x90][..], &[][..]),
+            (&[0x90, 0x90, 0x90], &[0x1001, 0x1002]),
+            (&[0xeb, 0x10, 0x90], &[]),
+            (&[0xc3, 0x90, 0x90], &[]),
+            // jne back to the nop behind the jump
+            (&[0x75, 0x02, 0xeb, 0x10, 0x90, 0x90], &[0x1002, 0x1004, 0x1005]),
+            (&[0xe8, 0, 0, 0, 0, 0x90], &[0x1005]),
+        ] {
+            let found: Vec<u64> = boundaries(code, at).into_iter().map(|at| at.0).collect();
+            assert_eq!(found, expected, "{}", insn::hex(code));
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Every strategy keeps its promises in every run.
+
+use patcher::addr::Gva;
+use patcher::model::explore::explore;
+use patcher::model::machine::{Fetch, Guest, World};
+use patcher::plan::Strategy;
+
+use super::worlds::{CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, program, reversed, world};
+
+/// Explores and prints how much there was.
+fn holds(name: &str, world: &World<'_>) {
+    match explore(world) {
+        Ok(explored) => println!("{name}: {} states, {} moves", explored.states, explored.moves),
+        Err(found) => panic!("{name}:\n{found}"),
+    }
+}
+
+/// Both ways, with everything that can go wrong.
+fn both_ways(name: &str, strategy: Strategy, changes: &[Change], adjust: impl Fn(&mut World<'_>)) {
+    let back: Vec<Change> = changes.iter().copied().map(reversed).collect();
+    for (way, changes) in [("apply", changes), ("revert", &back)] {
+        let program = program(strategy, changes);
+        let mut world = world(&program);
+        adjust(&mut world);
+        holds(&format!("{name}, {way}"), &world);
+    }
+}
+
+fn three(world: &mut World<'_>) {
+    world.vcpus = 3;
+}
+
+/// A byte next to the site, in the same aligned word.
+fn neighbour(world: &mut World<'_>) {
+    world.guest = Guest::Writes(Gva(TEXT.0 + 7), 0xaa);
+}
+
+#[test]
+fn breakpoint() {
+    both_ways("breakpoint, static key", Strategy::Breakpoint, &[KEY], three);
+    both_ways("breakpoint, waiting", Strategy::Breakpoint, &[ZERO], three);
+    both_ways("breakpoint, one byte", Strategy::Breakpoint, &[FLAG], three);
+    both_ways("breakpoint, call across words", Strategy::Breakpoint, &[CALL], |_| ());
+    both_ways("breakpoint, aligned fetches", Strategy::Breakpoint, &[CALL], |world| {
+        world.fetch = Fetch::Words
+    });
+    both_ways("breakpoint, two sites", Strategy::Breakpoint, &[FLAG, ZERO], |_| ());
+    both_ways("breakpoint, three sites", Strategy::Breakpoint, &[FLAG, KEY, ZERO], |world| {
+        world.interrupts = false;
+    });
+    both_ways("breakpoint, guest writes next to it", Strategy::Breakpoint, &[KEY], neighbour);
+}
+
+#[test]
+fn breakpoint_and_the_guests_own_int3() {
+    both_ways("breakpoint, guest owns an int3", Strategy::Breakpoint, &[ZERO], |world| own_int3(world));
+    // The guest is about to take out an int3 of its own on our very site.
+    let program = program(Strategy::Breakpoint, &[ZERO]);
+    let mut world = world(&program);
+    replaces(&mut world);
+    holds("breakpoint, guest takes its int3 out", &world);
+}
+
+fn own_int3(world: &mut World<'_>) {
+    let at = Gva(TEXT.0 + 12);
+    world.memory[0].1[12] = 0xcc;
+    world.guest = Guest::Owns(at);
+}
+
+/// The first site's first byte is an `int3` of the guest, which puts the old byte back.
+pub(crate) fn replaces(world: &mut World<'_>) {
+    let site = &world.program.sites[0];
+    world.memory[0].1[site.at.offset_from(TEXT).expect("in the text")] = 0xcc;
+    world.guest = Guest::Replaces(site.at, site.old[0]);
+}
+
+#[test]
+fn bypass() {
+    both_ways("bypass, copy", Strategy::Bypass, &[ZERO], |_| ());
+    both_ways("bypass, copy, three vCPUs", Strategy::Bypass, &[ZERO], |world| {
+        three(world);
+        world.interrupts = false;
+    });
+    both_ways("bypass, copy and effect", Strategy::Bypass, &[FLAG, KEY], |world| world.interrupts = false);
+}
+
+#[test]
+fn store() {
+    let words = |world: &mut World<'_>| world.fetch = Fetch::Words;
+    both_ways("store, static key", Strategy::Store, &[KEY], |world| {
+        words(world);
+        three(world);
+    });
+    both_ways("store, three sites", Strategy::Store, &[KEY, ZERO, FLAG], words);
+    both_ways("store, guest writes next to it", Strategy::Store, &[KEY], |world| {
+        words(world);
+        neighbour(world);
+    });
+}
+
+#[test]
+fn hold() {
+    let group = |world: &mut World<'_>| world.atomic = true;
+    both_ways("hold, group", Strategy::Hold, &[KEY, ZERO], group);
+    both_ways("hold, group, three vCPUs", Strategy::Hold, &[KEY, ZERO], |world| {
+        group(world);
+        three(world);
+    });
+    both_ways("hold, writes get lost", Strategy::Hold, &[KEY, ZERO], |world| world.lost_writes = true);
+}
+
+#[test]
+fn inspect() {
+    // The way back is no matter of inspection: one instruction has no inside.
+    for (name, interrupts) in [("inspect, three instructions", false), ("inspect, interrupted", true)] {
+        let program = program(Strategy::Inspect, &[SEVERAL]);
+        let mut world = world(&program);
+        world.interrupts = interrupts;
+        holds(name, &world);
+    }
+    let program = program(Strategy::Inspect, &[reversed(SEVERAL)]);
+    holds("inspect, one instruction to three", &world(&program));
+}

@@ -70,6 +70,8 @@ pub struct Plan {
     pub preemptible: bool,
     /// Functions that no vCPU may be in.
     pub outside: Vec<String>,
+    /// Applied patches inside whose sites this one's may lie.
+    pub over: Vec<String>,
     /// What to change.
     pub patches: Vec<Patch>,
 }
@@ -111,6 +113,8 @@ struct RawPlan {
     atomic: bool,
     #[serde(default)]
     quiesced: RawQuiesced,
+    #[serde(default)]
+    over: Vec<String>,
     patches: Vec<RawPatch>,
 }
 
@@ -212,6 +216,7 @@ impl RawPlan {
             atomic: self.atomic,
             preemptible: self.quiesced.preemptible,
             outside: self.quiesced.outside,
+            over: self.over,
             patches,
         })
     }

@@ -239,6 +239,14 @@ pub enum Refusal {
         /// The name.
         name: String,
     },
+    /// A later patch lies over this one.
+    #[error("{by} lies over the patch {name}; revert that first")]
+    Covered {
+        /// The patch to revert.
+        name: String,
+        /// The later one.
+        by: String,
+    },
     /// The guest's kernel has not started far enough, or is not the one that was given.
     #[error("the guest's kernel can't be patched: {why}")]
     GuestNotReady {
@@ -283,6 +291,7 @@ impl Refusal {
             Self::NameTaken { .. } => "name_taken",
             Self::UnknownPatch { .. } => "unknown_patch",
             Self::NotApplied { .. } => "not_applied",
+            Self::Covered { .. } => "covered",
             Self::GuestNotReady { .. } => "guest_not_ready",
             Self::GuestHeld { .. } => "guest_held",
         }

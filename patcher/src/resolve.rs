@@ -135,7 +135,9 @@ impl Site {
         Gva(self.at.0.saturating_add(self.old.len() as u64))
     }
 
-    fn overlaps(&self, other: &Self) -> bool {
+    /// Whether they share a byte.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
         self.at < other.end() && other.at < self.end()
     }
 }
@@ -236,12 +238,14 @@ pub fn resolve<'t>(
             Err(refusal) => refused.push(refusal.at(Pointer::new(&format!("/quiesced/outside/{i}")))),
         }
     }
-    let taken: Vec<_> = taken.into_iter().collect();
+    let taken: Vec<(&str, &Site)> = taken.into_iter().collect();
+    let may_lie = |site: &Site, (whose, other): &(&str, &Site)| {
+        plan.over.iter().any(|name| name == whose) && other.at <= site.at && site.end() <= other.end()
+    };
     for (i, site) in sites.iter().enumerate() {
         let earlier = sites[..i].iter().map(|other| ("this plan", other));
-        if let Some((whose, other)) =
-            earlier.chain(taken.iter().copied()).find(|(_, other)| site.overlaps(other))
-        {
+        let applied = taken.iter().copied().filter(|applied| !may_lie(site, applied));
+        if let Some((whose, other)) = earlier.chain(applied).find(|(_, other)| site.overlaps(other)) {
             let refusal = Refusal::OverlappingSites { at: site.at, other: other.at, whose: whose.to_owned() };
             refused.push(refusal.at(site.pointer.clone()));
         }

@@ -6,14 +6,18 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::compile::compile;
+use patcher::addr::Gva;
+use patcher::arena::Arena;
+use patcher::compile::{Host, compile};
 use patcher::kernel::KernelImage;
-use patcher::plan::Plan;
+use patcher::plan::{Plan, Strategy};
+use patcher::program::Program;
 use patcher::refusal::{Refusal, Refused};
 use patcher::resolve::{ResolvedPlan, resolve};
 use patcher::session::End;
 use patcher::target::drive;
 
+use crate::arena::GuestArena;
 use crate::config::Config;
 use crate::control::wire::{
     Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing,
@@ -152,6 +156,9 @@ pub struct Controller {
     ram: Arc<GuestRam>,
     rendezvous: Arc<Rendezvous>,
     uses_membarrier: bool,
+    host: Host,
+    /// Copies of instructions; mapped into the guest when first needed.
+    arena: Option<GuestArena>,
     image: Arc<Image>,
     located: Option<Located>,
     kernel: Option<GuestKernel>,
@@ -175,6 +182,8 @@ impl Controller {
             ram: machine.ram().clone(),
             rendezvous: machine.rendezvous().clone(),
             uses_membarrier: machine.uses_membarrier(),
+            host: machine.host(),
+            arena: None,
             image,
             located: None,
             kernel: None,
@@ -221,20 +230,17 @@ impl Controller {
                 Answer::Done
             }
             Command::Apply(json) => self.apply(&json),
-            Command::Check(json) => match self.resolve(&json) {
-                Ok(plan) => {
-                    let program = compile(&plan);
-                    Answer::Fits(Box::new(Fits {
-                        state: "fits",
-                        strategy: program.strategy,
-                        reason: program.reason.to_owned(),
-                        sites: program.sites,
-                    }))
-                }
+            Command::Check(json) => match self.prepare(&json) {
+                Ok((_, program)) => Answer::Fits(Box::new(Fits {
+                    state: "fits",
+                    strategy: program.strategy,
+                    reason: program.reason.to_owned(),
+                    sites: program.sites,
+                })),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
-            Command::Explain(json) => match self.resolve(&json) {
-                Ok(plan) => Answer::Program(Box::new(compile(&plan))),
+            Command::Explain(json) => match self.prepare(&json) {
+                Ok((_, program)) => Answer::Program(Box::new(program)),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
             Command::List => Answer::Patches(self.patches.iter().map(Applied::summary).collect()),
@@ -308,6 +314,39 @@ impl Controller {
         resolve(&plan, kernel.kernel(), &kernel, taken)
     }
 
+    /// Resolves and compiles a plan. Nothing is written.
+    fn prepare(&mut self, json: &[u8]) -> Result<(ResolvedPlan, Program), Vec<Refused>> {
+        let plan = self.resolve(json)?;
+        let program = self.compile(&plan)?;
+        Ok((plan, program))
+    }
+
+    fn compile(&mut self, plan: &ResolvedPlan) -> Result<Program, Vec<Refused>> {
+        if plan.strategy != Strategy::Bypass {
+            return compile(plan, self.host, &mut Arena::new(Gva(0), 0));
+        }
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        if self.arena.is_none() {
+            let placed = GuestArena::place(self.kernel().map_err(root)?);
+            self.arena = Some(placed.map_err(|why| root(Refusal::GuestNotReady { why }))?);
+        }
+        let mut nowhere = Arena::new(Gva(0), 0);
+        let arena = self.arena.as_mut().map_or(&mut nowhere, |placed| &mut placed.arena);
+        compile(plan, self.host, arena)
+    }
+
+    /// A patch that was applied over this one and still is.
+    fn covered_by(&self, index: usize) -> Option<&str> {
+        let (earlier, later) = self.patches.split_at(index + 1);
+        let mine = &earlier[index].plan.sites;
+        let covers = |patch: &&Applied| {
+            let mut sites = patch.plan.sites.iter();
+            patch.state == PatchState::Applied
+                && sites.any(|site| mine.iter().any(|other| site.overlaps(other)))
+        };
+        later.iter().find(covers).map(|patch| patch.plan.name.as_str())
+    }
+
     fn not_held(&self) -> Result<(), Refusal> {
         match &self.held_by {
             Some(name) => Err(Refusal::GuestHeld { name: name.clone() }),
@@ -317,11 +356,11 @@ impl Controller {
 
     fn apply(&mut self, json: &[u8]) -> Answer {
         let asked = Instant::now();
-        let plan = match self.resolve(json) {
-            Ok(plan) => plan,
+        let (plan, program) = match self.prepare(json) {
+            Ok(prepared) => prepared,
             Err(refused) => return Answer::Refused(Refusals::new(refused)),
         };
-        let report = match self.execute(&plan, asked) {
+        let report = match self.execute(&plan, program, asked) {
             Ok(report) => report,
             Err(refusal) => return Answer::Refused(Refusals::new(vec![refusal.at_root()])),
         };
@@ -335,12 +374,18 @@ impl Controller {
 
     fn revert(&mut self, name: &str) -> Answer {
         let asked = Instant::now();
-        let reverted = self.not_held().and_then(|()| self.find(name)).and_then(|index| {
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        let found = self.not_held().and_then(|()| self.find(name)).map_err(root);
+        let reverted = found.and_then(|index| {
             if self.patches[index].state != PatchState::Applied {
-                return Err(Refusal::NotApplied { name: name.to_owned() });
+                return Err(root(Refusal::NotApplied { name: name.to_owned() }));
+            }
+            if let Some(by) = self.covered_by(index) {
+                return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
             }
             let back = self.patches[index].plan.reversed();
-            let mut report = self.execute(&back, asked)?;
+            let program = self.compile(&back)?;
+            let mut report = self.execute(&back, program, asked).map_err(root)?;
             if report.state == PatchState::Applied {
                 report.state = PatchState::Reverted;
                 self.patches[index].state = PatchState::Reverted;
@@ -350,14 +395,16 @@ impl Controller {
         });
         match reverted {
             Ok(report) => Answer::Report(Box::new(report)),
-            Err(refusal) => Answer::Refused(Refusals::new(vec![refusal.at_root()])),
+            Err(refused) => Answer::Refused(Refusals::new(refused)),
         }
     }
 
     /// Runs the program of a resolved plan.
-    fn execute(&mut self, plan: &ResolvedPlan, asked: Instant) -> Result<Report, Refusal> {
+    fn execute(&mut self, plan: &ResolvedPlan, program: Program, asked: Instant) -> Result<Report, Refusal> {
         let kernel = self.kernel()?.clone();
-        let program = compile(plan);
+        if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
+            arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
+        }
         let resolved = asked.elapsed();
         let mut target = Live::new(&kernel, &self.rendezvous, Duration::from_millis(plan.deadline_ms));
         let end = drive(&program, &mut target);

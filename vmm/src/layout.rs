@@ -4,7 +4,7 @@
 //! 0x0000_0500  GDT                      0x000e_0000  ACPI tables (RSDP first)
 //! 0x0000_7000  zero page                0x0010_0000  kernel (its protected-mode part)
 //! 0x0000_9000  page tables              ...          initrd, at the top of low RAM
-//! 0x0002_0000  command line             0xc000_0000  gap for devices, up to 4 GiB
+//! 0x0002_0000  command line             0xc000_0000  gap for devices, up to 4 GiB; the arena
 //! 0x0009_fc00  end of base memory       0x1_0000_0000  the rest of RAM
 //! ```
 
@@ -30,6 +30,10 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const DEVICE_GAP: u64 = 0xc000_0000;
 /// End of that gap; RAM beyond [`DEVICE_GAP`] continues here.
 pub const DEVICE_GAP_END: u64 = 1 << 32;
+/// The arena, in the gap: memory that the guest is not told of (see [`crate::arena`]).
+pub const ARENA: u64 = 0xd000_0000;
+/// Its size: one large page.
+pub const ARENA_SIZE: u64 = 2 << 20;
 /// I/O APIC (KVM's in-kernel model sits at the PC's usual address).
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APICs.

@@ -7,6 +7,7 @@
 //!                   └─▶ control socket ─▶ commands to the controller
 //! ```
 
+pub mod arena;
 pub mod boot;
 pub mod cli;
 pub mod config;
@@ -29,5 +30,6 @@ pub mod paging;
 pub mod render;
 pub mod rendezvous;
 pub mod signals;
+pub mod standing;
 pub mod terminal;
 pub mod vcpu;

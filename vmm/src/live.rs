@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use patcher::program::Step;
+use patcher::quiesce::Condition;
 use patcher::resolve::Text;
 use patcher::target::{StepError, Target};
 
 use crate::locate::GuestKernel;
 use crate::rendezvous::{FenceError, Rendezvous};
+use crate::standing;
 
 /// A running guest as the target of one program.
 pub struct Live<'m> {
@@ -31,10 +33,33 @@ impl<'m> Live<'m> {
         &self.fences
     }
 
-    fn timed(
+    /// Holds when every vCPU stands where it may; lets them run on in between, longer and
+    /// longer.
+    fn inspect(&mut self, condition: &Condition) -> Result<(), StepError> {
+        const SHORTEST: Duration = Duration::from_micros(50);
+        const LONGEST: Duration = Duration::from_millis(10);
+        let mut pause = SHORTEST;
+        loop {
+            let vcpus = self.timed(Rendezvous::inspect)?;
+            let checked = standing::check(condition, self.kernel, &vcpus);
+            let Err(offender) = checked.map_err(|what| StepError::Host { what })? else { return Ok(()) };
+            self.rendezvous.release();
+            if self.expired() {
+                let place = self.kernel.kernel().function_at(offender.rip).map_or_else(
+                    || offender.rip.to_string(),
+                    |function| format!("{} ({})", offender.rip, function.name),
+                );
+                return Err(StepError::NotQuiesced { vcpu: offender.vcpu, place, why: offender.why });
+            }
+            std::thread::sleep(pause);
+            pause = LONGEST.min(pause * 2);
+        }
+    }
+
+    fn timed<T>(
         &mut self,
-        fence: impl FnOnce(&Rendezvous, Duration) -> Result<(), FenceError>,
-    ) -> Result<(), StepError> {
+        fence: impl FnOnce(&Rendezvous, Duration) -> Result<T, FenceError>,
+    ) -> Result<T, StepError> {
         /// A rollback must be able to fence however late it is.
         const LEAST_PATIENCE: Duration = Duration::from_secs(1);
         let started = Instant::now();
@@ -56,6 +81,11 @@ impl Target for Live<'_> {
             Step::Arm => self.timed(Rendezvous::arm)?,
             Step::Fence => self.timed(Rendezvous::fence)?,
             Step::Hold => self.timed(Rendezvous::hold)?,
+            Step::Inspect(condition) => self.inspect(condition)?,
+            Step::Store { at, old, new } => {
+                let done = self.kernel.exchange(*at, old, new).map_err(unmapped)?;
+                done.map_err(|found| StepError::Mismatch { found })?;
+            }
             Step::Write { at, bytes } => self.kernel.write(*at, bytes).map_err(unmapped)?,
             Step::Check { at, bytes } => {
                 let mut found = vec![0; bytes.len()];

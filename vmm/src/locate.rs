@@ -112,6 +112,33 @@ impl GuestKernel {
         self.tables.translate(at, |entry| self.ram.load_u64(entry).ok())
     }
 
+    /// The page-directory entry for an address: where it lies, and what it holds.
+    pub fn directory_entry(&self, at: Gva) -> Option<(Gpa, u64)> {
+        let load = |entry| self.ram.load_u64(entry).ok();
+        let entry = self.tables.directory_entry(at, load)?;
+        Some((entry, load(entry)?))
+    }
+
+    /// Sets a page-table entry that was zero.
+    ///
+    /// # Errors
+    /// When it is not zero any more, or not in RAM; nothing was written then.
+    pub fn take_entry(&self, at: Gpa, value: u64) -> Result<(), String> {
+        let taken =
+            self.ram.exchange(at, &[0; 8], &value.to_le_bytes()).map_err(|error| error.to_string())?;
+        taken.map_err(|_| format!("the page-table entry at {at} is in use"))
+    }
+
+    /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).
+    ///
+    /// # Errors
+    /// `Ok(Err(found))` when something else is there; the address when it is not mapped or
+    /// not RAM. Nothing was written then.
+    pub fn exchange(&self, at: Gva, old: &[u8], new: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
+        let mapping = self.translate(at).ok_or(at)?;
+        self.ram.exchange(mapping.at, old, new).map_err(|_| at)
+    }
+
     /// The physical pieces of a range, all of them, or the first address that has none.
     fn pieces(&self, at: Gva, length: usize) -> Result<Vec<(Gpa, usize)>, Gva> {
         let mut pieces = Vec::new();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use patcher::addr::VcpuId;
+use patcher::compile::Host;
 
 use crate::boot::{acpi, cpuid, kernel, registers};
 use crate::config::{Config, Fence};
@@ -42,6 +43,7 @@ pub struct Machine {
     vcpus: Vec<(kvm_ioctls::VcpuFd, Arc<Kick>)>,
     threads: Vec<JoinHandle<()>>,
     uses_membarrier: bool,
+    host: Host,
 }
 
 impl Machine {
@@ -67,6 +69,7 @@ impl Machine {
         vm.fd().register_irqfd(interrupt.event(), COM1_IRQ).during("KVM_IRQFD")?;
         let ports = Arc::new(Ports::new(Console::new(interrupt, drained, output), Power::new()));
 
+        let host = Host { stores_are_whole: cpuid::shows_stores_as_a_whole() };
         kick::install_handler()?;
         let mut vcpus = Vec::new();
         for id in 0..config.cpus {
@@ -95,6 +98,7 @@ impl Machine {
             vcpus,
             threads: Vec::new(),
             uses_membarrier: barrier.is_some(),
+            host,
         })
     }
 
@@ -140,6 +144,12 @@ impl Machine {
     #[must_use]
     pub fn uses_membarrier(&self) -> bool {
         self.uses_membarrier
+    }
+
+    /// What the processor promises.
+    #[must_use]
+    pub fn host(&self) -> Host {
+        self.host
     }
 
     /// Stops the vCPUs and waits for their threads.

@@ -10,16 +10,16 @@
 
 use std::fs::File;
 use std::os::fd::FromRawFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use patcher::addr::Gpa;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+    GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory,
 };
 
-use crate::layout::{DEVICE_GAP, DEVICE_GAP_END};
+use crate::layout::{ARENA, ARENA_SIZE, DEVICE_GAP, DEVICE_GAP_END};
 
 /// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
@@ -80,21 +80,21 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Makes `bytes` of zeroed RAM, split around the device gap below 4 GiB.
+    /// Makes `bytes` of zeroed RAM, split around the device gap below 4 GiB, and the arena.
     ///
     /// # Errors
     /// When the memory can't be had or mapped.
     pub fn new(bytes: u64) -> Result<Self, Error> {
-        let file = memfd(bytes)?;
+        let file = memfd(bytes + ARENA_SIZE)?;
         let low = bytes.min(DEVICE_GAP);
-        let mut parts = vec![(0, 0, low)];
+        let mut parts = vec![(0, 0, low), (ARENA, bytes, ARENA_SIZE)];
         if bytes > low {
             parts.push((DEVICE_GAP_END, low, bytes - low));
         }
         Ok(Self { guest_view: map(&file, &parts)?, writer: map(&file, &parts)? })
     }
 
-    /// RAM's pieces, for KVM.
+    /// RAM's pieces and the arena, for KVM.
     pub fn slots(&self) -> Vec<Slot> {
         self.guest_view
             .iter()
@@ -104,6 +104,12 @@ impl GuestRam {
                 host: region.as_ptr() as u64,
             })
             .collect()
+    }
+
+    /// RAM as the guest is told of it: where each piece begins, and its size in bytes.
+    pub fn told(&self) -> impl Iterator<Item = (u64, u64)> {
+        let pieces = self.writer.iter().map(|region| (region.start_addr().0, region.len()));
+        pieces.filter(|(start, _)| *start != ARENA)
     }
 
     /// The monitor's own view, for loaders.
@@ -142,6 +148,35 @@ impl GuestRam {
             _ => memory.write_slice(bytes, to),
         };
         done.map_err(|source| Error::Access { at, source })
+    }
+
+    /// Replaces `old` by `new` with one atomic access to the aligned eight bytes around them,
+    /// whose other bytes stay. Both have the same length and lie within such eight bytes.
+    ///
+    /// # Errors
+    /// [`Error::Access`] when it is not RAM. The inner error is what is there instead of
+    /// `old`; nothing was written then.
+    pub fn exchange(&self, at: Gpa, old: &[u8], new: &[u8]) -> Result<Result<(), Vec<u8>>, Error> {
+        let access = |source| Error::Access { at, source };
+        let (word, from) = (at.0 & !7, usize::try_from(at.0 & 7).unwrap_or(0));
+        let slice = self.writer.get_slice(GuestAddress(word), 8).map_err(access)?;
+        let cell = slice.get_atomic_ref::<AtomicU64>(0).map_err(|e| access(e.into()))?;
+        loop {
+            let there = cell.load(Ordering::SeqCst);
+            let mut bytes = there.to_le_bytes();
+            let Some(part) = bytes.get_mut(from..from + new.len()) else {
+                return Err(access(GuestMemoryError::InvalidBackendAddress));
+            };
+            if part != old {
+                return Ok(Err(part.to_vec()));
+            }
+            part.copy_from_slice(new);
+            let stored = u64::from_le_bytes(bytes);
+            // If it fails a neighbour changed; look again.
+            if cell.compare_exchange(there, stored, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                return Ok(Ok(()));
+            }
+        }
     }
 
     /// Reads an aligned 64-bit word, such as a page-table entry, with one load.
@@ -211,14 +246,29 @@ mod tests {
     fn ram_is_split_around_the_device_gap_and_both_ends_work() {
         let ram = GuestRam::new(DEVICE_GAP + 2 * PAGE).expect("RAM");
         let slots = ram.slots();
-        assert_eq!(slots.len(), 2);
+        assert_eq!(slots.len(), 3);
         assert_eq!((slots[0].guest, slots[0].bytes), (0, DEVICE_GAP));
-        assert_eq!((slots[1].guest, slots[1].bytes), (DEVICE_GAP_END, 2 * PAGE));
+        assert_eq!((slots[1].guest, slots[1].bytes), (ARENA, ARENA_SIZE));
+        assert_eq!((slots[2].guest, slots[2].bytes), (DEVICE_GAP_END, 2 * PAGE));
+        let told: Vec<_> = ram.told().collect();
+        assert_eq!(told, [(0, DEVICE_GAP), (DEVICE_GAP_END, 2 * PAGE)]);
         let last = Gpa(DEVICE_GAP_END + 2 * PAGE - 8);
         ram.write(last, &0x1122_3344_5566_7788_u64.to_le_bytes()).expect("written");
         assert_eq!(ram.load_u64(last).expect("read"), 0x1122_3344_5566_7788);
         assert!(matches!(ram.write(Gpa(DEVICE_GAP), &[0]), Err(Error::Access { .. })));
         assert!(matches!(ram.write(Gpa(DEVICE_GAP_END + 2 * PAGE - 1), &[0, 0]), Err(Error::Access { .. })));
+    }
+
+    #[test]
+    fn an_exchange_replaces_what_it_expects_and_nothing_else() {
+        let ram = GuestRam::new(4 * PAGE).expect("RAM");
+        ram.write(Gpa(0), &[1, 2, 3, 4, 5, 6, 7, 8]).expect("written");
+        assert_eq!(ram.exchange(Gpa(3), &[4, 5], &[40, 50]).expect("RAM"), Ok(()));
+        assert_eq!(ram.exchange(Gpa(3), &[4, 5], &[0, 0]).expect("RAM"), Err(vec![40, 50]));
+        let mut seen = [0; 8];
+        ram.read(Gpa(0), &mut seen).expect("read");
+        assert_eq!(seen, [1, 2, 3, 40, 50, 6, 7, 8]);
+        assert!(ram.exchange(Gpa(7), &[8, 0], &[0, 0]).is_err(), "across two words");
     }
 
     #[test]

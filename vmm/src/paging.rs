@@ -29,6 +29,24 @@ pub struct Mapping {
 }
 
 impl PageTables {
+    /// Where the entry for `address` lies in the table of two-megabyte pages. `None` if the
+    /// walk ends above it.
+    pub fn directory_entry(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Gpa> {
+        let mut table = self.root.0 & ADDRESS;
+        for level in (1..u32::from(self.levels)).rev() {
+            let at = Gpa(table + 8 * (address.0 >> (12 + 9 * level) & 0x1ff));
+            if level == 1 {
+                return Some(at);
+            }
+            let entry = load(at)?;
+            if entry & PRESENT == 0 || entry & LARGE != 0 {
+                return None;
+            }
+            table = entry & ADDRESS;
+        }
+        None
+    }
+
     /// Translates an address. `None` if it is not mapped, not canonical, or if a table lies
     /// outside of what `load` can read.
     pub fn translate(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Mapping> {
@@ -98,6 +116,16 @@ mod tests {
             walk(five, &[top, pml4, (0x2000 + 8 * 510, 0x4000_0083)], KERNEL).map(|m| m.at),
             Some(Gpa(0x4123_4567))
         );
+    }
+
+    #[test]
+    fn directory_entries_are_found_or_the_walk_ends() {
+        let memory: HashMap<u64, u64> =
+            [(0x1000 + 8 * 511, 0x2003), (0x2000 + 8 * 510, 0x3003), (0x2000 + 8 * 509, 0x83)].into();
+        let entry = |address| FOUR.directory_entry(Gva(address), |at| memory.get(&at.0).copied());
+        assert_eq!(entry(KERNEL), Some(Gpa(0x3000 + 8 * 9)));
+        assert_eq!(entry(KERNEL - (1 << 30)), None, "a large page");
+        assert_eq!(entry(KERNEL - (2 << 30)), None, "nothing there");
     }
 
     #[test]

@@ -25,6 +25,10 @@ use patcher::trap::TrapTable;
 
 use crate::kick::Kick;
 use crate::membarrier::Membarrier;
+use crate::standing::Registers;
+
+/// How often somebody who waits looks again.
+const POLL: Duration = Duration::from_micros(50);
 
 /// A step program is in its hold.
 const HOLD: u32 = 1;
@@ -40,6 +44,8 @@ pub enum Entry {
     Run,
     /// Turn #BP exits on or off, then ask again.
     Intercept(bool),
+    /// Call [`Rendezvous::report`], then ask again.
+    Report,
     /// End the thread.
     Stop,
 }
@@ -72,13 +78,27 @@ struct Port {
     out_since_ns: AtomicU64,
     longest_stall_ns: AtomicU64,
     traps: AtomicU64,
+    report: Mutex<Report>,
 }
+
+/// What a vCPU told of itself.
+#[derive(Debug, Clone, Copy, Default)]
+struct Report {
+    /// For which inspection; [`PARKED`] holds for all.
+    inspection: u64,
+    registers: Registers,
+}
+
+/// A vCPU that waits for the controller stands still until it says otherwise.
+const PARKED: u64 = u64::MAX;
 
 /// The meeting place of one VM.
 #[derive(Debug)]
 pub struct Rendezvous {
     ports: Vec<Port>,
     requests: AtomicU32,
+    /// Counts inspections, from 1.
+    inspection: AtomicU64,
     intercept: AtomicBool,
     traps: RwLock<Arc<TrapTable>>,
     gate: Mutex<()>,
@@ -108,10 +128,12 @@ impl Rendezvous {
             out_since_ns: AtomicU64::new(0),
             longest_stall_ns: AtomicU64::new(0),
             traps: AtomicU64::new(0),
+            report: Mutex::default(),
         };
         Self {
             ports: kicks.into_iter().map(port).collect(),
             requests: AtomicU32::new(0),
+            inspection: AtomicU64::new(0),
             intercept: AtomicBool::new(false),
             traps: RwLock::default(),
             gate: Mutex::new(()),
@@ -142,7 +164,10 @@ impl Rendezvous {
             if wanted != intercepting {
                 return Entry::Intercept(wanted);
             }
-            self.wait_while(|| self.requests.load(SeqCst) & (HOLD | PAUSE) != 0);
+            if self.owes_report(vcpu) {
+                return Entry::Report;
+            }
+            self.wait_while(|| self.requests.load(SeqCst) & (HOLD | PAUSE) != 0 && !self.owes_report(vcpu));
         }
     }
 
@@ -151,15 +176,43 @@ impl Rendezvous {
         self.ports[vcpu.0].passes.fetch_add(1, SeqCst);
     }
 
+    fn owes_report(&self, vcpu: VcpuId) -> bool {
+        let told = self.lock_report(vcpu).inspection;
+        self.requests.load(SeqCst) & HOLD != 0 && told != self.inspection.load(SeqCst) && told != PARKED
+    }
+
+    fn lock_report(&self, vcpu: VcpuId) -> MutexGuard<'_, Report> {
+        self.ports[vcpu.0].report.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells where the vCPU stands, until it enters the guest again.
+    pub fn report(&self, vcpu: VcpuId, registers: Registers) {
+        *self.lock_report(vcpu) = Report { inspection: self.inspection.load(SeqCst), registers };
+    }
+
+    /// Tells where the vCPU stands while it waits for the controller, until [`Rendezvous::unpark`].
+    pub fn park(&self, vcpu: VcpuId, registers: Registers) {
+        *self.lock_report(vcpu) = Report { inspection: PARKED, registers };
+    }
+
+    /// The vCPU waits no more.
+    pub fn unpark(&self, vcpu: VcpuId) {
+        *self.lock_report(vcpu) = Report::default();
+    }
+
     /// The traps of the program in flight.
     #[must_use]
     pub fn traps(&self) -> Arc<TrapTable> {
         self.traps.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits at a trap until `table` is withdrawn.
-    pub fn wait_at_trap(&self, vcpu: VcpuId, table: &Arc<TrapTable>) {
+    /// Counts a trap.
+    pub fn count_trap(&self, vcpu: VcpuId) {
         self.ports[vcpu.0].traps.fetch_add(1, SeqCst);
+    }
+
+    /// Waits at a trap until `table` is withdrawn.
+    pub fn wait_at_trap(&self, table: &Arc<TrapTable>) {
         self.wait_while(|| Arc::ptr_eq(&self.traps(), table));
     }
 
@@ -229,6 +282,34 @@ impl Rendezvous {
     /// As [`Rendezvous::fence`]; the vCPUs stay held, so release them.
     pub fn hold(&self, patience: Duration) -> Result<(), FenceError> {
         self.request(HOLD, patience)
+    }
+
+    /// Holds, waits until every vCPU has come out, and returns where each stands.
+    ///
+    /// # Errors
+    /// As [`Rendezvous::fence`], and [`FenceError::Late`] when a vCPU did not come out within
+    /// `patience`; the vCPUs stay held, so release them.
+    pub fn inspect(&self, patience: Duration) -> Result<Vec<Registers>, FenceError> {
+        let until = Instant::now() + patience;
+        let inspection = self.inspection.fetch_add(1, SeqCst) + 1;
+        self.request(HOLD, patience)?;
+        // Those that wait for something else must tell, too.
+        self.wake();
+        (0..self.ports.len())
+            .map(VcpuId)
+            .map(|vcpu| {
+                loop {
+                    let report = *self.lock_report(vcpu);
+                    if report.inspection == inspection || report.inspection == PARKED {
+                        return Ok(report.registers);
+                    }
+                    if Instant::now() > until {
+                        return Err(Late { vcpu }.into());
+                    }
+                    std::thread::sleep(POLL);
+                }
+            })
+            .collect()
     }
 
     /// Ends a hold. Does nothing without one.
@@ -309,7 +390,7 @@ impl Rendezvous {
         let until = Instant::now() + MOMENT;
         let out = |port: &Port| port.out_since_ns.load(SeqCst) != 0;
         while !self.is_paused() && self.ports.iter().any(out) && Instant::now() < until {
-            std::thread::sleep(Duration::from_micros(50));
+            std::thread::sleep(POLL);
         }
         let now = self.now_ns();
         let longest = |port: &Port| match port.out_since_ns.load(SeqCst) {
@@ -353,7 +434,7 @@ impl Rendezvous {
                 if Instant::now() > until {
                     return Err(Late { vcpu });
                 }
-                std::thread::sleep(Duration::from_micros(50));
+                std::thread::sleep(POLL);
             }
         }
         Ok(())

@@ -8,7 +8,8 @@ use std::time::Duration;
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gpa, Gva, VcpuId};
-use patcher::trap::Action;
+use patcher::insn::Effect;
+use patcher::trap::{Action, Way};
 
 use crate::devices::{Ports, Wish};
 use crate::exit::{self, Exit};
@@ -16,6 +17,7 @@ use crate::kick::Kick;
 use crate::kvm::Vm;
 use crate::locate::{self, Located};
 use crate::rendezvous::{Entry, Rendezvous};
+use crate::standing::Registers;
 
 /// Why the machine ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,6 +104,17 @@ impl Vcpu {
                     self.intercepting = on;
                     continue;
                 }
+                Entry::Report => {
+                    self.rendezvous.stall_begins(self.id);
+                    match self.registers() {
+                        Ok(registers) => self.rendezvous.report(self.id, registers),
+                        Err(what) => {
+                            self.listener.ended(Ending::Failed(what));
+                            break;
+                        }
+                    }
+                    continue;
+                }
                 Entry::Run => {}
             }
             if self.rendezvous.stall_ends(self.id) > LONG_STALL {
@@ -141,10 +154,7 @@ impl Vcpu {
                 None
             }
             Exit::Breakpoint(at) => self.breakpoint(at).err().map(Ending::Failed),
-            Exit::ProtectedWrite => {
-                let known = self.listener.protected_write();
-                (!known).then(|| Ending::Failed(format!("vCPU {}: KVM_RUN: bad address", self.id.0)))
-            }
+            Exit::ProtectedWrite => self.protected_write().err().map(Ending::Failed),
             Exit::Reset => Some(Ending::Reset),
             Exit::PowerOff => Some(Ending::PowerOff),
             Exit::TripleFault => Some(Ending::TripleFault),
@@ -159,17 +169,59 @@ impl Vcpu {
         ending.map_or(Left::GoOn, Left::ForGood)
     }
 
+    fn protected_write(&self) -> Result<(), String> {
+        // The controller may want to know where this vCPU stands while it waits for it.
+        self.rendezvous.park(self.id, self.registers()?);
+        let known = self.listener.protected_write();
+        self.rendezvous.unpark(self.id);
+        known.then_some(()).ok_or_else(|| format!("vCPU {}: KVM_RUN: bad address", self.id.0))
+    }
+
+    fn registers(&self) -> Result<Registers, String> {
+        Registers::read(&self.fd).map_err(|error| format!("vCPU {}: its registers: {error}", self.id.0))
+    }
+
     /// Handles an `int3` that left the guest.
     fn breakpoint(&self, at: Gva) -> Result<(), String> {
-        let table = self.rendezvous.traps();
-        match table.judge(at, self.byte_at(at)?) {
-            Action::Resume => Ok(()),
-            Action::Wait => {
-                self.rendezvous.wait_at_trap(self.id, &table);
-                Ok(())
+        loop {
+            let table = self.rendezvous.traps();
+            match table.judge(at, self.byte_at(at)?) {
+                Action::Resume => return Ok(()),
+                Action::Pass(way) => {
+                    self.rendezvous.count_trap(self.id);
+                    if !self.passes(way)? {
+                        self.rendezvous.wait_at_trap(&table);
+                    }
+                    return Ok(());
+                }
+                // A program began in between: the byte may be its own.
+                Action::Deliver if !Arc::ptr_eq(&table, &self.rendezvous.traps()) => {}
+                Action::Deliver => return self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP),
             }
-            Action::Deliver => self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP),
         }
+    }
+
+    /// Takes the vCPU past a site in transit. `false` if it has to wait.
+    fn passes(&self, way: Way) -> Result<bool, String> {
+        let failed = |error: kvm_ioctls::Error| format!("vCPU {}: passing a trap: {error}", self.id.0);
+        let to = match way {
+            Way::Wait => return Ok(false),
+            Way::Copy(to) | Way::Effect(Effect::GoTo(to) | Effect::Call { to, .. }) => to,
+        };
+        let mut regs = self.fd.get_regs().map_err(failed)?;
+        if let Way::Effect(Effect::Call { returns, .. }) = way {
+            regs.rsp = regs.rsp.wrapping_sub(8);
+            let stack = self.fd.translate_gva(regs.rsp).map_err(failed)?;
+            let stack = Some(Gpa(stack.physical_address)).filter(|_| stack.valid != 0 && regs.rsp % 8 == 0);
+            let pushed = |at| self.vm.ram().write(at, &returns.0.to_le_bytes()).is_ok();
+            if !stack.is_some_and(pushed) {
+                // The call would fault; it will do so by itself when it waited.
+                return Ok(false);
+            }
+        }
+        regs.rip = to.0;
+        self.fd.set_regs(&regs).map_err(failed)?;
+        Ok(true)
     }
 
     /// Reads a byte as this vCPU sees it, user space included.

@@ -53,7 +53,7 @@ fn breakpoint() {
 
 #[test]
 fn breakpoint_and_the_guests_own_int3() {
-    both_ways("breakpoint, guest owns an int3", Strategy::Breakpoint, &[ZERO], |world| own_int3(world));
+    both_ways("breakpoint, guest owns an int3", Strategy::Breakpoint, &[ZERO], own_int3);
     // The guest is about to take out an int3 of its own on our very site.
     let program = program(Strategy::Breakpoint, &[ZERO]);
     let mut world = world(&program);

@@ -19,6 +19,9 @@ fn every_code(lab: &Lab) -> Result<()> {
         |at: &str, expect: &str, replace: &str| json!({ "at": at, "expect": expect, "replace": replace });
     let plan = |patches: Value| json!({ "version": 1, "name": "bad", "patches": patches }).to_string();
     let one = |patch: Value| plan(json!([patch]));
+    let by = |strategy: &str, patch: Value| {
+        json!({ "version": 1, "name": "bad", "strategy": strategy, "patches": [patch] }).to_string()
+    };
     let getppid = "__x64_sys_getppid";
     let nop = "0f1f440000";
     ensure!(entry == nop, "the entry of {getppid} is {entry}, not the nop that these plans are made for");
@@ -39,7 +42,14 @@ fn every_code(lab: &Lab) -> Result<()> {
         ),
         ("replacement_too_long", 409, one(raw(getppid, nop, "0f1f44000090"))),
         ("replacement_undecodable", 409, one(raw(getppid, nop, "0f1f440000".split_at(8).0))),
-        ("multi_instruction", 409, one(raw(getppid, nop, "9090909090"))),
+        ("multi_instruction", 409, by("hold", raw("__x64_sys_getppid+0xb", "31d2be01000000", "90"))),
+        ("interior_reachable", 409, one(raw("__x64_sys_getppid+0x6", "e81539070031d2", "90"))),
+        ("not_one_store", 409, by("store", raw("__x64_sys_getppid+0xb", "31d2", "9090"))),
+        (
+            "not_one_store",
+            409,
+            by("store", raw("__x64_sys_getppid+0x12", "65488b042580fb0100", "660f1f840000000000")),
+        ),
         ("unmapped", 409, one(raw("0xffffffffff000000", "00", "90"))),
         ("unmapped", 409, one(raw("0x1000", "00", "90"))),
         ("not_text", 409, one(raw("linux_banner", "4c", "90"))),
@@ -84,6 +94,11 @@ fn every_code(lab: &Lab) -> Result<()> {
     let taken = json!({ "version": 1, "name": "good", "patches": [raw(getppid, nop, "90")] }).to_string();
     let (_, answer) = vm.request(Method::POST, "/patches", taken.as_bytes())?;
     ensure!(answer["refusals"][0]["code"] == "name_taken", "{answer:#}");
+    let over = json!({ "version": 1, "name": "over", "over": ["good"], "patches": [{ "redirect": getppid, "to": getppid }] });
+    vm.apply(&over)?;
+    let (_, answer) = vm.request(Method::POST, "/patches/good/revert", b"")?;
+    ensure!(answer["refusals"][0]["code"] == "covered", "{answer:#}");
+    vm.revert("over")?;
     vm.revert("good")?;
     ensure!(memory(&vm)? == before, "reverting did not restore guest memory");
     let (_, answer) = vm.request(Method::POST, "/patches/good/revert", b"")?;

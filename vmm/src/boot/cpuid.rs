@@ -1,6 +1,8 @@
 //! CPUID: what KVM supports, with each vCPU's place in the topology filled in: one package,
 //! one thread a core.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::CpuId;
 
 /// Topology leaves (SDM volume 2, CPUID).
@@ -11,6 +13,16 @@ const LEVEL_CORE: u32 = 2;
 const HTT: u32 = 1 << 28;
 /// Leaf 1: ECX bit 31, running under a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
+
+/// Whether this machine's processor promises that an aligned store to code is seen as a
+/// whole: AMD's and Hygon's do (APM volume 2, 7.6.1). Not if it is itself emulated, which the
+/// hypervisor bit can't tell from virtualized: emulators fetch byte by byte (QEMU's TCG does).
+#[must_use]
+pub fn shows_stores_as_a_whole() -> bool {
+    let (vendor, features) = (__cpuid(0), __cpuid(1));
+    let vendor = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat();
+    (vendor == b"AuthenticAMD" || vendor == b"HygonGenuine") && features.ecx & HYPERVISOR == 0
+}
 
 /// Fills in what depends on the vCPU. `apic_id` is its index.
 pub fn place(cpuid: &mut CpuId, apic_id: u8, cpus: u8) {

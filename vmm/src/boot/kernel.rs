@@ -10,11 +10,9 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::boot_params;
 use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
 use patcher::addr::Gpa;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::GuestAddress;
 
-use crate::layout::{
-    BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, DEVICE_GAP, HIGH_MEMORY, RSDP, ZERO_PAGE,
-};
+use crate::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, RSDP, ZERO_PAGE};
 use crate::memory::{self, GuestRam, PAGE};
 
 /// The 64-bit entry lies this far into the protected-mode kernel.
@@ -83,7 +81,7 @@ pub fn load(
     command_line: &str,
 ) -> Result<u64, Error> {
     let broken = |what: String| Error::Kernel { path: path.to_owned(), what };
-    let low_end = ram.writer().iter().next().map_or(0, |region| region.len()).min(DEVICE_GAP);
+    let low_end = ram.told().next().map_or(0, |(_, size)| size);
     let fits = |what, needed: u64| {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         if needed <= low_end {
@@ -147,10 +145,9 @@ fn write_zero_page(
 ) -> Result<(), String> {
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: RSDP, ..Default::default() };
     let mut map = vec![(0, BASE_MEMORY_END, E820_RAM), (RSDP, HIGH_MEMORY - RSDP, E820_RESERVED)];
-    for region in ram.writer().iter() {
-        let start = region.start_addr().0;
+    for (start, size) in ram.told() {
         let from = start.max(HIGH_MEMORY);
-        map.push((from, start + region.len() - from, E820_RAM));
+        map.push((from, start + size - from, E820_RAM));
     }
     for (entry, &(addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
         (entry.addr, entry.size, entry.r#type) = (addr, size, kind);

@@ -1,0 +1,125 @@
+//! Where an inspected vCPU stands, in Linux' terms: from its registers and from its per-CPU
+//! data, which is found from outside.
+//!
+//! In the kernel GS points to a CPU's data, except for some instructions after entry and
+//! before exit; a vCPU that is there is told by a base that is none of `__per_cpu_offset`.
+
+use kvm_ioctls::VcpuFd;
+use patcher::addr::{Gva, VcpuId};
+use patcher::kernel::symbols::Found;
+use patcher::quiesce::{Condition, Mode, Offender, Standing};
+use patcher::resolve::Text;
+
+use crate::locate::GuestKernel;
+
+const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_IF: u64 = 1 << 9;
+const MOST_CPUS: u64 = 64;
+
+/// The registers of a vCPU that is out of the guest, as far as they matter here.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Registers {
+    rip: u64,
+    interrupts: bool,
+    /// In kernel mode, in 64-bit mode. A CPU that was not started yet is not.
+    kernel: bool,
+    gs_base: u64,
+}
+
+impl Registers {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// What KVM said.
+    pub fn read(vcpu: &VcpuFd) -> Result<Self, kvm_ioctls::Error> {
+        let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
+        Ok(Self {
+            rip: regs.rip,
+            interrupts: regs.rflags & RFLAGS_IF != 0,
+            kernel: sregs.efer & EFER_LMA != 0 && sregs.ss.dpl == 0,
+            gs_base: sregs.gs.base,
+        })
+    }
+}
+
+/// Checks a condition.
+///
+/// # Errors
+/// `Ok(Err(offender))` when a vCPU does not meet it; a text when the kernel's per-CPU data is
+/// not to be found.
+pub fn check(
+    condition: &Condition,
+    kernel: &GuestKernel,
+    vcpus: &[Registers],
+) -> Result<Result<(), Offender>, String> {
+    if condition.is_empty() {
+        return Ok(Ok(()));
+    }
+    let data = PerCpu::find(kernel)?;
+    let mut standings = Vec::new();
+    for (i, registers) in vcpus.iter().enumerate() {
+        let (vcpu, rip) = (VcpuId(i), Gva(registers.rip));
+        if !registers.kernel {
+            standings.push(Standing { vcpu, rip, mode: Mode::User });
+            continue;
+        }
+        match data.mode(kernel, registers) {
+            Some(mode) => standings.push(Standing { vcpu, rip, mode }),
+            None => return Ok(Err(Offender { vcpu, rip, why: "enters or leaves the kernel" })),
+        }
+    }
+    Ok(condition.check(&standings))
+}
+
+/// Offsets into a CPU's data, and the CPUs' bases.
+struct PerCpu {
+    bases: Vec<u64>,
+    preempt_count: u64,
+    current: u64,
+    idle: u64,
+}
+
+impl PerCpu {
+    fn find(kernel: &GuestKernel) -> Result<Self, String> {
+        // Per-CPU symbols are offsets: the slide is not for them.
+        let offset = |name: &str| match kernel.kernel().image.symbols().find(name) {
+            Found::One(at) => Some(at.0),
+            _ => None,
+        };
+        // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
+        // struct pcpu_hot): the current task first, the preempt count eight bytes on.
+        let hot = offset("pcpu_hot");
+        let preempt_count = offset("__preempt_count").or(hot.map(|hot| hot + 8));
+        let current = offset("current_task").or(hot);
+        let (Some(preempt_count), Some(current), Some(idle)) =
+            (preempt_count, current, offset("idle_threads"))
+        else {
+            return Err("the kernel's per-CPU symbols are not known".into());
+        };
+        let table = kernel.kernel().symbol("__per_cpu_offset").map_err(|refusal| refusal.to_string())?;
+        let base = |cpu: u64| read_u64(kernel, Gva(table.0 + 8 * cpu));
+        let bases = (0..MOST_CPUS).map_while(base).collect();
+        Ok(Self { bases, preempt_count, current, idle })
+    }
+
+    fn mode(&self, kernel: &GuestKernel, registers: &Registers) -> Option<Mode> {
+        let base = registers.gs_base;
+        if !self.bases.contains(&base) {
+            return None;
+        }
+        let at = |offset: u64| Gva(base.wrapping_add(offset));
+        let mut count = [0; 4];
+        kernel.read(at(self.preempt_count), &mut count).ok()?;
+        Some(Mode::Kernel {
+            interrupts: registers.interrupts,
+            preempt_count: u32::from_le_bytes(count),
+            idle: read_u64(kernel, at(self.current))? == read_u64(kernel, at(self.idle))?,
+        })
+    }
+}
+
+fn read_u64(kernel: &GuestKernel, at: Gva) -> Option<u64> {
+    let mut bytes = [0; 8];
+    kernel.read(at, &mut bytes).ok()?;
+    Some(u64::from_le_bytes(bytes))
+}

@@ -1,9 +1,15 @@
 //! Campaigns: the same in a short form as a test and in full length behind `cargo soak`.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 
+use patcher::insn;
+use serde_json::{Value, json};
+
 use crate::lab::Lab;
-use crate::vm::{Setup, Vm, redirect_plan};
+use crate::testbed::{self, Bed, Station};
+use crate::vm::{Method, Setup, Vm, redirect_plan};
 
 /// Boots 4 vCPUs again and again: every boot reaches init without an error in its kernel log
 /// and takes a patch by each strategy.
@@ -52,6 +58,86 @@ pub fn every_vcpu(lab: &Lab, cpus: u8) -> Result<()> {
     flip_by_each_strategy(&mut vm)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
+}
+
+/// Flips the sites of the test bed so many times in all, by every strategy in turn, while
+/// NMIs come in; every CPU is asked what it sees each time a site has been through all.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn sites(lab: &Lab, cpus: u8, flips: usize) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(cpus))?;
+    let bed = lay_bed(&vm)?;
+    vm.apply(&json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
+        "patches": [{ "redirect": "__x64_sys_getppid", "to": testbed::FUNCTION }] }))?;
+    vm.hammer("getppid", 0, 1)?;
+    vm.expect_all(false)?;
+    let (mut done, mut traps, mut by_strategy) = (0, 0, BTreeMap::new());
+    for station in bed.stations.iter().cycle() {
+        for strategy in strategies(&vm, station)? {
+            let report = vm.apply(&station_plan(station, strategy))?;
+            let look = by_strategy.get(strategy).is_none_or(|count: &usize| count.is_multiple_of(8));
+            if look {
+                vm.expect_all(true).with_context(|| format!("{} by {strategy}", station.name))?;
+            }
+            vm.revert("station")?;
+            if look {
+                vm.expect_all(false).with_context(|| format!("{} back by {strategy}", station.name))?;
+            }
+            traps += report["traps"].as_u64().unwrap_or(0);
+            *by_strategy.entry(strategy).or_insert(0) += 2;
+            done += 2;
+        }
+        // Every CPU gets an NMI and tells where it is; that is no error.
+        vm.ask("write /proc/sysrq-trigger l")?;
+        vm.expect_no_kernel_errors()?;
+        if done >= flips {
+            break;
+        }
+    }
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    println!("{done} flips of {} sites on {cpus} vCPUs: {by_strategy:?}, {traps} traps", bed.stations.len());
+    vm.power_off()
+}
+
+/// Replaces the function that nobody uses.
+fn lay_bed(vm: &Vm) -> Result<Bed> {
+    let whole = |expect: &str, replace: &str| {
+        json!({ "version": 1, "name": "bed", "deadline_ms": 60_000, "patches": [{
+            "at": format!("{}+{:#x}", testbed::FUNCTION, testbed::BEGIN), "expect": expect, "replace": replace }] })
+    };
+    // Refusals tell what is there, and then where the function ends.
+    let most = patcher::plan::MAX_SITE;
+    let there = vm.refused("expect_mismatch", &whole(&"00".repeat(most), "90"))?;
+    let there = there.rsplit(' ').next().context("bytes")?;
+    let end = vm.refused("not_text", &whole(there, "90"))?;
+    let end = end.strip_prefix("0x").and_then(|text| text.split(' ').next()).context("an address")?;
+    let (start, end) = (vm.address(testbed::FUNCTION)?, u64::from_str_radix(end, 16)?);
+    let room = usize::try_from(end - start)? - testbed::BEGIN;
+    let bed = Bed::new(start, room).map_err(anyhow::Error::msg)?;
+    let report = vm.apply(&whole(&there[..2 * room], &insn::hex(&bed.code)))?;
+    ensure!(report["strategy"] == "inspect", "{report:#}");
+    Ok(bed)
+}
+
+fn station_plan(station: &Station, strategy: &str) -> Value {
+    json!({ "version": 1, "name": "station", "strategy": strategy, "over": ["bed"], "deadline_ms": 60_000,
+        "patches": [{ "at": format!("{}+{:#x}", testbed::FUNCTION, station.offset),
+            "expect": insn::hex(&station.old), "replace": insn::hex(&station.new) }] })
+}
+
+/// The strategies that fit a site. `store` needs a processor that shows a store as a whole;
+/// an emulator shows one only if it is of one byte.
+fn strategies(vm: &Vm, station: &Station) -> Result<Vec<&'static str>> {
+    let mut fit = vec!["breakpoint", "bypass", "hold", "inspect"];
+    let changed = station.old.iter().zip(&station.new).filter(|(old, new)| old != new).count();
+    let plan = station_plan(station, "store").to_string();
+    let (status, _) = vm.request(Method::POST, "/patches/check", plan.as_bytes())?;
+    if changed == 1 && status == 200 {
+        fit.push("store");
+    }
+    Ok(fit)
 }
 
 /// Flips a hammered system call so many times; every so often every CPU is asked what it

@@ -3,4 +3,5 @@
 pub mod campaigns;
 pub mod lab;
 pub mod signal;
+pub mod testbed;
 pub mod vm;

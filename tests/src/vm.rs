@@ -227,7 +227,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Fails if the guest's kernel log has errors.
+    /// Fails if the guest's kernel logged errors since this was last asked.
     ///
     /// # Errors
     /// With the errors.
@@ -269,6 +269,29 @@ impl Vm {
         let (status, answer) = self.request(Method::POST, &format!("/patches/{name}/revert"), b"")?;
         ensure!(status == 200 && answer["state"] == "reverted", "{status}: {answer:#}");
         Ok(answer)
+    }
+
+    /// Where a function of the kernel begins.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn address(&self, function: &str) -> Result<u64> {
+        let plan =
+            json!({ "version": 1, "name": "probe", "patches": [{ "redirect": function, "to": function }] });
+        let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+        let at = answer["sites"][0]["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
+        at.with_context(|| format!("{answer:#}"))
+    }
+
+    /// Checks a plan that is refused with this code; returns the message.
+    ///
+    /// # Errors
+    /// When it is not refused, or for another reason.
+    pub fn refused(&self, code: &str, plan: &Value) -> Result<String> {
+        let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+        let refusal = &answer["refusals"][0];
+        ensure!(refusal["code"] == code, "{answer:#}");
+        refusal["message"].as_str().map(str::to_owned).context("a refusal without a message")
     }
 
     /// Switches the guest off.

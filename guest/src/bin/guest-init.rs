@@ -6,7 +6,7 @@
 //! ```text
 //! hammer CALL A B    all CPUs hammer the system call; results must be A or B
 //! count              what every CPU saw in calls begun after this command
-//! dmesg              the kernel log's errors and warnings
+//! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
 //! write PATH TEXT    writes a file
 //! run PROGRAM ARGS   runs a program
@@ -46,8 +46,13 @@ fn serve() -> io::Result<()> {
     let mut mode = tcgetattr(&console)?;
     mode.local_modes &= !LocalModes::ECHO;
     tcsetattr(&console, OptionalActions::Now, &mode)?;
-    let mut init =
-        Init { console: console.try_clone()?, cpus: thread::available_parallelism()?.get(), hammer: None };
+    let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+    let mut init = Init {
+        console: console.try_clone()?,
+        log: OpenOptions::new().read(true).custom_flags(nonblocking).open("/dev/kmsg")?,
+        cpus: thread::available_parallelism()?.get(),
+        hammer: None,
+    };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
     for line in BufReader::new(console).lines() {
@@ -62,6 +67,7 @@ fn serve() -> io::Result<()> {
 
 struct Init {
     console: File,
+    log: File,
     cpus: usize,
     hammer: Option<Hammer>,
 }
@@ -120,16 +126,20 @@ impl Init {
 
     /// Prints records of level "error" and worse, and warnings that come with a trace
     /// (Linux `Documentation/ABI/testing/dev-kmsg`: `priority,sequence,time,flags;text`).
+    /// Tells the errors that the kernel logged since it was last asked.
     fn dmesg(&mut self) -> io::Result<String> {
-        let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
-        let mut log = OpenOptions::new().read(true).custom_flags(nonblocking).open("/dev/kmsg")?;
         let (mut errors, mut records) = (0, 0);
         let mut buffer = [0; 8192];
         loop {
-            let length = match log.read(&mut buffer) {
+            let length = match self.log.read(&mut buffer) {
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => continue,
+                // The log went round before it was read.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    errors += 1;
+                    self.say("@dmesg (records were lost)")?;
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             records += 1;
@@ -137,7 +147,7 @@ impl Init {
             let Some((head, text)) = record.split_once(';') else { continue };
             let priority: u32 = head.split(',').next().and_then(|p| p.parse().ok()).unwrap_or(0);
             let text = text.lines().next().unwrap_or("");
-            if priority & 7 <= 3 || text.starts_with("WARNING: ") || text.starts_with("Call Trace") {
+            if priority & 7 <= 3 || text.starts_with("WARNING: ") {
                 errors += 1;
                 self.say(&format!("@dmesg {text}"))?;
             }

@@ -109,6 +109,15 @@ pub fn relocate(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
     if returns(&insn) {
         return None;
     }
+    if let Some(target) = decode(code, from).next()?.branch {
+        if target == from {
+            // It would go round in the copy for ever.
+            return None;
+        }
+        // Out of reach the encoder would jump by a pointer, which is no code.
+        jmp_rel32(to, target)?;
+        jmp_rel32(to.plus(MAX_LENGTH)?, target)?;
+    }
     let block = InstructionBlock::new(std::slice::from_ref(&insn), to.0);
     let mut moved = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer;
     moved.extend(jmp_rel32(to.plus(moved.len())?, Gva(insn.next_ip()))?);

@@ -305,6 +305,14 @@ impl Vm {
         Ok(())
     }
 
+    /// Gives a command without waiting for its answer.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub fn tell(&mut self, command: &str) -> Result<()> {
+        Ok(writeln!(self.stdin, "{command}")?)
+    }
+
     /// Gives a command that ends the VM and returns the monitor's exit code.
     ///
     /// # Errors
@@ -350,4 +358,19 @@ pub fn redirect_plan(name: &str, strategy: Option<&str>) -> Value {
         "strategy": strategy.unwrap_or("auto"),
         "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }]
     })
+}
+
+/// All of guest memory, as the monitor's process has it.
+///
+/// # Errors
+/// When it can't be read.
+pub fn guest_memory(vm: &Vm) -> Result<Vec<u8>> {
+    let folder = format!("/proc/{}/fd", vm.pid());
+    for entry in std::fs::read_dir(&folder)? {
+        let path = entry?.path();
+        if std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains("memfd:guest-ram")) {
+            return std::fs::read(&path).with_context(|| path.display().to_string());
+        }
+    }
+    bail!("no guest memory in {folder}")
 }

@@ -38,6 +38,8 @@ pub struct Config {
     pub memory_mib: u64,
     /// How fences are made.
     pub fence: Fence,
+    /// For tests: the n-th program fails at its n-th step.
+    pub fail_programs: bool,
 }
 
 /// Why the machine can't be as asked.
@@ -78,7 +80,7 @@ impl Config {
             return Err(Error::Memory { mib: memory_mib });
         }
         let command_line = command_line.unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
-        Ok(Self { kernel, initrd, command_line, cpus: count, memory_mib, fence })
+        Ok(Self { kernel, initrd, command_line, cpus: count, memory_mib, fence, fail_programs: false })
     }
 
     /// Memory in bytes, whole pages.

@@ -163,6 +163,8 @@ pub struct Controller {
     located: Option<Located>,
     kernel: Option<GuestKernel>,
     patches: Vec<Applied>,
+    /// How many programs were run.
+    programs: usize,
     held_by: Option<String>,
     gate: Gate,
     started: Instant,
@@ -188,6 +190,7 @@ impl Controller {
             located: None,
             kernel: None,
             patches: Vec::new(),
+            programs: 0,
             held_by: None,
             gate: Gate::new(at_init),
             started: Instant::now(),
@@ -407,6 +410,10 @@ impl Controller {
         }
         let resolved = asked.elapsed();
         let mut target = Live::new(&kernel, &self.rendezvous, Duration::from_millis(plan.deadline_ms));
+        if self.config.fail_programs {
+            target.fail_at(self.programs);
+        }
+        self.programs += 1;
         let end = drive(&program, &mut target);
         let total = asked.elapsed();
         let longest_fence = target.fences().iter().max().copied().unwrap_or_default();

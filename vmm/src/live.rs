@@ -17,6 +17,8 @@ pub struct Live<'m> {
     rendezvous: &'m Rendezvous,
     until: Instant,
     fences: Vec<Duration>,
+    /// For tests: how many steps are to be done before one fails.
+    until_failure: Option<usize>,
 }
 
 impl<'m> Live<'m> {
@@ -24,7 +26,12 @@ impl<'m> Live<'m> {
     #[must_use]
     pub fn new(kernel: &'m GuestKernel, rendezvous: &'m Rendezvous, deadline: Duration) -> Self {
         rendezvous.reset_counters();
-        Self { kernel, rendezvous, until: Instant::now() + deadline, fences: Vec::new() }
+        Self { kernel, rendezvous, until: Instant::now() + deadline, fences: Vec::new(), until_failure: None }
+    }
+
+    /// For tests: makes the step after so many fail, a write when half of it is done.
+    pub fn fail_at(&mut self, step: usize) {
+        self.until_failure = Some(step);
     }
 
     /// How long each fence took, the ones inside arm and hold included.
@@ -73,6 +80,16 @@ impl<'m> Live<'m> {
 impl Target for Live<'_> {
     fn perform(&mut self, step: &Step) -> Result<(), StepError> {
         let unmapped = |at| StepError::Unmapped { at };
+        self.until_failure = match self.until_failure {
+            Some(0) if !step.is_closing() => {
+                self.until_failure = None;
+                if let Step::Write { at, bytes } = step {
+                    self.kernel.write(*at, &bytes[..bytes.len() / 2]).map_err(unmapped)?;
+                }
+                return Err(StepError::Host { what: "it was made to fail".into() });
+            }
+            left => left.map(|left| left.saturating_sub(1)),
+        };
         match step {
             Step::Publish(table) => self.rendezvous.publish(table.clone()),
             Step::Withdraw => self.rendezvous.withdraw(),

@@ -49,13 +49,14 @@ fn main() -> ExitCode {
 }
 
 fn run_vm(run: Run) -> Result<u8> {
-    let config = match Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory, run.fence) {
+    let mut config = match Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory, run.fence) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("vmm: {error}");
             return Ok(BAD_INPUT);
         }
     };
+    config.fail_programs = run.fail_programs;
     let at_init = match run.patch {
         None => None,
         Some(path) => {

@@ -95,6 +95,12 @@ impl KernelImage {
         Ok(Self { release, symbols, text_base: Gva(text_base) })
     }
 
+    /// An image that is known already.
+    #[must_use]
+    pub fn from_parts(release: String, symbols: Symbols, text_base: Gva) -> Self {
+        Self { release, symbols, text_base }
+    }
+
     /// What `uname -r` says in this kernel.
     #[must_use]
     pub fn release(&self) -> &str {

@@ -6,6 +6,7 @@
 mod at_init;
 mod boot;
 mod cli;
+mod engine;
 mod flips;
 mod refusals;
 mod socket;
@@ -28,8 +29,17 @@ const RIG_ONLY: [&str; 1] = ["cli::without_kvm_it_says_so"];
 const DEADLINE: Duration = Duration::from_secs(240);
 
 fn all() -> Vec<Test> {
-    [at_init::TESTS, boot::TESTS, cli::TESTS, flips::TESTS, refusals::TESTS, socket::TESTS, terminal::TESTS]
-        .concat()
+    [
+        at_init::TESTS,
+        boot::TESTS,
+        cli::TESTS,
+        engine::TESTS,
+        flips::TESTS,
+        refusals::TESTS,
+        socket::TESTS,
+        terminal::TESTS,
+    ]
+    .concat()
 }
 
 fn main() -> ExitCode {

@@ -1,12 +1,10 @@
 //! Promise: a plan that does not fit is refused with a clear message and a stable code, and
 //! not one byte of guest memory changes.
 
-use std::fs;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm};
+use tests::vm::{Method, Setup, Vm, guest_memory};
 
 use super::Test;
 
@@ -64,7 +62,7 @@ fn every_code(lab: &Lab) -> Result<()> {
     ];
     // A paused guest writes nothing, so any difference is the monitor's.
     vm.request(Method::PUT, "/vm/pause", b"")?;
-    let before = memory(&vm)?;
+    let before = guest_memory(&vm)?;
     for (code, expected_status, plan) in &cases {
         for verb in ["", "/check", "/explain"] {
             let (status, answer) = vm.request(Method::POST, &format!("/patches{verb}"), plan.as_bytes())?;
@@ -80,13 +78,13 @@ fn every_code(lab: &Lab) -> Result<()> {
         let (found, answer) = vm.request(Method::POST, uri, b"")?;
         ensure!(found == status && answer["refusals"][0]["code"] == "unknown_patch", "{found} {answer:#}");
     }
-    let after = memory(&vm)?;
+    let after = guest_memory(&vm)?;
     let changed = before.iter().zip(&after).filter(|(a, b)| a != b).count();
     ensure!(changed == 0 && before.len() == after.len(), "{changed} bytes of guest memory changed");
 
     // The comparison must be able to see a change: a good plan makes one.
     vm.apply(&json!({ "version": 1, "name": "good", "patches": [{ "redirect": getppid, "to": "__x64_sys_getpid" }] }))?;
-    let patched = memory(&vm)?;
+    let patched = guest_memory(&vm)?;
     let changed = before.iter().zip(&patched).filter(|(a, b)| a != b).count();
     ensure!((1..=5).contains(&changed), "a jump of five bytes changed {changed} bytes");
     let (status, answer) = vm.request(Method::POST, "/patches", one(raw(getppid, nop, "90")).as_bytes())?;
@@ -100,7 +98,7 @@ fn every_code(lab: &Lab) -> Result<()> {
     ensure!(answer["refusals"][0]["code"] == "covered", "{answer:#}");
     vm.revert("over")?;
     vm.revert("good")?;
-    ensure!(memory(&vm)? == before, "reverting did not restore guest memory");
+    ensure!(guest_memory(&vm)? == before, "reverting did not restore guest memory");
     let (_, answer) = vm.request(Method::POST, "/patches/good/revert", b"")?;
     ensure!(answer["refusals"][0]["code"] == "not_applied", "{answer:#}");
 
@@ -129,16 +127,4 @@ fn ambiguous(vm: &mut Vm) -> Result<String> {
         }
     }
     anyhow::bail!("none of {candidates:?} is ambiguous in this kernel")
-}
-
-/// All of guest memory, as the monitor's process has it.
-fn memory(vm: &Vm) -> Result<Vec<u8>> {
-    let folder = format!("/proc/{}/fd", vm.pid());
-    for entry in fs::read_dir(&folder)? {
-        let path = entry?.path();
-        if fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains("memfd:guest-ram")) {
-            return fs::read(&path).with_context(|| path.display().to_string());
-        }
-    }
-    anyhow::bail!("no guest memory in {folder}")
 }

@@ -1,0 +1,124 @@
+//! What must hold for any input. Property tests and fuzz targets share these.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use patcher::addr::Gva;
+use patcher::insn;
+use patcher::kernel::KernelImage;
+use patcher::kernel::symbols::Symbols;
+use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
+use patcher::resolve::{Kernel, Text, resolve};
+
+/// Reading a plan ends in a plan within its limits, or in reasons.
+pub(crate) fn plan(json: &[u8]) {
+    match Plan::parse(json) {
+        Err(refused) => assert!(!refused.is_empty(), "refused without a reason"),
+        Ok(plan) => {
+            assert!((1..=MAX_PATCHES).contains(&plan.patches.len()));
+            assert!((1..=MAX_DEADLINE_MS).contains(&plan.deadline_ms));
+            for patch in &plan.patches {
+                if let Patch::Raw { expect, replace, .. } = patch {
+                    assert!(
+                        (1..=MAX_SITE).contains(&expect.len()) && (1..=MAX_SITE).contains(&replace.len())
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Where the function begins whose text is made up.
+const FUNCTION: Gva = Gva(0xffff_ffff_8100_0000);
+
+struct Function<'a>(&'a [u8]);
+
+impl Text for Function<'_> {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        let from = at.offset_from(FUNCTION).ok_or(at)?;
+        let bytes = self.0.get(from..from + into.len()).ok_or(at)?;
+        into.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// In whatever text: a site that is accepted begins and ends between instructions, nothing
+/// branches into it, and it is whole instructions afterwards.
+pub(crate) fn resolve_in(text: &[u8], offset: usize, length: usize, replace: &[u8]) {
+    let expect = text.get(offset..offset + length).unwrap_or(&[]).to_vec();
+    if expect.is_empty() || replace.is_empty() {
+        return;
+    }
+    let end = FUNCTION.0 + text.len() as u64;
+    let symbols = Symbols::new([(FUNCTION.0, b'T', "f"), (end, b'T', "g")].into_iter()).expect("two symbols");
+    let image = KernelImage::from_parts("6.1".into(), symbols, FUNCTION);
+    let json = serde_json::json!({ "version": 1, "name": "x", "patches": [
+        { "at": format!("f+{offset:#x}"), "expect": insn::hex(&expect), "replace": insn::hex(replace) }] });
+    let plan = Plan::parse(json.to_string().as_bytes()).expect("it is well-formed");
+    let Ok(resolved) = resolve(&plan, Kernel { image: &image, slide: 0 }, &Function(text), []) else {
+        return;
+    };
+    let site = &resolved.sites[0];
+    let insns: Vec<_> = insn::decode(text, FUNCTION).collect();
+    let is_boundary = |at: Gva| insns.iter().any(|insn| insn.at == at || insn.at.plus(insn.len) == Some(at));
+    assert!(is_boundary(site.at) && is_boundary(site.end()), "{resolved:?}");
+    for insn in &insns {
+        assert!(!insn.branch.is_some_and(|to| site.at < to && to < site.end()), "{insn:?} {resolved:?}");
+    }
+    assert_eq!(site.old, expect);
+    assert_eq!(site.new.len(), expect.len());
+    assert!(site.new.starts_with(replace));
+    assert!(insn::count(&site.new, site.at).is_some(), "{resolved:?}");
+    // It can't be told that no task sleeps inside, so nothing inside may be reachable.
+    assert!(site.old_inside.is_empty() && site.new_inside.is_empty(), "{resolved:?}");
+}
+
+fn first(code: &[u8], at: Gva) -> Instruction {
+    Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode()
+}
+
+/// A relocated instruction is the same one, names the same addresses, and control goes to
+/// the same places.
+pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
+    let old = first(code, from);
+    if old.is_invalid() {
+        return;
+    }
+    let code = &code[..old.len()];
+    let Some(moved) = insn::relocate(code, from, to) else { return };
+    let new = first(&moved, to);
+    let back = insn::decode(&moved, to).last().expect("a jump back");
+    assert_eq!(back.branch, Some(Gva(old.next_ip())), "it leads elsewhere");
+    assert!(insn::count(&moved, to).is_some());
+    match old.flow_control() {
+        FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
+            // A longer form may need several instructions; one of them goes to the target.
+            let goes =
+                insn::decode(&moved, to).any(|insn| insn.branch == Some(Gva(old.near_branch_target())));
+            assert!(goes, "{} -> {}", insn::hex(code), insn::hex(&moved));
+            assert_eq!(old.rflags_read(), new.rflags_read());
+        }
+        _ => {
+            assert_eq!(old.mnemonic(), new.mnemonic(), "{} -> {}", insn::hex(code), insn::hex(&moved));
+            assert_eq!(old.op_count(), new.op_count());
+            for i in 0..old.op_count() {
+                assert_eq!(old.op_kind(i), new.op_kind(i));
+                match old.op_kind(i) {
+                    OpKind::Register => assert_eq!(old.op_register(i), new.op_register(i)),
+                    OpKind::Memory if old.is_ip_rel_memory_operand() => {
+                        assert_eq!(old.ip_rel_memory_address(), new.ip_rel_memory_address());
+                    }
+                    OpKind::Memory => {
+                        assert_eq!(old.memory_base(), new.memory_base());
+                        assert_eq!(old.memory_index(), new.memory_index());
+                        assert_eq!(old.memory_index_scale(), new.memory_index_scale());
+                        assert_eq!(old.memory_displacement64(), new.memory_displacement64());
+                        assert_eq!(old.segment_prefix(), new.segment_prefix());
+                    }
+                    _ => assert_eq!(old.try_immediate(i).ok(), new.try_immediate(i).ok()),
+                }
+            }
+            let prefixes =
+                |insn: &Instruction| (insn.has_lock_prefix(), insn.has_rep_prefix(), insn.has_repne_prefix());
+            assert_eq!(prefixes(&old), prefixes(&new));
+        }
+    }
+}

@@ -55,12 +55,7 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
         (!insn.is_invalid()).then(|| Insn {
             at: Gva(insn.ip()),
             len: insn.len(),
-            branch: match insn.flow_control() {
-                FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call => {
-                    Some(Gva(insn.near_branch_target()))
-                }
-                _ => None,
-            },
+            branch: branch(&insn),
             returns: returns(&insn),
             ends: matches!(
                 insn.flow_control(),
@@ -68,6 +63,15 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
             ),
         })
     })
+}
+
+/// Where a direct branch or call goes.
+fn branch(insn: &Instruction) -> Option<Gva> {
+    matches!(
+        insn.flow_control(),
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
+    )
+    .then(|| Gva(insn.near_branch_target()))
 }
 
 fn returns(insn: &Instruction) -> bool {
@@ -81,47 +85,67 @@ fn returns(insn: &Instruction) -> bool {
     )
 }
 
-/// The first instruction of `code`, if `code` holds just this one.
-fn single(code: &[u8], at: Gva) -> Option<Instruction> {
-    let insn = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode();
-    (!insn.is_invalid() && insn.len() == code.len()).then_some(insn)
-}
-
 /// What the one instruction in `code` does, if it is of those that [`Effect`] can tell.
 #[must_use]
 pub fn effect(code: &[u8], at: Gva) -> Option<Effect> {
-    let insn = single(code, at)?;
+    let insn = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode();
+    if insn.is_invalid() || insn.len() != code.len() {
+        return None;
+    }
     let next = Gva(insn.next_ip());
     match insn.code() {
+        _ if insn.mnemonic() == Mnemonic::Nop => Some(Effect::GoTo(next)),
+        // An operand-size prefix on a branch means one thing to Intel, another to AMD.
+        _ if has_operand_size_prefix(code) => None,
         Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Some(Effect::GoTo(Gva(insn.near_branch_target()))),
         Code::Call_rel32_64 => Some(Effect::Call { returns: next, to: Gva(insn.near_branch_target()) }),
-        _ if insn.mnemonic() == Mnemonic::Nop => Some(Effect::GoTo(next)),
         _ => None,
     }
+}
+
+fn has_operand_size_prefix(code: &[u8]) -> bool {
+    const PREFIXES: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    code.iter().take_while(|byte| PREFIXES.contains(byte)).any(|byte| *byte == 0x66)
 }
 
 /// The one instruction in `code`, which is at `from`, so changed that it does the same at
 /// `to`, and a jump from there to the instruction behind the original. `None` if it can't be
 /// executed elsewhere: what is called or raised there would see the other address.
+///
+/// Nothing is changed but displacements; only branches, which may need a longer form, are
+/// encoded anew. (Encoding drops prefixes without a meaning, and in code that processors may
+/// give a meaning to, none is without.)
 #[must_use]
 pub fn relocate(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
-    let insn = single(code, from)?;
-    if returns(&insn) {
+    let mut decoder = Decoder::with_ip(64, code, from.0, DecoderOptions::NONE);
+    let insn = decoder.decode();
+    if insn.is_invalid() || insn.len() != code.len() || returns(&insn) {
         return None;
     }
-    if let Some(target) = decode(code, from).next()?.branch {
-        if target == from {
-            // It would go round in the copy for ever.
-            return None;
-        }
-        // Out of reach the encoder would jump by a pointer, which is no code.
-        jmp_rel32(to, target)?;
-        jmp_rel32(to.plus(MAX_LENGTH)?, target)?;
+    let mut moved = code.to_vec();
+    if let Some(target) = branch(&insn) {
+        moved = relocate_branch(&insn, code, target, to)?;
+    } else if insn.is_ip_rel_memory_operand() {
+        let next = to.plus(code.len())?;
+        let distance = i128::from(insn.ip_rel_memory_address()) - i128::from(next.0);
+        let displacement = i32::try_from(distance).ok()?.to_le_bytes();
+        let offset = decoder.get_constant_offsets(&insn).displacement_offset();
+        moved.get_mut(offset..offset + displacement.len())?.copy_from_slice(&displacement);
     }
-    let block = InstructionBlock::new(std::slice::from_ref(&insn), to.0);
-    let mut moved = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer;
     moved.extend(jmp_rel32(to.plus(moved.len())?, Gva(insn.next_ip()))?);
     Some(moved)
+}
+
+fn relocate_branch(insn: &Instruction, code: &[u8], target: Gva, to: Gva) -> Option<Vec<u8>> {
+    // To itself it would go round in the copy for ever.
+    if target.0 == insn.ip() || has_operand_size_prefix(code) {
+        return None;
+    }
+    // Out of reach the encoder would jump by a pointer, which is no code.
+    jmp_rel32(to, target)?;
+    jmp_rel32(to.plus(MAX_LENGTH)?, target)?;
+    let block = InstructionBlock::new(std::slice::from_ref(insn), to.0);
+    Some(BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer)
 }
 
 /// How many instructions `code` holds, or `None` if it ends inside one or does not decode.
@@ -236,11 +260,13 @@ mod tests {
         for (code, expected) in [
             (&[0x0f, 0x1f, 0x44, 0, 0][..], Some(Effect::GoTo(Gva(0x1005)))),
             (&[0x66, 0x90], Some(Effect::GoTo(Gva(0x1002)))),
-            (&[0xeb, 0xfe], Some(Effect::GoTo(at))),
+            (&[0xeb, 0xfe][..], Some(Effect::GoTo(at))),
             (&[0xe9, 0, 1, 0, 0], Some(Effect::GoTo(Gva(0x1105)))),
             (&[0xe8, 0, 1, 0, 0], Some(Effect::Call { returns: Gva(0x1005), to: Gva(0x1105) })),
             (&[0x74, 0x10], None),
             (&[0xc3], None),
+            (&[0x2e, 0xe9, 0, 1, 0, 0], Some(Effect::GoTo(Gva(0x1106)))),
+            (&[0x66, 0xe9, 0, 1, 0, 0], None),
             (&[0xf3, 0x90], None),
             (&[0x90, 0x90], None),
             (&[0x0f, 0x1f], None),
@@ -261,8 +287,18 @@ mod tests {
         // A short jcc becomes a long one to the same target.
         let moved = relocate(&[0x74, 0x10], from, to).expect("movable");
         assert_eq!(decode(&moved, to).next().and_then(|insn| insn.branch), Some(Gva(from.0 + 0x12)));
-        // These would show where they are.
-        for fixed in [&[0xe8, 0, 0, 0, 0][..], &[0xff, 0xd0], &[0x0f, 0x0b], &[0xcc]] {
+        // Prefixes stay, whatever they mean.
+        let prefixed = [0x66, 0x66, 0x4c, 0x0f, 0x1c, 0x00];
+        assert!(relocate(&prefixed, from, to).expect("movable").starts_with(&prefixed));
+        // These would show where they are, or stay there.
+        for fixed in [
+            &[0xeb, 0xfe][..],
+            &[0x66, 0x74, 0x10],
+            &[0xe8, 0, 0, 0, 0][..],
+            &[0xff, 0xd0],
+            &[0x0f, 0x0b],
+            &[0xcc],
+        ] {
             assert_eq!(relocate(fixed, from, to), None, "{}", hex(fixed));
         }
         assert_eq!(relocate(&[0x31, 0xc0], from, Gva(0x1000)), None, "the way back is too long");

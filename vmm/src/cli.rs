@@ -167,6 +167,12 @@ pub enum Vm {
         #[command(flatten)]
         at: At,
     },
+    /// Show where its vCPUs stand; they stop for a moment.
+    Vcpus {
+        /// Which VM.
+        #[command(flatten)]
+        at: At,
+    },
     /// Keep its vCPUs out of the guest.
     Pause {
         /// Which VM.

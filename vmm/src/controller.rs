@@ -20,13 +20,14 @@ use patcher::target::drive;
 use crate::arena::GuestArena;
 use crate::config::Config;
 use crate::control::wire::{
-    Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing,
+    Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing, VcpuLine,
 };
 use crate::gate::{Arrival, AtInit, Gate};
 use crate::live::Live;
 use crate::locate::{GuestKernel, Located};
 use crate::memory::GuestRam;
-use crate::rendezvous::Rendezvous;
+use crate::rendezvous::{FenceError, Rendezvous};
+use crate::standing::Registers;
 
 /// How long a pause waits for vCPUs that the host preempted.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
@@ -36,6 +37,8 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 pub enum Command {
     /// Tell about the VM.
     Info,
+    /// Tell where the vCPUs stand.
+    Vcpus,
     /// Keep the vCPUs out of the guest.
     Pause,
     /// Let them in again.
@@ -59,6 +62,8 @@ pub enum Command {
 pub enum Answer {
     /// About the VM.
     Info(Box<Info>),
+    /// Where the vCPUs stand.
+    Vcpus(Vec<VcpuLine>),
     /// Done, with nothing to tell.
     Done,
     /// What a program did.
@@ -224,6 +229,10 @@ impl Controller {
     fn obey(&mut self, command: Command) -> Answer {
         match command {
             Command::Info => Answer::Info(Box::new(self.info())),
+            Command::Vcpus => match self.vcpus() {
+                Ok(vcpus) => Answer::Vcpus(vcpus),
+                Err(error) => Answer::Failed(error.to_string()),
+            },
             Command::Pause => match self.rendezvous.pause(PAUSE_PATIENCE) {
                 Ok(()) => Answer::Done,
                 Err(error) => Answer::Failed(error.to_string()),
@@ -272,6 +281,27 @@ impl Controller {
             uptime_ms: ms(self.started.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
+    }
+
+    /// Stops the vCPUs for a moment to see where they stand.
+    fn vcpus(&mut self) -> Result<Vec<VcpuLine>, FenceError> {
+        let inspected = self.rendezvous.inspect(PAUSE_PATIENCE);
+        if self.held_by.is_none() {
+            self.rendezvous.release();
+        }
+        let kernel = self.kernel().ok();
+        let symbol = |at: Gva| {
+            let function = kernel?.kernel().function_at(at)?;
+            Some(format!("{}+{:#x}", function.name, at.offset_from(function.start)?))
+        };
+        let line = |(vcpu, registers): (usize, &Registers)| VcpuLine {
+            vcpu,
+            rip: registers.rip(),
+            symbol: symbol(registers.rip()).filter(|_| registers.in_kernel()),
+            kernel: registers.in_kernel(),
+            interrupts: registers.interrupts(),
+        };
+        Ok(inspected?.iter().enumerate().map(line).collect())
     }
 
     fn state(&self) -> State {

@@ -145,6 +145,7 @@ fn patch_command(patch: &Patch) -> Result<u8> {
 fn vm_command(vm: &Vm) -> Result<u8> {
     match vm {
         Vm::Info { at } => ask(at, Method::GET, "/vm", Vec::new()),
+        Vm::Vcpus { at } => ask(at, Method::GET, "/vm/vcpus", Vec::new()),
         Vm::Pause { at } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
         Vm::Resume { at } => ask(at, Method::PUT, "/vm/resume", Vec::new()),
     }

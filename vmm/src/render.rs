@@ -49,6 +49,9 @@ pub fn answer(value: &Value, style: Style) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
     let _ = match value {
+        Value::Array(vcpus) if vcpus.iter().any(|line| line.get("rip").is_some()) => {
+            vcpu_lines(&mut out, vcpus)
+        }
         Value::Array(patches) => list(&mut out, patches),
         _ if value.get("refusals").is_some() => refusals(&mut out, value, style),
         _ if value.get("timing").is_some() => report(&mut out, value, style),
@@ -59,6 +62,15 @@ pub fn answer(value: &Value, style: Style) -> String {
         _ => writeln!(out, "{}", text(value, "state")),
     };
     out
+}
+
+fn vcpu_lines(out: &mut String, vcpus: &[Value]) -> std::fmt::Result {
+    for line in vcpus {
+        let place = line["symbol"].as_str().unwrap_or("user space");
+        let interrupts = if line["interrupts"] == true { "" } else { ", interrupts off" };
+        writeln!(out, "vCPU {:<3} {:<20} {place}{interrupts}", line["vcpu"], text(line, "rip"))?;
+    }
+    Ok(())
 }
 
 fn list(out: &mut String, patches: &[Value]) -> std::fmt::Result {

@@ -42,6 +42,26 @@ impl Registers {
     }
 }
 
+impl Registers {
+    /// The next instruction.
+    #[must_use]
+    pub fn rip(&self) -> Gva {
+        Gva(self.rip)
+    }
+
+    /// Whether the vCPU is in the kernel.
+    #[must_use]
+    pub fn in_kernel(&self) -> bool {
+        self.kernel
+    }
+
+    /// Whether interrupts are enabled.
+    #[must_use]
+    pub fn interrupts(&self) -> bool {
+        self.interrupts
+    }
+}
+
 /// Checks a condition.
 ///
 /// # Errors

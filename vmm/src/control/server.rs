@@ -189,6 +189,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
     let method = request.method().clone();
     let command = match (&method, &parts[..]) {
         (&Method::GET, ["vm"]) => Command::Info,
+        (&Method::GET, ["vm", "vcpus"]) => Command::Vcpus,
         (&Method::PUT | &Method::POST, ["vm", "pause"]) => Command::Pause,
         (&Method::PUT | &Method::POST, ["vm", "resume"]) => Command::Resume,
         (&Method::GET, ["patches"]) => Command::List,
@@ -207,7 +208,11 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         }
         (
             _,
-            ["vm"] | ["vm", "pause" | "resume"] | ["patches"] | ["patches", _] | ["patches", _, "revert"],
+            ["vm"]
+            | ["vm", "vcpus" | "pause" | "resume"]
+            | ["patches"]
+            | ["patches", _]
+            | ["patches", _, "revert"],
         ) => {
             return trouble(StatusCode::METHOD_NOT_ALLOWED, &format!("{method} does not go with /{path}"));
         }
@@ -247,6 +252,7 @@ fn reply(answer: Answer) -> Reply {
         Answer::Report(report) => json(status(&report), &report),
         Answer::Fits(fits) => json(StatusCode::OK, &fits),
         Answer::Program(program) => json(StatusCode::OK, &program),
+        Answer::Vcpus(vcpus) => json(StatusCode::OK, &vcpus),
         Answer::Patches(patches) => json(StatusCode::OK, &patches),
         Answer::Refused(refusals) if refusals.is_bad_input() => json(StatusCode::BAD_REQUEST, &refusals),
         Answer::Refused(refusals) if refusals.is_unknown_patch() => json(StatusCode::NOT_FOUND, &refusals),

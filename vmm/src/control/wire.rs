@@ -42,6 +42,21 @@ pub struct KernelInfo {
     pub slide: u64,
 }
 
+/// One line of `GET /vm/vcpus`: where a vCPU stood when it was inspected.
+#[derive(Debug, Clone, Serialize)]
+pub struct VcpuLine {
+    /// The vCPU.
+    pub vcpu: usize,
+    /// Its next instruction.
+    pub rip: Gva,
+    /// The same as `function+0xoffset`, in the kernel.
+    pub symbol: Option<String>,
+    /// Whether it is in the kernel.
+    pub kernel: bool,
+    /// Whether interrupts are enabled (RFLAGS.IF).
+    pub interrupts: bool,
+}
+
 /// What a VM is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -291,7 +291,8 @@ impl Controller {
         }
         let kernel = self.kernel().ok();
         let symbol = |at: Gva| {
-            let function = kernel?.kernel().function_at(at)?;
+            let kernel = kernel?.kernel();
+            let function = kernel.function_at(at)?;
             Some(format!("{}+{:#x}", function.name, at.offset_from(function.start)?))
         };
         let line = |(vcpu, registers): (usize, &Registers)| VcpuLine {

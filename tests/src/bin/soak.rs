@@ -17,7 +17,7 @@ Examples:
   cargo soak                     everything
   cargo soak boots --times 200   one campaign, longer")]
 struct Arguments {
-    /// Which campaign: boots, vcpus-64, sites-4, sites-8, flips-breakpoint or flips-hold. All, if absent.
+    /// Which campaign: boots, vcpus-64, many-sites, sites-4, sites-8, flips-breakpoint or flips-hold. All, if absent.
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
@@ -26,9 +26,10 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 6] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 7] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
+    ("many-sites", 4096, campaigns::many_sites),
     ("sites-4", 10_000, |lab, times| campaigns::sites(lab, 4, times)),
     ("sites-8", 10_000, |lab, times| campaigns::sites(lab, 8, times)),
     ("flips-breakpoint", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "breakpoint", times)),

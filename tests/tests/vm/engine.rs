@@ -5,9 +5,8 @@
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
-use patcher::kernel::KernelImage;
 use serde_json::{Value, json};
-use tests::campaigns::flip_by_each_strategy;
+use tests::campaigns::{flip_by_each_strategy, many_sites};
 use tests::lab::Lab;
 use tests::vm::{Method, Setup, Vm, guest_memory, redirect_plan};
 use vmm::control::client;
@@ -17,7 +16,7 @@ use super::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("engine::a_failure_at_any_step_restores_every_byte", any_step_fails),
     ("engine::a_failure_under_load_is_not_noticed", failures_under_load),
-    ("engine::thousands_of_sites", |lab| thousands(lab, 4096)),
+    ("engine::thousands_of_sites", |lab| many_sites(lab, 4096)),
     ("engine::one_vcpu", one_vcpu),
     ("engine::requests_at_once_never_interleave", at_once),
     ("engine::a_reboot_while_patching", reboot),
@@ -97,68 +96,6 @@ fn failures_under_load(lab: &Lab) -> Result<()> {
         vm.expect_no_kernel_errors()?;
     }
     Ok(())
-}
-
-/// A plan of so many sites: the no-operations for the tracer at functions' entries become
-/// no-operations of another form.
-fn entries_plan(vm: &Vm, lab: &Lab, strategy: &str, sites: usize) -> Result<Value> {
-    let image = KernelImage::parse(&std::fs::read(&lab.kernel)?)?;
-    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    let slide = info["kernel"]["slide"].as_u64().context("a slide")?;
-    let mut entries: Vec<u64> = image
-        .symbols()
-        .iter()
-        .filter(|(_, kind, _)| matches!(kind, b't' | b'T'))
-        .map(|(at, ..)| at.0 + slide)
-        .collect();
-    entries.dedup();
-    let mut found: Vec<Value> = Vec::new();
-    for some in entries.chunks(4000) {
-        let patches: Vec<Value> = some
-            .iter()
-            .map(|at| json!({ "at": format!("{at:#x}"), "expect": "0f1f440000", "replace": "0f1f440001" }))
-            .collect();
-        let plan = json!({ "version": 1, "name": "x", "patches": patches });
-        let (_, answer) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
-        let refused: std::collections::BTreeSet<usize> = answer["refusals"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|refusal| refusal["pointer"].as_str()?.rsplit('/').next()?.parse().ok())
-            .collect();
-        found.extend(
-            patches.into_iter().enumerate().filter(|(i, _)| !refused.contains(i)).map(|(_, patch)| patch),
-        );
-        if found.len() >= sites {
-            break;
-        }
-    }
-    found.truncate(sites);
-    ensure!(found.len() == sites, "only {} entries fit", found.len());
-    Ok(json!({ "version": 1, "name": "many", "strategy": strategy, "deadline_ms": 60_000, "patches": found }))
-}
-
-fn thousands(lab: &Lab, most: usize) -> Result<()> {
-    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
-    vm.hammer("getppid", 0, 1)?;
-    for strategy in ["breakpoint", "hold"] {
-        let whole = entries_plan(&vm, lab, strategy, most)?;
-        for sites in [most / 64, most / 8, most] {
-            let mut plan = whole.clone();
-            plan["patches"].as_array_mut().context("patches")?.truncate(sites);
-            let report = vm.apply(&plan)?;
-            let timing = &report["timing"];
-            let expected = if strategy == "hold" { 2 } else { 4 };
-            ensure!(timing["fences"] == expected, "{strategy}, {sites} sites: {timing}");
-            println!(
-                "{strategy}, {sites} sites: program {} us of {} us",
-                timing["program_us"], timing["total_us"]
-            );
-            vm.expect_all(false)?;
-            vm.revert("many")?;
-        }
-    }
-    vm.expect_no_kernel_errors()
 }
 
 fn one_vcpu(lab: &Lab) -> Result<()> {

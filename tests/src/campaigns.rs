@@ -61,12 +61,12 @@ pub fn every_vcpu(lab: &Lab, cpus: u8) -> Result<()> {
     vm.power_off()
 }
 
-/// Flips the sites of the test bed so many times in all, by every strategy in turn, while
-/// NMIs come in; every CPU is asked what it sees each time a site has been through all.
+/// Flips the sites of the test bed so many times in all, by every strategy in turn, every CPU
+/// being asked now and then what it sees; if asked for, while NMIs come in.
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn sites(lab: &Lab, cpus: u8, flips: usize) -> Result<()> {
+pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(cpus))?;
     let bed = lay_bed(&vm)?;
     vm.apply(&json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
@@ -89,8 +89,10 @@ pub fn sites(lab: &Lab, cpus: u8, flips: usize) -> Result<()> {
             *by_strategy.entry(strategy).or_insert(0) += 2;
             done += 2;
         }
-        // Every CPU gets an NMI and tells where it is; that is no error.
-        vm.ask("write /proc/sysrq-trigger l")?;
+        if nmis {
+            // Every CPU gets an NMI and tells where it is; that is no error.
+            vm.ask("write /proc/sysrq-trigger l")?;
+        }
         vm.expect_no_kernel_errors()?;
         if done >= flips {
             break;

@@ -61,7 +61,8 @@ pub struct Run {
     /// running vCPU and waiting for it.
     #[arg(long, value_enum, default_value_t = Fence::Auto)]
     pub fence: Fence,
-    /// For tests: the n-th program fails at its n-th step, until programs have no n-th step.
+    /// For tests: the n-th program fails at its n-th step; when one has no n-th step it is
+    /// counted from the first again.
     #[arg(long, hide = true)]
     pub fail_programs: bool,
     /// Print the outcome of --patch as JSON.

@@ -168,8 +168,8 @@ pub struct Controller {
     located: Option<Located>,
     kernel: Option<GuestKernel>,
     patches: Vec<Applied>,
-    /// How many programs were run.
-    programs: usize,
+    /// For tests: the step of the next program that is to fail.
+    fail_at: usize,
     held_by: Option<String>,
     gate: Gate,
     started: Instant,
@@ -195,7 +195,7 @@ impl Controller {
             located: None,
             kernel: None,
             patches: Vec::new(),
-            programs: 0,
+            fail_at: 0,
             held_by: None,
             gate: Gate::new(at_init),
             started: Instant::now(),
@@ -442,10 +442,10 @@ impl Controller {
         let resolved = asked.elapsed();
         let mut target = Live::new(&kernel, &self.rendezvous, Duration::from_millis(plan.deadline_ms));
         if self.config.fail_programs {
-            target.fail_at(self.programs);
+            target.fail_at(self.fail_at);
         }
-        self.programs += 1;
         let end = drive(&program, &mut target);
+        self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
         let total = asked.elapsed();
         let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
         let counters = self.rendezvous.counters();

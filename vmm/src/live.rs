@@ -34,6 +34,12 @@ impl<'m> Live<'m> {
         self.until_failure = Some(step);
     }
 
+    /// For tests: whether that step did not come.
+    #[must_use]
+    pub fn failure_is_due(&self) -> bool {
+        self.until_failure.is_some()
+    }
+
     /// How long each fence took, the ones inside arm and hold included.
     #[must_use]
     pub fn fences(&self) -> &[Duration] {

@@ -11,7 +11,6 @@ pub(crate) const TESTS: &[Test] = &[
     ("flips::hold_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "hold", 1000)),
     ("flips::bypass_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "bypass", 1000)),
     ("flips::inspect_200_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "inspect", 200)),
-    ("flips::every_kind_of_site_by_every_strategy", |lab| tests::campaigns::sites(lab, 4, 170, false)),
     ("flips::breakpoint_with_fences_by_kick", |lab| flips(lab, &by_kick(), "breakpoint", 100)),
     ("flips::hold_with_fences_by_kick", |lab| flips(lab, &by_kick(), "hold", 100)),
 ];

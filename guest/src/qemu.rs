@@ -1,6 +1,6 @@
-//! The rig's emulator: QEMU's TCG with three defects of its SVM corrected, built from the
-//! distribution's source package once and cached. `EDITS` is the whole change; the
-//! decision note `docs/rig.md` tells how the defects show.
+//! The rig's emulator: QEMU's TCG with five defects corrected, built from the distribution's
+//! source package once and cached. [`PATCHES`] is the whole change; the decision note
+//! `docs/rig.md` tells how the defects show.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,83 +14,16 @@ use crate::{AtPath, Error, cache, output_of, packages};
 /// The suite whose QEMU is used: Debian 13, QEMU 10.0. Debian 12's 7.2 loses IPIs here.
 const SUITE: &str = "trixie";
 /// Part of the cache key: raise it when anything about the build changes.
-const BUILD: u32 = 5;
+const BUILD: u32 = 7;
 
-/// A piece of QEMU's source and what takes its place.
-struct Edit {
-    file: &'static str,
-    from: &'static str,
-    to: &'static str,
-}
-
-/// `int3` is checked against the INTn intercept only, never against #BP's (APM volume 2,
-/// 15.12.4 and 15.13: `INT3` raises exception 3; the INTn intercept is for `CD ib` only). A
-/// hypervisor would never see its guest's breakpoints.
-const INT3_INTERCEPT: Edit = Edit {
-    file: "target/i386/tcg/excp_helper.c",
-    from: "    } else {\n        cpu_svm_check_intercept_param(env, SVM_EXIT_SWINT, 0, retaddr);",
-    to: "    } else if (intno == EXCP03_INT3 && next_eip_addend == 1) {\n        \
-         cpu_svm_check_intercept_param(env, SVM_EXIT_EXCP_BASE + intno, 0, retaddr);\n    } else {\n        \
-         cpu_svm_check_intercept_param(env, SVM_EXIT_SWINT, 0, retaddr);",
-};
-
-/// An interrupt that `VMRUN` injects is delivered at once, but stays pending as an exception
-/// too. If the emulator's loop is left before something else clears that, it is delivered a
-/// second time, with interrupts disabled or in the middle of an entry path, and the guest
-/// crashes: about once in 20,000 kicks of a vCPU.
-const INJECTED_ONCE: Edit = Edit {
-    file: "target/i386/tcg/system/svm_helper.c",
-    from: "            do_interrupt_x86_hardirq(env, vector, 1);\n",
-    to: "            do_interrupt_x86_hardirq(env, vector, 1);\n            cs->exception_index = -1;\n",
-};
-
-/// Very rarely `VMRUN` loses the nested-paging flag that it set itself: an emulator with a
-/// log in it showed the flag set where nested paging is switched on and clear some lines
-/// further, with the guest's interrupt shadow on. The guest's page tables are then walked as
-/// if they lay in host memory, and it dies of a triple fault. Why is not known; setting the
-/// flag again before the guest is entered mends it.
-const NESTED_PAGING_KEPT: Edit = Edit {
-    file: "target/i386/tcg/system/svm_helper.c",
-    from: "    env->hflags2 |= HF2_GIF_MASK;\n\n    if (ctl_has_irq(env)) {",
-    to: "    env->hflags2 |= HF2_GIF_MASK;\n    if (nested_ctl & SVM_NPT_ENABLED) {\n        \
-         env->hflags2 |= HF2_NPT_MASK;\n    }\n\n    if (ctl_has_irq(env)) {",
-};
-
-/// `VMRUN` notes a pending virtual interrupt in a word that other CPUs' threads change under
-/// the big lock, without that lock: now and then a host's interrupt gets lost. (Later
-/// versions of QEMU change that word atomically.)
-const PENDING_UNDER_LOCK: Edit = Edit {
-    file: "target/i386/tcg/system/svm_helper.c",
-    from: "        cs->interrupt_request |= CPU_INTERRUPT_VIRQ;\n",
-    to: "        bql_lock();\n        cs->interrupt_request |= CPU_INTERRUPT_VIRQ;\n        bql_unlock();\n",
-};
-const LOCK_DECLARED: Edit = Edit {
-    file: "target/i386/tcg/system/svm_helper.c",
-    from: "#include \"qemu/log.h\"\n",
-    to: "#include \"qemu/log.h\"\n#include \"qemu/main-loop.h\"\n",
-};
-
-/// Like the nested-paging flag the global interrupt flag gets lost: a CPU of the host was
-/// found running a guest with it clear and an interrupt pending, for minutes. KVM's guests
-/// never run with it clear: `VMRUN` sets it, and their `CLGI` exits.
-const INTERRUPTIBLE_GUEST: Edit = Edit {
-    file: "target/i386/cpu.c",
-    from: "    if (env->hflags2 & HF2_GIF_MASK) {",
-    to: "    if (env->hflags2 & HF2_GIF_MASK || env->hflags & HF_GUEST_MASK) {",
-};
-
-/// The distribution's source lacks these firmware images; nothing here uses them.
-const NO_EDK2: Edit =
-    Edit { file: "meson.build", from: "unpack_edk2_blobs = bzip2.found()", to: "unpack_edk2_blobs = false" };
-
-const EDITS: [Edit; 7] = [
-    INT3_INTERCEPT,
-    INJECTED_ONCE,
-    NESTED_PAGING_KEPT,
-    PENDING_UNDER_LOCK,
-    LOCK_DECLARED,
-    INTERRUPTIBLE_GUEST,
-    NO_EDK2,
+/// The whole change to QEMU: a series of patches, each of which says what it mends.
+const PATCHES: [&str; 6] = [
+    include_str!("../qemu/0001-svm-int3-raises-an-exception.patch"),
+    include_str!("../qemu/0002-svm-deliver-an-injected-interrupt-once.patch"),
+    include_str!("../qemu/0003-fpu-leave-the-first-CPU-alone.patch"),
+    include_str!("../qemu/0004-svm-note-a-virtual-interrupt-under-the-lock.patch"),
+    include_str!("../qemu/0005-tcg-see-every-store-to-code.patch"),
+    include_str!("../qemu/0006-build-without-the-EDK2-images.patch"),
 ];
 
 const BUILD_PACKAGES: &[&str] = &[
@@ -107,6 +40,7 @@ const BUILD_PACKAGES: &[&str] = &[
     "python3",
     "python3-venv",
     "dpkg-dev",
+    "patch",
     "xz-utils",
 ];
 const RUN_PACKAGES: &[&str] = &["seabios", "qemu-system-data"];
@@ -154,7 +88,11 @@ fn build(into: &Path) -> Result<(), Error> {
     output_of(
         Command::new("tar").arg("-xf").arg(&tarball).arg("-C").arg(&source).arg("--strip-components=1"),
     )?;
-    EDITS.iter().try_for_each(|edit| edit.apply(&source))?;
+    for (number, patch) in (1..).zip(PATCHES) {
+        let file = work.join(format!("{number}.patch"));
+        fs::write(&file, patch).at(&file)?;
+        output_of(Command::new("patch").args(["-p1", "--fuzz=0", "-i"]).arg(&file).arg("-d").arg(&source))?;
+    }
     step.done();
 
     let step = Step::new("Fetching QEMU's build tools (meson, from PyPI)");
@@ -218,18 +156,4 @@ fn compile(build: &Path) -> Result<(), Error> {
 fn ninja_progress(line: &str) -> Option<(u64, u64)> {
     let (done, total) = line.strip_prefix('[')?.split_once(']')?.0.split_once('/')?;
     Some((done.parse().ok()?, total.parse().ok()?))
-}
-
-impl Edit {
-    fn apply(&self, source: &Path) -> Result<(), Error> {
-        let path = source.join(self.file);
-        let text = fs::read_to_string(&path).at(&path)?;
-        if text.matches(self.from).count() != 1 {
-            return Err(Error::Archive(format!(
-                "{} is not as expected: this QEMU needs another correction (see guest/src/qemu.rs)",
-                self.file
-            )));
-        }
-        fs::write(&path, text.replace(self.from, self.to)).at(&path)
-    }
 }

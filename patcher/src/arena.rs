@@ -1,11 +1,12 @@
 //! The arena: guest memory that the monitor owns, for copies of instructions.
 //!
-//! This is its bookkeeping; whoever runs the guest maps the memory. A copy is never freed
-//! and never changed, because a task that was preempted inside it may come back at any time.
-//! The same copy is used again when the same site is patched again, so the arena fills up
-//! only with new sites.
+//! This is its bookkeeping; whoever runs the guest maps the memory, and may drop all of it
+//! once nobody can be in a copy. Until then no copy is changed, because a task that was
+//! preempted inside may come back at any time. The same copy is used again when the same
+//! site is patched again, so the arena fills up only with new sites.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use crate::addr::Gva;
 use crate::insn;
@@ -45,6 +46,12 @@ impl Arena {
     #[must_use]
     pub fn new(base: Gva, size: usize) -> Self {
         Self { base, size, used: 0, copies: HashMap::new() }
+    }
+
+    /// All of it, used or not.
+    #[must_use]
+    pub fn range(&self) -> Range<Gva> {
+        self.base..Gva(self.base.0.saturating_add(self.size as u64))
     }
 
     /// How many bytes are in use.

@@ -88,25 +88,30 @@ impl<'a> Sleepers<'a> {
         entries.map(insn).collect()
     }
 
-    /// Whether tasks are preempted in kernel mode. Yes, if that can't be told.
     fn preempts(&self) -> bool {
-        *self.preempts.get_or_init(|| self.read_preempts().unwrap_or(true))
+        *self.preempts.get_or_init(|| preempts(self.kernel, self.text))
     }
+}
 
-    /// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at
-    /// boot (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
-    fn read_preempts(&self) -> Option<bool> {
-        let mut banner = [0; 256];
-        self.text.read(self.kernel.symbol("linux_banner").ok()?, &mut banner).ok()?;
-        let end = banner.iter().position(|byte| *byte == b'\n')?;
-        let banner = std::str::from_utf8(&banner[..end]).ok()?;
-        if !banner.contains("PREEMPT_DYNAMIC") {
-            return Some(banner.contains("PREEMPT"));
-        }
-        let mut mode = [0; 4];
-        self.text.read(self.kernel.symbol("preempt_dynamic_mode").ok()?, &mut mode).ok()?;
-        Some(!(0..=1).contains(&i32::from_le_bytes(mode)))
+/// Whether tasks are preempted in kernel mode. Yes, if that can't be told.
+#[must_use]
+pub fn preempts(kernel: Kernel<'_>, text: &dyn Text) -> bool {
+    read_preempts(kernel, text).unwrap_or(true)
+}
+
+/// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at boot
+/// (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
+fn read_preempts(kernel: Kernel<'_>, text: &dyn Text) -> Option<bool> {
+    let mut banner = [0; 256];
+    text.read(kernel.symbol("linux_banner").ok()?, &mut banner).ok()?;
+    let end = banner.iter().position(|byte| *byte == b'\n')?;
+    let banner = std::str::from_utf8(&banner[..end]).ok()?;
+    if !banner.contains("PREEMPT_DYNAMIC") {
+        return Some(banner.contains("PREEMPT"));
     }
+    let mut mode = [0; 4];
+    text.read(kernel.symbol("preempt_dynamic_mode").ok()?, &mut mode).ok()?;
+    Some(!(0..=1).contains(&i32::from_le_bytes(mode)))
 }
 
 #[cfg(test)]

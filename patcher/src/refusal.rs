@@ -197,6 +197,12 @@ pub enum Refusal {
         /// The site.
         at: Gva,
     },
+    /// A task may be in a copy, so the arena has to stay.
+    #[error("the arena can't be removed: {why}")]
+    ArenaInUse {
+        /// Why.
+        why: &'static str,
+    },
     /// Two sites share a byte.
     #[error("the site at {at} overlaps the site at {other} ({whose})")]
     OverlappingSites {
@@ -285,6 +291,7 @@ impl Refusal {
             Self::NotOneStore { .. } => "not_one_store",
             Self::NotRelocatable { .. } => "not_relocatable",
             Self::ArenaFull { .. } => "arena_full",
+            Self::ArenaInUse { .. } => "arena_in_use",
             Self::OverlappingSites { .. } => "overlapping_sites",
             Self::OutOfReach { .. } => "out_of_reach",
             Self::NothingToDo { .. } => "nothing_to_do",

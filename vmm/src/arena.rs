@@ -7,8 +7,8 @@
 //! page: read, execute, kernel only. An entry that was not present is in no TLB, so nobody
 //! needs to flush. From there every byte of the kernel is within reach of a rel32.
 //!
-//! It stays mapped for the VM's life: a task that was preempted in a copy may come back at
-//! any time. `docs/arena.md` has the limits.
+//! It is unmapped only when that is asked for, and once it is shown that nobody can be in a
+//! copy or come back to one. `docs/arena.md` has the argument and the limits.
 
 use patcher::addr::{Gpa, Gva};
 use patcher::arena::Arena;
@@ -48,8 +48,27 @@ impl GuestArena {
     /// When the place was taken since it was found; the guest is unchanged then.
     pub fn map(&mut self, kernel: &GuestKernel) -> Result<(), String> {
         if !self.mapped {
-            kernel.take_entry(self.entry, ARENA | READ_EXECUTE)?;
+            kernel.replace_entry(self.entry, 0, ARENA | READ_EXECUTE)?;
             self.mapped = true;
+        }
+        Ok(())
+    }
+
+    /// Whether the guest can see it.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        self.mapped
+    }
+
+    /// Unmaps it. No vCPU may be in the guest, and none may come back to a copy; afterwards
+    /// their TLBs must be flushed ([`crate::kvm::Vm::remake_slot`]).
+    ///
+    /// # Errors
+    /// When the guest changed the entry meanwhile; it is as the guest left it then.
+    pub fn unmap(&mut self, kernel: &GuestKernel) -> Result<(), String> {
+        if self.mapped {
+            kernel.replace_entry(self.entry, ARENA | READ_EXECUTE, 0)?;
+            self.mapped = false;
         }
         Ok(())
     }

@@ -186,4 +186,10 @@ pub enum Vm {
         #[command(flatten)]
         at: At,
     },
+    /// Take the copies that `bypass` made, and their mapping, out of the guest again.
+    RemoveArena {
+        /// Which VM.
+        #[command(flatten)]
+        at: At,
+    },
 }

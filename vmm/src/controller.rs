@@ -9,20 +9,24 @@ use std::time::{Duration, Instant};
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::interior;
 use patcher::kernel::KernelImage;
 use patcher::plan::{Plan, Strategy};
-use patcher::program::Program;
+use patcher::program::{Program, Step};
+use patcher::quiesce::Condition;
 use patcher::refusal::{Refusal, Refused};
 use patcher::resolve::{ResolvedPlan, resolve};
 use patcher::session::End;
-use patcher::target::drive;
+use patcher::target::{Target, drive};
 
 use crate::arena::GuestArena;
 use crate::config::Config;
 use crate::control::wire::{
-    Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing, VcpuLine,
+    ArenaInfo, Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, Timing, VcpuLine,
 };
 use crate::gate::{Arrival, AtInit, Gate};
+use crate::kvm::Vm;
+use crate::layout::ARENA;
 use crate::live::Live;
 use crate::locate::{GuestKernel, Located};
 use crate::memory::GuestRam;
@@ -31,6 +35,8 @@ use crate::standing::Registers;
 
 /// How long a pause waits for vCPUs that the host preempted.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the arena's removal waits until nobody is in it.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Something to do.
 #[derive(Debug)]
@@ -43,6 +49,8 @@ pub enum Command {
     Pause,
     /// Let them in again.
     Resume,
+    /// Take the arena out of the guest's page tables.
+    RemoveArena,
     /// Apply a plan, given as JSON.
     Apply(Vec<u8>),
     /// Resolve a plan and say what it would change.
@@ -158,6 +166,7 @@ struct Applied {
 /// The controller's state.
 pub struct Controller {
     config: Config,
+    vm: Arc<Vm>,
     ram: Arc<GuestRam>,
     rendezvous: Arc<Rendezvous>,
     uses_membarrier: bool,
@@ -186,6 +195,7 @@ impl Controller {
     ) -> Self {
         Self {
             config,
+            vm: machine.vm().clone(),
             ram: machine.ram().clone(),
             rendezvous: machine.rendezvous().clone(),
             uses_membarrier: machine.uses_membarrier(),
@@ -241,6 +251,7 @@ impl Controller {
                 self.rendezvous.resume();
                 Answer::Done
             }
+            Command::RemoveArena => self.remove_arena(),
             Command::Apply(json) => self.apply(&json),
             Command::Check(json) => match self.prepare(&json) {
                 Ok((_, program)) => Answer::Fits(Box::new(Fits {
@@ -276,6 +287,11 @@ impl Controller {
             memory_mib: self.config.memory_mib,
             kernel_file: self.config.kernel.clone(),
             kernel,
+            arena: self
+                .arena
+                .as_ref()
+                .filter(|arena| arena.is_mapped())
+                .map(|arena| ArenaInfo { base: arena.arena.range().start, used_bytes: arena.arena.used() }),
             fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
             patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
             uptime_ms: ms(self.started.elapsed()),
@@ -431,6 +447,38 @@ impl Controller {
             Ok(report) => Answer::Report(Box::new(report)),
             Err(refused) => Answer::Refused(Refusals::new(refused)),
         }
+    }
+
+    /// Removes the arena once nobody is in a copy or may come back to one.
+    fn remove_arena(&mut self) -> Answer {
+        let Some(mut arena) = self.arena.take() else { return Answer::Done };
+        let answer = self.unmap(&mut arena);
+        // Whatever was in it, it begins anew; if it had to stay, the copies stay too.
+        self.arena = Some(arena).filter(GuestArena::is_mapped);
+        answer
+    }
+
+    fn unmap(&mut self, arena: &mut GuestArena) -> Answer {
+        let refuse = |refusal: Refusal| Answer::Refused(Refusals::new(vec![refusal.at_root()]));
+        if let Err(refusal) = self.not_held() {
+            return refuse(refusal);
+        }
+        let kernel = match self.kernel() {
+            Ok(kernel) => kernel.clone(),
+            Err(refusal) => return refuse(refusal),
+        };
+        if arena.is_mapped() && interior::preempts(kernel.kernel(), &kernel) {
+            return refuse(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" });
+        }
+        let nobody = Condition { inside: vec![arena.arena.range()], ..Condition::default() };
+        let mut target = Live::new(&kernel, &self.rendezvous, REMOVAL_PATIENCE);
+        let removed =
+            target.perform(&Step::Inspect(nobody)).map_err(|error| error.to_string()).and_then(|()| {
+                arena.unmap(&kernel)?;
+                self.vm.remake_slot(ARENA).map_err(|error| error.to_string())
+            });
+        self.rendezvous.release();
+        removed.map_or_else(|what| Answer::Failed(format!("removing the arena: {what}")), |()| Answer::Done)
     }
 
     /// Runs the program of a resolved plan.

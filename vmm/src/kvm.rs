@@ -96,22 +96,28 @@ impl Vm {
         let fd = kvm.create_vm().during("KVM_CREATE_VM")?;
         fd.set_identity_map_address(KVM_IDENTITY_MAP).during("KVM_SET_IDENTITY_MAP_ADDR")?;
         fd.set_tss_address(KVM_TSS).during("KVM_SET_TSS_ADDR")?;
-        for (slot, part) in (0..).zip(ram.slots()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: part.guest,
-                memory_size: part.bytes,
-                userspace_addr: part.host,
-            };
-            // SAFETY: the range is a mapping that `ram` owns; `self` keeps `ram` longer than
-            // the VM's descriptor, and vCPU descriptors keep their thread's `Vm` alive.
-            unsafe { fd.set_user_memory_region(region) }.during("KVM_SET_USER_MEMORY_REGION")?;
+        for region in regions(&ram) {
+            set_region(&fd, region)?;
         }
         fd.create_irq_chip().during("KVM_CREATE_IRQCHIP")?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).during("KVM_CREATE_PIT2")?;
         Ok(Self { kvm, fd, ram })
+    }
+
+    /// Takes the slot of guest memory that begins at `guest` away and puts it back. KVM then
+    /// forgets every translation that leads there, the vCPUs' TLBs included (KVM API 4.35: a
+    /// deleted slot is gone when the call returns). For that moment the guest has no memory
+    /// there, so no vCPU may run.
+    ///
+    /// # Errors
+    /// [`Error::Call`]; if the second step fails, the memory is gone.
+    pub fn remake_slot(&self, guest: u64) -> Result<(), Error> {
+        for region in regions(&self.ram).filter(|region| region.guest_phys_addr == guest) {
+            set_region(&self.fd, kvm_userspace_memory_region { memory_size: 0, ..region })?;
+            set_region(&self.fd, region)?;
+        }
+        Ok(())
     }
 
     /// The VM's memory.
@@ -141,4 +147,21 @@ impl Vm {
     pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
         self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).during("KVM_GET_SUPPORTED_CPUID")
     }
+}
+
+fn regions(ram: &Arc<GuestRam>) -> impl Iterator<Item = kvm_userspace_memory_region> {
+    (0..).zip(ram.slots()).map(|(slot, part)| kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: part.guest,
+        memory_size: part.bytes,
+        userspace_addr: part.host,
+    })
+}
+
+/// `region` must come from [`regions`] of the VM's own memory.
+fn set_region(fd: &VmFd, region: kvm_userspace_memory_region) -> Result<(), Error> {
+    // SAFETY: the range is a mapping that the VM's `ram` owns; `Vm` keeps `ram` longer than
+    // the VM's descriptor, and vCPU descriptors keep their thread's `Vm` alive.
+    unsafe { fd.set_user_memory_region(region) }.during("KVM_SET_USER_MEMORY_REGION")
 }

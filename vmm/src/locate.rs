@@ -119,14 +119,14 @@ impl GuestKernel {
         Some((entry, load(entry)?))
     }
 
-    /// Sets a page-table entry that was zero.
+    /// Sets a page-table entry that has the value `old`.
     ///
     /// # Errors
-    /// When it is not zero any more, or not in RAM; nothing was written then.
-    pub fn take_entry(&self, at: Gpa, value: u64) -> Result<(), String> {
-        let taken =
-            self.ram.exchange(at, &[0; 8], &value.to_le_bytes()).map_err(|error| error.to_string())?;
-        taken.map_err(|_| format!("the page-table entry at {at} is in use"))
+    /// When it has another, or is not in RAM; nothing was written then.
+    pub fn replace_entry(&self, at: Gpa, old: u64, new: u64) -> Result<(), String> {
+        let (old, new) = (old.to_le_bytes(), new.to_le_bytes());
+        let replaced = self.ram.exchange(at, &old, &new).map_err(|error| error.to_string())?;
+        replaced.map_err(|_| format!("the page-table entry at {at} was changed by somebody else"))
     }
 
     /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).

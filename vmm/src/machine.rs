@@ -122,6 +122,12 @@ impl Machine {
         Ok(())
     }
 
+    /// The VM.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn ram(&self) -> &Arc<GuestRam> {

@@ -148,6 +148,7 @@ fn vm_command(vm: &Vm) -> Result<u8> {
         Vm::Vcpus { at } => ask(at, Method::GET, "/vm/vcpus", Vec::new()),
         Vm::Pause { at } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
         Vm::Resume { at } => ask(at, Method::PUT, "/vm/resume", Vec::new()),
+        Vm::RemoveArena { at } => ask(at, Method::DELETE, "/vm/arena", Vec::new()),
     }
 }
 

@@ -163,5 +163,9 @@ fn info(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
     } else {
         writeln!(out, "kernel {} at {}", text(kernel, "release"), text(kernel, "base"))?;
     }
+    let arena = &value["arena"];
+    if !arena.is_null() {
+        writeln!(out, "copies of instructions at {}, {} bytes", text(arena, "base"), arena["used_bytes"])?;
+    }
     writeln!(out, "{} patches applied; fences by {}", value["patches"], text(value, "fence"))
 }

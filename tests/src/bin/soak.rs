@@ -29,7 +29,7 @@ type Campaign = fn(&Lab, usize) -> Result<()>;
 const CAMPAIGNS: [(&str, usize, Campaign); 8] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
-    ("many-sites", 4096, campaigns::many_sites),
+    ("many-sites", 4096, |lab, times| campaigns::many_sites(lab, times, 30)),
     ("sites-4-quiet", 10_000, |lab, times| campaigns::sites(lab, 4, times, false)),
     ("sites-4", 10_000, |lab, times| campaigns::sites(lab, 4, times, true)),
     ("sites-8", 10_000, |lab, times| campaigns::sites(lab, 8, times, true)),

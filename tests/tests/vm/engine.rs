@@ -3,6 +3,7 @@
 //! not come true is reported with whom and where.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -16,7 +17,7 @@ use super::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("engine::a_failure_at_any_step_restores_every_byte", any_step_fails),
     ("engine::a_failure_under_load_is_not_noticed", failures_under_load),
-    ("engine::thousands_of_sites", |lab| many_sites(lab, 4096)),
+    ("engine::thousands_of_sites", |lab| many_sites(lab, 4096, 1)),
     ("engine::one_vcpu", one_vcpu),
     ("engine::requests_at_once_never_interleave", at_once),
     ("engine::a_reboot_while_patching", reboot),
@@ -53,17 +54,31 @@ fn until_done(vm: &mut Vm, uri: &str, body: &str, seen: Option<bool>) -> Result<
     }
 }
 
+/// An idle guest is nearly always there.
+fn pause_where_nothing_is_interrupted(vm: &Vm) -> Result<()> {
+    for _ in 0..100 {
+        vm.request(Method::PUT, "/vm/pause", b"")?;
+        let (_, vcpus) = vm.request(Method::GET, "/vm/vcpus", b"")?;
+        if vcpus.as_array().is_some_and(|vcpus| vcpus.iter().all(|vcpu| vcpu["interrupts"] == true)) {
+            return Ok(());
+        }
+        vm.request(Method::PUT, "/vm/resume", b"")?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    anyhow::bail!("the guest is never idle")
+}
+
 fn any_step_fails(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &failing())?;
+    pause_where_nothing_is_interrupted(&vm)?;
     // A paused guest writes nothing, so any difference is the monitor's.
-    vm.request(Method::PUT, "/vm/pause", b"")?;
     let before = guest_memory(&vm)?;
     let ram = usize::try_from(failing().memory_mib << 20)?;
     for strategy in STRATEGIES {
         let failures = until_done(&mut vm, "/patches", &two_sites(strategy).to_string(), None)?;
         let patched = guest_memory(&vm)?;
         let changed = |after: &[u8]| (0..ram).filter(|&at| before[at] != after[at]).count();
-        // The first copy takes an entry of eight bytes to map the arena, for good.
+        // The first copy takes an entry of eight bytes to map the arena.
         let entry = if STRATEGIES.iter().position(|s| *s == strategy) >= Some(2) { 8 } else { 0 };
         let bytes = changed(&patched);
         ensure!((2..=7 + entry).contains(&bytes), "{strategy}: {bytes} bytes were patched");
@@ -72,11 +87,30 @@ fn any_step_fails(lab: &Lab) -> Result<()> {
         let bytes = changed(&guest_memory(&vm)?);
         ensure!(bytes <= entry, "{strategy}: {bytes} bytes are not as they were");
     }
+    // Nobody is in a copy, so the entry can be given back as well; and taken once more.
+    for again in [true, false] {
+        let (status, answer) = vm.request(Method::DELETE, "/vm/arena", b"")?;
+        ensure!(status == 200, "{status} {answer:#}");
+        ensure!(
+            guest_memory(&vm)?[..ram] == before[..ram],
+            "removing the arena did not restore guest memory"
+        );
+        let (_, info) = vm.request(Method::GET, "/vm", b"")?;
+        ensure!(info["arena"].is_null(), "{info:#}");
+        if again {
+            until_done(&mut vm, "/patches", &two_sites("bypass").to_string(), None)?;
+            let (_, info) = vm.request(Method::GET, "/vm", b"")?;
+            ensure!(info["arena"]["used_bytes"].as_u64() > Some(0), "{info:#}");
+            until_done(&mut vm, "/patches/two/revert", "", None)?;
+        }
+    }
     Ok(())
 }
 
 fn failures_under_load(lab: &Lab) -> Result<()> {
-    let mut vm = Vm::start(lab, &Setup { memory_mib: 256, ..failing() })?;
+    // Tasks may be preempted anywhere, in a copy too.
+    let setup = Setup { memory_mib: 256, command_line: "preempt=full".into(), ..failing() };
+    let mut vm = Vm::start(lab, &setup)?;
     vm.hammer("getppid", 0, 1)?;
     for strategy in ["breakpoint", "bypass", "hold", "inspect"] {
         let plan = redirect_plan("flip", Some(strategy)).to_string();
@@ -85,6 +119,11 @@ fn failures_under_load(lab: &Lab) -> Result<()> {
         until_done(&mut vm, "/patches/flip/revert", "", Some(true))?;
         vm.expect_all(false)?;
     }
+    // A copy of the redirect's no-operation is not needed; this instruction has one.
+    until_done(&mut vm, "/patches", &two_sites("bypass").to_string(), None)?;
+    until_done(&mut vm, "/patches/two/revert", "", None)?;
+    let (status, answer) = vm.request(Method::DELETE, "/vm/arena", b"")?;
+    ensure!(status == 409 && answer["refusals"][0]["code"] == "arena_in_use", "{status} {answer:#}");
     vm.expect_no_kernel_errors()
 }
 

@@ -192,6 +192,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         (&Method::GET, ["vm", "vcpus"]) => Command::Vcpus,
         (&Method::PUT | &Method::POST, ["vm", "pause"]) => Command::Pause,
         (&Method::PUT | &Method::POST, ["vm", "resume"]) => Command::Resume,
+        (&Method::DELETE, ["vm", "arena"]) => Command::RemoveArena,
         (&Method::GET, ["patches"]) => Command::List,
         (&Method::GET, ["patches", name]) => Command::Show((*name).to_owned()),
         (&Method::POST, ["patches", name, "revert"]) => Command::Revert((*name).to_owned()),
@@ -209,7 +210,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         (
             _,
             ["vm"]
-            | ["vm", "vcpus" | "pause" | "resume"]
+            | ["vm", "vcpus" | "pause" | "resume" | "arena"]
             | ["patches"]
             | ["patches", _]
             | ["patches", _, "revert"],

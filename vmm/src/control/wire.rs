@@ -21,6 +21,8 @@ pub struct Info {
     pub kernel_file: PathBuf,
     /// The running kernel; absent until it has set up system calls.
     pub kernel: Option<KernelInfo>,
+    /// The arena, while it is in the guest's page tables.
+    pub arena: Option<ArenaInfo>,
     /// How fences are made: `membarrier` or `kick`.
     pub fence: String,
     /// How many patches are applied.
@@ -29,6 +31,15 @@ pub struct Info {
     pub uptime_ms: u64,
     /// The monitor's version.
     pub version: String,
+}
+
+/// Where copies of instructions lie in the guest's kernel.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArenaInfo {
+    /// Its first byte.
+    pub base: Gva,
+    /// How much of it is in use.
+    pub used_bytes: usize,
 }
 
 /// About the running kernel.

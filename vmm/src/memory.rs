@@ -2,6 +2,8 @@
 //!
 //! KVM runs the guest on mapping A; the monitor reads and writes through mapping B. So a
 //! page can be write-protected for the guest (`mprotect` of A) and still be patched (B).
+//! Both ask for large pages: a guest touches most of its first 100 MiB while it boots, and
+//! each page is an exit (in the rig, 2.3 s to init and power-off with them, 4.5 s without).
 //!
 //! Unsafe code: `mprotect` on mapping A. Invariant: nothing in this process holds a
 //! reference into mapping A or writes through it; only KVM uses it, and KVM turns a write

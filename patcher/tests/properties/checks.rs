@@ -75,6 +75,22 @@ fn first(code: &[u8], at: Gva) -> Instruction {
     Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode()
 }
 
+/// Where control goes that enters `code` at `at`, its conditions being true (`taken`) or not.
+fn leaves(code: &[u8], at: Gva, taken: bool) -> u64 {
+    let mut ip = at.0;
+    for _ in 0..code.len() {
+        let offset = usize::try_from(ip.wrapping_sub(at.0)).unwrap_or(usize::MAX);
+        let Some(rest) = code.get(offset..).filter(|rest| !rest.is_empty()) else { return ip };
+        let insn = first(rest, Gva(ip));
+        ip = match insn.flow_control() {
+            FlowControl::UnconditionalBranch => insn.near_branch_target(),
+            FlowControl::ConditionalBranch if taken => insn.near_branch_target(),
+            _ => insn.next_ip(),
+        };
+    }
+    panic!("{} goes round and round", insn::hex(code));
+}
+
 /// A relocated instruction is the same one, names the same addresses, and control goes to
 /// the same places.
 pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
@@ -90,13 +106,18 @@ pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
     assert!(insn::count(&moved, to).is_some());
     match old.flow_control() {
         FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
-            // A longer form may need several instructions; one of them goes to the target.
-            let goes =
-                insn::decode(&moved, to).any(|insn| insn.branch == Some(Gva(old.near_branch_target())));
-            assert!(goes, "{} -> {}", insn::hex(code), insn::hex(&moved));
-            assert_eq!(old.rflags_read(), new.rflags_read());
+            // A longer form may need several instructions, so follow them.
+            let conditional = old.flow_control() == FlowControl::ConditionalBranch;
+            let untaken = if conditional { old.next_ip() } else { old.near_branch_target() };
+            let moves = format!("{} -> {}", insn::hex(code), insn::hex(&moved));
+            assert_eq!(leaves(&moved, to, true), old.near_branch_target(), "{moves}");
+            assert_eq!(leaves(&moved, to, false), untaken, "{moves}");
+            assert_eq!((old.mnemonic(), old.rflags_read()), (new.mnemonic(), new.rflags_read()), "{moves}");
         }
-        _ => {
+        flow => {
+            if flow == FlowControl::Next {
+                assert_eq!(leaves(&moved, to, false), old.next_ip());
+            }
             assert_eq!(old.mnemonic(), new.mnemonic(), "{} -> {}", insn::hex(code), insn::hex(&moved));
             assert_eq!(old.op_count(), new.op_count());
             for i in 0..old.op_count() {

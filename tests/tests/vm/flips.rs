@@ -1,7 +1,7 @@
 //! Promise: a hammered function is switched under full load, on every vCPU, and nobody sees
 //! anything but the old and the new behaviour.
 
-use tests::campaigns::flips;
+use tests::campaigns::{flips, sites};
 use tests::vm::Setup;
 
 use super::Test;
@@ -11,6 +11,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("flips::hold_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "hold", 1000)),
     ("flips::bypass_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "bypass", 1000)),
     ("flips::inspect_200_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "inspect", 200)),
+    ("flips::every_kind_of_site_under_nmis", |lab| sites(lab, 4, 180, true)),
     ("flips::breakpoint_with_fences_by_kick", |lab| flips(lab, &by_kick(), "breakpoint", 100)),
     ("flips::hold_with_fences_by_kick", |lab| flips(lab, &by_kick(), "hold", 100)),
 ];

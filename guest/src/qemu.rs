@@ -1,5 +1,5 @@
 //! The rig's emulator: QEMU's TCG with five defects corrected, built from the distribution's
-//! source package once and cached. [`PATCHES`] is the whole change; the decision note
+//! source package once and cached. `PATCHES` is the whole change; the decision note
 //! `docs/rig.md` tells how the defects show.
 
 use std::fs;

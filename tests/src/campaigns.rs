@@ -69,12 +69,17 @@ pub fn every_vcpu(lab: &Lab, cpus: u8) -> Result<()> {
 /// # Errors
 /// Anything unexpected.
 pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
-    let mut vm = Vm::start(lab, &Setup::cpus(cpus))?;
+    // Room for what the NMIs log, or errors might be pushed out before they are read.
+    let setup = Setup { command_line: "log_buf_len=8M".into(), ..Setup::cpus(cpus) };
+    let mut vm = Vm::start(lab, &setup)?;
     let bed = lay_bed(&vm)?;
     vm.apply(&json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
         "patches": [{ "redirect": "__x64_sys_getppid", "to": testbed::FUNCTION }] }))?;
     vm.hammer("getppid", 0, 1)?;
     vm.expect_all(false)?;
+    if nmis {
+        vm.ask("nmis 100")?;
+    }
     let (mut done, mut traps, mut by_strategy) = (0, 0, BTreeMap::new());
     for station in bed.stations.iter().cycle() {
         for strategy in strategies(&vm, station)? {
@@ -91,10 +96,6 @@ pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
             *by_strategy.entry(strategy).or_insert(0) += 2;
             done += 2;
         }
-        if nmis {
-            // Every CPU gets an NMI and tells where it is; that is no error.
-            vm.ask("write /proc/sysrq-trigger l")?;
-        }
         vm.expect_no_kernel_errors()?;
         if done >= flips {
             break;
@@ -102,8 +103,20 @@ pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
     }
     vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;
-    println!("{done} flips of {} sites on {cpus} vCPUs: {by_strategy:?}, {traps} traps", bed.stations.len());
+    let taken = nmis_taken(&mut vm)?;
+    ensure!(!nmis || taken > 0, "no CPU took an NMI");
+    println!(
+        "{done} flips of {} sites on {cpus} vCPUs: {by_strategy:?}, {traps} traps, {taken} NMIs",
+        bed.stations.len()
+    );
     vm.power_off()
+}
+
+/// How many NMIs the guest's CPUs have taken.
+fn nmis_taken(vm: &mut Vm) -> Result<u64> {
+    let (lines, _) = vm.ask("cat /proc/interrupts")?;
+    let line = lines.iter().find_map(|line| line.trim().strip_prefix("NMI:")).context("a line of NMIs")?;
+    Ok(line.split_whitespace().map_while(|count| count.parse::<u64>().ok()).sum())
 }
 
 /// Replaces the function that nobody uses.

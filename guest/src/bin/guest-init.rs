@@ -6,6 +6,7 @@
 //! ```text
 //! hammer CALL A B    all CPUs hammer the system call; results must be A or B
 //! count              what every CPU saw in calls begun after this command
+//! nmis MS            from now on every CPU gets an NMI so often, and tells where it is
 //! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
 //! write PATH TEXT    writes a file
@@ -17,13 +18,15 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
+use std::sync::Mutex;
 use std::thread;
+use std::time::Duration;
 
 use guest::workload::Hammer;
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
-use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 fn main() {
     if let Err(error) = serve() {
@@ -56,14 +59,21 @@ fn serve() -> io::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
     for line in BufReader::new(console).lines() {
-        let last = match init.obey(&line?) {
+        let line = line?;
+        let turn = CONSOLE.lock();
+        let last = match init.obey(&line) {
             Ok(rest) => format!("@end ok {rest}"),
             Err(error) => format!("@end error {error}"),
         };
         init.say(last.trim_end())?;
+        tcdrain(&init.console)?;
+        drop(turn);
     }
     Ok(())
 }
+
+/// Whose turn it is to make the console write: an answer's, or the kernel's.
+static CONSOLE: Mutex<()> = Mutex::new(());
 
 struct Init {
     console: File,
@@ -88,6 +98,21 @@ impl Init {
                 let hammer = Hammer::start(call, expected, self.cpus).map_err(io::Error::other)?;
                 self.hammer = Some(hammer);
                 Ok(format!("cpus={}", self.cpus))
+            }
+            ["nmis", period] => {
+                let period = Duration::from_millis(period.parse().map_err(io::Error::other)?);
+                thread::spawn(move || {
+                    // A backtrace of all CPUs; Linux asks for it by NMI (kernel/nmi_backtrace.c).
+                    loop {
+                        let turn = CONSOLE.lock();
+                        if fs::write("/proc/sysrq-trigger", "l").is_err() {
+                            break;
+                        }
+                        drop(turn);
+                        thread::sleep(period);
+                    }
+                });
+                Ok(String::new())
             }
             ["count"] => self.count(),
             ["dmesg"] => self.dmesg(),

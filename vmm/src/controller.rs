@@ -451,9 +451,9 @@ impl Controller {
 
     /// Removes the arena once nobody is in a copy or may come back to one.
     fn remove_arena(&mut self) -> Answer {
-        let Some(mut arena) = self.arena.take() else { return Answer::Done };
+        let Some(mut arena) = self.arena.take().filter(GuestArena::is_mapped) else { return Answer::Done };
         let answer = self.unmap(&mut arena);
-        // Whatever was in it, it begins anew; if it had to stay, the copies stay too.
+        // If it had to stay, the copies stay too; otherwise it begins anew.
         self.arena = Some(arena).filter(GuestArena::is_mapped);
         answer
     }
@@ -467,7 +467,7 @@ impl Controller {
             Ok(kernel) => kernel.clone(),
             Err(refusal) => return refuse(refusal),
         };
-        if arena.is_mapped() && interior::preempts(kernel.kernel(), &kernel) {
+        if interior::preempts(kernel.kernel(), &kernel) {
             return refuse(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" });
         }
         let nobody = Condition { inside: vec![arena.arena.range()], ..Condition::default() };

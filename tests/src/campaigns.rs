@@ -243,12 +243,15 @@ pub fn many_sites(lab: &Lab, most: usize, rounds: usize) -> Result<()> {
             plan["strategy"] = json!(strategy);
             plan["patches"].as_array_mut().context("patches")?.truncate(sites);
             let mut times = Vec::new();
-            for _ in 0..rounds {
+            for round in 0..rounds {
                 let report = vm.apply(&plan)?;
                 let timing = &report["timing"];
                 let expected = if strategy == "hold" { 2 } else { 4 };
                 ensure!(timing["fences"] == expected, "{strategy}, {sites} sites: {timing}");
                 times.push(timing["program_us"].as_u64().context("a time")?);
+                if round == 0 {
+                    vm.expect_all(false)?;
+                }
                 vm.revert("many")?;
             }
             times.sort_unstable();

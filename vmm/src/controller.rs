@@ -29,7 +29,6 @@ use crate::kvm::Vm;
 use crate::layout::ARENA;
 use crate::live::Live;
 use crate::locate::{GuestKernel, Located};
-use crate::memory::GuestRam;
 use crate::rendezvous::{FenceError, Rendezvous};
 use crate::standing::Registers;
 
@@ -167,7 +166,6 @@ struct Applied {
 pub struct Controller {
     config: Config,
     vm: Arc<Vm>,
-    ram: Arc<GuestRam>,
     rendezvous: Arc<Rendezvous>,
     uses_membarrier: bool,
     host: Host,
@@ -196,7 +194,6 @@ impl Controller {
         Self {
             config,
             vm: machine.vm().clone(),
-            ram: machine.ram().clone(),
             rendezvous: machine.rendezvous().clone(),
             uses_membarrier: machine.uses_membarrier(),
             host: machine.host(),
@@ -269,7 +266,7 @@ impl Controller {
             Command::List => Answer::Patches(self.patches.iter().map(Applied::summary).collect()),
             Command::Show(name) => match self.find(&name) {
                 Ok(index) => Answer::Report(Box::new(self.patches[index].report.clone())),
-                Err(refusal) => Answer::Refused(Refusals::new(vec![refusal.at_root()])),
+                Err(refusal) => refused(refusal),
             },
             Command::Revert(name) => self.revert(&name),
         }
@@ -337,7 +334,7 @@ impl Controller {
             let not_ready = |why: &str| Refusal::GuestNotReady { why: why.to_owned() };
             let found = self.located.ok_or_else(|| not_ready("it has not set up system calls yet"))?;
             let image = self.image.parsed().map_err(|why| not_ready(&why))?;
-            self.kernel = Some(GuestKernel::new(image, found, self.ram.clone())?);
+            self.kernel = Some(GuestKernel::new(image, found, self.vm.ram().clone())?);
         }
         self.kernel.as_ref().ok_or(Refusal::GuestNotReady { why: String::new() })
     }
@@ -412,7 +409,7 @@ impl Controller {
         };
         let report = match self.execute(&plan, program, asked) {
             Ok(report) => report,
-            Err(refusal) => return Answer::Refused(Refusals::new(vec![refusal.at_root()])),
+            Err(refusal) => return refused(refusal),
         };
         if report.state == PatchState::Applied {
             // A name may be used again after its patch was reverted.
@@ -452,23 +449,17 @@ impl Controller {
     /// Removes the arena once nobody is in a copy or may come back to one.
     fn remove_arena(&mut self) -> Answer {
         let Some(mut arena) = self.arena.take().filter(GuestArena::is_mapped) else { return Answer::Done };
-        let answer = self.unmap(&mut arena);
+        let removed = self.unmap(&mut arena);
         // If it had to stay, the copies stay too; otherwise it begins anew.
         self.arena = Some(arena).filter(GuestArena::is_mapped);
-        answer
+        removed.err().unwrap_or(Answer::Done)
     }
 
-    fn unmap(&mut self, arena: &mut GuestArena) -> Answer {
-        let refuse = |refusal: Refusal| Answer::Refused(Refusals::new(vec![refusal.at_root()]));
-        if let Err(refusal) = self.not_held() {
-            return refuse(refusal);
-        }
-        let kernel = match self.kernel() {
-            Ok(kernel) => kernel.clone(),
-            Err(refusal) => return refuse(refusal),
-        };
+    fn unmap(&mut self, arena: &mut GuestArena) -> Result<(), Answer> {
+        self.not_held().map_err(refused)?;
+        let kernel = self.kernel().map_err(refused)?.clone();
         if interior::preempts(kernel.kernel(), &kernel) {
-            return refuse(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" });
+            return Err(refused(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" }));
         }
         let nobody = Condition { inside: vec![arena.arena.range()], ..Condition::default() };
         let mut target = Live::new(&kernel, &self.rendezvous, REMOVAL_PATIENCE);
@@ -478,7 +469,7 @@ impl Controller {
                 self.vm.remake_slot(ARENA).map_err(|error| error.to_string())
             });
         self.rendezvous.release();
-        removed.map_or_else(|what| Answer::Failed(format!("removing the arena: {what}")), |()| Answer::Done)
+        removed.map_err(|what| Answer::Failed(format!("removing the arena: {what}")))
     }
 
     /// Runs the program of a resolved plan.
@@ -529,7 +520,7 @@ impl Controller {
             return;
         }
         let kernel = self.kernel().cloned().map_err(|refusal| refusal.to_string());
-        if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, &self.ram)) {
+        if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, self.vm.ram())) {
             self.at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}")));
         }
     }
@@ -543,7 +534,7 @@ impl Controller {
             Arrival::First(page) => page,
         };
         self.at_init(Self::apply);
-        if let Err(error) = self.ram.write_protect(page, false) {
+        if let Err(error) = self.vm.ram().write_protect(page, false) {
             eprintln!("vmm: {error}");
         }
         true
@@ -566,6 +557,10 @@ impl Applied {
             strategy: self.report.strategy,
         }
     }
+}
+
+fn refused(refusal: Refusal) -> Answer {
+    Answer::Refused(Refusals::new(vec![refusal.at_root()]))
 }
 
 fn ms(time: Duration) -> u64 {

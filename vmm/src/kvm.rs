@@ -149,7 +149,7 @@ impl Vm {
     }
 }
 
-fn regions(ram: &Arc<GuestRam>) -> impl Iterator<Item = kvm_userspace_memory_region> {
+fn regions(ram: &GuestRam) -> impl Iterator<Item = kvm_userspace_memory_region> {
     (0..).zip(ram.slots()).map(|(slot, part)| kvm_userspace_memory_region {
         slot,
         flags: 0,

@@ -128,12 +128,6 @@ impl Machine {
         &self.vm
     }
 
-    /// Guest memory.
-    #[must_use]
-    pub fn ram(&self) -> &Arc<GuestRam> {
-        self.vm.ram()
-    }
-
     /// Where the vCPUs are met.
     #[must_use]
     pub fn rendezvous(&self) -> &Arc<Rendezvous> {

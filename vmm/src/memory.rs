@@ -5,9 +5,9 @@
 //! Both ask for large pages: a guest touches most of its first 100 MiB while it boots, and
 //! each page is an exit (in the rig, 2.3 s to init and power-off with them, 4.5 s without).
 //!
-//! Unsafe code: `mprotect` on mapping A. Invariant: nothing in this process holds a
-//! reference into mapping A or writes through it; only KVM uses it, and KVM turns a write
-//! to a protected page into an exit.
+//! Unsafe code: `mprotect` on mapping A, advice on both. Invariant: nothing in this process
+//! holds a reference into mapping A or writes through it; only KVM uses it, and KVM turns a
+//! write to a protected page into an exit.
 #![allow(unsafe_code)]
 
 use std::fs::File;

@@ -23,8 +23,8 @@ pub struct Apt {
 }
 
 impl Apt {
-    /// Sets up a private apt below `folder` for `suite` (a codename such as `trixie`),
-    /// its updates and its security archive, and fetches the package lists.
+    /// Sets up a private apt below `folder` for `suite` (a codename such as `trixie`, or
+    /// `bookworm-backports`), its updates and its security archive, and fetches the package lists.
     ///
     /// # Errors
     /// [`Error::Archive`] when the system has no apt source to derive ours from.
@@ -150,7 +150,9 @@ fn parse_lines(text: &str) -> Vec<Source> {
 fn derive(sources: &[Source], from: &str, to: &str, kind: Kind) -> String {
     let wanted = |suite: &str| {
         let rest = suite.strip_prefix(from)?;
-        matches!(rest, "" | "-updates" | "-security").then(|| format!("{to}{rest}"))
+        // Backports have no updates of their own.
+        let exists = rest.is_empty() || !to.contains('-') && matches!(rest, "-updates" | "-security");
+        exists.then(|| format!("{to}{rest}"))
     };
     let types = match kind {
         Kind::Binary => "deb",
@@ -199,5 +201,9 @@ mod tests {
         let from_lines = derive(&lines, "bookworm", "trixie", Kind::Binary);
         assert_eq!(from_lines.matches("Suites: trixie").count(), 3);
         assert!(!from_lines.contains("nodistro"));
+        assert_eq!(
+            derive(&deb822, "bookworm", "bookworm-backports", Kind::Binary),
+            "Types: deb\nURIs: mirror:/x\nSuites: bookworm-backports\nComponents: main\nSigned-By: /k.gpg\n\n"
+        );
     }
 }

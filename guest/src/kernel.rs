@@ -8,8 +8,8 @@ use crate::apt::{Apt, Kind};
 use crate::progress::Step;
 use crate::{AtPath, Error, cache, output_of};
 
-/// The suite whose kernel the tests use: Debian 12, Linux 6.1.
-const SUITE: &str = "bookworm";
+/// The kernels that the tests use, by the suite that has them: Linux 6.1 and 6.12.
+const SUITES: [&str; 2] = ["bookworm", "bookworm-backports"];
 /// The meta package that depends on the newest kernel for virtual machines.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 
@@ -24,12 +24,24 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The stock Debian kernel, fetched on first use.
+    /// Debian's stock kernel, Linux 6.1, fetched on first use.
     ///
     /// # Errors
     /// When there is no cached copy and the archive can't be reached.
     pub fn debian() -> Result<Self, Error> {
-        let folder = cache::entry(&format!("kernel-{SUITE}-cloud"), fetch)?;
+        Self::of(SUITES[0])
+    }
+
+    /// Debian's kernel of a later generation, Linux 6.12, fetched on first use.
+    ///
+    /// # Errors
+    /// As [`Kernel::debian`].
+    pub fn backports() -> Result<Self, Error> {
+        Self::of(SUITES[1])
+    }
+
+    fn of(suite: &str) -> Result<Self, Error> {
+        let folder = cache::entry(&format!("kernel-{suite}-cloud"), |into| fetch(suite, into))?;
         Self::open(&folder)
     }
 
@@ -56,10 +68,10 @@ impl Kernel {
     }
 }
 
-fn fetch(into: &Path) -> Result<(), Error> {
-    let step = Step::new(format!("Fetching the stock kernel ({SUITE}, {META_PACKAGE})"));
+fn fetch(suite: &str, into: &Path) -> Result<(), Error> {
+    let step = Step::new(format!("Fetching the stock kernel ({suite}, {META_PACKAGE})"));
     let work = into.join("apt");
-    let apt = Apt::new(&work, SUITE, Kind::Binary)?;
+    let apt = Apt::new(&work, suite, Kind::Binary)?;
     let depends = output_of(apt.command("apt-cache").args(["depends", META_PACKAGE]))?;
     let package = depends
         .lines()

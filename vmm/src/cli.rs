@@ -17,6 +17,7 @@ Examples:
   vmm --kernel bzImage --initrd initrd --cpus 4 --memory 512 --api-socket /run/vm.sock
   vmm --kernel bzImage --initrd initrd --patch plan.json
   vmm patch apply --socket /run/vm.sock plan.json
+  vmm kernel keys --kernel bzImage sched
   vmm doctor
 
 On the console, Ctrl-A x or Ctrl-C ends the VM, Ctrl-A c sends the guest a Ctrl-C.
@@ -79,6 +80,9 @@ pub enum Command {
     /// Look at a running VM, pause and resume it.
     #[command(subcommand)]
     Vm(Vm),
+    /// Look into a kernel image: symbols and patch sites, without a guest.
+    #[command(subcommand)]
+    Kernel(KernelCommand),
     /// Find out by trying whether this host can run and patch guests.
     #[command(after_help = "Exit code: 0 if guests can be run and patched here, 1 if not.")]
     Doctor {
@@ -192,4 +196,92 @@ pub enum Vm {
         #[command(flatten)]
         at: At,
     },
+}
+
+/// Which kernel, and how to print.
+#[derive(Debug, Args)]
+pub struct KernelFile {
+    /// The kernel image (bzImage or vmlinux).
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+const KERNEL_EXAMPLES: &str = "\
+Examples:
+  vmm kernel info --kernel /boot/vmlinuz
+  vmm kernel keys --kernel /boot/vmlinuz sched
+  vmm kernel tables --kernel /boot/vmlinuz alternatives --json
+
+Addresses are those the kernel was linked at. Exit codes: 0 done, 2 no kernel image.";
+
+/// `vmm kernel`.
+#[derive(Debug, Subcommand)]
+#[command(after_help = KERNEL_EXAMPLES)]
+pub enum KernelCommand {
+    /// Show its release, and how many patch sites of each kind it has.
+    Info {
+        /// Which kernel.
+        #[command(flatten)]
+        file: KernelFile,
+    },
+    /// List its symbols, as /proc/kallsyms does.
+    Symbols {
+        /// Which kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// Only names that contain this.
+        pattern: Option<String>,
+    },
+    /// List a table of patch sites.
+    Tables {
+        /// Which kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// Which table.
+        table: Table,
+    },
+    /// List the static keys.
+    Keys {
+        /// Which kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// Only names that contain this.
+        pattern: Option<String>,
+    },
+    /// List the static calls.
+    Calls {
+        /// Which kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// Only names that contain this.
+        pattern: Option<String>,
+    },
+    /// List the processor features that alternatives are chosen by.
+    Features {
+        /// Which kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// Only names that contain this.
+        pattern: Option<String>,
+    },
+}
+
+/// A table of patch sites.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Table {
+    /// Jumps that static keys switch (`__jump_table`).
+    JumpEntries,
+    /// Calls that can be retargeted (`.static_call_sites`).
+    StaticCallSites,
+    /// Code chosen by processor features (`.altinstructions`).
+    Alternatives,
+    /// Lock prefixes (`.smp_locks`).
+    SmpLocks,
+    /// Calls of paravirtual operations (`.parainstructions`, up to 6.7).
+    ParavirtSites,
+    /// Instructions that may fault (`__ex_table`).
+    Exceptions,
 }

@@ -17,6 +17,7 @@ pub mod devices;
 pub mod doctor;
 pub mod exit;
 pub mod gate;
+pub mod kernel_file;
 pub mod kick;
 pub mod kvm;
 pub mod layout;

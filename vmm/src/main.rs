@@ -9,7 +9,7 @@ use clap::Parser;
 use hyper::Method;
 use patcher::plan::{MAX_BYTES, Plan};
 use serde_json::Value;
-use vmm::cli::{At, Cli, Command, Patch, Run, Vm};
+use vmm::cli::{At, Cli, Command, KernelCommand, Patch, Run, Vm};
 use vmm::config::Config;
 use vmm::control::client;
 use vmm::control::wire::Refusals;
@@ -18,7 +18,7 @@ use vmm::gate::AtInit;
 use vmm::monitor::{self, Options};
 use vmm::render::{self, Style};
 use vmm::vcpu::Ending;
-use vmm::{boot, doctor};
+use vmm::{boot, doctor, kernel_file};
 
 const BAD_INPUT: u8 = 2;
 const REFUSED: u8 = 3;
@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     let result = match (cli.command, cli.run) {
         (Some(Command::Patch(patch)), _) => patch_command(&patch),
         (Some(Command::Vm(vm)), _) => vm_command(&vm),
+        (Some(Command::Kernel(command)), _) => Ok(kernel_command(&command)),
         (Some(Command::Doctor { json }), _) => Ok(doctor::run(json)),
         (None, Some(run)) => run_vm(run),
         (None, None) => {
@@ -149,6 +150,16 @@ fn vm_command(vm: &Vm) -> Result<u8> {
         Vm::Pause { at } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
         Vm::Resume { at } => ask(at, Method::PUT, "/vm/resume", Vec::new()),
         Vm::RemoveArena { at } => ask(at, Method::DELETE, "/vm/arena", Vec::new()),
+    }
+}
+
+fn kernel_command(command: &KernelCommand) -> u8 {
+    match kernel_file::run(command) {
+        Err(error) if !error.is_broken_pipe() => {
+            eprintln!("vmm: {error}");
+            if matches!(error, kernel_file::Error::Output(_)) { 1 } else { BAD_INPUT }
+        }
+        _ => 0,
     }
 }
 

@@ -1,12 +1,10 @@
 //! The image as a whole.
 
-use object::elf::{EM_X86_64, PF_X, PT_LOAD};
-use object::read::elf::{FileHeader, ProgramHeader};
-use object::{Endianness, elf};
-
+use super::symbols::{Found, Symbols};
+use super::tables::Tables;
+use super::vmlinux::Vmlinux;
+use super::{kallsyms, payload};
 use crate::addr::Gva;
-use crate::kernel::symbols::{Found, Symbols};
-use crate::kernel::{kallsyms, payload};
 
 /// Why a file can't be used as a kernel image.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -26,9 +24,9 @@ pub enum Error {
         /// The size it states.
         bytes: u64,
     },
-    /// A compression method that is not supported.
+    /// A compression method that is not known.
     #[error(
-        "the payload's compression is not supported (it begins with {magic:02x?}); gzip, lz4 and zstd are"
+        "the payload's compression is not known (it begins with {magic:02x?}); gzip, bzip2, lzma, xz, lzo, lz4 and zstd are"
     )]
     Compression {
         /// Its first bytes.
@@ -60,7 +58,10 @@ pub enum Error {
 #[derive(Debug)]
 pub struct KernelImage {
     release: String,
+    build_id: Option<Vec<u8>>,
+    compression: Option<&'static str>,
     symbols: Symbols,
+    tables: Tables,
     text_base: Gva,
 }
 
@@ -71,34 +72,34 @@ impl KernelImage {
     /// See [`Error`]; it tells what about the file is wrong.
     pub fn parse(file: &[u8]) -> Result<Self, Error> {
         let unpacked = payload::extract(file)?;
-        let vmlinux = unpacked.as_deref().unwrap_or(file);
-        if !vmlinux.starts_with(&elf::ELFMAG) {
-            return Err(Error::Foreign);
-        }
-        let segments = segments(vmlinux)?;
-        let text_base = segments
-            .iter()
-            .find(|segment| segment.executable)
-            .map(|segment| segment.address)
-            .ok_or(Error::Elf { what: "no executable segment".into() })?;
-        let found = segments
-            .iter()
-            .find_map(|segment| kallsyms::read(segment.data, |address| address == text_base))
+        let vmlinux = Vmlinux::parse(unpacked.as_ref().map_or(file, |(_, vmlinux)| vmlinux))?;
+        let text_base = vmlinux.text_base().ok_or(Error::Elf { what: "no executable segment".into() })?;
+        let found = vmlinux
+            .segments()
+            .find_map(|segment| kallsyms::read(segment.bytes, |address| address == text_base.0))
             .ok_or(Error::NoSymbols)?;
         let symbols =
             Symbols::new(found.iter().map(|(address, kind, name)| (*address, *kind, name.as_str())))
                 .ok_or(Error::NoSymbols)?;
         let release = payload::header_release(file)
             .map(str::to_owned)
-            .or_else(|| banner_release(&symbols, &segments))
+            .or_else(|| banner_release(&symbols, &vmlinux))
             .ok_or(Error::NoRelease)?;
-        Ok(Self { release, symbols, text_base: Gva(text_base) })
+        Ok(Self {
+            release,
+            build_id: build_id(&symbols, &vmlinux),
+            compression: unpacked.as_ref().map(|(method, _)| *method),
+            tables: Tables::read(&vmlinux, &symbols),
+            symbols,
+            text_base,
+        })
     }
 
-    /// An image that is known already.
+    /// An image that is known already, without tables.
     #[must_use]
     pub fn from_parts(release: String, symbols: Symbols, text_base: Gva) -> Self {
-        Self { release, symbols, text_base }
+        let (build_id, compression, tables) = (None, None, Tables::default());
+        Self { release, build_id, compression, symbols, tables, text_base }
     }
 
     /// What `uname -r` says in this kernel.
@@ -107,10 +108,28 @@ impl KernelImage {
         &self.release
     }
 
+    /// The linker's hash of the whole build (`--build-id`), if there is one.
+    #[must_use]
+    pub fn build_id(&self) -> Option<&[u8]> {
+        self.build_id.as_deref()
+    }
+
+    /// How the vmlinux is compressed; `None` if it is not in a bzImage.
+    #[must_use]
+    pub fn compression(&self) -> Option<&'static str> {
+        self.compression
+    }
+
     /// Its symbols.
     #[must_use]
     pub fn symbols(&self) -> &Symbols {
         &self.symbols
+    }
+
+    /// Its tables of patch sites.
+    #[must_use]
+    pub fn tables(&self) -> &Tables {
+        &self.tables
     }
 
     /// Where `_text` was linked.
@@ -120,46 +139,39 @@ impl KernelImage {
     }
 }
 
-struct Segment<'a> {
-    address: u64,
-    data: &'a [u8],
-    executable: bool,
-}
-
-fn segments(vmlinux: &[u8]) -> Result<Vec<Segment<'_>>, Error> {
-    let bad = |e: object::Error| Error::Elf { what: e.to_string() };
-    let header = elf::FileHeader64::<Endianness>::parse(vmlinux).map_err(bad)?;
-    let endian = header.endian().map_err(bad)?;
-    if header.e_machine(endian) != EM_X86_64 {
-        return Err(Error::Elf { what: "it is for another machine".into() });
-    }
-    header
-        .program_headers(endian, vmlinux)
-        .map_err(bad)?
-        .iter()
-        .filter(|segment| segment.p_type(endian) == PT_LOAD)
-        .map(|segment| {
-            Ok(Segment {
-                address: segment.p_vaddr(endian),
-                data: segment.data(endian, vmlinux).map_err(|()| Error::Truncated { what: "vmlinux" })?,
-                executable: segment.p_flags(endian).0 & PF_X.0 != 0,
-            })
-        })
-        .collect()
-}
-
 /// The release in `linux_banner`: "Linux version RELEASE (...". (Linux init/version-timestamp.c)
-fn banner_release(symbols: &Symbols, segments: &[Segment<'_>]) -> Option<String> {
+fn banner_release(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<String> {
     let Found::One(banner) = symbols.find("linux_banner") else {
         return None;
     };
-    let text = segments.iter().find_map(|segment| {
-        let offset = usize::try_from(banner.0.checked_sub(segment.address)?).ok()?;
-        segment.data.get(offset..offset + 256)
-    })?;
-    let text = text.strip_prefix(b"Linux version ")?;
+    let text = vmlinux.bytes(banner, 256)?.strip_prefix(b"Linux version ")?;
     let end = text.iter().position(|&b| b == b' ')?;
     String::from_utf8(text[..end].to_vec()).ok()
+}
+
+/// The description of the note `NT_GNU_BUILD_ID` (gABI, "Note Section": three lengths of 32
+/// bits, then name and description, each padded to four bytes).
+fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
+    const BUILD_ID: u32 = 3;
+    let symbol = |name| match symbols.find(name) {
+        Found::One(at) => Some(at),
+        _ => None,
+    };
+    let marked = || vmlinux.between(symbol("__start_notes")?, symbol("__stop_notes")?);
+    let mut notes = marked().or_else(|| vmlinux.section(".notes"))?.bytes;
+    loop {
+        let mut word = || {
+            let (word, rest) = notes.split_first_chunk()?;
+            notes = rest;
+            Some(u32::from_le_bytes(*word))
+        };
+        let (name, text, kind) = (word()? as usize, word()? as usize, word()?);
+        let (name, rest) = notes.split_at_checked(name.next_multiple_of(4))?;
+        if kind == BUILD_ID && name == b"GNU\0" {
+            return rest.get(..text).map(<[u8]>::to_vec);
+        }
+        notes = rest.get(text.next_multiple_of(4)..)?;
+    }
 }
 
 #[cfg(test)]

@@ -105,6 +105,26 @@ impl Symbols {
         Some(Function { name: self.entry_name(named), start: Gva(found.address), end: Gva(end) })
     }
 
+    /// Where the next symbol behind an address begins.
+    #[must_use]
+    pub fn after(&self, address: Gva) -> Option<Gva> {
+        let after = self.entries.partition_point(|entry| entry.address <= address.0);
+        self.entries.get(after).map(|entry| Gva(entry.address))
+    }
+
+    /// An address in the form `symbol` or `symbol+0xoffset`, of a symbol of any kind.
+    #[must_use]
+    pub fn describe(&self, address: Gva) -> Option<String> {
+        let after = self.entries.partition_point(|entry| entry.address <= address.0);
+        let at = self.entries[..after].last()?.address;
+        let first = self.entries.partition_point(|entry| entry.address < at);
+        // A name that leads back here, if there is one.
+        let names = || self.entries[first..after].iter().map(|entry| self.entry_name(entry));
+        let name =
+            names().find(|name| matches!(self.find(name), Found::One(_))).or_else(|| names().next())?;
+        Some(if at == address.0 { name.to_owned() } else { format!("{name}+{:#x}", address.0 - at) })
+    }
+
     /// All symbols in the order of their addresses: address, type letter, name.
     pub fn iter(&self) -> impl Iterator<Item = (Gva, u8, &str)> {
         self.entries.iter().map(|entry| (Gva(entry.address), entry.kind, self.entry_name(entry)))

@@ -8,6 +8,7 @@ pub mod apt;
 pub mod binaries;
 pub mod cache;
 pub mod initramfs;
+pub mod kallsyms;
 pub mod kernel;
 pub mod packages;
 pub mod progress;

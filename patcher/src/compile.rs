@@ -15,6 +15,9 @@
 //!                                                every site: check new
 //! ```
 //!
+//! The kernel's own data that goes with the sites is checked before the first write to one,
+//! and replaced when all are new.
+//!
 //! Undoing replays the journal backwards, and the fences are steps of it: between restoring
 //! the heads to `int3`, the tails, and the old heads there are the same fences as on the way
 //! forward. `docs/fences.md` says why each is there, `docs/model.md` shows what happens
@@ -24,6 +27,7 @@ use std::sync::Arc;
 
 use crate::addr::Gva;
 use crate::arena::{Arena, Copy, NoCopy};
+use crate::expand::Datum;
 use crate::insn::{self, INT3};
 use crate::plan::Strategy;
 use crate::program::{Program, Reversible, Step};
@@ -58,14 +62,14 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    let sites = &plan.sites;
+    let (sites, data) = (&plan.sites, &plan.data);
     let mut copies = Vec::new();
     let steps = match strategy {
-        Strategy::Hold => stopped(Step::Hold, sites),
-        Strategy::Inspect => stopped(Step::Inspect(condition(plan)), sites),
-        Strategy::Store => store(sites),
-        Strategy::Bypass => bypass(sites, arena, &mut copies)?,
-        Strategy::Breakpoint | Strategy::Auto => trapped(sites, sites.iter().map(effect_or_wait)),
+        Strategy::Hold => stopped(Step::Hold, sites, data),
+        Strategy::Inspect => stopped(Step::Inspect(condition(plan)), sites, data),
+        Strategy::Store => store(sites, data),
+        Strategy::Bypass => bypass(sites, data, arena, &mut copies)?,
+        Strategy::Breakpoint | Strategy::Auto => trapped(sites, data, sites.iter().map(effect_or_wait)),
     };
     Ok(Program { strategy, reason, sites: sites.clone(), copies, steps })
 }
@@ -110,6 +114,7 @@ fn condition(plan: &ResolvedPlan) -> Condition {
         inside: several.map(|site| Gva(site.at.0 + 1)..site.end()).collect(),
         outside: plan.outside.clone(),
         preemptible: plan.preemptible,
+        unlocked: plan.unlocked,
     }
 }
 
@@ -137,17 +142,30 @@ fn write(at: Gva, new: &[u8], old: &[u8]) -> Reversible {
     step(to(new), [to(old)])
 }
 
-fn stopped(stop: Step, sites: &[Site]) -> Vec<Reversible> {
+/// The kernel's own word for the state of the sites, which somebody may have changed.
+fn check_word(datum: &Datum) -> Reversible {
+    step(Step::Check { at: datum.at, bytes: datum.old.clone() }, [])
+}
+
+/// Replaces it in one access: the guest counts there, too.
+fn store_word(datum: &Datum) -> Reversible {
+    let over = |old: &[u8], new: &[u8]| Step::Store { at: datum.at, old: old.to_vec(), new: new.to_vec() };
+    step(over(&datum.old, &datum.new), [over(&datum.new, &datum.old)])
+}
+
+fn stopped(stop: Step, sites: &[Site], data: &[Datum]) -> Vec<Reversible> {
     let mut steps = vec![step(stop, [Step::Fence, Step::Release])];
     steps.extend(sites.iter().map(check_old));
+    steps.extend(data.iter().map(check_word));
     steps.extend(sites.iter().map(|site| write(site.at, &site.new, &site.old)));
+    steps.extend(data.iter().map(store_word));
     steps.extend(sites.iter().map(check_new));
     // Nothing that comes now can fail halfway, so nothing needs an undo.
     steps.extend([step(Step::Fence, []), step(Step::Release, [])]);
     steps
 }
 
-fn store(sites: &[Site]) -> Vec<Reversible> {
+fn store(sites: &[Site], data: &[Datum]) -> Vec<Reversible> {
     let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.to_vec(), new: new.to_vec() };
     let mut steps = Vec::new();
     for (i, site) in sites.iter().enumerate() {
@@ -155,6 +173,7 @@ fn store(sites: &[Site]) -> Vec<Reversible> {
         let undo = if i == 0 { vec![Step::Fence] } else { vec![] };
         steps.push(step(Step::Check { at: site.at, bytes: site.old.clone() }, undo));
     }
+    steps.extend(data.iter().map(check_word));
     steps.extend(
         sites
             .iter()
@@ -162,6 +181,7 @@ fn store(sites: &[Site]) -> Vec<Reversible> {
     );
     steps.push(step(Step::Fence, []));
     steps.extend(sites.iter().map(check_new));
+    steps.extend(data.iter().map(store_word));
     steps
 }
 
@@ -178,6 +198,7 @@ fn effect(site: &Site) -> Option<Way> {
 
 fn bypass(
     sites: &[Site],
+    data: &[Datum],
     arena: &mut Arena,
     copies: &mut Vec<Copy>,
 ) -> Result<Vec<Reversible>, Vec<Refused>> {
@@ -206,14 +227,15 @@ fn bypass(
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    steps.extend(trapped(sites, ways));
+    steps.extend(trapped(sites, data, ways));
     Ok(steps)
 }
 
-fn trapped(sites: &[Site], ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
+fn trapped(sites: &[Site], data: &[Datum], ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
     let table = Arc::new(TrapTable::new(ways));
     let mut steps =
         vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])];
+    steps.extend(data.iter().map(check_word));
     for site in sites {
         steps.extend([check_old(site), write(site.at, &[INT3], &site.old[..1])]);
     }
@@ -226,6 +248,7 @@ fn trapped(sites: &[Site], ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Re
     steps.extend(sites.iter().map(|site| write(site.at, &site.new[..1], &[INT3])));
     steps.push(fence());
     steps.extend(sites.iter().map(check_new));
+    steps.extend(data.iter().map(store_word));
     steps.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
     steps
 }

@@ -209,6 +209,29 @@ pub fn jmp_rel32(at: Gva, to: Gva) -> Option<[u8; 5]> {
     Some([0xe9, a, b, c, d])
 }
 
+/// `call rel32`, as [`jmp_rel32`].
+#[must_use]
+pub fn call_rel32(at: Gva, to: Gva) -> Option<[u8; 5]> {
+    let [_, a, b, c, d] = jmp_rel32(at, to)?;
+    Some([0xe8, a, b, c, d])
+}
+
+/// A conditional jump whose opcode is `0f` and `condition`, six bytes, as [`jmp_rel32`].
+#[must_use]
+pub fn jcc_rel32(condition: u8, at: Gva, to: Gva) -> Option<[u8; 6]> {
+    // The opcode has one byte more, so the displacement counts from one byte on.
+    let [_, a, b, c, d] = jmp_rel32(at.plus(1)?, to)?;
+    Some([0x0f, condition, a, b, c, d])
+}
+
+/// `jmp rel8`, two bytes, as [`jmp_rel32`].
+#[must_use]
+pub fn jmp_rel8(at: Gva, to: Gva) -> Option<[u8; 2]> {
+    let next = at.plus(2)?;
+    let distance = i128::from(to.0) - i128::from(next.0);
+    Some([0xeb, i8::try_from(distance).ok()?.cast_unsigned()])
+}
+
 /// Bytes as lower-case hex, without separators.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
@@ -252,6 +275,23 @@ mod tests {
         }
         assert_eq!(jmp_rel32(Gva(0), Gva(0x8000_0005)), None);
         assert_eq!(jmp_rel32(Gva(u64::MAX - 2), Gva(0)), None);
+    }
+
+    #[test]
+    fn calls_and_other_jumps_land_there_too() {
+        let (at, to) = (Gva(0xffff_ffff_8100_0000), Gva(0xffff_ffff_8100_0050));
+        let codes = [
+            call_rel32(at, to).map(Vec::from),
+            jcc_rel32(0x84, at, to).map(Vec::from),
+            jmp_rel8(at, to).map(Vec::from),
+        ];
+        for code in codes {
+            let code = code.expect("in reach");
+            let insn = decode(&code, at).next().expect("an instruction");
+            assert_eq!((insn.len, insn.branch), (code.len(), Some(to)));
+        }
+        assert_eq!(jmp_rel8(at, Gva(at.0 + 2 + 0x80)), None);
+        assert!(jmp_rel8(at, Gva(at.0 + 2 - 0x80)).is_some());
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 
 use crate::addr::Gva;
 use crate::insn::{self, Insn};
+use crate::kernel::{Kernel, Text};
 use crate::refusal::Refusal;
-use crate::resolve::{Kernel, Text};
 
 /// Where a vCPU may stand inside `code`, which is at `at`: the boundaries between its
 /// instructions that control can come to.
@@ -44,14 +44,21 @@ impl<'a> Sleepers<'a> {
     }
 
     /// Refuses `code` at `at` if such a task may come back to one of the boundaries `inside`.
-    pub(crate) fn keep_out(&self, code: &[u8], at: Gva, inside: &[Gva]) -> Result<(), Refusal> {
+    /// `calls_sleep` is whether it may sleep in what is called there.
+    pub(crate) fn keep_out(
+        &self,
+        code: &[u8],
+        at: Gva,
+        inside: &[Gva],
+        calls_sleep: bool,
+    ) -> Result<(), Refusal> {
         if inside.is_empty() {
             return Ok(());
         }
         let insns: Vec<Insn> = insn::decode(code, at).collect();
         let comes_back = |boundary: Gva| {
             let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
-            if before.is_some_and(|insn| insn.returns) {
+            if calls_sleep && before.is_some_and(|insn| insn.returns) {
                 return Some("what is called before it returns there");
             }
             if self.may_fault(boundary) {

@@ -15,6 +15,7 @@
 pub mod addr;
 pub mod arena;
 pub mod compile;
+pub mod expand;
 pub mod insn;
 pub mod interior;
 pub mod kernel;
@@ -26,4 +27,5 @@ pub mod refusal;
 pub mod resolve;
 pub mod session;
 pub mod target;
+pub mod targets;
 pub mod trap;

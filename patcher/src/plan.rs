@@ -7,8 +7,15 @@
 //!   "quiesced": { "preemptible": true, "outside": ["queued_spin_unlock"] },
 //!   "patches": [
 //!     { "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" },
-//!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" } ] }
+//!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" },
+//!     { "static_key": "sched_schedstats", "enable": true },
+//!     { "static_call": "cond_resched", "target": "__static_call_return0" },
+//!     { "alternatives": "smap", "enable": false },
+//!     { "smp_locks": false, "force": false },
+//!     { "paravirt": "spinlocks", "to": "kvm" } ] }
 //! ```
+//!
+//! A static call whose target is `none` calls nothing.
 
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +103,61 @@ pub enum Patch {
         /// The function to enter.
         to: String,
     },
+    /// Make a static key true or false.
+    StaticKey {
+        /// The key: `symbol` or `symbol+0xoff`, with `module:` before it if it is a module's.
+        static_key: String,
+        /// Which.
+        enable: bool,
+    },
+    /// Let a static call go elsewhere.
+    StaticCall {
+        /// The call, by the name that the kernel's source has.
+        static_call: String,
+        /// The function to call, or `none`.
+        target: String,
+    },
+    /// Use or undo the alternatives for a feature of the processor.
+    Alternatives {
+        /// The feature: as in `/proc/cpuinfo`, or `word*32+bit`.
+        alternatives: String,
+        /// Whether the code is to be as if it was there.
+        enable: bool,
+    },
+    /// Switch lock prefixes on or off, all of them.
+    SmpLocks {
+        /// On or off.
+        smp_locks: bool,
+        /// Off even with more vCPUs than one.
+        force: bool,
+    },
+    /// Switch the paravirtual operations of spinlocks.
+    Paravirt {
+        /// To which ones.
+        to: Spinlocks,
+    },
+}
+
+impl Patch {
+    /// The function that the patch names, if its site is told by one.
+    #[must_use]
+    pub fn function(&self) -> Option<&str> {
+        match self {
+            Self::Raw { at, .. } => at.split('+').next(),
+            Self::Redirect { from, .. } => from.split('+').next(),
+            _ => None,
+        }
+    }
+}
+
+/// Kinds of spinlocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Spinlocks {
+    /// A waiter spins until it has the lock.
+    Native,
+    /// A waiter halts after a while, and the unlocker has the host wake it.
+    Kvm,
 }
 
 // What JSON may hold, before it is checked. Every field is optional in `RawPatch` so that a
@@ -131,14 +193,22 @@ struct RawQuiesced {
     outside: Vec<String>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct RawPatch {
     at: Option<String>,
     expect: Option<String>,
     replace: Option<String>,
     redirect: Option<String>,
     to: Option<String>,
+    static_key: Option<String>,
+    static_call: Option<String>,
+    target: Option<String>,
+    alternatives: Option<String>,
+    enable: Option<bool>,
+    smp_locks: Option<bool>,
+    force: Option<bool>,
+    paravirt: Option<String>,
 }
 
 impl Plan {
@@ -226,22 +296,75 @@ fn is_name_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
+/// What a patch may be: the field that tells, and those that belong to it.
+const KINDS: &str = "a patch has \"at\" with \"expect\" and \"replace\", \"redirect\" with \"to\", \
+    \"static_key\" with \"enable\", \"static_call\" with \"target\", \"alternatives\" with \"enable\", \
+    \"smp_locks\", or \"paravirt\" with \"to\"";
+
 impl RawPatch {
-    fn check(self) -> Result<Patch, (&'static str, String)> {
-        match self {
-            Self { at: Some(at), expect: Some(expect), replace: Some(replace), redirect: None, to: None } => {
-                let expect = bytes(&expect).map_err(|what| ("/expect", what))?;
-                let replace = bytes(&replace).map_err(|what| ("/replace", what))?;
-                Ok(Patch::Raw { at, expect, replace })
-            }
-            Self { at: None, expect: None, replace: None, redirect: Some(from), to: Some(to) } => {
-                Ok(Patch::Redirect { from, to })
-            }
-            _ => Err((
-                "",
-                "a patch is either \"at\", \"expect\" and \"replace\", or \"redirect\" and \"to\"".into(),
-            )),
+    fn check(mut self) -> Result<Patch, (&'static str, String)> {
+        let patch = self.take()?;
+        match self.left_over() {
+            None => Ok(patch),
+            Some(field) => Err((field, format!("this does not belong here: {KINDS}"))),
         }
+    }
+
+    /// Takes the fields of one kind of patch.
+    fn take(&mut self) -> Result<Patch, (&'static str, String)> {
+        let missing = || ("", KINDS.to_owned());
+        if let Some(at) = self.at.take() {
+            let (expect, replace) = self.expect.take().zip(self.replace.take()).ok_or_else(missing)?;
+            let expect = bytes(&expect).map_err(|what| ("/expect", what))?;
+            let replace = bytes(&replace).map_err(|what| ("/replace", what))?;
+            return Ok(Patch::Raw { at, expect, replace });
+        }
+        if let Some(from) = self.redirect.take() {
+            return Ok(Patch::Redirect { from, to: self.to.take().ok_or_else(missing)? });
+        }
+        if let Some(static_key) = self.static_key.take() {
+            return Ok(Patch::StaticKey { static_key, enable: self.enable.take().ok_or_else(missing)? });
+        }
+        if let Some(static_call) = self.static_call.take() {
+            return Ok(Patch::StaticCall { static_call, target: self.target.take().ok_or_else(missing)? });
+        }
+        if let Some(alternatives) = self.alternatives.take() {
+            return Ok(Patch::Alternatives { alternatives, enable: self.enable.take().ok_or_else(missing)? });
+        }
+        if let Some(smp_locks) = self.smp_locks.take() {
+            return Ok(Patch::SmpLocks { smp_locks, force: self.force.take().unwrap_or(false) });
+        }
+        if let Some(group) = self.paravirt.take() {
+            if group != "spinlocks" {
+                return Err(("/paravirt", format!("{group:?} is unknown; \"spinlocks\" is the only group")));
+            }
+            let to = match self.to.take().ok_or_else(missing)?.as_str() {
+                "native" => Spinlocks::Native,
+                "kvm" => Spinlocks::Kvm,
+                other => return Err(("/to", format!("{other:?} is neither \"native\" nor \"kvm\""))),
+            };
+            return Ok(Patch::Paravirt { to });
+        }
+        Err(missing())
+    }
+
+    /// A field that is still there.
+    fn left_over(&self) -> Option<&'static str> {
+        let fields = [
+            ("/expect", self.expect.is_some()),
+            ("/replace", self.replace.is_some()),
+            ("/redirect", self.redirect.is_some()),
+            ("/to", self.to.is_some()),
+            ("/static_key", self.static_key.is_some()),
+            ("/static_call", self.static_call.is_some()),
+            ("/target", self.target.is_some()),
+            ("/alternatives", self.alternatives.is_some()),
+            ("/enable", self.enable.is_some()),
+            ("/smp_locks", self.smp_locks.is_some()),
+            ("/force", self.force.is_some()),
+            ("/paravirt", self.paravirt.is_some()),
+        ];
+        fields.into_iter().find(|(_, there)| *there).map(|(field, _)| field)
     }
 }
 
@@ -279,6 +402,28 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_of_patch_is_read() {
+        let patch = |json: &str| {
+            let plan = format!(r#"{{"version":1,"name":"a","patches":[{json}]}}"#);
+            Plan::parse(plan.as_bytes()).expect("a plan").patches.remove(0)
+        };
+        assert_eq!(
+            patch(r#"{"static_key":"k+0x8","enable":false}"#),
+            Patch::StaticKey { static_key: "k+0x8".into(), enable: false }
+        );
+        assert_eq!(
+            patch(r#"{"static_call":"c","target":"none"}"#),
+            Patch::StaticCall { static_call: "c".into(), target: "none".into() }
+        );
+        assert_eq!(
+            patch(r#"{"alternatives":"smap","enable":true}"#),
+            Patch::Alternatives { alternatives: "smap".into(), enable: true }
+        );
+        assert_eq!(patch(r#"{"smp_locks":true}"#), Patch::SmpLocks { smp_locks: true, force: false });
+        assert_eq!(patch(r#"{"paravirt":"spinlocks","to":"kvm"}"#), Patch::Paravirt { to: Spinlocks::Kvm });
+    }
+
+    #[test]
     fn what_is_wrong_is_told_with_its_place() {
         let malformed = |at: &str| vec![(at.to_owned(), "plan_malformed")];
         assert_eq!(refused("{"), malformed(""));
@@ -305,6 +450,14 @@ mod tests {
         assert_eq!(
             refused(r#"{"version":1,"name":"a","patches":[{"redirect":"f","to":"g"}]} x"#),
             malformed("")
+        );
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"static_key":"k","enable":true,"to":"g"}]}"#),
+            malformed("/patches/0/to")
+        );
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"paravirt":"spinlocks","to":"xen"}]}"#),
+            malformed("/patches/0/to")
         );
         assert_eq!(refused(&" ".repeat(MAX_BYTES + 1)), [(String::new(), "plan_too_large")]);
     }

@@ -56,6 +56,9 @@ pub struct Condition {
     pub outside: Vec<Range<Gva>>,
     /// Every vCPU is in user mode, idle, or has a preempt count of zero: it holds no spinlock.
     pub preemptible: bool,
+    /// Besides, interrupts are enabled: it holds none of those either that are taken without
+    /// counting (`arch_spin_lock`).
+    pub unlocked: bool,
 }
 
 /// A vCPU that does not meet a condition.
@@ -73,7 +76,7 @@ impl Condition {
     /// Whether it asks for anything.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.inside.is_empty() && self.outside.is_empty() && !self.preemptible
+        self.inside.is_empty() && self.outside.is_empty() && !self.preemptible && !self.unlocked
     }
 
     /// Checks where the vCPUs stand.
@@ -102,6 +105,9 @@ impl Condition {
         }
         // An idle task runs with preemption disabled once.
         let allowed = u32::from(idle);
+        if self.unlocked && (count > allowed || !interrupts) {
+            return Some("may hold a spinlock, or wait for one");
+        }
         (self.preemptible && count > allowed).then_some("is not preemptible")
     }
 }
@@ -114,7 +120,8 @@ impl fmt::Display for Condition {
                 write!(f, ", none {what} {} to {}", range.start, range.end)?;
             }
         }
-        f.write_str(if self.preemptible { ", each is preemptible" } else { "" })
+        f.write_str(if self.preemptible { ", each is preemptible" } else { "" })?;
+        f.write_str(if self.unlocked { ", none may hold or want a spinlock" } else { "" })
     }
 }
 
@@ -159,6 +166,19 @@ mod tests {
         assert!(!holds(kernel(true, 1, false)));
         assert!(!holds(kernel(true, 0x1_0001, true)), "an interrupt on top of idle");
         assert!(!holds(kernel(true, 0x200, false)), "softirqs disabled");
+    }
+
+    #[test]
+    fn unlocked_means_preemptible_and_interrupts_enabled() {
+        let condition = Condition { unlocked: true, ..Condition::default() };
+        let holds = |mode| condition.check(&standing(1, mode)).is_ok();
+        assert!(!condition.is_empty());
+        assert!(holds(Mode::User));
+        assert!(holds(kernel(true, 0, false)));
+        assert!(holds(kernel(true, 1, true)), "idle");
+        assert!(!holds(kernel(false, 0, false)));
+        assert!(!holds(kernel(false, 1, true)));
+        assert!(!holds(kernel(true, 1, false)));
     }
 
     #[test]

@@ -91,6 +91,56 @@ pub enum Refusal {
         /// Where they are, in the running guest.
         at: Vec<Gva>,
     },
+    /// No static call has this name.
+    #[error("the kernel has no static call {name}")]
+    UnknownStaticCall {
+        /// The name.
+        name: String,
+    },
+    /// Nothing in the kernel depends on it.
+    #[error("{name} is no static key, or nothing depends on it")]
+    UnknownStaticKey {
+        /// The name.
+        name: String,
+    },
+    /// No alternative is chosen by it.
+    #[error("the kernel has no alternative for {name}; vmm kernel features lists them")]
+    UnknownFeature {
+        /// The name.
+        name: String,
+    },
+    /// The kernel's description of a type is missing.
+    #[error("the kernel does not describe {what}: it was built without BTF, or is not known")]
+    UnknownLayout {
+        /// Which type.
+        what: &'static str,
+    },
+    /// The guest's list of modules makes no sense.
+    #[error("the guest's modules can't be read: {why}")]
+    BadModules {
+        /// Why.
+        why: &'static str,
+    },
+    /// The guest is in the middle of changing it, or counts its users.
+    #[error("{name} can't be changed now: {why}")]
+    Busy {
+        /// The name.
+        name: String,
+        /// Why.
+        why: String,
+    },
+    /// It is only safe on a guest with one vCPU.
+    #[error("the guest has {vcpus} vCPUs, which need their lock prefixes; \"force\" it if you know better")]
+    NeedsOneVcpu {
+        /// How many there are.
+        vcpus: usize,
+    },
+    /// The patch must change as one.
+    #[error("its sites depend on each other, so only {needed} can change them")]
+    NeedsGroup {
+        /// Which strategies.
+        needed: &'static str,
+    },
     /// The guest has no memory there.
     #[error("{at} is not mapped in the guest's kernel")]
     Unmapped {
@@ -278,6 +328,14 @@ impl Refusal {
             Self::BadAddress { .. } => "bad_address",
             Self::UnknownSymbol { .. } => "unknown_symbol",
             Self::AmbiguousSymbol { .. } => "ambiguous_symbol",
+            Self::UnknownStaticCall { .. } => "unknown_static_call",
+            Self::UnknownStaticKey { .. } => "unknown_static_key",
+            Self::UnknownFeature { .. } => "unknown_feature",
+            Self::UnknownLayout { .. } => "unknown_layout",
+            Self::BadModules { .. } => "bad_modules",
+            Self::Busy { .. } => "busy",
+            Self::NeedsOneVcpu { .. } => "needs_one_vcpu",
+            Self::NeedsGroup { .. } => "needs_group",
             Self::Unmapped { .. } => "unmapped",
             Self::NotText { .. } => "not_text",
             Self::ExpectMismatch { .. } => "expect_mismatch",

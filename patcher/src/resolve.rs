@@ -11,78 +11,26 @@ use std::rc::Rc;
 use serde::Serialize;
 
 use crate::addr::Gva;
+use crate::expand::{self, Code, Datum, Expansion, Needs};
 use crate::insn::{self, Insn};
 use crate::interior::{Sleepers, boundaries};
-use crate::kernel::KernelImage;
-use crate::kernel::symbols::{Found, Function};
+use crate::kernel::symbols::Function;
+use crate::kernel::{Kernel, Text};
 use crate::plan::{Patch, Plan, Strategy};
 use crate::refusal::{Pointer, Refusal, Refused};
 
 /// Functions longer than this, in bytes, are not decoded.
 const MAX_FUNCTION: usize = 1 << 20;
 
-/// The guest's memory, read through its kernel's own page tables.
-pub trait Text {
-    /// Fills `into` with the bytes at `at`.
-    ///
-    /// # Errors
-    /// The first address that is not mapped; `into` may be partly filled.
-    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva>;
-}
-
-/// A kernel image and where the guest runs it.
-#[derive(Debug, Clone, Copy)]
-pub struct Kernel<'a> {
-    /// The image.
-    pub image: &'a KernelImage,
-    /// How far above its link-time address it runs (KASLR); a multiple of 2 MiB.
-    pub slide: u64,
-}
-
-impl Kernel<'_> {
-    fn live(&self, linked: Gva) -> Gva {
-        Gva(linked.0.wrapping_add(self.slide))
-    }
-
-    /// The function around a live address.
-    #[must_use]
-    pub fn function_at(&self, at: Gva) -> Option<Function<'_>> {
-        let function = self.image.symbols().function_at(Gva(at.0.wrapping_sub(self.slide)))?;
-        Some(Function { name: function.name, start: self.live(function.start), end: self.live(function.end) })
-    }
-
-    /// Where a symbol is in the guest.
-    ///
-    /// # Errors
-    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
-    pub fn symbol(&self, name: &str) -> Result<Gva, Refusal> {
-        match self.image.symbols().find(name) {
-            Found::One(at) => Ok(self.live(at)),
-            Found::None => Err(Refusal::UnknownSymbol { name: name.to_owned() }),
-            Found::Several(at) => Err(Refusal::AmbiguousSymbol {
-                name: name.to_owned(),
-                at: at.into_iter().map(|at| self.live(at)).collect(),
-            }),
-        }
-    }
-
-    /// An address as a plan writes it: `symbol`, `symbol+0xoffset`, `0xaddress`.
-    fn address(&self, text: &str) -> Result<Gva, Refusal> {
-        let bad = || Refusal::BadAddress { text: text.to_owned() };
-        let number = |digits: &str| u64::from_str_radix(digits.strip_prefix("0x")?, 16).ok();
-        if text.starts_with("0x") {
-            return number(text).map(Gva).ok_or_else(bad);
-        }
-        let (name, offset) = match text.split_once('+') {
-            Some((name, offset)) => (name, number(offset).ok_or_else(bad)?),
-            None => (text, 0),
-        };
-        if name.is_empty() {
-            return Err(bad());
-        }
-        let base = self.symbol(name)?;
-        base.0.checked_add(offset).map(Gva).ok_or_else(bad)
-    }
+/// A running guest, as far as plans are concerned.
+#[derive(Clone, Copy)]
+pub struct Guest<'a> {
+    /// Its kernel.
+    pub kernel: Kernel<'a>,
+    /// Its memory.
+    pub text: &'a dyn Text,
+    /// How many vCPUs it has.
+    pub vcpus: usize,
 }
 
 /// A site: where, and what before and after. `old` and `new` have the same length.
@@ -169,10 +117,14 @@ pub struct ResolvedPlan {
     pub deadline_ms: u64,
     /// Whether every vCPU must be in user mode, idle, or have a preempt count of zero.
     pub preemptible: bool,
+    /// Whether no vCPU may hold a spinlock or wait for one.
+    pub unlocked: bool,
     /// Functions that no vCPU may be in.
     pub outside: Vec<Range<Gva>>,
     /// The sites, in the plan's order.
     pub sites: Vec<Site>,
+    /// The kernel's own data that goes with them.
+    pub data: Vec<Datum>,
 }
 
 impl ResolvedPlan {
@@ -182,13 +134,14 @@ impl ResolvedPlan {
     pub fn reversed(&self) -> Self {
         let inside = self.sites.iter().any(|site| !site.new_inside.is_empty());
         let strategy = if inside { Strategy::Auto } else { self.strategy };
-        Self { strategy, sites: self.sites.iter().map(Site::reversed).collect(), ..self.clone() }
+        let sites = self.sites.iter().map(Site::reversed).collect();
+        Self { strategy, sites, data: self.data.iter().map(Datum::reversed).collect(), ..self.clone() }
     }
 
     /// Whether it says where the vCPUs may not stand.
     #[must_use]
     pub fn is_conditional(&self) -> bool {
-        self.preemptible || !self.outside.is_empty()
+        self.preemptible || self.unlocked || !self.outside.is_empty()
     }
 }
 
@@ -199,10 +152,10 @@ impl ResolvedPlan {
 /// Every reason that was found, not just the first.
 pub fn resolve<'t>(
     plan: &Plan,
-    kernel: Kernel<'_>,
-    text: &dyn Text,
+    guest: Guest<'_>,
     taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
 ) -> Result<ResolvedPlan, Vec<Refused>> {
+    let Guest { kernel, text, vcpus } = guest;
     let mut refused = Vec::new();
     if let Some(wanted) = plan.release.as_ref().filter(|wanted| *wanted != kernel.image.release()) {
         // Symbols of another kernel would only produce follow-up errors.
@@ -213,19 +166,39 @@ pub fn resolve<'t>(
     let resolver = Resolver {
         kernel,
         text,
+        vcpus,
         sleepers: Sleepers::new(kernel, text),
         bypass: plan.strategy == Strategy::Bypass,
         decoded: RefCell::default(),
     };
     let mut sites: Vec<Site> = Vec::new();
+    let (mut data, mut needs) = (Vec::new(), Needs::Nothing);
     for (i, patch) in plan.patches.iter().enumerate() {
         let pointer = Pointer::patch(i);
-        let site = match patch {
-            Patch::Raw { at, expect, replace } => resolver.raw_site(&pointer, at, expect, replace),
-            Patch::Redirect { from, to } => resolver.redirect_site(&pointer, from, to),
-        };
-        match site {
-            Ok(site) => sites.push(site),
+        let expansion = resolver.expand(patch).and_then(|expansion| {
+            let wrong = match (expansion.needs, plan.strategy) {
+                (Needs::Group, Strategy::Store | Strategy::Breakpoint | Strategy::Bypass) => {
+                    "hold or inspect"
+                }
+                (Needs::Unlocked, Strategy::Auto | Strategy::Inspect)
+                | (Needs::Nothing | Needs::Group, _) => {
+                    return Ok(expansion);
+                }
+                (Needs::Unlocked, _) => "inspect",
+            };
+            Err(Refusal::NeedsGroup { needed: wrong })
+        });
+        match expansion {
+            Ok(Expansion { code, data: words, needs: more }) => {
+                needs = needs.max(more);
+                data.extend(words);
+                for code in code {
+                    match resolver.site(&pointer, patch.function(), code, more) {
+                        Ok(site) => sites.push(site),
+                        Err(refusal) => refused.push(refusal.at(pointer.clone())),
+                    }
+                }
+            }
             Err(refusal) => refused.push(refusal.at(pointer)),
         }
     }
@@ -239,35 +212,69 @@ pub fn resolve<'t>(
         }
     }
     let taken: Vec<(&str, &Site)> = taken.into_iter().collect();
-    let may_lie = |site: &Site, (whose, other): &(&str, &Site)| {
-        plan.over.iter().any(|name| name == whose) && other.at <= site.at && site.end() <= other.end()
-    };
-    for (i, site) in sites.iter().enumerate() {
-        let earlier = sites[..i].iter().map(|other| ("this plan", other));
-        let applied = taken.iter().copied().filter(|applied| !may_lie(site, applied));
-        if let Some((whose, other)) = earlier.chain(applied).find(|(_, other)| site.overlaps(other)) {
-            let refusal = Refusal::OverlappingSites { at: site.at, other: other.at, whose: whose.to_owned() };
-            refused.push(refusal.at(site.pointer.clone()));
-        }
-    }
+    refused.extend(overlaps(plan, &sites, &taken));
+    refused.extend(same_words(&sites, &data));
     if !refused.is_empty() {
         return Err(refused);
     }
     Ok(ResolvedPlan {
         name: plan.name.clone(),
         strategy: plan.strategy,
-        atomic: plan.atomic,
+        atomic: plan.atomic || needs >= Needs::Group,
         deadline_ms: plan.deadline_ms,
         preemptible: plan.preemptible,
+        unlocked: needs == Needs::Unlocked,
         outside,
         sites,
+        data,
     })
+}
+
+/// Sites that share a byte with another, of this plan or of one applied before. A site may lie
+/// inside one of an applied patch if the plan says so.
+fn overlaps<'t>(plan: &Plan, sites: &'t [Site], taken: &[(&'t str, &'t Site)]) -> Vec<Refused> {
+    let mut by_address: Vec<(&str, &Site)> =
+        sites.iter().map(|site| (OWN, site)).chain(taken.iter().copied()).collect();
+    by_address.sort_by_key(|(_, site)| site.at);
+    let longest = by_address.iter().map(|(_, site)| site.old.len() as u64).max().unwrap_or(0);
+    let may_lie = |site: &Site, whose: &str, other: &Site| {
+        plan.over.iter().any(|name| name == whose) && other.at <= site.at && site.end() <= other.end()
+    };
+    let mut refused = Vec::new();
+    for site in sites {
+        let from = by_address.partition_point(|(_, other)| other.at.0.saturating_add(longest) <= site.at.0);
+        let near = by_address[from..].iter().take_while(|(_, other)| other.at < site.end());
+        // Of two of this plan, the later one is told.
+        let earlier = |other: &Site| (other.at, &other.pointer) < (site.at, &site.pointer);
+        let clash = near.copied().find(|(whose, other)| {
+            let counts = if *whose == OWN { earlier(other) } else { !may_lie(site, whose, other) };
+            !std::ptr::eq(*other, site) && counts && site.overlaps(other)
+        });
+        if let Some((whose, other)) = clash {
+            let refusal = Refusal::OverlappingSites { at: site.at, other: other.at, whose: whose.to_owned() };
+            refused.push(refusal.at(site.pointer.clone()));
+        }
+    }
+    refused
+}
+
+const OWN: &str = "this plan";
+
+/// Two patches of a plan that change the same word of data.
+fn same_words(sites: &[Site], data: &[Datum]) -> Option<Refused> {
+    let mut words: Vec<&Datum> = data.iter().collect();
+    words.sort_by_key(|datum| datum.at);
+    let clash = words.windows(2).find(|pair| pair[0].at.0 / 8 == pair[1].at.0 / 8)?;
+    let (at, other) = (clash[1].at, clash[0].at);
+    let pointer = sites.last().map_or(Pointer::new(""), |site| site.pointer.clone());
+    Some(Refusal::OverlappingSites { at, other, whose: OWN.to_owned() }.at(pointer))
 }
 
 /// What the sites of one plan are resolved with.
 struct Resolver<'a> {
     kernel: Kernel<'a>,
     text: &'a dyn Text,
+    vcpus: usize,
     sleepers: Sleepers<'a>,
     /// Whether instructions may have to be executed elsewhere.
     bypass: bool,
@@ -276,26 +283,44 @@ struct Resolver<'a> {
 }
 
 impl Resolver<'_> {
-    fn raw_site(&self, pointer: &Pointer, at: &str, expect: &[u8], replace: &[u8]) -> Result<Site, Refusal> {
-        let (written, at) = (at, self.kernel.address(at)?);
+    fn expand(&self, patch: &Patch) -> Result<Expansion, Refusal> {
+        let (kernel, text) = (&self.kernel, self.text);
+        let one = |code| Expansion { code: vec![code], ..Expansion::default() };
+        match patch {
+            Patch::Raw { at, expect, replace } => self.raw(at, expect, replace).map(one),
+            Patch::Redirect { from, to } => self.redirect(from, to).map(one),
+            Patch::StaticKey { static_key, enable } => {
+                expand::static_key::expand(kernel, text, static_key, *enable)
+            }
+            Patch::StaticCall { static_call, target } => {
+                expand::static_call::expand(kernel, text, static_call, target)
+            }
+            Patch::Alternatives { alternatives, enable } => {
+                expand::alternatives::expand(kernel, text, alternatives, *enable)
+            }
+            Patch::SmpLocks { smp_locks, force } => {
+                expand::smp_locks::expand(kernel, text, *smp_locks, self.vcpus, *force)
+            }
+            Patch::Paravirt { to } => expand::paravirt::expand(kernel, text, *to),
+        }
+    }
+
+    fn raw(&self, at: &str, expect: &[u8], replace: &[u8]) -> Result<Code, Refusal> {
+        let at = self.kernel.address(at)?;
         if replace.len() > expect.len() {
             return Err(Refusal::ReplacementTooLong { replacement: replace.len(), site: expect.len() });
         }
         if insn::count(replace, at).is_none() {
             return Err(Refusal::ReplacementUndecodable { bytes: replace.to_vec() });
         }
-        let mut found = vec![0; expect.len()];
-        self.text.read(at, &mut found).map_err(|at| Refusal::Unmapped { at })?;
-        if found != expect {
-            return Err(Refusal::ExpectMismatch { at, expected: expect.to_vec(), found });
-        }
+        expand::verify(self.text, at, expect)?;
         let mut new = replace.to_vec();
         new.extend(insn::nops(expect.len() - replace.len()));
-        self.site(pointer, (written, at), found, new)
+        Ok(Code { at, old: expect.to_vec(), new })
     }
 
-    fn redirect_site(&self, pointer: &Pointer, from: &str, to: &str) -> Result<Site, Refusal> {
-        let (written, from, to) = (from, self.kernel.address(from)?, self.kernel.address(to)?);
+    fn redirect(&self, from: &str, to: &str) -> Result<Code, Refusal> {
+        let (from, to) = (self.kernel.address(from)?, self.kernel.address(to)?);
         let mut entry = [0; 4 + insn::MAX_LENGTH];
         self.text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
         // An indirect-branch target keeps its marker: indirect calls must still land on it.
@@ -312,16 +337,17 @@ impl Resolver<'_> {
         let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
         let mut new = jump.to_vec();
         new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
-        self.site(pointer, (written, at), old, new)
+        Ok(Code { at, old, new })
     }
 
-    /// Checks a site against the instructions around it. `written` is how the plan names it.
+    /// Checks a site against the instructions around it. `named` is how the plan calls the
+    /// function, if it does.
     fn site(
         &self,
         pointer: &Pointer,
-        (written, at): (&str, Gva),
-        old: Vec<u8>,
-        new: Vec<u8>,
+        named: Option<&str>,
+        Code { at, old, new }: Code,
+        needs: Needs,
     ) -> Result<Site, Refusal> {
         let end = at.plus(old.len()).ok_or(Refusal::Unmapped { at })?;
         let function = self.kernel.function_at(at).ok_or(Refusal::NotText { at })?;
@@ -341,13 +367,15 @@ impl Resolver<'_> {
             return Err(Refusal::NothingToDo { at });
         }
         let (old_inside, new_inside) = (boundaries(&old, at), boundaries(&new, at));
-        self.sleepers.keep_out(&old, at, &old_inside)?;
-        self.sleepers.keep_out(&new, at, &new_inside)?;
+        // What is called at a site of spinlocks does not sleep.
+        let calls_sleep = needs != Needs::Unlocked;
+        self.sleepers.keep_out(&old, at, &old_inside, calls_sleep)?;
+        self.sleepers.keep_out(&new, at, &new_inside, calls_sleep)?;
         let may_fault = self.bypass && self.sleepers.may_fault(at);
         let offset = at.offset_from(function.start).unwrap_or(0);
         // Of several names of a function, the plan's own is the one that its author knows.
-        let named = written.split('+').next().unwrap_or(written);
-        let name = if self.kernel.symbol(named) == Ok(function.start) { named } else { function.name };
+        let known = named.filter(|named| self.kernel.symbol(named) == Ok(function.start));
+        let name = known.unwrap_or(function.name);
         let symbol = if offset == 0 { name.to_owned() } else { format!("{name}+{offset:#x}") };
         Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })
     }

@@ -3,6 +3,7 @@
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::expand::Datum;
 use patcher::insn::INT3;
 use patcher::plan::Strategy;
 use patcher::program::{Program, Step};
@@ -79,8 +80,10 @@ impl Target for Memory {
     }
 }
 
-const OLD: &[u8] = &[0x55, 0x0f, 0x1f, 0x44, 0, 0, 0x90, 0xc3, 0x31, 0xc0];
-const NEW: &[u8] = &[0x55, 0xe9, 1, 2, 3, 4, 0x90, 0x90, 0x29, 0xc0];
+/// Three sites, and a word of data behind them.
+const OLD: &[u8] = &[0x55, 0x0f, 0x1f, 0x44, 0, 0, 0x90, 0xc3, 0x31, 0xc0, 0, 0, 0, 0, 0, 0];
+const NEW: &[u8] = &[0x55, 0xe9, 1, 2, 3, 4, 0x90, 0x90, 0x29, 0xc0, 0, 0, 1, 0, 0, 0];
+const WORD: std::ops::Range<usize> = 12..16;
 
 fn plan(strategy: Strategy) -> ResolvedPlan {
     let site = |at: usize, len: usize| Site {
@@ -99,8 +102,10 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         atomic: false,
         deadline_ms: 1,
         preemptible: false,
+        unlocked: false,
         outside: Vec::new(),
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
+        data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],
     }
 }
 
@@ -172,7 +177,7 @@ fn if_undoing_fails_too_the_guest_is_left_held() {
 #[test]
 fn foreign_bytes_are_never_overwritten() {
     for strategy in STRATEGIES {
-        for at in [1, 5, 7, 9] {
+        for at in [1, 5, 7, 9, 12] {
             let mut foreign = OLD.to_vec();
             foreign[at] ^= 0xff;
             let mut memory = Memory::new(&foreign);

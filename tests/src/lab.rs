@@ -18,6 +18,7 @@ use guest::{cache, qemu};
 
 const VMM: &str = "LAB_VMM";
 const KERNEL: &str = "LAB_KERNEL";
+const LATER_KERNEL: &str = "LAB_LATER_KERNEL";
 const INITRD: &str = "LAB_INITRD";
 const IN_RIG: &str = "LAB_IN_RIG";
 
@@ -26,8 +27,10 @@ const IN_RIG: &str = "LAB_IN_RIG";
 pub struct Lab {
     /// The monitor.
     pub vmm: PathBuf,
-    /// The stock kernel.
+    /// The stock kernel, Linux 6.1.
     pub kernel: PathBuf,
+    /// A stock kernel of a later generation, Linux 6.12.
+    pub later_kernel: PathBuf,
     /// The guest's initramfs, with the workload.
     pub initrd: PathBuf,
     /// Whether this process is in the rig's host, where it may do as it likes.
@@ -39,13 +42,15 @@ impl Lab {
     pub fn inherited() -> Option<Self> {
         let path = |name| std::env::var_os(name).map(PathBuf::from);
         let in_rig = std::env::var_os(IN_RIG).is_some_and(|value| value == "true");
-        Some(Self { vmm: path(VMM)?, kernel: path(KERNEL)?, initrd: path(INITRD)?, in_rig })
+        let (kernel, later_kernel) = (path(KERNEL)?, path(LATER_KERNEL)?);
+        Some(Self { vmm: path(VMM)?, kernel, later_kernel, initrd: path(INITRD)?, in_rig })
     }
 
     fn environment(&self) -> Vec<(String, String)> {
         [
             (VMM, self.vmm.display().to_string()),
             (KERNEL, self.kernel.display().to_string()),
+            (LATER_KERNEL, self.later_kernel.display().to_string()),
             (INITRD, self.initrd.display().to_string()),
             (IN_RIG, self.in_rig.to_string()),
         ]
@@ -73,11 +78,12 @@ pub struct Rigged {
 /// # Errors
 /// Whatever keeps it from being provided, with what to do about it where that is known.
 pub fn prepare() -> Result<Place> {
-    let kernel = Kernel::debian()?;
+    let (kernel, later_kernel) = (Kernel::debian()?, Kernel::backports()?.bzimage);
     let binaries = binaries::build()?;
     let initrd = guest_initrd(&binaries)?;
     if usable_kvm(&binaries.vmm) {
-        return Ok(Place::Here(Lab { vmm: binaries.vmm, kernel: kernel.bzimage, initrd, in_rig: false }));
+        let (vmm, kernel) = (binaries.vmm, kernel.bzimage);
+        return Ok(Place::Here(Lab { vmm, kernel, later_kernel, initrd, in_rig: false }));
     }
     let qemu = qemu::corrected()?;
     let me = std::env::current_exe().context("this program's own path")?;
@@ -89,12 +95,14 @@ pub fn prepare() -> Result<Place> {
             ("bin/vmm", &binaries.vmm),
             ("bin/self", &me),
             ("guest/bzImage", &kernel.bzimage),
+            ("guest/bzImage-later", &later_kernel),
             ("guest/initrd", &initrd),
         ],
     )?;
     let lab = Lab {
         vmm: "/bin/vmm".into(),
         kernel: "/guest/bzImage".into(),
+        later_kernel: "/guest/bzImage-later".into(),
         initrd: "/guest/initrd".into(),
         in_rig: true,
     };

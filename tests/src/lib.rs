@@ -3,5 +3,6 @@
 pub mod campaigns;
 pub mod lab;
 pub mod signal;
+pub mod targets;
 pub mod testbed;
 pub mod vm;

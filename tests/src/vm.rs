@@ -28,6 +28,8 @@ const KNOWN_ERRORS: [&str; 1] = ["PCI: Fatal: No config space access function fo
 /// How to start a VM.
 #[derive(Debug, Clone)]
 pub struct Setup {
+    /// Which kernel; the stock one of Linux 6.1 if not said.
+    pub kernel: Option<PathBuf>,
     /// How many vCPUs.
     pub cpus: u8,
     /// How much memory.
@@ -42,7 +44,7 @@ impl Setup {
     /// A VM of so many vCPUs.
     #[must_use]
     pub fn cpus(cpus: u8) -> Self {
-        Self { cpus, memory_mib: 256, command_line: String::new(), arguments: Vec::new() }
+        Self { kernel: None, cpus, memory_mib: 256, command_line: String::new(), arguments: Vec::new() }
     }
 }
 
@@ -79,7 +81,7 @@ impl Vm {
         let folder = TempDir::new()?;
         let mut child = Command::new(&lab.vmm)
             .arg("--kernel")
-            .arg(&lab.kernel)
+            .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")
             .arg(&lab.initrd)
             .args(["--cpus", &setup.cpus.to_string(), "--memory", &setup.memory_mib.to_string()])

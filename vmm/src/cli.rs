@@ -138,6 +138,14 @@ pub enum Patch {
         /// The plan (JSON), or - for standard input.
         plan: PathBuf,
     },
+    /// List what there is to patch by name, and how it is now.
+    ListTargets {
+        /// Which VM.
+        #[command(flatten)]
+        at: At,
+        /// Only names that contain this.
+        pattern: Option<String>,
+    },
     /// List the patches of a VM.
     List {
         /// Which VM.

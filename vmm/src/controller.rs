@@ -15,9 +15,10 @@ use patcher::plan::{Plan, Strategy};
 use patcher::program::{Program, Step};
 use patcher::quiesce::Condition;
 use patcher::refusal::{Refusal, Refused};
-use patcher::resolve::{ResolvedPlan, resolve};
+use patcher::resolve::{Guest, ResolvedPlan, resolve};
 use patcher::session::End;
 use patcher::target::{Target, drive};
+use patcher::targets::{self, Targets};
 
 use crate::arena::GuestArena;
 use crate::config::Config;
@@ -56,6 +57,8 @@ pub enum Command {
     Check(Vec<u8>),
     /// Compile a plan and print its steps.
     Explain(Vec<u8>),
+    /// What there is to patch, by name.
+    Targets,
     /// The patches that were applied.
     List,
     /// One of them.
@@ -79,6 +82,8 @@ pub enum Answer {
     Fits(Box<Fits>),
     /// What a program would do.
     Program(Box<patcher::program::Program>),
+    /// What there is to patch.
+    Targets(Box<Targets>),
     /// The patches.
     Patches(Vec<PatchSummary>),
     /// Nothing was written.
@@ -263,6 +268,10 @@ impl Controller {
                 Ok((_, program)) => Answer::Program(Box::new(program)),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
+            Command::Targets => match self.targets() {
+                Ok(targets) => Answer::Targets(Box::new(targets)),
+                Err(refusal) => refused(refusal),
+            },
             Command::List => Answer::Patches(self.patches.iter().map(Applied::summary).collect()),
             Command::Show(name) => match self.find(&name) {
                 Ok(index) => Answer::Report(Box::new(self.patches[index].report.clone())),
@@ -352,13 +361,22 @@ impl Controller {
         if self.patches.iter().any(|patch| in_use(patch) && patch.plan.name == plan.name) {
             return Err(root(Refusal::NameTaken { name: plan.name }));
         }
-        let kernel = self.kernel().map_err(root)?.clone();
+        let kernel = self.kernel().map_err(root)?.with_modules();
         let taken = self
             .patches
             .iter()
             .filter(|patch| in_use(patch))
             .flat_map(|patch| patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site)));
-        resolve(&plan, kernel.kernel(), &kernel, taken)
+        resolve(&plan, self.guest(&kernel), taken)
+    }
+
+    fn targets(&mut self) -> Result<Targets, Refusal> {
+        let kernel = self.kernel()?.with_modules();
+        targets::list(self.guest(&kernel))
+    }
+
+    fn guest<'k>(&self, kernel: &'k GuestKernel) -> Guest<'k> {
+        Guest { kernel: kernel.kernel(), text: kernel, vcpus: usize::from(self.config.cpus) }
     }
 
     /// Resolves and compiles a plan. Nothing is written.

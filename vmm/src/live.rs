@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use patcher::kernel::Text;
 use patcher::program::Step;
 use patcher::quiesce::Condition;
-use patcher::resolve::Text;
 use patcher::target::{StepError, Target};
 
 use crate::locate::GuestKernel;

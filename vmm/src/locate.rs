@@ -12,9 +12,8 @@ use std::sync::Arc;
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gpa, Gva};
-use patcher::kernel::KernelImage;
+use patcher::kernel::{Kernel, KernelImage, Modules, Text};
 use patcher::refusal::Refusal;
-use patcher::resolve::{Kernel, Text};
 
 use crate::memory::GuestRam;
 use crate::paging::{Mapping, PageTables};
@@ -59,6 +58,7 @@ pub struct GuestKernel {
     slide: u64,
     tables: PageTables,
     ram: Arc<GuestRam>,
+    modules: Arc<Modules>,
 }
 
 impl GuestKernel {
@@ -68,7 +68,7 @@ impl GuestKernel {
     /// [`Refusal::GuestNotReady`] when the guest runs something else.
     pub fn new(image: Arc<KernelImage>, found: Located, ram: Arc<GuestRam>) -> Result<Self, Refusal> {
         let other = |why: String| Refusal::GuestNotReady { why };
-        let at_link = Kernel { image: &image, slide: 0 };
+        let at_link = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
         let slide = found.syscall_entry.0.wrapping_sub(at_link.symbol("entry_SYSCALL_64")?.0);
         if !slide.is_multiple_of(SLIDE_ALIGN) || slide >= SLIDE_MAX {
             return Err(other(format!(
@@ -77,9 +77,10 @@ impl GuestKernel {
                 image.release()
             )));
         }
-        let here = Kernel { image: &image, slide };
+        let here = Kernel { image: &image, slide, modules: &Modules::NONE };
         let (root, banner) = (here.symbol("init_top_pgt")?, here.symbol("linux_banner")?);
-        let mut kernel = Self { image: image.clone(), slide, tables: found.tables, ram };
+        let modules = Arc::new(Modules::NONE);
+        let mut kernel = Self { image: image.clone(), slide, tables: found.tables, ram, modules };
         let root = kernel.translate(root).ok_or_else(|| other(format!("{root} is not mapped")))?;
         kernel.tables.root = root.at;
         let expected = format!("Linux version {} ", image.release());
@@ -97,7 +98,14 @@ impl GuestKernel {
     /// The image with its place.
     #[must_use]
     pub fn kernel(&self) -> Kernel<'_> {
-        Kernel { image: &self.image, slide: self.slide }
+        Kernel { image: &self.image, slide: self.slide, modules: &self.modules }
+    }
+
+    /// The same with the modules that are loaded now.
+    #[must_use]
+    pub fn with_modules(&self) -> Self {
+        let modules = Arc::new(Modules::read(&self.image, self.slide, self));
+        Self { modules, ..self.clone() }
     }
 
     /// Where `_text` is.

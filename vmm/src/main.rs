@@ -136,11 +136,16 @@ fn patch_command(patch: &Patch) -> Result<u8> {
         Patch::Apply { at, plan } => (at, Method::POST, "/patches".to_owned(), read_plan(plan)?),
         Patch::Check { at, plan } => (at, Method::POST, "/patches/check".to_owned(), read_plan(plan)?),
         Patch::Explain { at, plan } => (at, Method::POST, "/patches/explain".to_owned(), read_plan(plan)?),
+        Patch::ListTargets { at, .. } => (at, Method::GET, "/targets".to_owned(), Vec::new()),
         Patch::List { at } => (at, Method::GET, "/patches".to_owned(), Vec::new()),
         Patch::Show { at, name } => (at, Method::GET, named(name, ""), Vec::new()),
         Patch::Revert { at, name } => (at, Method::POST, named(name, "/revert"), Vec::new()),
     };
-    ask(at, method, &uri, body)
+    let pattern = match patch {
+        Patch::ListTargets { pattern: Some(pattern), .. } => pattern,
+        _ => "",
+    };
+    ask_for(at, method, &uri, body, |value| render::keep_targets(value, pattern))
 }
 
 fn vm_command(vm: &Vm) -> Result<u8> {
@@ -164,7 +169,12 @@ fn kernel_command(command: &KernelCommand) -> u8 {
 }
 
 fn ask(at: &At, method: Method, uri: &str, body: Vec<u8>) -> Result<u8> {
-    let (status, value) = client::request(&at.socket, method, uri, body)?;
+    ask_for(at, method, uri, body, |_| ())
+}
+
+fn ask_for(at: &At, method: Method, uri: &str, body: Vec<u8>, choose: impl FnOnce(&mut Value)) -> Result<u8> {
+    let (status, mut value) = client::request(&at.socket, method, uri, body)?;
+    choose(&mut value);
     print_answer(&value, at.json)?;
     Ok(match (status, value["state"].as_str()) {
         (200, _) => 0,

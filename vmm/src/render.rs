@@ -57,6 +57,7 @@ pub fn answer(value: &Value, style: Style) -> String {
         _ if value.get("timing").is_some() => report(&mut out, value, style),
         _ if value.get("steps").is_some() => program(&mut out, value, style),
         _ if value["state"] == "fits" => fits(&mut out, value, style),
+        _ if value.get("static_keys").is_some() => targets(&mut out, value, style),
         _ if value.get("uptime_ms").is_some() => info(&mut out, value, style),
         _ if value.get("error").is_some() => writeln!(out, "{}", style.red(text(value, "error"))),
         _ => writeln!(out, "{}", text(value, "state")),
@@ -131,6 +132,46 @@ fn fits(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
     writeln!(out, "{}", style.green("the plan fits"))?;
     sites(out, value, style)?;
     writeln!(out, "  strategy {} ({})", text(value, "strategy"), text(value, "reason"))
+}
+
+/// Leaves only those targets whose name contains `pattern`.
+pub fn keep_targets(value: &mut Value, pattern: &str) {
+    for (list, field) in
+        [("static_keys", "name"), ("static_calls", "name"), ("features", "name"), ("spinlocks", "operation")]
+    {
+        if let Some(Value::Array(lines)) = value.get_mut(list) {
+            lines.retain(|line| text(line, field).contains(pattern));
+        }
+    }
+}
+
+fn targets(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
+    let heading = |out: &mut String, list: &str, text: &str| match array(value, list) {
+        [] => Ok(()),
+        _ => writeln!(out, "{}", style.bold(text)),
+    };
+    heading(out, "static_keys", "static keys")?;
+    for key in array(value, "static_keys") {
+        writeln!(out, "  {:<50} {:>3} users, {} jumps", text(key, "name"), key["users"], key["entries"])?;
+    }
+    heading(out, "static_calls", "static calls")?;
+    for call in array(value, "static_calls") {
+        writeln!(out, "  {:<50} {}, {} calls", text(call, "name"), text(call, "target"), call["sites"])?;
+    }
+    heading(out, "features", "alternatives, by feature of the processor")?;
+    for feature in array(value, "features") {
+        let present = match feature["present"].as_bool() {
+            Some(true) => "there",
+            Some(false) => "not there",
+            None => "unknown",
+        };
+        writeln!(out, "  {:<50} {present}, {} places", text(feature, "name"), feature["alternatives"])?;
+    }
+    heading(out, "spinlocks", "spinlocks")?;
+    for operation in array(value, "spinlocks") {
+        writeln!(out, "  {:<50} {}", text(operation, "operation"), text(operation, "target"))?;
+    }
+    Ok(())
 }
 
 fn program(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {

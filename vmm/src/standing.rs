@@ -6,9 +6,9 @@
 
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gva, VcpuId};
+use patcher::kernel::Text;
 use patcher::kernel::symbols::Found;
 use patcher::quiesce::{Condition, Mode, Offender, Standing};
-use patcher::resolve::Text;
 
 use crate::locate::GuestKernel;
 

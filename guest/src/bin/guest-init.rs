@@ -9,11 +9,17 @@
 //! nmis MS            from now on every CPU gets an NMI so often, and tells where it is
 //! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
+//! mount KIND PATH    mounts a file system without a device
+//! load PATH          loads a module
+//! unload NAME        unloads it
+//! kallsyms           how many symbols the kernel itself has, and their digest
+//! symbols NAMES      where they are
 //! write PATH TEXT    writes a file
 //! run PROGRAM ARGS   runs a program
 //! poweroff | reboot
 //! ```
 
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -22,6 +28,7 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
+use guest::kallsyms;
 use guest::workload::Hammer;
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
@@ -119,6 +126,32 @@ impl Init {
             ["cat", path] => {
                 let text = fs::read_to_string(path)?;
                 self.console.write_all(text.as_bytes())?;
+                Ok(String::new())
+            }
+            ["mount", kind, path] => {
+                fs::create_dir_all(path)?;
+                mount(kind, path, kind, MountFlags::empty(), None)?;
+                Ok(String::new())
+            }
+            ["load", path] => {
+                rustix::system::finit_module(&File::open(path)?, c"", 0)?;
+                Ok(String::new())
+            }
+            ["unload", name] => {
+                let name = CString::new(name).map_err(io::Error::other)?;
+                rustix::system::delete_module(&name, 0)?;
+                Ok(String::new())
+            }
+            ["kallsyms"] => {
+                let list = fs::read_to_string("/proc/kallsyms")?;
+                let (count, digest) = kallsyms::digest(kallsyms::own(&list));
+                Ok(format!("count={count} digest={digest:016x}"))
+            }
+            ["symbols", ref names @ ..] => {
+                let list = fs::read_to_string("/proc/kallsyms")?;
+                for symbol in kallsyms::parse(&list).filter(|symbol| names.contains(&symbol.name)) {
+                    self.say(&format!("@symbol {} {:#x}", symbol.name, symbol.at))?;
+                }
                 Ok(String::new())
             }
             ["write", path, ..] => {

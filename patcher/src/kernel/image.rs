@@ -1,5 +1,8 @@
 //! The image as a whole.
 
+use super::btf::Btf;
+use super::lock_ops::LockOps;
+use super::offsets::Offsets;
 use super::symbols::{Found, Symbols};
 use super::tables::Tables;
 use super::vmlinux::Vmlinux;
@@ -62,6 +65,8 @@ pub struct KernelImage {
     compression: Option<&'static str>,
     symbols: Symbols,
     tables: Tables,
+    offsets: Offsets,
+    lock_ops: Option<LockOps>,
     text_base: Gva,
 }
 
@@ -85,11 +90,14 @@ impl KernelImage {
             .map(str::to_owned)
             .or_else(|| banner_release(&symbols, &vmlinux))
             .ok_or(Error::NoRelease)?;
+        let btf = types(&symbols, &vmlinux);
         Ok(Self {
             release,
             build_id: build_id(&symbols, &vmlinux),
             compression: unpacked.as_ref().map(|(method, _)| *method),
             tables: Tables::read(&vmlinux, &symbols),
+            offsets: btf.as_ref().map(Offsets::read).unwrap_or_default(),
+            lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
             symbols,
             text_base,
         })
@@ -98,8 +106,8 @@ impl KernelImage {
     /// An image that is known already, without tables.
     #[must_use]
     pub fn from_parts(release: String, symbols: Symbols, text_base: Gva) -> Self {
-        let (build_id, compression, tables) = (None, None, Tables::default());
-        Self { release, build_id, compression, symbols, tables, text_base }
+        let (build_id, compression, tables, offsets) = (None, None, Tables::default(), Offsets::default());
+        Self { release, build_id, compression, symbols, tables, offsets, lock_ops: None, text_base }
     }
 
     /// What `uname -r` says in this kernel.
@@ -132,6 +140,18 @@ impl KernelImage {
         &self.tables
     }
 
+    /// Where members of its structures are.
+    #[must_use]
+    pub fn offsets(&self) -> &Offsets {
+        &self.offsets
+    }
+
+    /// The paravirtual operations of its spinlocks, if it has them.
+    #[must_use]
+    pub fn lock_ops(&self) -> Option<&LockOps> {
+        self.lock_ops.as_ref()
+    }
+
     /// Where `_text` was linked.
     #[must_use]
     pub fn text_base(&self) -> Gva {
@@ -149,16 +169,15 @@ fn banner_release(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<String> {
     String::from_utf8(text[..end].to_vec()).ok()
 }
 
+fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
+    Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes)
+}
+
 /// The description of the note `NT_GNU_BUILD_ID` (gABI, "Note Section": three lengths of 32
 /// bits, then name and description, each padded to four bytes).
 fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
     const BUILD_ID: u32 = 3;
-    let symbol = |name| match symbols.find(name) {
-        Found::One(at) => Some(at),
-        _ => None,
-    };
-    let marked = || vmlinux.between(symbol("__start_notes")?, symbol("__stop_notes")?);
-    let mut notes = marked().or_else(|| vmlinux.section(".notes"))?.bytes;
+    let mut notes = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?.bytes;
     loop {
         let mut word = || {
             let (word, rest) = notes.split_first_chunk()?;

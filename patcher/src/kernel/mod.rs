@@ -6,16 +6,23 @@
 //!                                    └──────────────────────────────────────┴──▶ tables
 //! ```
 
+mod btf;
 pub mod image;
 mod kallsyms;
+pub mod live;
+pub mod lock_ops;
 mod lzop;
+pub mod module;
 pub mod names;
+pub mod offsets;
 mod payload;
 pub mod symbols;
 pub mod tables;
 mod vmlinux;
 
 pub use image::{Error, KernelImage};
+pub use live::{Kernel, Text};
+pub use module::{Module, Modules};
 pub use names::{StaticCall, StaticKey};
 pub use symbols::{Found, Symbols};
 pub use tables::Tables;

@@ -112,6 +112,13 @@ impl Symbols {
         self.entries.get(after).map(|entry| Gva(entry.address))
     }
 
+    /// Where the last symbol up to an address is.
+    #[must_use]
+    pub fn at_or_before(&self, address: Gva) -> Option<Gva> {
+        let after = self.entries.partition_point(|entry| entry.address <= address.0);
+        self.entries[..after].last().map(|entry| Gva(entry.address))
+    }
+
     /// An address in the form `symbol` or `symbol+0xoffset`, of a symbol of any kind.
     #[must_use]
     pub fn describe(&self, address: Gva) -> Option<String> {

@@ -92,31 +92,26 @@ pub struct Tables {
     initial: BTreeMap<Gva, u64>,
 }
 
-const JUMP_ENTRY: usize = 16;
-const STATIC_CALL_SITE: usize = 8;
+/// Size of a `struct jump_entry`.
+pub(super) const JUMP_ENTRY: usize = 16;
+/// Size of a `struct static_call_site`.
+pub(super) const STATIC_CALL_SITE: usize = 8;
 const PARAVIRT_SITE: usize = 16;
 const EXCEPTION: usize = 12;
 
 impl Tables {
     pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Self {
-        let find = |start: &str, stop: &str, section: &str| {
-            let symbol = |name| match symbols.find(name) {
-                Found::One(at) => Some(at),
-                _ => None,
-            };
-            let marked = || vmlinux.between(symbol(start)?, symbol(stop)?);
-            marked().or_else(|| vmlinux.section(section)).filter(|table| !table.bytes.is_empty())
-        };
+        let find = |start, stop, section| vmlinux.table(symbols, (start, stop), section);
         let count = |table: Piece<'_>, entry: usize| table.bytes.len() / entry;
         let mut tables = Self {
             jump_entries: find("__start___jump_table", "__stop___jump_table", "__jump_table")
-                .map(|table| table.entries(JUMP_ENTRY).map(jump_entry).collect()),
+                .map(|table| jump_entries(table.at, table.bytes)),
             static_call_sites: find(
                 "__start_static_call_sites",
                 "__stop_static_call_sites",
                 ".static_call_sites",
             )
-            .map(|table| table.entries(STATIC_CALL_SITE).map(static_call_site).collect()),
+            .map(|table| static_call_sites(table.at, table.bytes)),
             alternatives: find("__alt_instructions", "__alt_instructions_end", ".altinstructions")
                 .and_then(|table| alternatives(table, vmlinux)),
             smp_locks: find("__smp_locks", "__smp_locks_end", ".smp_locks")
@@ -160,6 +155,16 @@ impl Tables {
         let named = self.features.iter().find(|(found, _)| *found == number);
         named.map_or_else(|| format!("{}*32+{}", number / 32, number % 32), |(_, name)| name.clone())
     }
+}
+
+/// Reads a jump table that is at `at`.
+pub(super) fn jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
+    Piece::new(at, bytes).entries(JUMP_ENTRY).map(jump_entry).collect()
+}
+
+/// Reads a table of static calls that is at `at`.
+pub(super) fn static_call_sites(at: Gva, bytes: &[u8]) -> Vec<StaticCallSite> {
+    Piece::new(at, bytes).entries(STATIC_CALL_SITE).map(static_call_site).collect()
 }
 
 /// The low bit of the key says which way round, the next one whether it was init code.

@@ -8,6 +8,7 @@ use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{Endianness, elf};
 
 use super::image::Error;
+use super::symbols::{Found, Symbols};
 use crate::addr::Gva;
 
 /// The file, taken apart. Nothing is copied.
@@ -54,11 +55,7 @@ impl<'a> Vmlinux<'a> {
             .iter()
             .filter(|section| section.sh_type(endian) != SHT_NOBITS)
             .filter_map(|section| {
-                let piece = Piece {
-                    at: Gva(section.sh_addr(endian)),
-                    bytes: section.data(endian, file).ok()?,
-                    executable: false,
-                };
+                let piece = Piece::new(Gva(section.sh_addr(endian)), section.data(endian, file).ok()?);
                 Some((headers.section_name(endian, section).ok()?, piece))
             })
             .collect();
@@ -80,6 +77,21 @@ impl<'a> Vmlinux<'a> {
         self.sections.iter().find(|(found, _)| *found == name.as_bytes()).map(|(_, piece)| *piece)
     }
 
+    /// What lies between two symbols, or else a section; `None` if that is nothing.
+    pub(super) fn table(
+        &self,
+        symbols: &Symbols,
+        (start, stop): (&str, &str),
+        section: &str,
+    ) -> Option<Piece<'a>> {
+        let symbol = |name| match symbols.find(name) {
+            Found::One(at) => Some(at),
+            _ => None,
+        };
+        let marked = || self.between(symbol(start)?, symbol(stop)?);
+        marked().or_else(|| self.section(section)).filter(|table| !table.bytes.is_empty())
+    }
+
     /// The bytes between two addresses.
     pub(super) fn between(&self, start: Gva, end: Gva) -> Option<Piece<'a>> {
         let size = end.offset_from(start)?;
@@ -87,7 +99,7 @@ impl<'a> Vmlinux<'a> {
             let from = start.offset_from(segment.at)?;
             segment.bytes.get(from..from.checked_add(size)?)
         })?;
-        Some(Piece { at: start, bytes, executable: false })
+        Some(Piece::new(start, bytes))
     }
 
     /// So many bytes at an address.
@@ -97,6 +109,11 @@ impl<'a> Vmlinux<'a> {
 }
 
 impl<'a> Piece<'a> {
+    /// Bytes that are not executed.
+    pub(super) fn new(at: Gva, bytes: &'a [u8]) -> Self {
+        Self { at, bytes, executable: false }
+    }
+
     /// Its entries of so many bytes each, with their addresses. What is left over is left out.
     pub(super) fn entries(self, size: usize) -> impl Iterator<Item = Entry<'a>> {
         let at = self.at.0;

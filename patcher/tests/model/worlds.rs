@@ -60,8 +60,10 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
         atomic: false,
         deadline_ms: 1,
         preemptible: false,
+        unlocked: false,
         outside: Vec::new(),
         sites: changes.iter().map(site).collect(),
+        data: Vec::new(),
     }
 }
 

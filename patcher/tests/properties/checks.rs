@@ -5,8 +5,9 @@ use patcher::addr::Gva;
 use patcher::insn;
 use patcher::kernel::KernelImage;
 use patcher::kernel::symbols::Symbols;
+use patcher::kernel::{Kernel, Modules, Text};
 use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
-use patcher::resolve::{Kernel, Text, resolve};
+use patcher::resolve::{Guest, resolve};
 
 /// Reading a plan ends in a plan within its limits, or in reasons.
 pub(crate) fn plan(json: &[u8]) {
@@ -53,7 +54,8 @@ pub(crate) fn resolve_in(text: &[u8], offset: usize, length: usize, replace: &[u
     let json = serde_json::json!({ "version": 1, "name": "x", "patches": [
         { "at": format!("f+{offset:#x}"), "expect": insn::hex(&expect), "replace": insn::hex(replace) }] });
     let plan = Plan::parse(json.to_string().as_bytes()).expect("it is well-formed");
-    let Ok(resolved) = resolve(&plan, Kernel { image: &image, slide: 0 }, &Function(text), []) else {
+    let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+    let Ok(resolved) = resolve(&plan, Guest { kernel, text: &Function(text), vcpus: 1 }, []) else {
         return;
     };
     let site = &resolved.sites[0];

@@ -75,8 +75,10 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         atomic: false,
         deadline_ms: 1,
         preemptible: false,
+        unlocked: false,
         outside: Vec::new(),
         sites: resolved,
+        data: Vec::new(),
     };
     (plan, memory)
 }

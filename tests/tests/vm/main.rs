@@ -8,6 +8,7 @@ mod boot;
 mod cli;
 mod engine;
 mod flips;
+mod kernel;
 mod refusals;
 mod socket;
 mod terminal;
@@ -35,6 +36,7 @@ fn all() -> Vec<Test> {
         cli::TESTS,
         engine::TESTS,
         flips::TESTS,
+        kernel::TESTS,
         refusals::TESTS,
         socket::TESTS,
         terminal::TESTS,

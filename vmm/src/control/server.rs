@@ -193,6 +193,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         (&Method::PUT | &Method::POST, ["vm", "pause"]) => Command::Pause,
         (&Method::PUT | &Method::POST, ["vm", "resume"]) => Command::Resume,
         (&Method::DELETE, ["vm", "arena"]) => Command::RemoveArena,
+        (&Method::GET, ["targets"]) => Command::Targets,
         (&Method::GET, ["patches"]) => Command::List,
         (&Method::GET, ["patches", name]) => Command::Show((*name).to_owned()),
         (&Method::POST, ["patches", name, "revert"]) => Command::Revert((*name).to_owned()),
@@ -209,7 +210,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         }
         (
             _,
-            ["vm"]
+            ["vm" | "targets"]
             | ["vm", "vcpus" | "pause" | "resume" | "arena"]
             | ["patches"]
             | ["patches", _]
@@ -254,6 +255,7 @@ fn reply(answer: Answer) -> Reply {
         Answer::Fits(fits) => json(StatusCode::OK, &fits),
         Answer::Program(program) => json(StatusCode::OK, &program),
         Answer::Vcpus(vcpus) => json(StatusCode::OK, &vcpus),
+        Answer::Targets(targets) => json(StatusCode::OK, &targets),
         Answer::Patches(patches) => json(StatusCode::OK, &patches),
         Answer::Refused(refusals) if refusals.is_bad_input() => json(StatusCode::BAD_REQUEST, &refusals),
         Answer::Refused(refusals) if refusals.is_unknown_patch() => json(StatusCode::NOT_FOUND, &refusals),

@@ -1,0 +1,228 @@
+//! A kernel where it runs: its image, moved by KASLR, and the modules it has loaded.
+
+use super::KernelImage;
+use super::module::{Module, Modules};
+use super::names::{CALL_KEY, CALL_TRAMPOLINE};
+use super::symbols::{Found, Function};
+use super::tables::{JumpEntry, StaticCallSite};
+use crate::addr::Gva;
+use crate::refusal::Refusal;
+
+/// The guest's memory, read through its kernel's own page tables.
+pub trait Text {
+    /// Fills `into` with the bytes at `at`.
+    ///
+    /// # Errors
+    /// The first address that is not mapped; `into` may be partly filled.
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva>;
+}
+
+/// Reads so many bytes.
+///
+/// # Errors
+/// [`Refusal::Unmapped`].
+pub fn read(text: &dyn Text, at: Gva, size: usize) -> Result<Vec<u8>, Refusal> {
+    let mut bytes = vec![0; size];
+    text.read(at, &mut bytes).map_err(|at| Refusal::Unmapped { at })?;
+    Ok(bytes)
+}
+
+/// Reads a word of eight bytes.
+///
+/// # Errors
+/// [`Refusal::Unmapped`].
+pub fn read_u64(text: &dyn Text, at: Gva) -> Result<u64, Refusal> {
+    let mut bytes = [0; 8];
+    text.read(at, &mut bytes).map_err(|at| Refusal::Unmapped { at })?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Reads a word of four bytes.
+///
+/// # Errors
+/// [`Refusal::Unmapped`].
+pub fn read_u32(text: &dyn Text, at: Gva) -> Result<u32, Refusal> {
+    let mut bytes = [0; 4];
+    text.read(at, &mut bytes).map_err(|at| Refusal::Unmapped { at })?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+/// What is farther than this behind a module's last symbol is not the module's, in bytes.
+const LARGEST_MODULE: usize = 16 << 20;
+
+/// A kernel image and where the guest runs it.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel<'a> {
+    /// The image.
+    pub image: &'a KernelImage,
+    /// How far above its link-time address it runs (KASLR); a multiple of 2 MiB.
+    pub slide: u64,
+    /// The modules that it has loaded.
+    pub modules: &'a Modules,
+}
+
+impl<'a> Kernel<'a> {
+    /// Where something that was linked at an address is.
+    #[must_use]
+    pub fn live(&self, linked: Gva) -> Gva {
+        Gva(linked.0.wrapping_add(self.slide))
+    }
+
+    /// Where something that is at an address was linked.
+    #[must_use]
+    pub fn linked(&self, live: Gva) -> Gva {
+        Gva(live.0.wrapping_sub(self.slide))
+    }
+
+    fn module_at(&self, at: Gva) -> Option<&'a Module> {
+        self.modules.known().iter().find(|module| module.text.contains(&at))
+    }
+
+    /// The function around a live address.
+    #[must_use]
+    pub fn function_at(&self, at: Gva) -> Option<Function<'a>> {
+        if let Some(module) = self.module_at(at) {
+            let function = module.symbols.function_at(at)?;
+            return Some(Function { end: function.end.min(module.text.end), ..function });
+        }
+        let function = self.image.symbols().function_at(self.linked(at))?;
+        Some(Function { start: self.live(function.start), end: self.live(function.end), ..function })
+    }
+
+    /// A live address as a plan writes it, if there is a symbol for it.
+    #[must_use]
+    pub fn describe(&self, at: Gva) -> Option<String> {
+        let nearest = |module: &&'a Module| module.symbols.at_or_before(at);
+        let module = self.modules.known().iter().max_by_key(nearest).filter(|module| {
+            let distance = nearest(module).and_then(|symbol| at.offset_from(symbol));
+            distance.is_some_and(|distance| distance < LARGEST_MODULE)
+        });
+        match module {
+            Some(module) => module.symbols.describe(at).map(|name| format!("{}:{name}", module.name)),
+            None => self.image.symbols().describe(self.linked(at)),
+        }
+    }
+
+    /// Where a symbol is in the guest. Those of a module are written `module:symbol`.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
+    pub fn symbol(&self, name: &str) -> Result<Gva, Refusal> {
+        let unknown = || Refusal::UnknownSymbol { name: name.to_owned() };
+        let (found, slide) = match name.split_once(':') {
+            Some((module, symbol)) => {
+                let module =
+                    self.modules.known().iter().find(|loaded| loaded.name == module).ok_or_else(unknown)?;
+                (module.symbols.find(symbol), 0)
+            }
+            None => (self.image.symbols().find(name), self.slide),
+        };
+        let live = |at: Gva| Gva(at.0.wrapping_add(slide));
+        match found {
+            Found::One(at) => Ok(live(at)),
+            Found::None => Err(unknown()),
+            Found::Several(at) => Err(Refusal::AmbiguousSymbol {
+                name: name.to_owned(),
+                at: at.into_iter().map(live).collect(),
+            }),
+        }
+    }
+
+    /// An address as a plan writes it: `symbol`, `symbol+0xoffset`, `0xaddress`.
+    ///
+    /// # Errors
+    /// As [`Kernel::symbol`], and [`Refusal::BadAddress`].
+    pub fn address(&self, text: &str) -> Result<Gva, Refusal> {
+        let bad = || Refusal::BadAddress { text: text.to_owned() };
+        let number = |digits: &str| u64::from_str_radix(digits.strip_prefix("0x")?, 16).ok();
+        if text.starts_with("0x") {
+            return number(text).map(Gva).ok_or_else(bad);
+        }
+        let (name, offset) = match text.split_once('+') {
+            Some((name, offset)) => (name, number(offset).ok_or_else(bad)?),
+            None => (text, 0),
+        };
+        if name.is_empty() {
+            return Err(bad());
+        }
+        let base = self.symbol(name)?;
+        base.0.checked_add(offset).map(Gva).ok_or_else(bad)
+    }
+
+    /// Whether an address is in the part that is given back once the kernel is up. What was
+    /// there has run for the last time.
+    #[must_use]
+    pub fn is_init(&self, at: Gva) -> bool {
+        let symbol = |name| self.symbol(name).ok();
+        let range = symbol("__init_begin").zip(symbol("__init_end"));
+        range.is_some_and(|(start, end)| start <= at && at < end)
+    }
+
+    /// All jumps that static keys switch, those of modules included.
+    ///
+    /// # Errors
+    /// As [`Modules::all`].
+    pub fn jump_entries(&self) -> Result<impl Iterator<Item = JumpEntry>, Refusal> {
+        let live = |entry: &JumpEntry| JumpEntry {
+            code: self.live(entry.code),
+            target: self.live(entry.target),
+            key: self.live(entry.key),
+            ..*entry
+        };
+        let own = self.image.tables().jump_entries.iter().flatten().map(live);
+        let modules = self.modules.all()?.iter();
+        Ok(own.chain(modules.flat_map(|module| module.jump_entries.iter().copied())))
+    }
+
+    /// All calls that can be retargeted, those of modules included.
+    ///
+    /// # Errors
+    /// As [`Modules::all`].
+    pub fn static_call_sites(&self) -> Result<impl Iterator<Item = StaticCallSite>, Refusal> {
+        let live = |site: &StaticCallSite| StaticCallSite {
+            code: self.live(site.code),
+            key: self.live(site.key),
+            ..*site
+        };
+        let own = self.image.tables().static_call_sites.iter().flatten().map(live);
+        let modules = self.modules.all()?.iter();
+        Ok(own.chain(modules.flat_map(|module| module.static_call_sites.iter().copied())))
+    }
+
+    /// The key of a static call, and its trampoline, by the name that the kernel's source has.
+    ///
+    /// # Errors
+    /// As [`Kernel::symbol`].
+    pub fn static_call(&self, name: &str) -> Result<(Gva, Option<Gva>), Refusal> {
+        let unprefixed = |error| match error {
+            Refusal::UnknownSymbol { .. } => Refusal::UnknownStaticCall { name: name.to_owned() },
+            other => other,
+        };
+        let prefixed = |prefix: &str| match name.split_once(':') {
+            Some((module, name)) => format!("{module}:{prefix}{name}"),
+            None => format!("{prefix}{name}"),
+        };
+        let key = self.symbol(&prefixed(CALL_KEY)).map_err(unprefixed)?;
+        Ok((key, self.symbol(&prefixed(CALL_TRAMPOLINE)).ok()))
+    }
+
+    /// Where the kernel notes whether the processor has a feature: bit `feature % 32` of the
+    /// four bytes there.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownLayout`] without BTF.
+    pub fn feature_word(&self, feature: u16) -> Result<Gva, Refusal> {
+        let offset = self.image.offsets().capability;
+        let offset = offset.ok_or(Refusal::UnknownLayout { what: "struct cpuinfo_x86" })?;
+        let start = self.symbol("boot_cpu_data")?;
+        Ok(Gva(start.0.wrapping_add(offset + 4 * u64::from(feature / 32))))
+    }
+
+    /// Whether the kernel counts the processor as having a feature.
+    ///
+    /// # Errors
+    /// As [`Kernel::feature_word`].
+    pub fn has_feature(&self, text: &dyn Text, feature: u16) -> Result<bool, Refusal> {
+        Ok(read_u32(text, self.feature_word(feature)?)? >> (feature % 32) & 1 != 0)
+    }
+}

@@ -1,0 +1,189 @@
+//! Loaded modules, read from the running guest (Linux kernel/module/main.c: a list from
+//! `modules`). Guest memory is not trusted: every count is bounded, and a list that does not
+//! come back to its head ends in an error.
+
+use std::ops::Range;
+
+use super::KernelImage;
+use super::live::{Kernel, Text, read, read_u32, read_u64};
+use super::offsets::ModuleOffsets;
+use super::symbols::Symbols;
+use super::tables::{
+    JUMP_ENTRY, JumpEntry, STATIC_CALL_SITE, StaticCallSite, jump_entries, static_call_sites,
+};
+use crate::addr::Gva;
+use crate::refusal::Refusal;
+
+/// A module that is loaded and runs. Addresses are those in the guest.
+#[derive(Debug)]
+pub struct Module {
+    /// Its name.
+    pub name: String,
+    /// Its text.
+    pub text: Range<Gva>,
+    /// Its symbols.
+    pub symbols: Symbols,
+    /// Jumps that static keys switch.
+    pub jump_entries: Vec<JumpEntry>,
+    /// Calls that can be retargeted.
+    pub static_call_sites: Vec<StaticCallSite>,
+}
+
+/// `MODULE_STATE_LIVE`.
+const LIVE: u32 = 0;
+const MOST_MODULES: usize = 4096;
+const MOST_SYMBOLS: usize = 1 << 20;
+const MOST_ENTRIES: usize = 1 << 20;
+/// Longest table of names, and longest text, in bytes.
+const MOST_BYTES: usize = 64 << 20;
+/// `MODULE_NAME_LEN` is 56; the rest is never reached.
+const LONGEST_NAME: usize = 56;
+const LONGEST_SYMBOL: usize = 512;
+/// `Elf64_Sym`.
+const SYMBOL: usize = 24;
+/// `SHN_LORESERVE`.
+const RESERVED: u16 = 0xff00;
+
+/// The modules of a guest, or why they are not known.
+#[derive(Debug)]
+pub struct Modules {
+    loaded: Vec<Module>,
+    unknown: Option<Refusal>,
+}
+
+impl Modules {
+    /// No modules.
+    pub const NONE: Self = Self { loaded: Vec::new(), unknown: None };
+
+    /// Reads all modules of a guest whose image runs moved by `slide`.
+    #[must_use]
+    pub fn read(image: &KernelImage, slide: u64, text: &dyn Text) -> Self {
+        match Self::read_all(image, slide, text) {
+            Ok(loaded) => Self { loaded, unknown: None },
+            Err(refusal) => Self { loaded: Vec::new(), unknown: Some(refusal) },
+        }
+    }
+
+    /// Those that are known.
+    #[must_use]
+    pub fn known(&self) -> &[Module] {
+        &self.loaded
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownLayout`] without BTF; [`Refusal::BadModules`] when the guest's lists
+    /// make no sense.
+    pub fn all(&self) -> Result<&[Module], Refusal> {
+        self.unknown.clone().map_or(Ok(&self.loaded), Err)
+    }
+
+    fn read_all(image: &KernelImage, slide: u64, text: &dyn Text) -> Result<Vec<Module>, Refusal> {
+        let kernel = Kernel { image, slide, modules: &Self::NONE };
+        let offsets = image.offsets().module.ok_or(Refusal::UnknownLayout { what: "struct module" })?;
+        let head = kernel.symbol("modules")?;
+        let mut modules = Vec::new();
+        let mut next = Gva(read_u64(text, head)?);
+        while next != head {
+            if modules.len() == MOST_MODULES {
+                return Err(Refusal::BadModules { why: "its list does not end" });
+            }
+            let module = Reader { text, at: Gva(next.0.wrapping_sub(offsets.list)), offsets: &offsets };
+            if module.u32(offsets.state)? == LIVE {
+                modules.push(module.read()?);
+            }
+            next = Gva(read_u64(text, next)?);
+        }
+        Ok(modules)
+    }
+}
+
+struct Reader<'a> {
+    text: &'a dyn Text,
+    at: Gva,
+    offsets: &'a ModuleOffsets,
+}
+
+impl Reader<'_> {
+    fn u32(&self, offset: u64) -> Result<u32, Refusal> {
+        read_u32(self.text, Gva(self.at.0.wrapping_add(offset)))
+    }
+
+    fn pointer(&self, offset: u64) -> Result<Gva, Refusal> {
+        read_u64(self.text, Gva(self.at.0.wrapping_add(offset))).map(Gva)
+    }
+
+    fn count(&self, offset: u64, most: usize) -> Result<usize, Refusal> {
+        let count = usize::try_from(self.u32(offset)?).unwrap_or(usize::MAX);
+        if count > most { Err(Refusal::BadModules { why: "a table is too long" }) } else { Ok(count) }
+    }
+
+    fn read(&self) -> Result<Module, Refusal> {
+        let offsets = self.offsets;
+        let name = read(self.text, Gva(self.at.0.wrapping_add(offsets.name)), LONGEST_NAME)?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let start = self.pointer(offsets.text.0)?;
+        let end = start.plus(self.count(offsets.text.1, MOST_BYTES)?);
+        Ok(Module {
+            name: String::from_utf8_lossy(name).into_owned(),
+            text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
+            symbols: self.symbols()?,
+            jump_entries: {
+                let (at, bytes) = self.table(offsets.jump_entries, JUMP_ENTRY)?;
+                jump_entries(at, &bytes)
+            },
+            static_call_sites: {
+                let (at, bytes) = self.table(offsets.static_call_sites, STATIC_CALL_SITE)?;
+                static_call_sites(at, &bytes)
+            },
+        })
+    }
+
+    fn table(&self, (start, count): (u64, u64), entry: usize) -> Result<(Gva, Vec<u8>), Refusal> {
+        let count = self.count(count, MOST_ENTRIES)?;
+        let at = self.pointer(start)?;
+        Ok((at, if count == 0 { Vec::new() } else { read(self.text, at, count * entry)? }))
+    }
+
+    fn symbols(&self) -> Result<Symbols, Refusal> {
+        let bad = |why| Refusal::BadModules { why };
+        let (symtab, number, strtab, typetab) = self.offsets.symbols;
+        let table = Reader { at: self.pointer(self.offsets.kallsyms)?, ..*self };
+        let count = table.count(number, MOST_SYMBOLS)?;
+        let entries = read(self.text, table.pointer(symtab)?, count * SYMBOL)?;
+        let kinds = read(self.text, table.pointer(typetab)?, count)?;
+        let names = table.pointer(strtab)?;
+        let mut symbols = Vec::new();
+        for (entry, kind) in entries.chunks_exact(SYMBOL).zip(kinds) {
+            let (name, rest) = entry.split_first_chunk::<4>().ok_or(bad("a symbol is cut off"))?;
+            let section = u16::from_le_bytes([rest[2], rest[3]]);
+            let value = rest[4..].first_chunk().copied().map_or(0, u64::from_le_bytes);
+            // Undefined: those of the kernel and of other modules. Above: absolute numbers.
+            if section == 0 || section >= RESERVED {
+                continue;
+            }
+            let at = Gva(names.0.wrapping_add(u32::from_le_bytes(*name).into()));
+            symbols.push((value, kind, self.name(at)?));
+        }
+        let all = symbols.iter().map(|(at, kind, name)| (*at, *kind, name.as_str()));
+        Symbols::new(all).ok_or(bad("its names are too long"))
+    }
+
+    fn name(&self, at: Gva) -> Result<String, Refusal> {
+        // In short pieces: what lies behind the last name may not be mapped.
+        const PIECE: usize = 32;
+        let mut name = Vec::new();
+        while name.len() < LONGEST_SYMBOL {
+            let at = at.plus(name.len()).ok_or(Refusal::BadModules { why: "a name wraps around" })?;
+            let left = usize::try_from(4096 - at.0 % 4096).unwrap_or(PIECE);
+            let piece = read(self.text, at, PIECE.min(left))?;
+            let end = piece.iter().position(|byte| *byte == 0);
+            name.extend(&piece[..end.unwrap_or(piece.len())]);
+            if end.is_some() {
+                return Ok(String::from_utf8_lossy(&name).into_owned());
+            }
+        }
+        Err(Refusal::BadModules { why: "a name does not end" })
+    }
+}

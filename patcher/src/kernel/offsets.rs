@@ -1,0 +1,73 @@
+//! Where members of the kernel's structures are, from its BTF.
+
+use super::btf::Btf;
+
+/// Offsets in bytes. `None` where the kernel has no BTF, or no such member.
+#[derive(Debug, Clone, Default)]
+pub struct Offsets {
+    /// `struct cpuinfo_x86`, `x86_capability`: the processor's features, a bit each.
+    pub capability: Option<u64>,
+    /// `struct module`.
+    pub module: Option<ModuleOffsets>,
+}
+
+/// `struct module` and what belongs to it (include/linux/module.h).
+#[derive(Debug, Clone, Copy)]
+pub struct ModuleOffsets {
+    /// `list`.
+    pub list: u64,
+    /// `name`.
+    pub name: u64,
+    /// `state`.
+    pub state: u64,
+    /// `kallsyms`.
+    pub kallsyms: u64,
+    /// `jump_entries`, `num_jump_entries`.
+    pub jump_entries: (u64, u64),
+    /// `static_call_sites`, `num_static_call_sites`.
+    pub static_call_sites: (u64, u64),
+    /// Where the module's text is described: its address and its size. Since 6.4 in the first
+    /// `struct module_memory`, before in `core_layout`.
+    pub text: (u64, u64),
+    /// `struct mod_kallsyms`: `symtab`, `num_symtab`, `strtab`, `typetab`.
+    pub symbols: (u64, u64, u64, u64),
+}
+
+impl Offsets {
+    pub(super) fn read(btf: &Btf<'_>) -> Self {
+        Self {
+            capability: btf.offset("cpuinfo_x86", "x86_capability").map(u64::from),
+            module: ModuleOffsets::read(btf),
+        }
+    }
+}
+
+impl ModuleOffsets {
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        let of = |name, member| btf.offset(name, member).map(u64::from);
+        let module = |member| of("module", member);
+        let kallsyms = |member| of("mod_kallsyms", member);
+        let text = match module("mem") {
+            Some(memory) => (memory + of("module_memory", "base")?, memory + of("module_memory", "size")?),
+            None => {
+                let layout = module("core_layout")?;
+                (layout + of("module_layout", "base")?, layout + of("module_layout", "text_size")?)
+            }
+        };
+        Some(Self {
+            list: module("list")?,
+            name: module("name")?,
+            state: module("state")?,
+            kallsyms: module("kallsyms")?,
+            jump_entries: (module("jump_entries")?, module("num_jump_entries")?),
+            static_call_sites: (module("static_call_sites")?, module("num_static_call_sites")?),
+            text,
+            symbols: (
+                kallsyms("symtab")?,
+                kallsyms("num_symtab")?,
+                kallsyms("strtab")?,
+                kallsyms("typetab")?,
+            ),
+        })
+    }
+}

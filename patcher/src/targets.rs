@@ -73,7 +73,7 @@ pub struct SpinlockTarget {
 /// [`Refusal::Unmapped`] or what keeps the modules from being read.
 pub fn list(guest: Guest<'_>) -> Result<Targets, Refusal> {
     let Guest { kernel, text, .. } = guest;
-    let name_of = |at: Gva| kernel.describe(at).unwrap_or_else(|| at.to_string());
+    let name_of = |at: Gva| kernel.identify(at).unwrap_or_else(|| at.to_string());
     let mut entries: BTreeMap<Gva, usize> = BTreeMap::new();
     for entry in kernel.jump_entries()? {
         *entries.entry(entry.key).or_default() += 1;

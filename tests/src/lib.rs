@@ -2,6 +2,7 @@
 
 pub mod campaigns;
 pub mod lab;
+pub mod oracle;
 pub mod signal;
 pub mod targets;
 pub mod testbed;

@@ -1,6 +1,7 @@
 //! A running VM, driven as a user would: the monitor's process, its console, its socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -367,11 +368,27 @@ pub fn redirect_plan(name: &str, strategy: Option<&str>) -> Value {
 /// # Errors
 /// When it can't be read.
 pub fn guest_memory(vm: &Vm) -> Result<Vec<u8>> {
+    let path = memory_file(vm)?;
+    std::fs::read(&path).with_context(|| path.display().to_string())
+}
+
+/// A piece of it.
+///
+/// # Errors
+/// When it can't be read.
+pub fn read_guest_memory(vm: &Vm, physical: u64, length: usize) -> Result<Vec<u8>> {
+    let path = memory_file(vm)?;
+    let mut bytes = vec![0; length];
+    std::fs::File::open(&path)?.read_exact_at(&mut bytes, physical)?;
+    Ok(bytes)
+}
+
+fn memory_file(vm: &Vm) -> Result<PathBuf> {
     let folder = format!("/proc/{}/fd", vm.pid());
     for entry in std::fs::read_dir(&folder)? {
         let path = entry?.path();
         if std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains("memfd:guest-ram")) {
-            return std::fs::read(&path).with_context(|| path.display().to_string());
+            return Ok(path);
         }
     }
     bail!("no guest memory in {folder}")

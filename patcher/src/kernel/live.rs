@@ -91,15 +91,15 @@ impl<'a> Kernel<'a> {
 
     /// A live address as a plan writes it, if there is a symbol for it.
     #[must_use]
-    pub fn describe(&self, at: Gva) -> Option<String> {
+    pub fn identify(&self, at: Gva) -> Option<String> {
         let nearest = |module: &&'a Module| module.symbols.at_or_before(at);
         let module = self.modules.known().iter().max_by_key(nearest).filter(|module| {
             let distance = nearest(module).and_then(|symbol| at.offset_from(symbol));
             distance.is_some_and(|distance| distance < LARGEST_MODULE)
         });
         match module {
-            Some(module) => module.symbols.describe(at).map(|name| format!("{}:{name}", module.name)),
-            None => self.image.symbols().describe(self.linked(at)),
+            Some(module) => module.symbols.identify(at).map(|name| format!("{}:{name}", module.name)),
+            None => self.image.symbols().identify(self.linked(at)),
         }
     }
 

@@ -49,7 +49,7 @@ impl KernelImage {
             *entries.entry(entry.key).or_default() += 1;
         }
         let key = |(at, entries): (Gva, usize)| StaticKey {
-            name: self.symbols().describe(at).unwrap_or_else(|| at.to_string()),
+            name: self.symbols().identify(at).unwrap_or_else(|| at.to_string()),
             at,
             initially: self.tables().initial_value(at) & 0xffff_ffff != 0,
             entries,

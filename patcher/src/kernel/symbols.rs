@@ -132,6 +132,20 @@ impl Symbols {
         Some(if at == address.0 { name.to_owned() } else { format!("{name}+{:#x}", address.0 - at) })
     }
 
+    /// The same, but a name that leads back to the address: if its own is not the only one,
+    /// that of the kernel's first byte.
+    #[must_use]
+    pub fn identify(&self, address: Gva) -> Option<String> {
+        const FIRST: &str = "_text";
+        let described = self.describe(address)?;
+        let name = described.split('+').next().unwrap_or(&described);
+        match (self.find(name), self.find(FIRST)) {
+            (Found::One(_), _) => Some(described),
+            (_, Found::One(first)) => Some(format!("{FIRST}+{:#x}", address.offset_from(first)?)),
+            _ => None,
+        }
+    }
+
     /// All symbols in the order of their addresses: address, type letter, name.
     pub fn iter(&self) -> impl Iterator<Item = (Gva, u8, &str)> {
         self.entries.iter().map(|entry| (Gva(entry.address), entry.kind, self.entry_name(entry)))
@@ -157,6 +171,7 @@ mod tests {
     fn names_and_addresses_are_found_and_ambiguity_is_told() {
         let table = Symbols::new(
             [
+                (0x08, b'T', "_text"),
                 (0x30, b't', "dup"),
                 (0x10, b'T', "one"),
                 (0x20, b't', "dup"),
@@ -173,6 +188,11 @@ mod tests {
         let function = table.function_at(Gva(0x2f)).expect("covered");
         assert_eq!((function.name, function.start, function.end), ("dup", Gva(0x20), Gva(0x30)));
         assert_eq!(table.function_at(Gva(0x1f)).expect("covered").name, "one");
-        assert_eq!(table.function_at(Gva(0xf)), None);
+        assert_eq!(table.function_at(Gva(0x7)), None);
+        assert_eq!(table.describe(Gva(0x11)).as_deref(), Some("one+0x1"));
+        assert_eq!(table.describe(Gva(0x31)).as_deref(), Some("dup+0x1"));
+        assert_eq!(table.identify(Gva(0x11)).as_deref(), Some("one+0x1"));
+        assert_eq!(table.identify(Gva(0x31)).as_deref(), Some("_text+0x29"));
+        assert_eq!((table.describe(Gva(7)), table.identify(Gva(7))), (None, None));
     }
 }

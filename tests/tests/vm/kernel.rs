@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use guest::kallsyms;
 use patcher::kernel::KernelImage;
 use tests::lab::Lab;
+use tests::oracle::twins;
 use tests::targets::{both_kernels, dry_run};
 use tests::vm::{Setup, Vm};
 
@@ -13,6 +14,7 @@ use super::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("kernel::symbols_and_counts_are_the_guests_own", same_symbols),
     ("kernel::every_key_and_call_resolves_or_says_why", dry_run),
+    ("kernel::a_change_from_outside_is_the_guests_own", twins),
 ];
 
 fn image(setup: &Setup) -> Result<KernelImage> {

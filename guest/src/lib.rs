@@ -10,6 +10,7 @@ pub mod cache;
 pub mod initramfs;
 pub mod kallsyms;
 pub mod kernel;
+pub mod locks;
 pub mod packages;
 pub mod progress;
 pub mod qemu;

@@ -66,7 +66,7 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
     let mut copies = Vec::new();
     let steps = match strategy {
         Strategy::Hold => stopped(Step::Hold, sites, data),
-        Strategy::Inspect => stopped(Step::Inspect(condition(plan)), sites, data),
+        Strategy::Inspect => behind_doors(&plan.doors, stopped(Step::Inspect(condition(plan)), sites, data)),
         Strategy::Store => store(sites, data),
         Strategy::Bypass => bypass(sites, data, arena, &mut copies)?,
         Strategy::Breakpoint | Strategy::Auto => trapped(sites, data, sites.iter().map(effect_or_wait)),
@@ -165,6 +165,35 @@ fn stopped(stop: Step, sites: &[Site], data: &[Datum]) -> Vec<Reversible> {
     steps
 }
 
+/// Keeps whoever comes to a door there while `steps`, which stop the vCPUs, are done: who has
+/// let go of his locks does not take others.
+fn behind_doors(doors: &[(Gva, u8)], steps: Vec<Reversible>) -> Vec<Reversible> {
+    if doors.is_empty() {
+        return steps;
+    }
+    let table = Arc::new(TrapTable::new(doors.iter().map(|(at, _)| (*at, Way::Wait))));
+    let mut behind = open_traps(table);
+    for &(at, byte) in doors {
+        let check = Step::Check { at, bytes: vec![byte] };
+        behind.extend([step(check, []), write(at, &[INT3], &[byte])]);
+    }
+    behind.push(fence());
+    let mut steps = steps;
+    // Before the fence and the release that end them, nobody can run into a door.
+    let end = steps.len().saturating_sub(2);
+    let ending = steps.split_off(end);
+    behind.extend(steps);
+    behind.extend(doors.iter().map(|(at, byte)| write(*at, &[*byte], &[INT3])));
+    behind.extend(ending);
+    behind.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
+    behind
+}
+
+/// Makes a trap table known and has #BP exit.
+fn open_traps(table: Arc<TrapTable>) -> Vec<Reversible> {
+    vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])]
+}
+
 fn store(sites: &[Site], data: &[Datum]) -> Vec<Reversible> {
     let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.to_vec(), new: new.to_vec() };
     let mut steps = Vec::new();
@@ -233,8 +262,7 @@ fn bypass(
 
 fn trapped(sites: &[Site], data: &[Datum], ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
     let table = Arc::new(TrapTable::new(ways));
-    let mut steps =
-        vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])];
+    let mut steps = open_traps(table);
     steps.extend(data.iter().map(check_word));
     for site in sites {
         steps.extend([check_old(site), write(site.at, &[INT3], &site.old[..1])]);

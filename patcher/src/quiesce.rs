@@ -79,15 +79,12 @@ impl Condition {
         self.inside.is_empty() && self.outside.is_empty() && !self.preemptible && !self.unlocked
     }
 
-    /// Checks where the vCPUs stand.
+    /// Checks where a vCPU stands.
     ///
     /// # Errors
-    /// The first vCPU that does not meet the condition.
-    pub fn check(&self, vcpus: &[Standing]) -> Result<(), Offender> {
-        for vcpu in vcpus {
-            self.why_not(vcpu).map_or(Ok(()), |why| Err(Offender { vcpu: vcpu.vcpu, rip: vcpu.rip, why }))?;
-        }
-        Ok(())
+    /// When it does not meet the condition.
+    pub fn check(&self, vcpu: &Standing) -> Result<(), Offender> {
+        self.why_not(vcpu).map_or(Ok(()), |why| Err(Offender { vcpu: vcpu.vcpu, rip: vcpu.rip, why }))
     }
 
     fn why_not(&self, vcpu: &Standing) -> Option<&'static str> {
@@ -129,8 +126,8 @@ impl fmt::Display for Condition {
 mod tests {
     use super::*;
 
-    fn standing(rip: u64, mode: Mode) -> [Standing; 1] {
-        [Standing { vcpu: VcpuId(3), rip: Gva(rip), mode }]
+    fn standing(rip: u64, mode: Mode) -> Standing {
+        Standing { vcpu: VcpuId(3), rip: Gva(rip), mode }
     }
 
     fn kernel(interrupts: bool, preempt_count: u32, idle: bool) -> Mode {

@@ -125,6 +125,9 @@ pub struct ResolvedPlan {
     pub sites: Vec<Site>,
     /// The kernel's own data that goes with them.
     pub data: Vec<Datum>,
+    /// Where vCPUs pass that hold no spinlock, and the bytes there: whoever comes by is kept
+    /// until the sites are changed.
+    pub doors: Vec<(Gva, u8)>,
 }
 
 impl ResolvedPlan {
@@ -227,7 +230,22 @@ pub fn resolve<'t>(
         outside,
         sites,
         data,
+        doors: if needs == Needs::Unlocked { doors(&kernel, text) } else { Vec::new() },
     })
+}
+
+/// Functions that are never called with a spinlock held: on the way out of a system call, and
+/// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
+const DOORS: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
+
+/// Those that this kernel has and nobody else has a breakpoint on.
+fn doors(kernel: &Kernel<'_>, text: &dyn Text) -> Vec<(Gva, u8)> {
+    let door = |name: &str| {
+        let (at, mut byte) = (kernel.symbol(name).ok()?, [0]);
+        text.read(at, &mut byte).ok()?;
+        (byte[0] != insn::INT3).then_some((at, byte[0]))
+    };
+    DOORS.into_iter().filter_map(door).collect()
 }
 
 /// Sites that share a byte with another, of this plan or of one applied before. A site may lie

@@ -4,6 +4,7 @@ pub mod campaigns;
 pub mod lab;
 pub mod oracle;
 pub mod signal;
+pub mod spinlocks;
 pub mod targets;
 pub mod testbed;
 pub mod vm;

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::addr::Gva;
+use patcher::addr::{Gva, VcpuId};
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
 use patcher::interior;
@@ -307,7 +307,7 @@ impl Controller {
 
     /// Stops the vCPUs for a moment to see where they stand.
     fn vcpus(&mut self) -> Result<Vec<VcpuLine>, FenceError> {
-        let inspected = self.rendezvous.inspect(PAUSE_PATIENCE);
+        let inspected = self.rendezvous.inspect(&self.rendezvous.vcpus(), PAUSE_PATIENCE);
         if self.held_by.is_none() {
             self.rendezvous.release();
         }
@@ -317,14 +317,14 @@ impl Controller {
             let function = kernel.function_at(at)?;
             Some(format!("{}+{:#x}", function.name, at.offset_from(function.start)?))
         };
-        let line = |(vcpu, registers): (usize, &Registers)| VcpuLine {
-            vcpu,
+        let line = |(vcpu, registers): &(VcpuId, Registers)| VcpuLine {
+            vcpu: vcpu.0,
             rip: registers.rip(),
             symbol: symbol(registers.rip()).filter(|_| registers.in_kernel()),
             kernel: registers.in_kernel(),
             interrupts: registers.interrupts(),
         };
-        Ok(inspected?.iter().enumerate().map(line).collect())
+        Ok(inspected?.iter().map(line).collect())
     }
 
     fn state(&self) -> State {

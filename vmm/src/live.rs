@@ -46,16 +46,33 @@ impl<'m> Live<'m> {
         &self.fences
     }
 
-    /// Holds when every vCPU stands where it may; lets them run on in between, longer and
-    /// longer.
+    /// Holds when every vCPU stands where it may. Those that do stay out, and the others go on
+    /// until they do, too: who waits for a lock gets it sooner when nobody else wants it. Some
+    /// may wait for one that stays out, though, so from time to time all go on for a while,
+    /// longer and longer.
     fn inspect(&mut self, condition: &Condition) -> Result<(), StepError> {
         const SHORTEST: Duration = Duration::from_micros(50);
         const LONGEST: Duration = Duration::from_millis(10);
+        /// Longest time to keep some out for the sake of others.
+        const ROUND: Duration = Duration::from_millis(200);
         let mut pause = SHORTEST;
         loop {
-            let vcpus = self.timed(Rendezvous::inspect)?;
-            let checked = standing::check(condition, self.kernel, &vcpus);
-            let Err(offender) = checked.map_err(|what| StepError::Host { what })? else { return Ok(()) };
+            let began = Instant::now();
+            let mut asked = self.rendezvous.vcpus();
+            let mut slice = SHORTEST;
+            let offender = loop {
+                let vcpus = self.timed(|r, patience| r.inspect(&asked, patience))?;
+                let offenders = standing::offenders(condition, self.kernel, &vcpus)
+                    .map_err(|what| StepError::Host { what })?;
+                let Some(first) = offenders.first().copied() else { return Ok(()) };
+                if began.elapsed() > ROUND || self.expired() {
+                    break first;
+                }
+                asked = offenders.into_iter().map(|offender| offender.vcpu).collect();
+                self.rendezvous.excuse(&asked);
+                std::thread::sleep(slice);
+                slice = LONGEST.min(slice * 2);
+            };
             self.rendezvous.release();
             if self.expired() {
                 let place = self.kernel.kernel().function_at(offender.rip).map_or_else(

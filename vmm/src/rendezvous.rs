@@ -72,6 +72,10 @@ pub enum FenceError {
 #[derive(Debug)]
 struct Port {
     kick: Arc<Kick>,
+    /// The hold is not for this vCPU.
+    excused: AtomicBool,
+    /// Which inspection of it is due, counted from 1.
+    inspection: AtomicU64,
     /// Odd while the vCPU may execute guest instructions.
     passes: AtomicU64,
     /// When the vCPU came out for a reason of ours, or 0 if it is not out for one.
@@ -97,8 +101,6 @@ const PARKED: u64 = u64::MAX;
 pub struct Rendezvous {
     ports: Vec<Port>,
     requests: AtomicU32,
-    /// Counts inspections, from 1.
-    inspection: AtomicU64,
     intercept: AtomicBool,
     traps: RwLock<Arc<TrapTable>>,
     gate: Mutex<()>,
@@ -124,6 +126,8 @@ impl Rendezvous {
     pub fn new(kicks: Vec<Arc<Kick>>, barrier: Option<Membarrier>) -> Self {
         let port = |kick| Port {
             kick,
+            excused: AtomicBool::new(false),
+            inspection: AtomicU64::new(0),
             passes: AtomicU64::new(0),
             out_since_ns: AtomicU64::new(0),
             longest_stall_ns: AtomicU64::new(0),
@@ -133,7 +137,6 @@ impl Rendezvous {
         Self {
             ports: kicks.into_iter().map(port).collect(),
             requests: AtomicU32::new(0),
-            inspection: AtomicU64::new(0),
             intercept: AtomicBool::new(false),
             traps: RwLock::default(),
             gate: Mutex::new(()),
@@ -152,7 +155,7 @@ impl Rendezvous {
         loop {
             port.kick.clear();
             port.passes.fetch_add(1, SeqCst);
-            let requests = self.requests.load(SeqCst);
+            let requests = self.requests_to(vcpu);
             let wanted = self.intercept.load(SeqCst);
             if requests == 0 && wanted == intercepting {
                 return Entry::Run;
@@ -167,7 +170,7 @@ impl Rendezvous {
             if self.owes_report(vcpu) {
                 return Entry::Report;
             }
-            self.wait_while(|| self.requests.load(SeqCst) & (HOLD | PAUSE) != 0 && !self.owes_report(vcpu));
+            self.wait_while(|| self.requests_to(vcpu) & (HOLD | PAUSE) != 0 && !self.owes_report(vcpu));
         }
     }
 
@@ -176,9 +179,16 @@ impl Rendezvous {
         self.ports[vcpu.0].passes.fetch_add(1, SeqCst);
     }
 
+    /// What a vCPU is asked for.
+    fn requests_to(&self, vcpu: VcpuId) -> u32 {
+        let requests = self.requests.load(SeqCst);
+        if self.ports[vcpu.0].excused.load(SeqCst) { requests & !HOLD } else { requests }
+    }
+
     fn owes_report(&self, vcpu: VcpuId) -> bool {
         let told = self.lock_report(vcpu).inspection;
-        self.requests.load(SeqCst) & HOLD != 0 && told != self.inspection.load(SeqCst) && told != PARKED
+        let due = self.ports[vcpu.0].inspection.load(SeqCst);
+        self.requests_to(vcpu) & HOLD != 0 && told != due && told != PARKED
     }
 
     fn lock_report(&self, vcpu: VcpuId) -> MutexGuard<'_, Report> {
@@ -187,7 +197,8 @@ impl Rendezvous {
 
     /// Tells where the vCPU stands, until it enters the guest again.
     pub fn report(&self, vcpu: VcpuId, registers: Registers) {
-        *self.lock_report(vcpu) = Report { inspection: self.inspection.load(SeqCst), registers };
+        let inspection = self.ports[vcpu.0].inspection.load(SeqCst);
+        *self.lock_report(vcpu) = Report { inspection, registers };
     }
 
     /// Tells where the vCPU stands while it waits for the controller, until [`Rendezvous::unpark`].
@@ -284,24 +295,40 @@ impl Rendezvous {
         self.request(HOLD, patience)
     }
 
-    /// Holds, waits until every vCPU has come out, and returns where each stands.
+    /// All vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> Vec<VcpuId> {
+        (0..self.ports.len()).map(VcpuId).collect()
+    }
+
+    /// Holds, waits until these vCPUs have come out, and returns where each stands. The others
+    /// are held, too, unless they are excused.
     ///
     /// # Errors
     /// As [`Rendezvous::fence`], and [`FenceError::Late`] when a vCPU did not come out within
     /// `patience`; the vCPUs stay held, so release them.
-    pub fn inspect(&self, patience: Duration) -> Result<Vec<Registers>, FenceError> {
+    pub fn inspect(
+        &self,
+        vcpus: &[VcpuId],
+        patience: Duration,
+    ) -> Result<Vec<(VcpuId, Registers)>, FenceError> {
         let until = Instant::now() + patience;
-        let inspection = self.inspection.fetch_add(1, SeqCst) + 1;
+        for vcpu in vcpus {
+            let port = &self.ports[vcpu.0];
+            port.inspection.fetch_add(1, SeqCst);
+            port.excused.store(false, SeqCst);
+        }
         self.request(HOLD, patience)?;
         // Those that wait for something else must tell, too.
         self.wake();
-        (0..self.ports.len())
-            .map(VcpuId)
-            .map(|vcpu| {
+        vcpus
+            .iter()
+            .map(|&vcpu| {
                 loop {
                     let report = *self.lock_report(vcpu);
-                    if report.inspection == inspection || report.inspection == PARKED {
-                        return Ok(report.registers);
+                    let due = self.ports[vcpu.0].inspection.load(SeqCst);
+                    if report.inspection == due || report.inspection == PARKED {
+                        return Ok((vcpu, report.registers));
                     }
                     if Instant::now() > until {
                         return Err(Late { vcpu }.into());
@@ -312,9 +339,21 @@ impl Rendezvous {
             .collect()
     }
 
+    /// Lets these vCPUs into the guest while the others stay held, until they are inspected
+    /// again.
+    pub fn excuse(&self, vcpus: &[VcpuId]) {
+        for vcpu in vcpus {
+            self.ports[vcpu.0].excused.store(true, SeqCst);
+        }
+        self.wake();
+    }
+
     /// Ends a hold. Does nothing without one.
     pub fn release(&self) {
         self.requests.fetch_and(!HOLD, SeqCst);
+        for port in &self.ports {
+            port.excused.store(false, SeqCst);
+        }
         self.wake();
     }
 

@@ -62,33 +62,28 @@ impl Registers {
     }
 }
 
-/// Checks a condition.
+/// Which vCPUs do not meet a condition.
 ///
 /// # Errors
-/// `Ok(Err(offender))` when a vCPU does not meet it; a text when the kernel's per-CPU data is
-/// not to be found.
-pub fn check(
+/// A text when the kernel's per-CPU data is not to be found.
+pub fn offenders(
     condition: &Condition,
     kernel: &GuestKernel,
-    vcpus: &[Registers],
-) -> Result<Result<(), Offender>, String> {
+    vcpus: &[(VcpuId, Registers)],
+) -> Result<Vec<Offender>, String> {
     if condition.is_empty() {
-        return Ok(Ok(()));
+        return Ok(Vec::new());
     }
     let data = PerCpu::find(kernel)?;
-    let mut standings = Vec::new();
-    for (i, registers) in vcpus.iter().enumerate() {
-        let (vcpu, rip) = (VcpuId(i), Gva(registers.rip));
-        if !registers.kernel {
-            standings.push(Standing { vcpu, rip, mode: Mode::User });
-            continue;
+    let judge = |(vcpu, registers): &(VcpuId, Registers)| {
+        let (vcpu, rip) = (*vcpu, Gva(registers.rip));
+        let mode = if registers.kernel { data.mode(kernel, registers) } else { Some(Mode::User) };
+        match mode {
+            Some(mode) => condition.check(&Standing { vcpu, rip, mode }).err(),
+            None => Some(Offender { vcpu, rip, why: "enters or leaves the kernel" }),
         }
-        match data.mode(kernel, registers) {
-            Some(mode) => standings.push(Standing { vcpu, rip, mode }),
-            None => return Ok(Err(Offender { vcpu, rip, why: "enters or leaves the kernel" })),
-        }
-    }
-    Ok(condition.check(&standings))
+    };
+    Ok(vcpus.iter().filter_map(judge).collect())
 }
 
 /// Offsets into a CPU's data, and the CPUs' bases.

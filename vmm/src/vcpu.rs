@@ -190,7 +190,10 @@ impl Vcpu {
                 Action::Pass(way) => {
                     self.rendezvous.count_trap(self.id);
                     if !self.passes(way)? {
+                        // The controller may want to know where this vCPU stands meanwhile.
+                        self.rendezvous.park(self.id, self.registers()?);
                         self.rendezvous.wait_at_trap(&table);
+                        self.rendezvous.unpark(self.id);
                     }
                     return Ok(());
                 }

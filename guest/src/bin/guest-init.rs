@@ -7,6 +7,9 @@
 //! hammer CALL A B    all CPUs hammer the system call; results must be A or B
 //! count              what every CPU saw in calls begun after this command
 //! nmis MS            from now on every CPU gets an NMI so often, and tells where it is
+//! locks              all CPUs contend for a spinlock of the kernel
+//! locks-in MS        how many times they had it in so many milliseconds
+//! locks-end          ends that; what was added under the lock, and what is the sum
 //! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
 //! mount KIND PATH    mounts a file system without a device
@@ -26,9 +29,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guest::kallsyms;
+use guest::locks::Locks;
 use guest::workload::Hammer;
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
@@ -62,6 +66,7 @@ fn serve() -> io::Result<()> {
         log: OpenOptions::new().read(true).custom_flags(nonblocking).open("/dev/kmsg")?,
         cpus: thread::available_parallelism()?.get(),
         hammer: None,
+        locks: None,
     };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
@@ -87,6 +92,7 @@ struct Init {
     log: File,
     cpus: usize,
     hammer: Option<Hammer>,
+    locks: Option<Locks>,
 }
 
 impl Init {
@@ -120,6 +126,21 @@ impl Init {
                     }
                 });
                 Ok(String::new())
+            }
+            ["locks"] => {
+                self.locks = Some(Locks::start(self.cpus)?);
+                Ok(String::new())
+            }
+            ["locks-in", period] => {
+                let locks = self.locks.as_ref().ok_or_else(|| io::Error::other("nothing is locked"))?;
+                let (before, started) = (locks.added(), Instant::now());
+                thread::sleep(Duration::from_millis(period.parse().map_err(io::Error::other)?));
+                Ok(format!("added={} us={}", locks.added() - before, started.elapsed().as_micros()))
+            }
+            ["locks-end"] => {
+                let locks = self.locks.take().ok_or_else(|| io::Error::other("nothing is locked"))?;
+                let outcome = locks.end()?;
+                Ok(format!("added={} sum={}", outcome.added, outcome.sum))
             }
             ["count"] => self.count(),
             ["dmesg"] => self.dmesg(),

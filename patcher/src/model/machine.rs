@@ -373,7 +373,7 @@ impl<'p> World<'p> {
             Step::Inspect(condition) => {
                 let vcpus: Vec<Standing> =
                     state.cpus.iter().enumerate().map(|(i, cpu)| self.standing(i, &cpu.frames)).collect();
-                condition.check(&vcpus).ok()?;
+                vcpus.iter().try_for_each(|vcpu| condition.check(vcpu)).ok()?;
                 state.held = true;
                 Self::fence(state);
             }

@@ -64,6 +64,7 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
         outside: Vec::new(),
         sites: changes.iter().map(site).collect(),
         data: Vec::new(),
+        doors: Vec::new(),
     }
 }
 

@@ -79,6 +79,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         outside: Vec::new(),
         sites: resolved,
         data: Vec::new(),
+        doors: Vec::new(),
     };
     (plan, memory)
 }

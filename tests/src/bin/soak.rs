@@ -9,7 +9,7 @@ use clap::Parser;
 use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::Setup;
-use tests::{oracle, targets};
+use tests::{oracle, spinlocks, targets};
 
 /// Long campaigns against real guests.
 #[derive(Debug, Parser)]
@@ -18,7 +18,7 @@ Examples:
   cargo soak                     everything
   cargo soak boots --times 200   one campaign, longer")]
 struct Arguments {
-    /// Which campaign: boots, vcpus-64, many-sites, dry-run, oracle, sites-4-quiet, sites-4, sites-8, flips-breakpoint or flips-hold. All, if absent.
+    /// Which campaign: boots, vcpus-64, many-sites, spinlocks, oracle, dry-run, sites-4-quiet, sites-4, sites-8, flips-breakpoint or flips-hold. All, if absent.
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
@@ -27,10 +27,14 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 10] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 11] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites(lab, times, 30)),
+    ("spinlocks", 100, |lab, times| {
+        let both = targets::both_kernels(lab, 8);
+        both.iter().try_for_each(|setup| spinlocks::switch(lab, setup, times))
+    }),
     ("oracle", 1, |lab, _| oracle::twins(lab)),
     ("dry-run", 1, |lab, _| targets::dry_run(lab)),
     ("sites-4-quiet", 10_000, |lab, times| campaigns::sites(lab, 4, times, false)),

@@ -1,0 +1,99 @@
+//! A workload that contends for one of the kernel's spinlocks and would notice if two CPUs
+//! ever held it at once.
+//!
+//! One thread per CPU adds 1 to the same eventfd. The kernel adds under a spinlock, without
+//! atomic instructions (Linux fs/eventfd.c, `eventfd_write`), so each time two hold the lock
+//! a sum may be lost; and every adder counts what it added.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::process;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+/// The threads, running.
+pub struct Locks {
+    sum: Arc<OwnedFd>,
+    stop: Arc<AtomicBool>,
+    added: Vec<Arc<AtomicU64>>,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// What the threads added.
+    pub added: u64,
+    /// What the kernel has for it.
+    pub sum: u64,
+}
+
+impl Locks {
+    /// Starts a thread on each of `cpus` CPUs.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn start(cpus: usize) -> io::Result<Self> {
+        let sum = Arc::new(eventfd(0, EventfdFlags::empty())?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let added: Vec<Arc<AtomicU64>> = (0..cpus).map(|_| Arc::default()).collect();
+        let adder = |(cpu, added): (usize, &Arc<AtomicU64>)| {
+            let (sum, stop, added) = (sum.clone(), stop.clone(), added.clone());
+            thread::Builder::new().name(format!("locks{cpu}")).spawn(move || {
+                let mut set = CpuSet::new();
+                set.set(cpu);
+                sched_setaffinity(None, &set)?;
+                // The thread that answers commands must get through.
+                process::nice(19)?;
+                while !stop.load(Ordering::Relaxed) {
+                    rustix::io::write(&*sum, &1_u64.to_ne_bytes())?;
+                    added.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(())
+            })
+        };
+        let threads = added.iter().enumerate().map(adder).collect::<io::Result<_>>()?;
+        Ok(Self { sum, stop, added, threads })
+    }
+
+    /// What was added so far.
+    pub fn added(&self) -> u64 {
+        self.added.iter().map(|added| added.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Ends the threads.
+    ///
+    /// # Errors
+    /// What the system said to one of them.
+    pub fn end(self) -> io::Result<Outcome> {
+        self.stop.store(true, Ordering::Relaxed);
+        let added = self.added.clone();
+        for thread in self.threads {
+            thread.join().map_err(|_| io::Error::other("a thread panicked"))??;
+        }
+        let mut sum = [0; 8];
+        rustix::io::read(&*self.sum, &mut sum)?;
+        let added = added.iter().map(|added| added.load(Ordering::Relaxed)).sum();
+        Ok(Outcome { added, sum: u64::from_ne_bytes(sum) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_added_is_the_sum() {
+        let locks = Locks::start(1).expect("started");
+        while locks.added() < 1000 {
+            thread::yield_now();
+        }
+        let outcome = locks.end().expect("ended");
+        assert_eq!(outcome.added, outcome.sum);
+        assert!(outcome.sum >= 1000);
+    }
+}

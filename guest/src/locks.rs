@@ -1,12 +1,15 @@
-//! A workload that contends for one of the kernel's spinlocks and would notice if two CPUs
-//! ever held it at once.
+//! A workload that contends for two of the kernel's spinlocks and would notice if two CPUs
+//! ever held one of them at once.
 //!
-//! One thread per CPU adds 1 to the same eventfd. The kernel adds under a spinlock, without
-//! atomic instructions (Linux fs/eventfd.c, `eventfd_write`), so each time two hold the lock
-//! a sum may be lost; and every adder counts what it added.
+//! One thread per CPU adds 1 to the same eventfd. The kernel adds under a spinlock, with
+//! interrupts disabled and without atomic instructions (Linux fs/eventfd.c, `eventfd_write`),
+//! so each time two hold the lock a sum may be lost; and every adder counts what it added.
+//! And each makes another descriptor of it, whose number is found under a spinlock with
+//! interrupts enabled (fs/file.c, `alloc_fd`), and closes it again: two that hold the lock may
+//! find the same.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -21,7 +24,11 @@ pub struct Locks {
     stop: Arc<AtomicBool>,
     added: Vec<Arc<AtomicU64>>,
     threads: Vec<JoinHandle<io::Result<()>>>,
+    clashes: Arc<AtomicU64>,
 }
+
+/// Which descriptors somebody made and has not closed yet.
+type Taken = [AtomicBool; 1024];
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +37,8 @@ pub struct Outcome {
     pub added: u64,
     /// What the kernel has for it.
     pub sum: u64,
+    /// How often somebody made a descriptor that somebody else had.
+    pub clashes: u64,
 }
 
 impl Locks {
@@ -41,8 +50,11 @@ impl Locks {
         let sum = Arc::new(eventfd(0, EventfdFlags::empty())?);
         let stop = Arc::new(AtomicBool::new(false));
         let added: Vec<Arc<AtomicU64>> = (0..cpus).map(|_| Arc::default()).collect();
+        let clashes = Arc::new(AtomicU64::new(0));
+        let taken: Arc<Taken> = Arc::new(std::array::from_fn(|_| AtomicBool::new(false)));
         let adder = |(cpu, added): (usize, &Arc<AtomicU64>)| {
             let (sum, stop, added) = (sum.clone(), stop.clone(), added.clone());
+            let (clashes, taken) = (clashes.clone(), taken.clone());
             thread::Builder::new().name(format!("locks{cpu}")).spawn(move || {
                 let mut set = CpuSet::new();
                 set.set(cpu);
@@ -52,12 +64,20 @@ impl Locks {
                 while !stop.load(Ordering::Relaxed) {
                     rustix::io::write(&*sum, &1_u64.to_ne_bytes())?;
                     added.fetch_add(1, Ordering::Relaxed);
+                    let other = rustix::io::dup(&*sum)?;
+                    let number = usize::try_from(other.as_raw_fd()).map_err(io::Error::other)?;
+                    let place = taken.get(number).ok_or_else(|| io::Error::other("too many descriptors"))?;
+                    if place.swap(true, Ordering::SeqCst) {
+                        clashes.fetch_add(1, Ordering::Relaxed);
+                    }
+                    place.store(false, Ordering::SeqCst);
+                    drop(other);
                 }
                 Ok(())
             })
         };
         let threads = added.iter().enumerate().map(adder).collect::<io::Result<_>>()?;
-        Ok(Self { sum, stop, added, threads })
+        Ok(Self { sum, stop, added, threads, clashes })
     }
 
     /// What was added so far.
@@ -78,7 +98,8 @@ impl Locks {
         let mut sum = [0; 8];
         rustix::io::read(&*self.sum, &mut sum)?;
         let added = added.iter().map(|added| added.load(Ordering::Relaxed)).sum();
-        Ok(Outcome { added, sum: u64::from_ne_bytes(sum) })
+        let clashes = self.clashes.load(Ordering::Relaxed);
+        Ok(Outcome { added, sum: u64::from_ne_bytes(sum), clashes })
     }
 }
 
@@ -93,7 +114,7 @@ mod tests {
             thread::yield_now();
         }
         let outcome = locks.end().expect("ended");
-        assert_eq!(outcome.added, outcome.sum);
+        assert_eq!((outcome.added, outcome.clashes), (outcome.sum, 0));
         assert!(outcome.sum >= 1000);
     }
 }

@@ -140,7 +140,7 @@ impl Init {
             ["locks-end"] => {
                 let locks = self.locks.take().ok_or_else(|| io::Error::other("nothing is locked"))?;
                 let outcome = locks.end()?;
-                Ok(format!("added={} sum={}", outcome.added, outcome.sum))
+                Ok(format!("added={} sum={} clashes={}", outcome.added, outcome.sum, outcome.clashes))
             }
             ["count"] => self.count(),
             ["dmesg"] => self.dmesg(),

@@ -271,8 +271,8 @@ pub enum Refusal {
         /// The target.
         to: Gva,
     },
-    /// The old and the new bytes are the same.
-    #[error("the site at {at} holds the new bytes already")]
+    /// The guest is already as the patch would make it.
+    #[error("{at} is already as the plan would make it")]
     NothingToDo {
         /// The site.
         at: Gva,

@@ -92,6 +92,11 @@ struct Places {
 const PHYSICAL_START: u64 = 16 << 20;
 
 impl Places {
+    fn new(setup: &Setup) -> Result<Self> {
+        let kernel = setup.kernel.as_ref().context("a kernel")?;
+        Ok(Self { image: KernelImage::parse(&std::fs::read(kernel)?)?, text: Vec::new() })
+    }
+
     fn physical(&self, at: Gva) -> u64 {
         at.0 - self.image.text_base().0 + PHYSICAL_START
     }
@@ -141,6 +146,49 @@ fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
     blocks.flat_map(within).collect()
 }
 
+/// Switches every lock prefix off in a guest with one vCPU that kept them, and on in a twin
+/// that the kernel itself took them from: each becomes what the other was.
+///
+/// # Errors
+/// The first difference.
+pub fn lock_prefixes(lab: &Lab) -> Result<()> {
+    for setup in both_kernels(lab, 1) {
+        let start = |command_line: &str| {
+            let command_line = format!("nokaslr {command_line}");
+            Vm::start(lab, &Setup { command_line, memory_mib: 192, ..setup.clone() })
+        };
+        let (mut locked, mut unlocked) = (start("noreplace-smp")?, start("")?);
+        let mut places = Places::new(&setup)?;
+        let switch = |vm: &Vm, on: bool| {
+            let plan = json!({ "version": 1, "name": "locks", "deadline_ms": 60_000, "patches": [{ "smp_locks": on }] });
+            let report = vm.apply(&plan)?;
+            ensure!(report["strategy"] == "hold", "{}", report["strategy"]);
+            report["sites"].as_array().map(Vec::len).context("sites")
+        };
+        for vm in [&mut locked, &mut unlocked] {
+            vm.ask("locks")?;
+        }
+        let before = places.text(&locked)?;
+        let sites = switch(&locked, false)?;
+        places.compare(&[&locked, &unlocked], &[]).context("off")?;
+        locked.revert("locks")?;
+        ensure!(places.text(&locked)? == before, "reverting did not restore the text");
+        ensure!(switch(&unlocked, true)? == sites, "there were {sites} to switch off");
+        places.compare(&[&locked, &unlocked], &[]).context("on")?;
+        ensure!(differences(&before, &places.text).is_empty(), "on, but not as before");
+        for mut vm in [locked, unlocked] {
+            let (_, outcome) = vm.ask("locks-end")?;
+            ensure!(outcome.ends_with("clashes=0"), "{outcome}");
+            vm.expect_no_kernel_errors()?;
+            vm.power_off()?;
+        }
+        let listed = places.image.tables().smp_locks.as_ref().map_or(0, Vec::len);
+        println!("{}: {sites} lock prefixes off and on again, of {listed} entries", places.image.release());
+        ensure!(sites > 1000, "only {sites} lock prefixes");
+    }
+    Ok(())
+}
+
 /// Runs the oracle on both kernels.
 ///
 /// # Errors
@@ -155,8 +203,6 @@ pub fn twins(lab: &Lab) -> Result<()> {
 fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
     let setup = Setup { command_line: "nokaslr".into(), memory_mib: 192, ..setup.clone() };
     let (mut outside, mut inside) = (Vm::start(lab, &setup)?, Vm::start(lab, &setup)?);
-    let kernel = setup.kernel.as_ref().context("a kernel")?;
-    let image = KernelImage::parse(&std::fs::read(kernel)?)?;
     for vm in [&mut outside, &mut inside] {
         vm.ask("mount debugfs /sys/kernel/debug")?;
         vm.ask("mount tracefs /sys/kernel/tracing")?;
@@ -166,7 +212,7 @@ fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
         vm.ask("write /sys/kernel/debug/sched/preempt voluntary")?;
         vm.expect_no_kernel_errors()?;
     }
-    let mut places = Places { text: Vec::new(), image };
+    let mut places = Places::new(&setup)?;
     places.compare(&[&outside, &inside], &[])?;
     let (features, _) = outside.ask(&format!("cat {FEATURES}"))?;
     let keys: Vec<String> = places.image.static_keys().into_iter().map(|key| key.name).collect();

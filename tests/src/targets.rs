@@ -73,3 +73,39 @@ fn move_call(call: &Value) -> Value {
     let target = if call["target"] == "none" { "__static_call_return0" } else { "none" };
     json!({ "static_call": call["name"], "target": target })
 }
+
+/// Flips so many keys and calls, chosen at random, and reverts each, on a loaded guest of each
+/// kernel. Only those of tracepoints, which are nearly all and mean nothing while nobody
+/// listens: what any other means is not for a test to say.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn random(lab: &Lab, times: usize) -> Result<()> {
+    let mut seed = std::time::UNIX_EPOCH.elapsed()?.as_secs();
+    println!("seed {seed}");
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &setup)?;
+        let named = |target: &&Value, prefix: &str| {
+            target["name"].as_str().is_some_and(|name| name.starts_with(prefix))
+        };
+        let keys = targets(&vm, "static_keys")?;
+        let calls = targets(&vm, "static_calls")?;
+        let keys = keys.iter().filter(|key| named(key, "__tracepoint_") && key["users"] == 0).map(flip_key);
+        let calls = calls.iter().filter(|call| named(call, "tp_func_")).map(move_call);
+        let patches: Vec<Value> = keys.chain(calls).collect();
+        vm.hammer("getppid", 0, 1)?;
+        for _ in 0..times {
+            // Knuth's generator (MMIX); its upper bits are the random ones.
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let patch = &patches[usize::try_from(seed >> 33)? % patches.len()];
+            let plan = json!({ "version": 1, "name": "random", "deadline_ms": 60_000, "patches": [patch] });
+            vm.apply(&plan).with_context(|| patch.to_string())?;
+            vm.revert("random").with_context(|| patch.to_string())?;
+        }
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+        println!("{times} of {} flipped and reverted", patches.len());
+        vm.power_off()?;
+    }
+    Ok(())
+}

@@ -5,8 +5,9 @@ use anyhow::{Context, Result, ensure};
 use guest::kallsyms;
 use patcher::kernel::KernelImage;
 use tests::lab::Lab;
-use tests::oracle::twins;
-use tests::targets::{both_kernels, dry_run};
+use tests::oracle::{lock_prefixes, twins};
+use tests::spinlocks;
+use tests::targets::{both_kernels, dry_run, random};
 use tests::vm::{Setup, Vm};
 
 use super::Test;
@@ -15,6 +16,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::symbols_and_counts_are_the_guests_own", same_symbols),
     ("kernel::every_key_and_call_resolves_or_says_why", dry_run),
     ("kernel::a_change_from_outside_is_the_guests_own", twins),
+    ("kernel::lock_prefixes_off_and_on", lock_prefixes),
+    ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
+    ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
 ];
 
 fn image(setup: &Setup) -> Result<KernelImage> {
@@ -82,4 +86,8 @@ fn span(vm: &mut Vm, start: &str, stop: &str) -> Result<u64> {
         line.and_then(|text| u64::from_str_radix(text, 16).ok())
     };
     Ok(place(stop).zip(place(start)).map_or(0, |(stop, start)| stop - start))
+}
+
+fn switched_spinlocks(lab: &Lab) -> Result<()> {
+    both_kernels(lab, 8).iter().try_for_each(|setup| spinlocks::switch(lab, setup, 10))
 }

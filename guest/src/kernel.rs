@@ -62,9 +62,12 @@ impl Kernel {
         })
     }
 
-    /// The file of a kernel module, by its path below `kernel/` without `.ko`.
+    /// The file of a kernel module, by its path below `kernel/` without `.ko`. The kernel
+    /// itself unpacks those that end with `.xz`.
     pub fn module(&self, path: &str) -> PathBuf {
-        self.modules.join(format!("{path}.ko"))
+        let plain = self.modules.join(format!("{path}.ko"));
+        let packed = self.modules.join(format!("{path}.ko.xz"));
+        if packed.exists() { packed } else { plain }
     }
 }
 

@@ -106,13 +106,25 @@ pub fn preempts(kernel: Kernel<'_>, text: &dyn Text) -> bool {
     read_preempts(kernel, text).unwrap_or(true)
 }
 
-/// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at boot
-/// (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
-fn read_preempts(kernel: Kernel<'_>, text: &dyn Text) -> Option<bool> {
+/// Whether the preempt count tells who holds a spinlock (`CONFIG_PREEMPT_COUNT`, which these
+/// select; with `PREEMPT_RT` most spinlocks are something else). No, if that can't be told.
+#[must_use]
+pub(crate) fn counts_spinlocks(kernel: Kernel<'_>, text: &dyn Text) -> bool {
+    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
+}
+
+/// The first line of `linux_banner`.
+fn banner(kernel: Kernel<'_>, text: &dyn Text) -> Option<String> {
     let mut banner = [0; 256];
     text.read(kernel.symbol("linux_banner").ok()?, &mut banner).ok()?;
     let end = banner.iter().position(|byte| *byte == b'\n')?;
-    let banner = std::str::from_utf8(&banner[..end]).ok()?;
+    Some(std::str::from_utf8(&banner[..end]).ok()?.to_owned())
+}
+
+/// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at boot
+/// (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
+fn read_preempts(kernel: Kernel<'_>, text: &dyn Text) -> Option<bool> {
+    let banner = banner(kernel, text)?;
     if !banner.contains("PREEMPT_DYNAMIC") {
         return Some(banner.contains("PREEMPT"));
     }

@@ -78,9 +78,10 @@ pub struct Rigged {
 /// # Errors
 /// Whatever keeps it from being provided, with what to do about it where that is known.
 pub fn prepare() -> Result<Place> {
-    let (kernel, later_kernel) = (Kernel::debian()?, Kernel::backports()?.bzimage);
+    let (kernel, later) = (Kernel::debian()?, Kernel::backports()?);
     let binaries = binaries::build()?;
-    let initrd = guest_initrd(&binaries)?;
+    let initrd = guest_initrd(&binaries, &[&kernel, &later])?;
+    let later_kernel = later.bzimage;
     if usable_kvm(&binaries.vmm) {
         let (vmm, kernel) = (binaries.vmm, kernel.bzimage);
         return Ok(Place::Here(Lab { vmm, kernel, later_kernel, initrd, in_rig: false }));
@@ -123,11 +124,22 @@ fn usable_kvm(vmm: &Path) -> bool {
             .is_ok_and(|status| status.success())
 }
 
-fn guest_initrd(binaries: &Binaries) -> Result<PathBuf> {
+/// Modules that a guest may load, from `/modules/RELEASE`: one that does nothing without VMX
+/// or SVM but has static keys and calls, and what it needs.
+const GUEST_MODULES: [&str; 2] = ["virt/lib/irqbypass", "arch/x86/kvm/kvm"];
+
+fn guest_initrd(binaries: &Binaries, kernels: &[&Kernel]) -> Result<PathBuf> {
     let path = cache::root().join("guest-initrd");
     // Another run may be reading the old one: put the new one in its place at once.
     let partial = path.with_extension(std::process::id().to_string());
-    Initramfs::default().file("init", &binaries.guest_init)?.write(&partial)?;
+    let mut initramfs = Initramfs::default().file("init", &binaries.guest_init)?;
+    for kernel in kernels {
+        for module in GUEST_MODULES.map(|path| kernel.module(path)) {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            initramfs = initramfs.file(&format!("modules/{}/{name}", kernel.release), &module)?;
+        }
+    }
+    initramfs.write(&partial)?;
     std::fs::rename(&partial, &path).with_context(|| path.display().to_string())?;
     Ok(path)
 }

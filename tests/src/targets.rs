@@ -60,7 +60,10 @@ pub fn dry_run(lab: &Lab) -> Result<()> {
 }
 
 /// One of the lists of what there is to patch.
-fn targets(vm: &Vm, list: &str) -> Result<Vec<Value>> {
+///
+/// # Errors
+/// When there is no such list.
+pub fn targets(vm: &Vm, list: &str) -> Result<Vec<Value>> {
     let (_, targets) = vm.request(Method::GET, "/targets", b"")?;
     targets[list].as_array().cloned().with_context(|| format!("{targets:#}"))
 }

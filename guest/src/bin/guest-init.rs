@@ -155,7 +155,9 @@ impl Init {
                 Ok(String::new())
             }
             ["load", path] => {
-                rustix::system::finit_module(&File::open(path)?, c"", 0)?;
+                // MODULE_INIT_COMPRESSED_FILE
+                let flags = if path.ends_with(".xz") { 4 } else { 0 };
+                rustix::system::finit_module(&File::open(path)?, c"", flags)?;
                 Ok(String::new())
             }
             ["unload", name] => {

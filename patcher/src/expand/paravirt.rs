@@ -14,6 +14,7 @@ use super::alternatives::{Place, World, places, same};
 use super::{Code, Datum, Expansion, Needs};
 use crate::addr::Gva;
 use crate::insn;
+use crate::interior::counts_spinlocks;
 use crate::kernel::Kernel;
 use crate::kernel::live::{Text, read, read_u32, read_u64};
 use crate::kernel::lock_ops::{IS_PREEMPTED, LockOps, OPERATIONS, UNLOCK};
@@ -34,6 +35,10 @@ const VCPUPREEMPT: u16 = 8 * 32 + 21;
 
 pub(crate) fn expand(kernel: &Kernel<'_>, text: &dyn Text, to: Spinlocks) -> Result<Expansion, Refusal> {
     let ops = kernel.image.lock_ops().ok_or(Refusal::UnknownLayout { what: "struct pv_lock_ops" })?;
+    let busy = |why: &str| Refusal::Busy { name: "spinlocks".into(), why: why.into() };
+    if !counts_spinlocks(*kernel, text) {
+        return Err(busy("the guest's kernel does not count who holds one"));
+    }
     let mut wanted = ops.native.map(|at| kernel.live(at));
     if to == Spinlocks::Kvm {
         for (target, name) in wanted.iter_mut().zip(KVM) {
@@ -41,8 +46,7 @@ pub(crate) fn expand(kernel: &Kernel<'_>, text: &dyn Text, to: Spinlocks) -> Res
         }
         // Without it the first waiter would write to address 0 and up.
         if read_u64(text, kernel.symbol("pv_lock_hash")?)? == 0 {
-            let why = "the guest booted without them and has no table of waiters";
-            return Err(Refusal::Busy { name: "spinlocks".into(), why: why.into() });
+            return Err(busy("the guest booted without paravirtual ones and has no table of waiters"));
         }
     }
     let mut present = wanted;

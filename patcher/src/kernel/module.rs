@@ -2,6 +2,7 @@
 //! `modules`). Guest memory is not trusted: every count is bounded, and a list that does not
 //! come back to its head ends in an error.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::KernelImage;
@@ -36,6 +37,8 @@ const MOST_SYMBOLS: usize = 1 << 20;
 const MOST_ENTRIES: usize = 1 << 20;
 /// Longest table of names, and longest text, in bytes.
 const MOST_BYTES: usize = 64 << 20;
+/// Most that is read of all modules, in bytes; real ones have some 100 KiB of symbols each.
+const BUDGET: usize = 32 << 20;
 /// `MODULE_NAME_LEN` is 56; the rest is never reached.
 const LONGEST_NAME: usize = 56;
 const LONGEST_SYMBOL: usize = 512;
@@ -84,18 +87,21 @@ impl Modules {
         let offsets = image.offsets().module.ok_or(Refusal::UnknownLayout { what: "struct module" })?;
         let head = kernel.symbol("modules")?;
         let mut modules = Vec::new();
+        let budget = Cell::new(BUDGET);
         let mut next = Gva(read_u64(text, head)?);
-        while next != head {
-            if modules.len() == MOST_MODULES {
-                return Err(Refusal::BadModules { why: "its list does not end" });
+        // Those that are coming or going are counted, too.
+        for _ in 0..MOST_MODULES {
+            if next == head {
+                return Ok(modules);
             }
-            let module = Reader { text, at: Gva(next.0.wrapping_sub(offsets.list)), offsets: &offsets };
+            let at = Gva(next.0.wrapping_sub(offsets.list));
+            let module = Reader { text, at, offsets: &offsets, budget: &budget };
             if module.u32(offsets.state)? == LIVE {
                 modules.push(module.read()?);
             }
             next = Gva(read_u64(text, next)?);
         }
-        Ok(modules)
+        Err(Refusal::BadModules { why: "their list does not end" })
     }
 }
 
@@ -103,9 +109,17 @@ struct Reader<'a> {
     text: &'a dyn Text,
     at: Gva,
     offsets: &'a ModuleOffsets,
+    /// How much may still be read.
+    budget: &'a Cell<usize>,
 }
 
 impl Reader<'_> {
+    fn bytes(&self, at: Gva, size: usize) -> Result<Vec<u8>, Refusal> {
+        let left = self.budget.get().checked_sub(size);
+        self.budget.set(left.ok_or(Refusal::BadModules { why: "they claim to be very large" })?);
+        read(self.text, at, size)
+    }
+
     fn u32(&self, offset: u64) -> Result<u32, Refusal> {
         read_u32(self.text, Gva(self.at.0.wrapping_add(offset)))
     }
@@ -121,7 +135,7 @@ impl Reader<'_> {
 
     fn read(&self) -> Result<Module, Refusal> {
         let offsets = self.offsets;
-        let name = read(self.text, Gva(self.at.0.wrapping_add(offsets.name)), LONGEST_NAME)?;
+        let name = self.bytes(Gva(self.at.0.wrapping_add(offsets.name)), LONGEST_NAME)?;
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         let start = self.pointer(offsets.text.0)?;
         let end = start.plus(self.count(offsets.text.1, MOST_BYTES)?);
@@ -143,7 +157,7 @@ impl Reader<'_> {
     fn table(&self, (start, count): (u64, u64), entry: usize) -> Result<(Gva, Vec<u8>), Refusal> {
         let count = self.count(count, MOST_ENTRIES)?;
         let at = self.pointer(start)?;
-        Ok((at, if count == 0 { Vec::new() } else { read(self.text, at, count * entry)? }))
+        Ok((at, if count == 0 { Vec::new() } else { self.bytes(at, count * entry)? }))
     }
 
     fn symbols(&self) -> Result<Symbols, Refusal> {
@@ -151,8 +165,8 @@ impl Reader<'_> {
         let (symtab, number, strtab, typetab) = self.offsets.symbols;
         let table = Reader { at: self.pointer(self.offsets.kallsyms)?, ..*self };
         let count = table.count(number, MOST_SYMBOLS)?;
-        let entries = read(self.text, table.pointer(symtab)?, count * SYMBOL)?;
-        let kinds = read(self.text, table.pointer(typetab)?, count)?;
+        let entries = self.bytes(table.pointer(symtab)?, count * SYMBOL)?;
+        let kinds = self.bytes(table.pointer(typetab)?, count)?;
         let names = table.pointer(strtab)?;
         let mut symbols = Vec::new();
         for (entry, kind) in entries.chunks_exact(SYMBOL).zip(kinds) {
@@ -177,7 +191,7 @@ impl Reader<'_> {
         while name.len() < LONGEST_SYMBOL {
             let at = at.plus(name.len()).ok_or(Refusal::BadModules { why: "a name wraps around" })?;
             let left = usize::try_from(4096 - at.0 % 4096).unwrap_or(PIECE);
-            let piece = read(self.text, at, PIECE.min(left))?;
+            let piece = self.bytes(at, PIECE.min(left))?;
             let end = piece.iter().position(|byte| *byte == 0);
             name.extend(&piece[..end.unwrap_or(piece.len())]);
             if end.is_some() {

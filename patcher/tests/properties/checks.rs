@@ -145,3 +145,59 @@ pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
         }
     }
 }
+
+/// Reading any file ends; what was read can be listed.
+pub(crate) fn image(file: &[u8]) {
+    let Ok(image) = KernelImage::parse(file) else { return };
+    assert!(!image.symbols().is_empty());
+    let keys = image.static_keys();
+    assert_eq!(keys.is_empty(), image.tables().jump_entries.as_ref().is_none_or(Vec::is_empty));
+    let _ = (image.static_calls(), image.tables().feature_counts());
+}
+
+/// Guest memory in which every address is mapped to somewhere in `bytes`, or to nothing if
+/// that is 0xff: lists that cycle, tables that overlap, names that do not end.
+struct Anywhere<'a>(&'a [u8]);
+
+impl Text for Anywhere<'_> {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        for (at, byte) in (at.0..).zip(into) {
+            let index = usize::try_from(at % (self.0.len() as u64)).map_err(|_| Gva(at))?;
+            *byte = *self.0.get(index).filter(|byte| **byte != 0xff).ok_or(Gva(at))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whatever guest memory holds: modules are read or it is said why not, targets listed, and
+/// every kind of patch expanded or refused. Nothing hangs.
+pub(crate) fn live(image: &KernelImage, memory: &[u8]) {
+    const PATCHES: [&str; 8] = [
+        r#"{"static_key":"key","enable":true}"#,
+        r#"{"static_key":"key","enable":false}"#,
+        r#"{"static_call":"call","target":"none"}"#,
+        r#"{"alternatives":"smap","enable":true}"#,
+        r#"{"alternatives":"0*32+20","enable":false}"#,
+        r#"{"smp_locks":false}"#,
+        r#"{"paravirt":"spinlocks","to":"native"}"#,
+        r#"{"redirect":"function","to":"f0"}"#,
+    ];
+    if memory.is_empty() {
+        return;
+    }
+    let text = Anywhere(memory);
+    let modules = Modules::read(image, 0, &text);
+    let guest = Guest { kernel: Kernel { image, slide: 0, modules: &modules }, text: &text, vcpus: 1 };
+    let _ = patcher::targets::list(guest);
+    for patch in PATCHES {
+        let plan = format!(r#"{{"version":1,"name":"x","patches":[{patch}]}}"#);
+        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
+        if let Ok(resolved) = resolve(&plan, guest, []) {
+            for site in &resolved.sites {
+                let mut found = vec![0; site.old.len()];
+                assert!(text.read(site.at, &mut found).is_ok() && found == site.old, "{resolved:?}");
+                assert!(site.old.len() == site.new.len() && insn::count(&site.new, site.at).is_some());
+            }
+        }
+    }
+}

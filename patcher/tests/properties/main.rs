@@ -2,10 +2,12 @@
 //! failed are kept in `proptest-regressions` and tried first.
 
 mod checks;
+mod miniature;
 
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::kernel::KernelImage;
 use patcher::plan::Strategy;
 use patcher::program::Step;
 use patcher::refusal::Pointer;
@@ -107,6 +109,77 @@ fn perform(memory: &mut [u8], step: &Step, part: Option<usize>) -> Result<(), St
         _ => {}
     }
     part.map_or(Ok(()), |_| Err(StepError::Deadline))
+}
+
+#[test]
+fn everything_is_read_from_the_miniature() {
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    assert_eq!((image.release(), image.text_base()), ("6.1.0-miniature", Gva(miniature::BASE)));
+    assert_eq!(image.build_id(), Some(&[1, 2, 3, 4][..]));
+    let tables = image.tables();
+    let lengths = [
+        tables.jump_entries.as_ref().map(Vec::len),
+        tables.static_call_sites.as_ref().map(Vec::len),
+        tables.alternatives.as_ref().map(Vec::len),
+        tables.smp_locks.as_ref().map(Vec::len),
+        tables.paravirt_sites.as_ref().map(Vec::len),
+        tables.mcount_locations,
+        tables.orc_entries,
+        tables.exceptions.as_ref().map(Vec::len),
+    ];
+    assert_eq!(lengths, [Some(1); 8]);
+    assert_eq!(tables.feature("smap"), Some(20));
+    let keys = image.static_keys();
+    assert_eq!((keys[0].name.as_str(), keys[0].initially, keys[0].entries), ("key", false, 1));
+    let calls = image.static_calls();
+    assert_eq!((calls[0].name.as_str(), calls[0].initially.as_deref()), ("call", Some("function")));
+    assert!(image.offsets().capability == Some(16) && image.offsets().module.is_some());
+    assert!(image.lock_ops().is_some());
+}
+
+/// Writes what the fuzzer begins with below the folder that `FUZZ_CORPUS` names, if it does:
+/// the miniature, plain and in a bzImage.
+#[test]
+fn seeds_for_the_fuzzer_are_kernels() {
+    let vmlinux = miniature::vmlinux();
+    let bzimage = miniature::bzimage(&vmlinux);
+    for file in [&vmlinux, &bzimage] {
+        assert!(KernelImage::parse(file).is_ok());
+    }
+    let Some(folder) = std::env::var_os("FUZZ_CORPUS") else { return };
+    let folder = std::path::PathBuf::from(folder).join("image");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    for (name, file) in [("vmlinux", vmlinux), ("bzimage", bzimage)] {
+        std::fs::write(folder.join(name), file).expect("written");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// A kernel with anything written over it anywhere, and perhaps cut off.
+    #[test]
+    fn broken_kernels_are_read_or_refused(
+        breaks in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), 0..8_usize), 1..8),
+        cut in prop::option::weighted(0.1, any::<prop::sample::Index>()),
+    ) {
+        let mut file = miniature::vmlinux();
+        for (at, bytes, length) in breaks {
+            let at = at.index(file.len() - length);
+            file[at..at + length].copy_from_slice(&bytes.to_le_bytes()[..length]);
+        }
+        let length = cut.map_or(file.len(), |cut| cut.index(file.len()));
+        checks::image(&file[..length]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn guest_memory_may_hold_anything(memory in prop::collection::vec(prop_oneof![Just(0), any::<u8>()], 1..400)) {
+        checks::live(&KernelImage::parse(&miniature::vmlinux()).expect("a kernel"), &memory);
+    }
 }
 
 proptest! {

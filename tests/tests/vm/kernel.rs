@@ -4,11 +4,12 @@
 use anyhow::{Context, Result, ensure};
 use guest::kallsyms;
 use patcher::kernel::KernelImage;
+use serde_json::{Value, json};
 use tests::lab::Lab;
 use tests::oracle::{lock_prefixes, twins};
 use tests::spinlocks;
-use tests::targets::{both_kernels, dry_run, random};
-use tests::vm::{Setup, Vm};
+use tests::targets::{both_kernels, dry_run, random, targets};
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 
@@ -16,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::symbols_and_counts_are_the_guests_own", same_symbols),
     ("kernel::every_key_and_call_resolves_or_says_why", dry_run),
     ("kernel::a_change_from_outside_is_the_guests_own", twins),
+    ("kernel::modules_and_what_is_theirs", modules),
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
@@ -90,4 +92,82 @@ fn span(vm: &mut Vm, start: &str, stop: &str) -> Result<u64> {
 
 fn switched_spinlocks(lab: &Lab) -> Result<()> {
     both_kernels(lab, 8).iter().try_for_each(|setup| spinlocks::switch(lab, setup, 10))
+}
+
+/// A key of the kernel's that the module has jumps for, too.
+const SHARED: &str = "__tracepoint_mmap_lock_released+0x8";
+/// A key of the module's own.
+const OWN: &str = "kvm:__tracepoint_kvm_entry+0x8";
+
+fn modules(lab: &Lab) -> Result<()> {
+    for setup in both_kernels(lab, 2) {
+        let mut vm = Vm::start(lab, &setup)?;
+        vm.ask("mount tracefs /sys/kernel/tracing")?;
+        vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;
+        let before = jumps(&vm, SHARED)?.context("the kernel's own")?;
+        ensure!(jumps(&vm, OWN)?.is_none(), "the module is not loaded");
+        let release = image(&setup)?.release().to_owned();
+        for module in ["irqbypass", "kvm"] {
+            let load = |end: &str| format!("load /modules/{release}/{module}.{end}");
+            if vm.ask(&load("ko")).is_err() {
+                vm.ask(&load("ko.xz"))?;
+            }
+        }
+        let shared = jumps(&vm, SHARED)?.context("the kernel's own")?;
+        ensure!(shared > before, "the module adds none to {before} jumps");
+        ensure!(jumps(&vm, OWN)?.is_some_and(|jumps| jumps > 0), "the module's own");
+
+        // Its functions are where the guest says.
+        for function in ["kvm_vcpu_kick", "kvm_arch_vcpu_ioctl_run", "kvm_mmu_load"] {
+            let (lines, _) = vm.ask(&format!("symbols {function}"))?;
+            let said = lines.first().and_then(|line| line.split(" 0x").nth(1)).context("an address")?;
+            let found = vm.address(&format!("kvm:{function}"))?;
+            // An indirect-branch target keeps its marker.
+            ensure!(
+                [0, 4].contains(&(found - u64::from_str_radix(said, 16)?)),
+                "{function}: {said} {found:#x}"
+            );
+        }
+
+        // What one side makes the other recognizes, byte for byte.
+        for (key, event) in [(OWN, "kvm/kvm_entry"), (SHARED, "mmap_lock/mmap_lock_released")] {
+            let switch = |on: u8| format!("write /sys/kernel/tracing/events/{event}/enable {on}");
+            let plan = |enable: bool| {
+                json!({ "version": 1, "name": "key", "deadline_ms": 60_000,
+                    "patches": [{ "static_key": key, "enable": enable }] })
+            };
+            let report = vm.apply(&plan(true))?;
+            let sites = report["sites"].as_array().map_or(0, Vec::len);
+            ensure!(Some(sites as u64) == jumps(&vm, key)?, "{key}: {sites} sites");
+            vm.ask(&switch(1))?;
+            vm.ask(&switch(0))?;
+            fits(&vm, &plan(true)).with_context(|| format!("{key}, switched off by the guest"))?;
+            vm.ask(&switch(1))?;
+            fits(&vm, &plan(false)).with_context(|| format!("{key}, switched on by the guest"))?;
+            vm.revert("key")?;
+            vm.ask(&switch(0))?;
+            fits(&vm, &plan(true)).with_context(|| format!("{key}, reverted"))?;
+        }
+        vm.expect_no_kernel_errors()?;
+        vm.ask("unload kvm")?;
+        ensure!(jumps(&vm, SHARED)? == Some(before) && jumps(&vm, OWN)?.is_none(), "it is gone");
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+/// How many jumps a key switches, if the guest has it.
+fn jumps(vm: &Vm, key: &str) -> Result<Option<u64>> {
+    let keys = targets(vm, "static_keys")?;
+    Ok(keys.iter().find(|found| found["name"] == key).and_then(|found| found["entries"].as_u64()))
+}
+
+fn fits(vm: &Vm, plan: &Value) -> Result<()> {
+    let mut plan = plan.clone();
+    plan["name"] = json!("another");
+    let (status, answer) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+    // The first patch is still applied as far as the monitor is concerned.
+    let overlap = answer["refusals"][0]["code"] == "overlapping_sites";
+    ensure!(status == 200 || overlap, "{answer:#}");
+    Ok(())
 }

@@ -1,0 +1,10 @@
+//! Kernel images: any file is read or refused. Seeds first, in `patcher/`:
+//! `FUZZ_CORPUS=fuzz/corpus cargo test -p patcher --test properties seeds`, then
+//! `cargo fuzz run -s none image`.
+#![no_main]
+#![allow(dead_code)]
+
+#[path = "../../tests/properties/checks.rs"]
+mod checks;
+
+libfuzzer_sys::fuzz_target!(|file: &[u8]| checks::image(file));

@@ -1,0 +1,17 @@
+//! A guest whose memory holds anything: `cargo fuzz run -s none live`, in `patcher/`.
+#![no_main]
+#![allow(dead_code)]
+
+use std::sync::LazyLock;
+
+use patcher::kernel::KernelImage;
+
+#[path = "../../tests/properties/checks.rs"]
+mod checks;
+#[path = "../../tests/properties/miniature.rs"]
+mod miniature;
+
+static IMAGE: LazyLock<KernelImage> =
+    LazyLock::new(|| KernelImage::parse(&miniature::vmlinux()).expect("a kernel"));
+
+libfuzzer_sys::fuzz_target!(|memory: &[u8]| checks::live(&IMAGE, memory));

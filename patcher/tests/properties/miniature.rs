@@ -1,0 +1,254 @@
+//! A kernel in miniature: an ELF file of some 40 KiB with kallsyms, every table, BTF and
+//! notes, laid out as Linux lays them out. What can be read from a real kernel can be read
+//! from it, and everything in it can be broken at random.
+
+use std::collections::BTreeMap;
+
+/// Where its text is linked.
+pub(crate) const BASE: u64 = 0xffff_ffff_8100_0000;
+/// kallsyms of fewer symbols are not taken for any.
+const FILLERS: usize = 1100;
+
+struct Builder {
+    bytes: Vec<u8>,
+    symbols: Vec<(u64, u8, String)>,
+}
+
+impl Builder {
+    fn here(&self) -> u64 {
+        BASE + self.bytes.len() as u64
+    }
+
+    fn mark(&mut self, name: &str, kind: u8) -> u64 {
+        self.symbols.push((self.here(), kind, name.to_owned()));
+        self.here()
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(16), 0);
+    }
+
+    fn put(&mut self, name: &str, kind: u8, bytes: &[u8]) -> u64 {
+        self.align();
+        let at = self.mark(name, kind);
+        self.bytes.extend(bytes);
+        at
+    }
+
+    /// A table between two symbols, of one entry that is made from where it is.
+    fn table(&mut self, start: &str, stop: &str, entry: impl Fn(u64) -> Vec<u8>) {
+        self.align();
+        let bytes = entry(self.mark(start, b'D'));
+        self.bytes.extend(bytes);
+        self.mark(stop, b'D');
+    }
+}
+
+fn near(from: u64, to: u64) -> [u8; 4] {
+    let distance = to.wrapping_sub(from).cast_signed();
+    i32::try_from(distance).expect("near").to_le_bytes()
+}
+
+fn far(from: u64, to: u64) -> [u8; 8] {
+    to.wrapping_sub(from).to_le_bytes()
+}
+
+/// A structure: name, size, members with their offsets.
+type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
+
+/// Those whose members are looked up.
+const STRUCTURES: [Structure; 6] = [
+    ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
+    (
+        "module",
+        256,
+        &[
+            ("state", 0),
+            ("list", 8),
+            ("name", 24),
+            ("mem", 80),
+            ("kallsyms", 160),
+            ("jump_entries", 168),
+            ("num_jump_entries", 176),
+            ("static_call_sites", 184),
+            ("num_static_call_sites", 192),
+        ],
+    ),
+    ("module_memory", 16, &[("base", 0), ("size", 8)]),
+    ("mod_kallsyms", 32, &[("symtab", 0), ("num_symtab", 8), ("strtab", 16), ("typetab", 24)]),
+    ("paravirt_patch_template", 64, &[("lock", 16)]),
+    (
+        "pv_lock_ops",
+        40,
+        &[
+            ("queued_spin_lock_slowpath", 0),
+            ("queued_spin_unlock", 8),
+            ("wait", 16),
+            ("kick", 24),
+            ("vcpu_is_preempted", 32),
+        ],
+    ),
+];
+
+/// `Documentation/bpf/btf.rst`.
+fn btf() -> Vec<u8> {
+    let mut strings = vec![0];
+    let mut text = |name: &str| {
+        let at = u32::try_from(strings.len()).expect("small");
+        strings.extend(name.bytes().chain([0]));
+        at
+    };
+    let mut types: Vec<u32> = vec![text("int"), 1 << 24, 4, 32];
+    for (name, size, members) in STRUCTURES {
+        types.extend([text(name), 4 << 24 | u32::try_from(members.len()).expect("few"), size]);
+        for (member, offset) in members {
+            types.extend([text(member), 1, 8 * offset]);
+        }
+    }
+    let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("small");
+    let mut btf = vec![0x9f, 0xeb, 1, 0];
+    for word in [24, 0, length(&types), length(&types), length(&strings)] {
+        btf.extend(word.to_le_bytes());
+    }
+    [btf, types, strings].concat()
+}
+
+/// kallsyms as up to 6.3, every token a single character.
+fn kallsyms(symbols: &BTreeMap<u64, Vec<(u8, String)>>) -> Vec<u8> {
+    let all: Vec<(u64, u8, &str)> = symbols
+        .iter()
+        .flat_map(|(at, names)| names.iter().map(move |(kind, name)| (*at, *kind, name.as_str())))
+        .collect();
+    let mut out: Vec<u8> =
+        all.iter().flat_map(|(at, ..)| (!u32::try_from(at - BASE).expect("near")).to_le_bytes()).collect();
+    out.resize(out.len().next_multiple_of(8), 0);
+    out.extend(BASE.to_le_bytes());
+    out.extend((all.len() as u64).to_le_bytes());
+    let (names_at, mut marks) = (out.len(), Vec::new());
+    for (index, (_, kind, name)) in all.iter().enumerate() {
+        if index.is_multiple_of(256) {
+            marks.push(u32::try_from(out.len() - names_at).expect("small"));
+        }
+        out.push(u8::try_from(name.len() + 1).expect("short"));
+        out.push(*kind);
+        out.extend(name.bytes());
+    }
+    out.resize(out.len().next_multiple_of(8), 0);
+    out.extend(marks.iter().flat_map(|mark| mark.to_le_bytes()));
+    out.resize(out.len().next_multiple_of(8), 0);
+    let (tokens_at, mut index) = (out.len(), Vec::new());
+    for token in 0..=u8::MAX {
+        index.extend(u16::try_from(out.len() - tokens_at).expect("small").to_le_bytes());
+        out.extend([Some(token).filter(|token| *token != 0), Some(0)].into_iter().flatten());
+    }
+    out.resize(out.len().next_multiple_of(8), 0);
+    out.extend(index);
+    out
+}
+
+/// The file.
+pub(crate) fn vmlinux() -> Vec<u8> {
+    let mut k = Builder { bytes: Vec::new(), symbols: Vec::new() };
+    k.mark("_text", b'T');
+    k.bytes.push(0xcc);
+    // nop5, jmp +0, call, mov byte [rdi],0 and its padding, lock inc, ret.
+    let function = k.put(
+        "function",
+        b'T',
+        &[
+            0x0f, 0x1f, 0x44, 0, 0, 0xe9, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc6, 0x07, 0, 0x0f, 0x1f, 0x40, 0,
+            0xf0, 0xff, 0x00, 0xc3,
+        ],
+    );
+    k.put("__SCT__call", b'T', &[0xe9, 0, 0, 0, 0, 0x0f, 0xb9, 0xcc]);
+    for filler in 0..FILLERS {
+        k.mark(&format!("f{filler}"), b't');
+        k.bytes.push(0xc3);
+    }
+    let replacement = k.put("__alt_replacement", b't', &[0x0f, 0x01, 0xcb]);
+    k.put("_etext", b'T', &[]);
+    k.put("linux_banner", b'D', b"Linux version 6.1.0-miniature (x) #1 SMP PREEMPT_DYNAMIC\n\0");
+    let name = k.put("feature_name", b'd', b"smap\0");
+    let flags: Vec<u8> = (0..32_u64).flat_map(|i| (if i == 20 { name } else { 0 }).to_le_bytes()).collect();
+    k.put("x86_cap_flags", b'D', &flags);
+    k.put("x86_power_flags", b'D', &[0; 8]);
+    let key = k.put("key", b'D', &[0; 16]);
+    let call = k.put("__SCK__call", b'D', &[function.to_le_bytes(), [0; 8]].concat());
+    k.put("modules", b'D', &[0; 16]);
+    k.put("boot_cpu_data", b'D', &[0; 256]);
+    k.put("pv_ops", b'D', &[0; 64]);
+    k.table("__start___jump_table", "__stop___jump_table", move |at| {
+        [&near(at, function)[..], &near(at + 4, function + 10), &far(at + 8, key | 1)].concat()
+    });
+    k.table("__start_static_call_sites", "__stop_static_call_sites", move |at| {
+        [near(at, function + 10), near(at + 4, call)].concat()
+    });
+    k.table("__alt_instructions", "__alt_instructions_end", move |at| {
+        let feature = [20, 0, 7, 3];
+        [&near(at, function + 15)[..], &near(at + 4, replacement), &feature].concat()
+    });
+    k.table("__smp_locks", "__smp_locks_end", move |at| near(at, function + 22).to_vec());
+    k.table("__parainstructions", "__parainstructions_end", move |_| {
+        [&(function + 15).to_le_bytes()[..], &[3, 7, 0, 0, 0, 0, 0, 0]].concat()
+    });
+    k.table("__start_mcount_loc", "__stop_mcount_loc", move |_| function.to_le_bytes().to_vec());
+    k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |_| vec![0; 4]);
+    k.table("__start___ex_table", "__stop___ex_table", move |at| [&near(at, function)[..], &[0; 8]].concat());
+    k.table("__start_notes", "__stop_notes", |_| {
+        [&[4, 0, 0, 0, 4, 0, 0, 0, 3, 0, 0, 0][..], b"GNU\0", &[1, 2, 3, 4]].concat()
+    });
+    k.table("__start_BTF", "__stop_BTF", |_| btf());
+    k.align();
+    k.mark("_end", b'B');
+    let mut symbols: BTreeMap<u64, Vec<(u8, String)>> = BTreeMap::new();
+    for (at, kind, name) in k.symbols {
+        symbols.entry(at).or_default().push((kind, name));
+    }
+    k.bytes.extend(kallsyms(&symbols));
+    elf(&k.bytes)
+}
+
+/// A bzImage of it, compressed with LZ4, every block as it is (Linux
+/// Documentation/arch/x86/boot.rst; lib/decompress_unlz4.c).
+pub(crate) fn bzimage(vmlinux: &[u8]) -> Vec<u8> {
+    let mut payload = vec![0x02, 0x21, 0x4c, 0x18];
+    let size = u32::try_from(vmlinux.len()).expect("small").to_le_bytes();
+    // One sequence of literals only: a token, the rest of the length in bytes of 255.
+    let mut block = vec![0xf0];
+    let mut left = vmlinux.len() - 15;
+    while left >= 255 {
+        block.push(255);
+        left -= 255;
+    }
+    block.push(u8::try_from(left).expect("less than 255"));
+    block.extend(vmlinux);
+    payload.extend(u32::try_from(block.len()).expect("small").to_le_bytes());
+    payload.extend(block);
+    payload.extend(size);
+    let mut file = vec![0; 2 * 512];
+    file[0x1f1] = 1;
+    file[0x202..0x206].copy_from_slice(b"HdrS");
+    file[0x24c..0x250].copy_from_slice(&u32::try_from(payload.len()).expect("small").to_le_bytes());
+    file.extend(payload);
+    file
+}
+
+/// An ELF file with one segment, readable and executable.
+fn elf(segment: &[u8]) -> Vec<u8> {
+    const HEADERS: u64 = 64 + 56;
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for word in [BASE, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
+    file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    let size = segment.len() as u64;
+    for word in [HEADERS, BASE, BASE, size, size, 0x1000] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(segment);
+    file
+}

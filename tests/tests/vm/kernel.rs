@@ -97,7 +97,7 @@ fn switched_spinlocks(lab: &Lab) -> Result<()> {
 /// A key of the kernel's that the module has jumps for, too.
 const SHARED: &str = "__tracepoint_mmap_lock_released+0x8";
 /// A key of the module's own.
-const OWN: &str = "kvm:__tracepoint_kvm_entry+0x8";
+const OWN: &str = "kvm:__tracepoint_kvm_userspace_exit+0x8";
 
 fn modules(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 2) {
@@ -130,7 +130,7 @@ fn modules(lab: &Lab) -> Result<()> {
         }
 
         // What one side makes the other recognizes, byte for byte.
-        for (key, event) in [(OWN, "kvm/kvm_entry"), (SHARED, "mmap_lock/mmap_lock_released")] {
+        for (key, event) in [(OWN, "kvm/kvm_userspace_exit"), (SHARED, "mmap_lock/mmap_lock_released")] {
             let switch = |on: u8| format!("write /sys/kernel/tracing/events/{event}/enable {on}");
             let plan = |enable: bool| {
                 json!({ "version": 1, "name": "key", "deadline_ms": 60_000,

@@ -15,7 +15,8 @@
 //!     { "paravirt": "spinlocks", "to": "kvm" } ] }
 //! ```
 //!
-//! A static call whose target is `none` calls nothing.
+//! A redirect puts its jump where the function calls the tracer, unless the tracer is in use
+//! there or `"keep_fentry": true` is said; then it comes behind. A static call whose target is `none` calls nothing.
 
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +103,8 @@ pub enum Patch {
         from: String,
         /// The function to enter.
         to: String,
+        /// Whether the place where the tracer is called is left to the guest.
+        keep_fentry: bool,
     },
     /// Make a static key true or false.
     StaticKey {
@@ -209,6 +212,7 @@ struct RawPatch {
     smp_locks: Option<bool>,
     force: Option<bool>,
     paravirt: Option<String>,
+    keep_fentry: Option<bool>,
 }
 
 impl Plan {
@@ -320,7 +324,8 @@ impl RawPatch {
             return Ok(Patch::Raw { at, expect, replace });
         }
         if let Some(from) = self.redirect.take() {
-            return Ok(Patch::Redirect { from, to: self.to.take().ok_or_else(missing)? });
+            let to = self.to.take().ok_or_else(missing)?;
+            return Ok(Patch::Redirect { from, to, keep_fentry: self.keep_fentry.take().unwrap_or(false) });
         }
         if let Some(static_key) = self.static_key.take() {
             return Ok(Patch::StaticKey { static_key, enable: self.enable.take().ok_or_else(missing)? });
@@ -363,6 +368,7 @@ impl RawPatch {
             ("/smp_locks", self.smp_locks.is_some()),
             ("/force", self.force.is_some()),
             ("/paravirt", self.paravirt.is_some()),
+            ("/keep_fentry", self.keep_fentry.is_some()),
         ];
         fields.into_iter().find(|(_, there)| *there).map(|(field, _)| field)
     }

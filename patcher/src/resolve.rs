@@ -306,7 +306,7 @@ impl Resolver<'_> {
         let one = |code| Expansion { code: vec![code], ..Expansion::default() };
         match patch {
             Patch::Raw { at, expect, replace } => self.raw(at, expect, replace).map(one),
-            Patch::Redirect { from, to } => self.redirect(from, to).map(one),
+            Patch::Redirect { from, to, keep_fentry } => self.redirect(from, to, *keep_fentry).map(one),
             Patch::StaticKey { static_key, enable } => {
                 expand::static_key::expand(kernel, text, static_key, *enable)
             }
@@ -337,12 +337,19 @@ impl Resolver<'_> {
         Ok(Code { at, old: expect.to_vec(), new })
     }
 
-    fn redirect(&self, from: &str, to: &str) -> Result<Code, Refusal> {
+    fn redirect(&self, from: &str, to: &str, keep_fentry: bool) -> Result<Code, Refusal> {
         let (from, to) = (self.kernel.address(from)?, self.kernel.address(to)?);
-        let mut entry = [0; 4 + insn::MAX_LENGTH];
+        let mut entry = [0; 4 + FENTRY + JMP_REL32 + insn::MAX_LENGTH];
         self.text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
         // An indirect-branch target keeps its marker: indirect calls must still land on it.
-        let skip = if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
+        let mut skip = if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
+        // The guest checks what it left where it calls the tracer, and gives up on tracing
+        // altogether if that is something else.
+        let is_fentry = from.plus(skip).is_some_and(|at| self.kernel.is_fentry(at));
+        let in_use = entry[skip..skip + FENTRY] != *insn::nops(FENTRY);
+        if is_fentry && (keep_fentry || in_use) {
+            skip += FENTRY;
+        }
         let at = from.plus(skip).ok_or(Refusal::Unmapped { at: from })?;
         let mut length = 0;
         for insn in insn::decode(&entry[skip..], at) {
@@ -417,6 +424,8 @@ impl Resolver<'_> {
 /// `endbr64` (SDM volume 2).
 const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 const JMP_REL32: usize = 5;
+/// The call of the tracer, or the no-operation in its place.
+const FENTRY: usize = 5;
 
 /// Checks that `at` is where an instruction begins, or the function ends.
 fn boundary(insns: &[Insn], at: Gva, function: &Function<'_>) -> Result<(), Refusal> {

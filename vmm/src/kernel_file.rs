@@ -197,7 +197,7 @@ impl Info {
             alternatives: tables.alternatives.as_ref().map(Vec::len),
             smp_locks: tables.smp_locks.as_ref().map(Vec::len),
             paravirt_sites: tables.paravirt_sites.as_ref().map(Vec::len),
-            mcount_locations: tables.mcount_locations,
+            mcount_locations: tables.mcount_locations.as_ref().map(Vec::len),
             orc_entries: tables.orc_entries,
             exceptions: tables.exceptions.as_ref().map(Vec::len),
         }

@@ -158,6 +158,13 @@ impl<'a> Kernel<'a> {
         range.is_some_and(|(start, end)| start <= at && at < end)
     }
 
+    /// Whether the five bytes at an address are where a function calls the tracer, or could.
+    #[must_use]
+    pub fn is_fentry(&self, at: Gva) -> bool {
+        let locations = self.image.tables().mcount_locations.as_ref();
+        locations.is_some_and(|locations| locations.binary_search(&self.linked(at)).is_ok())
+    }
+
     /// All jumps that static keys switch, those of modules included.
     ///
     /// # Errors

@@ -80,8 +80,8 @@ pub struct Tables {
     pub smp_locks: Option<Vec<Gva>>,
     /// `.parainstructions`.
     pub paravirt_sites: Option<Vec<ParavirtSite>>,
-    /// `__mcount_loc`: how many calls of the tracer there are.
-    pub mcount_locations: Option<usize>,
+    /// `__mcount_loc`: where functions call the tracer, or could, sorted.
+    pub mcount_locations: Option<Vec<Gva>>,
     /// `.orc_unwind_ip`: how many entries it has.
     pub orc_entries: Option<usize>,
     /// `__ex_table`: the instructions that may fault.
@@ -102,7 +102,6 @@ const EXCEPTION: usize = 12;
 impl Tables {
     pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Self {
         let find = |start, stop, section| vmlinux.table(symbols, (start, stop), section);
-        let count = |table: Piece<'_>, entry: usize| table.bytes.len() / entry;
         let mut tables = Self {
             jump_entries: find("__start___jump_table", "__stop___jump_table", "__jump_table")
                 .map(|table| jump_entries(table.at, table.bytes)),
@@ -118,10 +117,13 @@ impl Tables {
                 .map(|table| table.entries(4).map(|entry| entry.near(0)).collect()),
             paravirt_sites: find("__parainstructions", "__parainstructions_end", ".parainstructions")
                 .map(|table| table.entries(PARAVIRT_SITE).map(paravirt_site).collect()),
-            mcount_locations: find("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc")
-                .map(|table| count(table, 8)),
+            mcount_locations: find("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc").map(|table| {
+                let mut locations: Vec<Gva> = table.entries(8).map(|entry| Gva(entry.u64(0))).collect();
+                locations.sort_unstable();
+                locations
+            }),
             orc_entries: find("__start_orc_unwind_ip", "__stop_orc_unwind_ip", ".orc_unwind_ip")
-                .map(|table| count(table, 4)),
+                .map(|table| table.bytes.len() / 4),
             exceptions: find("__start___ex_table", "__stop___ex_table", "__ex_table")
                 .map(|table| table.entries(EXCEPTION).map(|entry| entry.near(0)).collect()),
             features: features(vmlinux, symbols),

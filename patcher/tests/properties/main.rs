@@ -123,7 +123,7 @@ fn everything_is_read_from_the_miniature() {
         tables.alternatives.as_ref().map(Vec::len),
         tables.smp_locks.as_ref().map(Vec::len),
         tables.paravirt_sites.as_ref().map(Vec::len),
-        tables.mcount_locations,
+        tables.mcount_locations.as_ref().map(Vec::len),
         tables.orc_entries,
         tables.exceptions.as_ref().map(Vec::len),
     ];

@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::every_key_and_call_resolves_or_says_why", dry_run),
     ("kernel::a_change_from_outside_is_the_guests_own", twins),
     ("kernel::modules_and_what_is_theirs", modules),
+    ("kernel::redirect_and_the_function_tracer", traced),
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
@@ -63,7 +64,12 @@ fn same_symbols(lab: &Lab) -> Result<()> {
                 16,
                 len(tables.paravirt_sites.as_ref().map(Vec::len)),
             ),
-            ("__start_mcount_loc", "__stop_mcount_loc", 8, len(tables.mcount_locations)),
+            (
+                "__start_mcount_loc",
+                "__stop_mcount_loc",
+                8,
+                len(tables.mcount_locations.as_ref().map(Vec::len)),
+            ),
             ("__start_orc_unwind_ip", "__stop_orc_unwind_ip", 4, len(tables.orc_entries)),
             ("__start___ex_table", "__stop___ex_table", 12, len(tables.exceptions.as_ref().map(Vec::len))),
         ] {
@@ -169,5 +175,42 @@ fn fits(vm: &Vm, plan: &Value) -> Result<()> {
     // The first patch is still applied as far as the monitor is concerned.
     let overlap = answer["refusals"][0]["code"] == "overlapping_sites";
     ensure!(status == 200 || overlap, "{answer:#}");
+    Ok(())
+}
+
+/// A redirect behind the tracer's place, with the tracer on and off before, meanwhile and
+/// after; and a redirect that finds the tracer in its place.
+fn traced(lab: &Lab) -> Result<()> {
+    const FUNCTION: &str = "__x64_sys_getppid";
+    for setup in both_kernels(lab, 2) {
+        let mut vm = Vm::start(lab, &setup)?;
+        vm.ask("mount tracefs /sys/kernel/tracing")?;
+        vm.ask(&format!("write /sys/kernel/tracing/set_ftrace_filter {FUNCTION}"))?;
+        let trace =
+            |vm: &mut Vm, tracer: &str| vm.ask(&format!("write /sys/kernel/tracing/current_tracer {tracer}"));
+        let plan = |keep: bool| {
+            json!({ "version": 1, "name": "redirect", "deadline_ms": 60_000,
+                "patches": [{ "redirect": FUNCTION, "to": "__x64_sys_getpid", "keep_fentry": keep }] })
+        };
+        vm.hammer("getppid", 0, 1)?;
+        vm.apply(&plan(true))?;
+        vm.expect_all(true)?;
+        trace(&mut vm, "function")?;
+        vm.expect_all(true)?;
+        let (lines, _) = vm.ask("cat /sys/kernel/tracing/per_cpu/cpu0/stats")?;
+        let traced = lines.iter().find_map(|line| line.strip_prefix("entries: ")).context("a count")?;
+        ensure!(traced.trim() != "0", "{FUNCTION} is not traced");
+        vm.revert("redirect")?;
+        vm.expect_all(false)?;
+        // Now the tracer is in its place, whether the plan cares or not.
+        vm.apply(&plan(false))?;
+        vm.expect_all(true)?;
+        trace(&mut vm, "nop")?;
+        vm.expect_all(true)?;
+        vm.revert("redirect")?;
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+        vm.power_off()?;
+    }
     Ok(())
 }

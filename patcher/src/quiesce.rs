@@ -112,7 +112,13 @@ impl Condition {
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("each has come out")?;
+        /// More are only counted.
+        const LISTED: usize = 3;
         for (ranges, what) in [(&self.inside, "inside"), (&self.outside, "in")] {
+            if ranges.len() > LISTED {
+                write!(f, ", none {what} any of {} places", ranges.len())?;
+                continue;
+            }
             for range in ranges {
                 write!(f, ", none {what} {} to {}", range.start, range.end)?;
             }

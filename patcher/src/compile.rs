@@ -71,7 +71,7 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
         Strategy::Bypass => bypass(sites, data, arena, &mut copies)?,
         Strategy::Breakpoint | Strategy::Auto => trapped(sites, data, sites.iter().map(effect_or_wait)),
     };
-    Ok(Program { strategy, reason, sites: sites.clone(), copies, steps })
+    Ok(Program { strategy, reason, sites: sites.clone(), copies, doors: plan.doors.clone(), steps })
 }
 
 fn choose(plan: &ResolvedPlan, host: Host) -> (Strategy, &'static str) {

@@ -110,6 +110,8 @@ pub struct Program {
     pub sites: Vec<Site>,
     /// The copies of old instructions that traps lead to.
     pub copies: Vec<Copy>,
+    /// Where vCPUs are kept until the sites are changed, and the bytes there.
+    pub doors: Vec<(Gva, u8)>,
     /// The steps.
     pub steps: Vec<Reversible>,
 }

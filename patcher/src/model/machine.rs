@@ -100,6 +100,8 @@ enum Version {
     New,
     /// The old instruction, elsewhere.
     Copy,
+    /// An instruction that is not changed.
+    Same,
 }
 
 /// An instruction that may be executed somewhere.
@@ -330,6 +332,8 @@ impl<'p> World<'p> {
         {
             known.push(Known { version: Version::Copy, code, next: None });
         }
+        let door = self.program.doors.iter().find(|(at, _)| *at == rip);
+        known.extend(door.map(|(_, byte)| Known { version: Version::Same, code: vec![*byte], next: None }));
         known
     }
 
@@ -476,6 +480,11 @@ impl<'p> World<'p> {
                 return violation(format!("{} ends as {}", site.at, insn::hex(found)));
             }
         }
+        if let Some((at, _)) =
+            self.program.doors.iter().find(|(at, byte)| self.read(&state, *at, 1) != [*byte])
+        {
+            return violation(format!("the door at {at} is still there"));
+        }
         if let Guest::Writes(at, byte) = self.guest
             && state.guest_done
             && self.read(&state, at, 1) != [byte]
@@ -538,7 +547,8 @@ impl<'p> World<'p> {
                     Guest::Owns(at) => Some(at),
                     _ => None,
                 };
-                for at in self.program.sites.iter().map(|site| site.at).chain(own) {
+                let doors = self.program.doors.iter().map(|(at, _)| *at);
+                for at in self.program.sites.iter().map(|site| site.at).chain(own).chain(doors) {
                     let next = with(&|cpu| top(cpu, Frame::At { rip: at, pass: None }));
                     moves.add(|| format!("{name}: comes to {at}"), Ok(next));
                 }

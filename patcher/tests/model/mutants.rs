@@ -11,13 +11,14 @@ use patcher::program::{Program, Step};
 use patcher::quiesce::Condition;
 
 use super::strategies::replaces;
-use super::worlds::{Change, KEY, SEVERAL, TEXT, ZERO, program, world};
+use super::worlds::{Change, KEY, SEVERAL, TEXT, ZERO, program, with_door, world};
 
 /// Something taken out of a program, or of the monitor.
 struct Mutant {
     name: &'static str,
     strategy: Strategy,
     changes: &'static [Change],
+    door: bool,
     program: fn(&mut Program),
     world: fn(&mut World<'_>),
 }
@@ -68,22 +69,31 @@ const MUTANTS: &[Mutant] = &[
     store("a processor that shows it as a whole", same_program, |w| w.fetch = Fetch::Bytes),
     inspect("the condition", unconditional, same),
     inspect("knowing what was interrupted", same_program, |w| w.rules.tells_interrupted = false),
+    door("the door's own byte, put back", |p| remove(p, is_write, 2), same),
+    door("the undo of the door", |p| no_undo(p, is_write, 0), same),
+    door("publishing the door", |p| remove(p, is_publish, 0), same),
+    door("interception at the door", |p| remove(p, is_arm, 0), same),
+    door("the fence before those at the door go on", |p| remove(p, is_fence, 1), same),
 ];
 
 const fn breakpoint(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Breakpoint, changes: &[ZERO], program, world }
+    Mutant { name, strategy: Strategy::Breakpoint, changes: &[ZERO], door: false, program, world }
 }
 
 const fn hold(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Hold, changes: &[KEY], program, world }
+    Mutant { name, strategy: Strategy::Hold, changes: &[KEY], door: false, program, world }
 }
 
 const fn store(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Store, changes: &[KEY], program, world }
+    Mutant { name, strategy: Strategy::Store, changes: &[KEY], door: false, program, world }
 }
 
 const fn inspect(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Inspect, changes: &[SEVERAL], program, world }
+    Mutant { name, strategy: Strategy::Inspect, changes: &[SEVERAL], door: false, program, world }
+}
+
+const fn door(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+    Mutant { door: true, ..inspect(name, program, world) }
 }
 
 fn same(_: &mut World<'_>) {}
@@ -166,7 +176,8 @@ fn whatever_is_taken_out_is_missed() {
     let mut survivors = Vec::new();
     let mut table = Vec::new();
     for mutant in MUTANTS {
-        let whole = program(mutant.strategy, mutant.changes);
+        let whole =
+            if mutant.door { with_door(mutant.changes) } else { program(mutant.strategy, mutant.changes) };
         let mut mutated = whole.clone();
         (mutant.program)(&mut mutated);
         let mut world = world(&mutated);

@@ -7,7 +7,7 @@ use patcher::model::explore::explore;
 use patcher::model::machine::{Fetch, Guest, World};
 use patcher::plan::Strategy;
 
-use super::worlds::{CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, program, reversed, world};
+use super::worlds::{CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, program, reversed, with_door, world};
 
 /// Explores and prints how much there was, past the test harness, which would keep it.
 fn holds(name: &str, world: &World<'_>) {
@@ -125,4 +125,16 @@ fn inspect() {
     }
     let program = program(Strategy::Inspect, &[reversed(SEVERAL)]);
     holds("inspect, one instruction to three", &world(&program));
+}
+
+#[test]
+fn doors() {
+    for (way, change) in [("apply", SEVERAL), ("revert", reversed(SEVERAL))] {
+        let program = with_door(&[change]);
+        let mut world = world(&program);
+        world.interrupts = false;
+        holds(&format!("inspect with a door, {way}"), &world);
+    }
+    let program = with_door(&[KEY]);
+    holds("inspect with a door, interrupted", &world(&program));
 }

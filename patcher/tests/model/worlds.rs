@@ -73,6 +73,16 @@ pub(crate) fn program(strategy: Strategy, changes: &[Change]) -> Program {
     compile(&plan(strategy, changes), host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
 }
 
+/// An instruction of one byte that is not changed.
+const DOOR: (Gva, u8) = (Gva(TEXT.0 + 14), 0x90);
+
+/// A program by inspection, with a door.
+pub(crate) fn with_door(changes: &[Change]) -> Program {
+    let plan = ResolvedPlan { doors: vec![DOOR], unlocked: true, ..plan(Strategy::Inspect, changes) };
+    let host = Host { stores_are_whole: true };
+    compile(&plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
+}
+
 /// A program in a world whose memory is as its sites begin.
 pub(crate) fn world(program: &Program) -> World<'_> {
     let mut text = vec![0x90; 16];

@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::a_change_from_outside_is_the_guests_own", twins),
     ("kernel::modules_and_what_is_theirs", modules),
     ("kernel::redirect_and_the_function_tracer", traced),
+    ("kernel::a_call_retargeted_again_and_again", retargeted),
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
@@ -210,6 +211,39 @@ fn traced(lab: &Lab) -> Result<()> {
         vm.revert("redirect")?;
         vm.expect_all(false)?;
         vm.expect_no_kernel_errors()?;
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+/// A call that every CPU makes all the time, retargeted again and again without waiting in
+/// between: made, not made, and replaced by its result.
+fn retargeted(lab: &Lab) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &setup)?;
+        // The root's name has one byte.
+        vm.hammer("getcwd", 1, -1)?;
+        let update = |name: &str, target: &str, over: &[&str]| {
+            json!({ "version": 1, "name": name, "deadline_ms": 60_000, "strategy": "breakpoint", "over": over,
+                "patches": [{ "static_call": "might_resched", "target": target }] })
+        };
+        let (mut sites, mut traps) = (0, 0);
+        for _ in 0..5 {
+            let reports = [
+                vm.apply(&update("first", "__static_call_return0", &[]))?,
+                vm.apply(&update("second", "none", &["first"]))?,
+                vm.apply(&update("third", "__cond_resched", &["first", "second"]))?,
+                vm.revert("third")?,
+                vm.revert("second")?,
+                vm.revert("first")?,
+            ];
+            sites = reports[0]["sites"].as_array().map_or(0, Vec::len);
+            traps += reports.iter().filter_map(|report| report["traps"].as_u64()).sum::<u64>();
+            vm.expect_all(false)?;
+        }
+        vm.expect_no_kernel_errors()?;
+        println!("{sites} sites, 30 updates, {traps} traps");
+        ensure!(sites > 100 && traps > 0, "{sites} sites, {traps} traps: nobody was in the way");
         vm.power_off()?;
     }
     Ok(())

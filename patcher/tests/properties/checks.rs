@@ -161,9 +161,10 @@ struct Anywhere<'a>(&'a [u8]);
 
 impl Text for Anywhere<'_> {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
-        for (at, byte) in (at.0..).zip(into) {
-            let index = usize::try_from(at % (self.0.len() as u64)).map_err(|_| Gva(at))?;
-            *byte = *self.0.get(index).filter(|byte| **byte != 0xff).ok_or(Gva(at))?;
+        for (i, byte) in into.iter_mut().enumerate() {
+            let at = at.plus(i).ok_or(at)?;
+            let index = usize::try_from(at.0 % (self.0.len() as u64)).map_err(|_| at)?;
+            *byte = *self.0.get(index).filter(|byte| **byte != 0xff).ok_or(at)?;
         }
         Ok(())
     }

@@ -236,6 +236,21 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether it can only be resolved by somebody who knows the guest's modules. Reading them
+    /// takes its time.
+    #[must_use]
+    pub fn concerns_modules(&self) -> bool {
+        let elsewhere = |address: &String| address.contains(':') || address.starts_with("0x");
+        self.outside.iter().any(elsewhere)
+            || self.patches.iter().any(|patch| match patch {
+                Patch::Raw { at, .. } => elsewhere(at),
+                Patch::Redirect { from, to, .. } => elsewhere(from) || elsewhere(to),
+                _ => true,
+            })
+    }
+}
+
 impl RawPlan {
     fn check(self) -> Result<Plan, Vec<Refused>> {
         let mut wrong = Vec::new();

@@ -346,7 +346,7 @@ impl Resolver<'_> {
         // The guest checks what it left where it calls the tracer, and gives up on tracing
         // altogether if that is something else.
         let is_fentry = from.plus(skip).is_some_and(|at| self.kernel.is_fentry(at));
-        let in_use = entry[skip..skip + FENTRY] != *insn::nops(FENTRY);
+        let in_use = entry[skip] == CALL;
         if is_fentry && (keep_fentry || in_use) {
             skip += FENTRY;
         }
@@ -426,6 +426,8 @@ const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 const JMP_REL32: usize = 5;
 /// The call of the tracer, or the no-operation in its place.
 const FENTRY: usize = 5;
+/// Opcode of `call rel32`.
+const CALL: u8 = 0xe8;
 
 /// Checks that `at` is where an instruction begins, or the function ends.
 fn boundary(insns: &[Insn], at: Gva, function: &Function<'_>) -> Result<(), Refusal> {

@@ -361,7 +361,8 @@ impl Controller {
         if self.patches.iter().any(|patch| in_use(patch) && patch.plan.name == plan.name) {
             return Err(root(Refusal::NameTaken { name: plan.name }));
         }
-        let kernel = self.kernel().map_err(root)?.with_modules();
+        let kernel = self.kernel().map_err(root)?;
+        let kernel = if plan.concerns_modules() { kernel.with_modules() } else { kernel.clone() };
         let taken = self
             .patches
             .iter()

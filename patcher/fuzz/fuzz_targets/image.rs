@@ -1,5 +1,5 @@
 //! Kernel images: any file is read or refused. Seeds first, in `patcher/`:
-//! `FUZZ_CORPUS=fuzz/corpus cargo test -p patcher --test properties seeds`, then
+//! `FUZZ_CORPUS=$PWD/fuzz/corpus FUZZ_KERNEL=/boot/vmlinuz cargo test -p patcher --test properties seeds`, then
 //! `cargo fuzz run -s none image`.
 #![no_main]
 #![allow(dead_code)]

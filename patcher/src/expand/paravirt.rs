@@ -56,6 +56,10 @@ pub(crate) fn expand(kernel: &Kernel<'_>, text: &dyn Text, to: Spinlocks) -> Res
     if present == wanted {
         return Err(Refusal::NothingToDo { at: kernel.live(ops.table) });
     }
+    // Only the kernel's own sites are in its tables; a module's are forgotten once it is loaded.
+    if let Some(module) = caller_in_modules(kernel, text, &[present, wanted].concat())? {
+        return Err(busy(&format!("the module {module} does without the kernel's lock functions")));
+    }
     let (before, after) = (world(kernel, ops, present), world(kernel, ops, wanted));
     let mut code = Vec::new();
     for site in sites(kernel, ops) {
@@ -82,6 +86,31 @@ pub(crate) fn expand(kernel: &Kernel<'_>, text: &dyn Text, to: Spinlocks) -> Res
     }
     data.extend(features(kernel, text, &after)?);
     Ok(Expansion { code, data, needs: Needs::Unlocked })
+}
+
+/// A module that calls one of these itself. On kernels that preempt, modules lock by calling
+/// `_raw_spin_lock` and its like.
+fn caller_in_modules<'a>(
+    kernel: &Kernel<'a>,
+    text: &dyn Text,
+    targets: &[Gva],
+) -> Result<Option<&'a str>, Refusal> {
+    const CALL: u8 = 0xe8;
+    for module in kernel.modules.all()? {
+        let start = module.text.start;
+        let size = module.text.end.offset_from(start).unwrap_or(0);
+        let bytes = read(text, start, size)?;
+        // What looks like such a call by chance is taken for one: nothing else goes there.
+        let calls = |(at, code): (u64, &[u8])| {
+            let distance = code[1..].first_chunk().map(|bytes| i32::from_le_bytes(*bytes))?;
+            let next = start.0.wrapping_add(at + 5);
+            (code[0] == CALL).then(|| Gva(next.wrapping_add_signed(distance.into())))
+        };
+        if (0..).zip(bytes.windows(5)).filter_map(calls).any(|to| targets.contains(&to)) {
+            return Ok(Some(&module.name));
+        }
+    }
+    Ok(None)
 }
 
 /// The pointers, and the features that stand for them.

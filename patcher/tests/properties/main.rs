@@ -138,18 +138,27 @@ fn everything_is_read_from_the_miniature() {
 }
 
 /// Writes what the fuzzer begins with below the folder that `FUZZ_CORPUS` names, if it does:
-/// the miniature, plain and in a bzImage.
+/// the miniature, plain and in a bzImage, and with the names of the kernel `FUZZ_KERNEL`.
 #[test]
 fn seeds_for_the_fuzzer_are_kernels() {
-    let vmlinux = miniature::vmlinux();
-    let bzimage = miniature::bzimage(&vmlinux);
-    for file in [&vmlinux, &bzimage] {
-        assert!(KernelImage::parse(file).is_ok());
+    /// A length of one byte in kallsyms.
+    const LONGEST: usize = 120;
+    let mut files = vec![("vmlinux", miniature::vmlinux())];
+    if let Some(path) = std::env::var_os("FUZZ_KERNEL") {
+        let real = KernelImage::parse(&std::fs::read(path).expect("a file")).expect("a kernel");
+        let names = real.symbols().iter().map(|(_, _, name)| name.to_owned());
+        let names: Vec<String> =
+            names.filter(|name| name.len() < LONGEST && name != "_text").take(2000).collect();
+        files.push(("real-names", miniature::vmlinux_with(&names)));
+    }
+    files.push(("bzimage", miniature::bzimage(&files[0].1)));
+    for (name, file) in &files {
+        assert!(KernelImage::parse(file).is_ok(), "{name}");
     }
     let Some(folder) = std::env::var_os("FUZZ_CORPUS") else { return };
     let folder = std::path::PathBuf::from(folder).join("image");
     std::fs::create_dir_all(&folder).expect("a folder");
-    for (name, file) in [("vmlinux", vmlinux), ("bzimage", bzimage)] {
+    for (name, file) in files {
         std::fs::write(folder.join(name), file).expect("written");
     }
 }

@@ -147,8 +147,14 @@ fn kallsyms(symbols: &BTreeMap<u64, Vec<(u8, String)>>) -> Vec<u8> {
     out
 }
 
-/// The file.
+/// The file, with made-up functions.
 pub(crate) fn vmlinux() -> Vec<u8> {
+    let names: Vec<String> = (0..FILLERS).map(|number| format!("f{number}")).collect();
+    vmlinux_with(&names)
+}
+
+/// The file, with functions of these names besides its own.
+pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
     let mut k = Builder { bytes: Vec::new(), symbols: Vec::new() };
     k.mark("_text", b'T');
     k.bytes.push(0xcc);
@@ -162,8 +168,8 @@ pub(crate) fn vmlinux() -> Vec<u8> {
         ],
     );
     k.put("__SCT__call", b'T', &[0xe9, 0, 0, 0, 0, 0x0f, 0xb9, 0xcc]);
-    for filler in 0..FILLERS {
-        k.mark(&format!("f{filler}"), b't');
+    for name in names {
+        k.mark(name, b't');
         k.bytes.push(0xc3);
     }
     let replacement = k.put("__alt_replacement", b't', &[0x0f, 0x01, 0xcb]);

@@ -155,6 +155,9 @@ fn modules(lab: &Lab) -> Result<()> {
             vm.ask(&switch(0))?;
             fits(&vm, &plan(true)).with_context(|| format!("{key}, reverted"))?;
         }
+        // It locks by the kernel's functions, so spinlocks can be switched.
+        vm.apply(&spinlocks::plan("spinlocks", "native"))?;
+        vm.revert("spinlocks")?;
         vm.expect_no_kernel_errors()?;
         vm.ask("unload kvm")?;
         ensure!(jumps(&vm, SHARED)? == Some(before) && jumps(&vm, OWN)?.is_none(), "it is gone");

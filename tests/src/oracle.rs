@@ -189,6 +189,48 @@ pub fn lock_prefixes(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// Undoes the alternatives for a feature in a guest whose processor has it, and uses them in a
+/// twin whose kernel was told at boot that it has not: each becomes what the other was.
+///
+/// # Errors
+/// The first difference.
+pub fn alternatives(lab: &Lab) -> Result<()> {
+    /// `X86_FEATURE_POPCNT`: the instruction, or a function that counts the bits.
+    const FEATURE: (&str, &str) = ("popcnt", "clearcpuid=151");
+    for setup in both_kernels(lab, 1) {
+        let start = |command_line: &str| {
+            let command_line = format!("nokaslr {command_line}");
+            Vm::start(lab, &Setup { command_line, memory_mib: 192, ..setup.clone() })
+        };
+        let (mut with, mut without) = (start("")?, start(FEATURE.1)?);
+        let mut places = Places::new(&setup)?;
+        let plan = |enable: bool| {
+            json!({ "version": 1, "name": "feature", "deadline_ms": 60_000,
+                "patches": [{ "alternatives": FEATURE.0, "enable": enable }] })
+        };
+        for vm in [&mut with, &mut without] {
+            vm.hammer("getcwd", 1, -1)?;
+        }
+        let before = places.text(&with)?;
+        let report = with.apply(&plan(false))?;
+        let sites = report["sites"].as_array().map_or(0, Vec::len);
+        places.compare(&[&with, &without], &[]).context("undone")?;
+        with.expect_all(false)?;
+        with.revert("feature")?;
+        ensure!(places.text(&with)? == before, "reverting did not restore the text");
+        without.apply(&plan(true))?;
+        places.compare(&[&with, &without], &[]).context("used")?;
+        without.expect_all(false)?;
+        println!("{}: {sites} alternatives for {}", places.image.release(), FEATURE.0);
+        ensure!(sites > 20, "only {sites} alternatives");
+        for mut vm in [with, without] {
+            vm.expect_no_kernel_errors()?;
+            vm.power_off()?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs the oracle on both kernels.
 ///
 /// # Errors

@@ -18,7 +18,7 @@ Examples:
   cargo soak                     everything
   cargo soak boots --times 200   one campaign, longer")]
 struct Arguments {
-    /// Which campaign: boots, vcpus-64, many-sites, spinlocks, lock-prefixes, random-targets, oracle, dry-run, sites-4-quiet, sites-4, sites-8, flips-breakpoint or flips-hold. All, if absent.
+    /// Which campaign: boots, vcpus-64, many-sites, spinlocks, alternatives, lock-prefixes, random-targets, oracle, dry-run, sites-4-quiet, sites-4, sites-8, flips-breakpoint or flips-hold. All, if absent.
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
@@ -27,7 +27,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 13] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 14] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites(lab, times, 30)),
@@ -35,6 +35,7 @@ const CAMPAIGNS: [(&str, usize, Campaign); 13] = [
         let both = targets::both_kernels(lab, 8);
         both.iter().try_for_each(|setup| spinlocks::switch(lab, setup, times))
     }),
+    ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),
     ("random-targets", 1000, targets::random),
     ("oracle", 1, |lab, _| oracle::twins(lab)),

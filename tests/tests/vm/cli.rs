@@ -16,6 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("cli::bad_machines_are_refused", bad_machines),
     ("cli::without_kvm_it_says_so", without_kvm),
     ("cli::patch_commands_and_their_exit_codes", patch_commands),
+    ("cli::kernel_commands_tell_what_an_image_has", kernel_commands),
     ("cli::doctor_finds_this_place_usable", doctor),
 ];
 
@@ -100,6 +101,8 @@ fn patch_commands(lab: &Lab) -> Result<()> {
     says(patch("show", &["cli"])?, 0, "jmp")?;
     says(patch("revert", &["cli"])?, 0, "reverted")?;
     says(patch("revert", &["cli"])?, 3, "not_applied")?;
+    says(patch("list-targets", &["schedstats"])?, 0, "sched_schedstats")?;
+    says(patch("list-targets", &["queued_spin"])?, 0, "queued_spin_unlock")?;
     says(patch("apply", &[&bad])?, 3, "unknown_symbol")?;
     says(patch("apply", &[&broken])?, 2, "plan_malformed")?;
     says(patch("show", &["nobody"])?, 3, "unknown_patch")?;
@@ -122,5 +125,52 @@ fn doctor(lab: &Lab) -> Result<()> {
     ensure!(code == 0 && findings["usable"] == true, "{text}");
     let probes = findings["probes"].as_array().context("probes")?;
     ensure!(probes.len() >= 7 && probes.iter().all(|row| row["ok"] == true), "{text}");
+    Ok(())
+}
+
+fn kernel_commands(lab: &Lab) -> Result<()> {
+    const COUNTS: [&str; 8] = [
+        "symbols",
+        "jump_entries",
+        "static_call_sites",
+        "alternatives",
+        "smp_locks",
+        "paravirt_sites",
+        "mcount_locations",
+        "orc_entries",
+    ];
+    for (kernel, has_paravirt_sites) in [(&lab.kernel, true), (&lab.later_kernel, false)] {
+        let kernel = kernel.display().to_string();
+        let ask = |what: &[&str]| run_to_end(lab, &[&["kernel"], what, &["--kernel", &kernel]].concat());
+        let (code, text) = ask(&["info", "--json"])?;
+        let info: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+        ensure!(code == 0 && info["build_id"].as_str().is_some_and(|id| id.len() == 40), "{text}");
+        for count in COUNTS {
+            let there = info[count].as_u64().is_some_and(|count| count > 1000);
+            ensure!(there || info[count].is_null() && count == "paravirt_sites", "{count}: {text}");
+        }
+        ensure!(info["paravirt_sites"].is_null() != has_paravirt_sites, "{text}");
+        for (what, says) in [
+            (&["info"][..], "static keys"),
+            (&["symbols", "schedule_timeout"], " T schedule_timeout\n"),
+            (&["keys", "sched_schedstats"], "sched_schedstats"),
+            (&["calls", "might_resched"], "__static_call_return0"),
+            (&["features", "smap"], "smap"),
+            (&["tables", "smp-locks"], "+0x"),
+        ] {
+            let (code, text) = ask(what)?;
+            ensure!(code == 0 && text.contains(says), "{what:?}: {code}, {says:?} is not in: {text:.300}");
+        }
+        let (code, text) = ask(&["tables", "jump-entries", "--json"])?;
+        let rows: Value = serde_json::from_str(&text)?;
+        ensure!(
+            code == 0 && rows.as_array().map(|rows| rows.len() as u64) == info["jump_entries"].as_u64(),
+            "{code}"
+        );
+    }
+    let (code, text) = run_to_end(lab, &["kernel", "info", "--kernel", "/proc/version"])?;
+    ensure!(code == 2 && text.contains("/proc/version: this is no kernel image"), "{code}: {text}");
+    let (code, text) = run_to_end(lab, &["kernel", "info", "--kernel", "/nonexistent"])?;
+    ensure!(code == 2 && text.contains("/nonexistent"), "{code}: {text}");
     Ok(())
 }

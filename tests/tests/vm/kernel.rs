@@ -6,7 +6,7 @@ use guest::kallsyms;
 use patcher::kernel::KernelImage;
 use serde_json::{Value, json};
 use tests::lab::Lab;
-use tests::oracle::{lock_prefixes, twins};
+use tests::oracle::{alternatives, lock_prefixes, twins};
 use tests::spinlocks;
 use tests::targets::{both_kernels, dry_run, random, targets};
 use tests::vm::{Method, Setup, Vm};
@@ -20,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::modules_and_what_is_theirs", modules),
     ("kernel::redirect_and_the_function_tracer", traced),
     ("kernel::a_call_retargeted_again_and_again", retargeted),
+    ("kernel::alternatives_undone_and_used", alternatives),
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),

@@ -54,10 +54,32 @@ pub fn dry_run(lab: &Lab) -> Result<()> {
             ensure!(outcomes.values().sum::<usize>() == patches.len() && patches.len() > 500, "{outcomes:?}");
             ensure!(outcomes.keys().all(|code| EXPECTED.contains(&code.as_str())), "{outcomes:?}");
         }
+        let features = targets(&vm, "features")?;
+        let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
+        for feature in &features {
+            let enable = feature["present"] != true;
+            let patch = json!({ "alternatives": feature["name"], "enable": enable });
+            // One by one: some have alternatives for the same place.
+            for (code, count) in check_all(&vm, &[patch])? {
+                *outcomes.entry(code).or_default() += count;
+            }
+        }
+        println!("{}: {} features: {outcomes:?}", info["kernel"]["release"], features.len());
+        let of = |code: &str| outcomes.get(code).copied().unwrap_or(0);
+        ensure!(outcomes.keys().all(|code| FEATURE_OUTCOMES.contains(&code.as_str())), "{outcomes:?}");
+        // What is there is known for nearly all: where it is not, a mitigation changed it later.
+        ensure!(
+            of("fit") > features.len() / 2 && of("expect_mismatch") < features.len() / 10,
+            "{outcomes:?}"
+        );
         vm.power_off()?;
     }
     Ok(())
 }
+
+/// What may become of switching a feature's alternatives to what they are not.
+const FEATURE_OUTCOMES: [&str; 5] =
+    ["fit", "nothing_to_do", "expect_mismatch", "interior_reachable", "branch_into_site"];
 
 /// One of the lists of what there is to patch.
 ///

@@ -16,7 +16,8 @@
 //! ```
 //!
 //! The kernel's own data that goes with the sites is checked before the first write to one,
-//! and replaced when all are new.
+//! and replaced when all are new. Where there are doors, they are shut before `inspect` (as
+//! `breakpoint` begins: publish, arm, `int3`, fence) and opened before its last fence.
 //!
 //! Undoing replays the journal backwards, and the fences are steps of it: between restoring
 //! the heads to `int3`, the tails, and the old heads there are the same fences as on the way

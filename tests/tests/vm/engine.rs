@@ -221,13 +221,19 @@ fn reboot(lab: &Lab) -> Result<()> {
 
 fn never_quiesced(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(2))?;
-    // An idle vCPU stands where it halted, and nothing wakes the last one for good.
-    let plan = json!({ "version": 1, "name": "wait", "deadline_ms": 300, "quiesced": { "outside": ["native_safe_halt"] },
+    // A CPU that is switched off halts for good, with interrupts disabled.
+    const ONLINE: &str = "write /sys/devices/system/cpu/cpu1/online";
+    vm.ask(&format!("{ONLINE} 0"))?;
+    let (_, vcpus) = vm.request(Method::GET, "/vm/vcpus", b"")?;
+    let place = vcpus[1]["symbol"].as_str().with_context(|| format!("{vcpus:#}"))?;
+    let function = place.split('+').next().unwrap_or(place).to_owned();
+    let plan = json!({ "version": 1, "name": "wait", "deadline_ms": 300, "quiesced": { "outside": [function] },
         "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }] });
     let (status, answer) = vm.request(Method::POST, "/patches", plan.to_string().as_bytes())?;
     let failure = answer["failure"].as_str().unwrap_or("");
     ensure!(status == 500 && answer["state"] == "rolled_back", "{status} {answer:#}");
-    ensure!(failure.contains("vCPU ") && failure.contains("(native_safe_halt)"), "{failure}");
+    ensure!(failure.contains("vCPU 1 ") && failure.contains(&format!("({function})")), "{failure}");
+    vm.ask(&format!("{ONLINE} 1"))?;
     // The same under a condition that an idle guest meets.
     let mut plan = plan;
     plan["quiesced"] = json!({ "preemptible": true, "outside": ["native_queued_spin_lock_slowpath"] });

@@ -66,8 +66,11 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
     let (sites, data) = (&plan.sites, &plan.data);
     let mut copies = Vec::new();
     let steps = match strategy {
-        Strategy::Hold => stopped(Step::Hold, sites, data),
-        Strategy::Inspect => behind_doors(&plan.doors, stopped(Step::Inspect(condition(plan)), sites, data)),
+        Strategy::Hold => stopped(Step::Hold, sites, data, &[]),
+        Strategy::Inspect => {
+            let steps = stopped(Step::Inspect(condition(plan)), sites, data, &plan.doors);
+            behind_doors(&plan.doors, steps)
+        }
         Strategy::Store => store(sites, data),
         Strategy::Bypass => bypass(sites, data, arena, &mut copies)?,
         Strategy::Breakpoint | Strategy::Auto => trapped(sites, data, sites.iter().map(effect_or_wait)),
@@ -154,20 +157,21 @@ fn store_word(datum: &Datum) -> Reversible {
     step(over(&datum.old, &datum.new), [over(&datum.new, &datum.old)])
 }
 
-fn stopped(stop: Step, sites: &[Site], data: &[Datum]) -> Vec<Reversible> {
+fn stopped(stop: Step, sites: &[Site], data: &[Datum], doors: &[(Gva, u8)]) -> Vec<Reversible> {
     let mut steps = vec![step(stop, [Step::Fence, Step::Release])];
     steps.extend(sites.iter().map(check_old));
     steps.extend(data.iter().map(check_word));
     steps.extend(sites.iter().map(|site| write(site.at, &site.new, &site.old)));
     steps.extend(data.iter().map(store_word));
     steps.extend(sites.iter().map(check_new));
+    steps.extend(doors.iter().map(|(at, byte)| write(*at, &[*byte], &[INT3])));
     // Nothing that comes now can fail halfway, so nothing needs an undo.
     steps.extend([step(Step::Fence, []), step(Step::Release, [])]);
     steps
 }
 
-/// Keeps whoever comes to a door there while `steps`, which stop the vCPUs, are done: who has
-/// let go of his locks does not take others.
+/// Shuts the doors before `steps`, which stop the vCPUs and open them again: who has let go of
+/// his locks does not take others.
 fn behind_doors(doors: &[(Gva, u8)], steps: Vec<Reversible>) -> Vec<Reversible> {
     if doors.is_empty() {
         return steps;
@@ -179,13 +183,7 @@ fn behind_doors(doors: &[(Gva, u8)], steps: Vec<Reversible>) -> Vec<Reversible> 
         behind.extend([step(check, []), write(at, &[INT3], &[byte])]);
     }
     behind.push(fence());
-    let mut steps = steps;
-    // Before the fence and the release that end them, nobody can run into a door.
-    let end = steps.len().saturating_sub(2);
-    let ending = steps.split_off(end);
     behind.extend(steps);
-    behind.extend(doors.iter().map(|(at, byte)| write(*at, &[*byte], &[INT3])));
-    behind.extend(ending);
     behind.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
     behind
 }

@@ -2,7 +2,7 @@
 
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction,
-    InstructionBlock, IntelFormatter, Mnemonic,
+    InstructionBlock, IntelFormatter, Mnemonic, OpKind,
 };
 
 use crate::addr::Gva;
@@ -65,13 +65,15 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
     })
 }
 
-/// Where a direct branch or call goes.
-fn branch(insn: &Instruction) -> Option<Gva> {
-    matches!(
+/// Where a direct branch or call goes. (What calls a kernel or a hypervisor is a call, too, to
+/// the decoder.)
+pub(crate) fn branch(insn: &Instruction) -> Option<Gva> {
+    let near = insn.op_count() > 0 && insn.op0_kind() == OpKind::NearBranch64;
+    let goes = matches!(
         insn.flow_control(),
         FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
-    )
-    .then(|| Gva(insn.near_branch_target()))
+    );
+    (near && goes).then(|| Gva(insn.near_branch_target()))
 }
 
 fn returns(insn: &Instruction) -> bool {

@@ -5,7 +5,6 @@
 //! returns there, and the kernel does not preempt tasks in kernel mode.
 
 use std::cell::OnceCell;
-use std::collections::BTreeSet;
 
 use crate::addr::Gva;
 use crate::insn::{self, Insn};
@@ -35,12 +34,11 @@ pub(crate) struct Sleepers<'a> {
     kernel: Kernel<'a>,
     text: &'a dyn Text,
     preempts: OnceCell<bool>,
-    handled: OnceCell<Option<BTreeSet<Gva>>>,
 }
 
 impl<'a> Sleepers<'a> {
     pub(crate) fn new(kernel: Kernel<'a>, text: &'a dyn Text) -> Self {
-        Self { kernel, text, preempts: OnceCell::new(), handled: OnceCell::new() }
+        Self { kernel, text, preempts: OnceCell::new() }
     }
 
     /// Refuses `code` at `at` if such a task may come back to one of the boundaries `inside`.
@@ -61,7 +59,7 @@ impl<'a> Sleepers<'a> {
             if calls_sleep && before.is_some_and(|insn| insn.returns) {
                 return Some("what is called before it returns there");
             }
-            if self.may_fault(boundary) {
+            if self.kernel.may_fault(boundary) {
                 return Some("the kernel's exception table has its instruction");
             }
             self.preempts().then_some("the kernel preempts tasks in kernel mode")
@@ -70,29 +68,6 @@ impl<'a> Sleepers<'a> {
             Some((inside, why)) => Err(Refusal::InteriorReachable { at, inside, why }),
             None => Ok(()),
         }
-    }
-
-    /// Whether the kernel expects the instruction at `at` to fault. Yes, if that can't be told.
-    pub(crate) fn may_fault(&self, at: Gva) -> bool {
-        self.handled.get_or_init(|| self.exception_table()).as_ref().is_none_or(|table| table.contains(&at))
-    }
-
-    /// The instructions in `__ex_table` (Linux arch/x86/include/asm/extable.h: three 32-bit
-    /// fields, the first is the instruction's distance from the field itself).
-    fn exception_table(&self) -> Option<BTreeSet<Gva>> {
-        const ENTRY: usize = 12;
-        const MOST: usize = 1 << 24;
-        let symbol = |name| self.kernel.symbol(name).ok();
-        let (start, end) = (symbol("__start___ex_table")?, symbol("__stop___ex_table")?);
-        let size = end.offset_from(start).filter(|size| *size <= MOST)?;
-        let mut table = vec![0; size];
-        self.text.read(start, &mut table).ok()?;
-        let entries = (start.0..).step_by(ENTRY).zip(table.chunks_exact(ENTRY));
-        let insn = |(at, entry): (u64, &[u8])| {
-            let distance = i32::from_le_bytes(entry.first_chunk().copied()?);
-            Some(Gva(at.wrapping_add_signed(distance.into())))
-        };
-        entries.map(insn).collect()
     }
 
     fn preempts(&self) -> bool {

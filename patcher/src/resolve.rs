@@ -14,6 +14,7 @@ use crate::addr::Gva;
 use crate::expand::{self, Code, Datum, Expansion, Needs};
 use crate::insn::{self, Insn};
 use crate::interior::{Sleepers, boundaries};
+use crate::kernel::live::read;
 use crate::kernel::symbols::Function;
 use crate::kernel::{Kernel, Text};
 use crate::plan::{Patch, Plan, Strategy};
@@ -241,9 +242,9 @@ const DOORS: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
 /// Those that this kernel has and nobody else has a breakpoint on.
 fn doors(kernel: &Kernel<'_>, text: &dyn Text) -> Vec<(Gva, u8)> {
     let door = |name: &str| {
-        let (at, mut byte) = (kernel.symbol(name).ok()?, [0]);
-        text.read(at, &mut byte).ok()?;
-        (byte[0] != insn::INT3).then_some((at, byte[0]))
+        let at = kernel.symbol(name).ok()?;
+        let byte = read(text, at, 1).ok()?[0];
+        (byte != insn::INT3).then_some((at, byte))
     };
     DOORS.into_iter().filter_map(door).collect()
 }
@@ -339,8 +340,7 @@ impl Resolver<'_> {
 
     fn redirect(&self, from: &str, to: &str, keep_fentry: bool) -> Result<Code, Refusal> {
         let (from, to) = (self.kernel.address(from)?, self.kernel.address(to)?);
-        let mut entry = [0; 4 + FENTRY + JMP_REL32 + insn::MAX_LENGTH];
-        self.text.read(from, &mut entry).map_err(|at| Refusal::Unmapped { at })?;
+        let entry = read(self.text, from, ENDBR64.len() + FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
         // An indirect-branch target keeps its marker: indirect calls must still land on it.
         let mut skip = if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
         // The guest checks what it left where it calls the tracer, and gives up on tracing
@@ -396,7 +396,7 @@ impl Resolver<'_> {
         let calls_sleep = needs != Needs::Unlocked;
         self.sleepers.keep_out(&old, at, &old_inside, calls_sleep)?;
         self.sleepers.keep_out(&new, at, &new_inside, calls_sleep)?;
-        let may_fault = self.bypass && self.sleepers.may_fault(at);
+        let may_fault = self.bypass && self.kernel.may_fault(at);
         let offset = at.offset_from(function.start).unwrap_or(0);
         // Of several names of a function, the plan's own is the one that its author knows.
         let known = named.filter(|named| self.kernel.symbol(named) == Ok(function.start));
@@ -413,8 +413,7 @@ impl Resolver<'_> {
         if size > MAX_FUNCTION {
             return Err(Refusal::NotText { at: function.start });
         }
-        let mut code = vec![0; size];
-        self.text.read(function.start, &mut code).map_err(|at| Refusal::Unmapped { at })?;
+        let code = read(self.text, function.start, size)?;
         let insns = Rc::new(insn::decode(&code, function.start).collect::<Vec<_>>());
         self.decoded.borrow_mut().insert(function.start, insns.clone());
         Ok(insns)

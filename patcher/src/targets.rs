@@ -1,14 +1,12 @@
 //! What there is to patch in a running guest, by the names that a plan uses, and how it is
 //! now.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 
 use crate::addr::Gva;
 use crate::kernel::live::{read_u32, read_u64};
 use crate::kernel::lock_ops::OPERATIONS;
-use crate::kernel::names::CALL_KEY;
+use crate::kernel::names::{CALL_KEY, tally};
 use crate::refusal::Refusal;
 use crate::resolve::Guest;
 
@@ -74,18 +72,12 @@ pub struct SpinlockTarget {
 pub fn list(guest: Guest<'_>) -> Result<Targets, Refusal> {
     let Guest { kernel, text, .. } = guest;
     let name_of = |at: Gva| kernel.identify(at).unwrap_or_else(|| at.to_string());
-    let mut entries: BTreeMap<Gva, usize> = BTreeMap::new();
-    for entry in kernel.jump_entries()? {
-        *entries.entry(entry.key).or_default() += 1;
-    }
+    let entries = tally(kernel.jump_entries()?.map(|entry| entry.key));
     let key = |(at, entries): (Gva, usize)| {
         let users = read_u32(text, at)?.cast_signed();
         Ok(KeyTarget { name: name_of(at), users, entries })
     };
-    let mut sites: BTreeMap<Gva, usize> = BTreeMap::new();
-    for site in kernel.static_call_sites()? {
-        *sites.entry(site.key).or_default() += 1;
-    }
+    let sites = tally(kernel.static_call_sites()?.map(|site| site.key));
     let symbols = kernel.image.symbols().iter().map(|(at, _, name)| (String::new(), kernel.live(at), name));
     let of_modules = kernel.modules.all()?.iter().flat_map(|module| {
         module.symbols.iter().map(|(at, _, name)| (format!("{}:", module.name), at, name))

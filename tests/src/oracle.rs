@@ -136,6 +136,12 @@ impl Places {
     }
 }
 
+/// Starts a twin: where its kernel lies is known.
+fn start(lab: &Lab, setup: &Setup, command_line: &str) -> Result<Vm> {
+    let command_line = format!("nokaslr {command_line}");
+    Vm::start(lab, &Setup { command_line, memory_mib: 192, ..setup.clone() })
+}
+
 /// Where two texts differ.
 fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
     const BLOCK: usize = 4096;
@@ -153,10 +159,7 @@ fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
 /// The first difference.
 pub fn lock_prefixes(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 1) {
-        let start = |command_line: &str| {
-            let command_line = format!("nokaslr {command_line}");
-            Vm::start(lab, &Setup { command_line, memory_mib: 192, ..setup.clone() })
-        };
+        let start = |command_line: &str| start(lab, &setup, command_line);
         let (mut locked, mut unlocked) = (start("noreplace-smp")?, start("")?);
         let mut places = Places::new(&setup)?;
         let switch = |vm: &Vm, on: bool| {
@@ -198,10 +201,7 @@ pub fn alternatives(lab: &Lab) -> Result<()> {
     /// `X86_FEATURE_POPCNT`: the instruction, or a function that counts the bits.
     const FEATURE: (&str, &str) = ("popcnt", "clearcpuid=151");
     for setup in both_kernels(lab, 1) {
-        let start = |command_line: &str| {
-            let command_line = format!("nokaslr {command_line}");
-            Vm::start(lab, &Setup { command_line, memory_mib: 192, ..setup.clone() })
-        };
+        let start = |command_line: &str| start(lab, &setup, command_line);
         let (mut with, mut without) = (start("")?, start(FEATURE.1)?);
         let mut places = Places::new(&setup)?;
         let plan = |enable: bool| {
@@ -243,8 +243,7 @@ pub fn twins(lab: &Lab) -> Result<()> {
 }
 
 fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
-    let setup = Setup { command_line: "nokaslr".into(), memory_mib: 192, ..setup.clone() };
-    let (mut outside, mut inside) = (Vm::start(lab, &setup)?, Vm::start(lab, &setup)?);
+    let (mut outside, mut inside) = (start(lab, setup, "")?, start(lab, setup, "")?);
     for vm in [&mut outside, &mut inside] {
         vm.ask("mount debugfs /sys/kernel/debug")?;
         vm.ask("mount tracefs /sys/kernel/tracing")?;
@@ -254,7 +253,7 @@ fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
         vm.ask("write /sys/kernel/debug/sched/preempt voluntary")?;
         vm.expect_no_kernel_errors()?;
     }
-    let mut places = Places::new(&setup)?;
+    let mut places = Places::new(setup)?;
     places.compare(&[&outside, &inside], &[])?;
     let (features, _) = outside.ask(&format!("cat {FEATURES}"))?;
     let keys: Vec<String> = places.image.static_keys().into_iter().map(|key| key.name).collect();

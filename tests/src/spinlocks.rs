@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::lab::Lab;
-use crate::vm::{Setup, Vm};
+use crate::vm::{Setup, Vm, field};
 
 /// Switches the spinlocks of a guest from paravirtual to native ones and back, so many times,
 /// while every CPU contends for one of them. No sum may be lost, no error logged. Prints how
@@ -85,9 +85,4 @@ impl Rate {
     fn per_second(&self) -> u64 {
         self.added * 1_000_000 / self.us.max(1)
     }
-}
-
-fn field(text: &str, name: &str) -> Result<u64> {
-    let word = text.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    Ok(word.with_context(|| format!("{text:?} has no {name}"))?.parse()?)
 }

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm::control::client;
@@ -205,10 +205,7 @@ impl Vm {
             .iter()
             .filter_map(|line| line.strip_prefix("@count "))
             .map(|line| {
-                let field = |name: &str| -> Result<u64> {
-                    let word = line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-                    Ok(word.ok_or_else(|| anyhow!("{line:?} has no {name}"))?.parse()?)
-                };
+                let field = |name| field(line, name);
                 Ok(Seen { first: field("first")?, second: field("second")?, other: field("other")? })
             })
             .collect::<Result<_>>()?;
@@ -348,6 +345,15 @@ impl Drop for Vm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The number in `name=number`, one of the words that a guest's init answered.
+///
+/// # Errors
+/// When there is none.
+pub fn field(line: &str, name: &str) -> Result<u64> {
+    let word = line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    Ok(word.with_context(|| format!("{line:?} has no {name}"))?.parse()?)
 }
 
 /// The plan that makes `getppid` return what `getpid` does. Without a name of a strategy the

@@ -6,8 +6,7 @@
 
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gva, VcpuId};
-use patcher::kernel::Text;
-use patcher::kernel::symbols::Found;
+use patcher::kernel::live::{read_u32, read_u64};
 use patcher::quiesce::{Condition, Mode, Offender, Standing};
 
 use crate::locate::GuestKernel;
@@ -97,10 +96,7 @@ struct PerCpu {
 impl PerCpu {
     fn find(kernel: &GuestKernel) -> Result<Self, String> {
         // Per-CPU symbols are offsets: the slide is not for them.
-        let offset = |name: &str| match kernel.kernel().image.symbols().find(name) {
-            Found::One(at) => Some(at.0),
-            _ => None,
-        };
+        let offset = |name: &str| kernel.kernel().image.symbols().only(name).map(|at| at.0);
         // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
         // struct pcpu_hot): the current task first, the preempt count eight bytes on.
         let hot = offset("pcpu_hot");
@@ -112,7 +108,7 @@ impl PerCpu {
             return Err("the kernel's per-CPU symbols are not known".into());
         };
         let table = kernel.kernel().symbol("__per_cpu_offset").map_err(|refusal| refusal.to_string())?;
-        let base = |cpu: u64| read_u64(kernel, Gva(table.0 + 8 * cpu));
+        let base = |cpu: u64| read_u64(kernel, Gva(table.0 + 8 * cpu)).ok();
         let bases = (0..MOST_CPUS).map_while(base).collect();
         Ok(Self { bases, preempt_count, current, idle })
     }
@@ -123,18 +119,11 @@ impl PerCpu {
             return None;
         }
         let at = |offset: u64| Gva(base.wrapping_add(offset));
-        let mut count = [0; 4];
-        kernel.read(at(self.preempt_count), &mut count).ok()?;
+        let word = |offset: u64| read_u64(kernel, at(offset)).ok();
         Some(Mode::Kernel {
             interrupts: registers.interrupts,
-            preempt_count: u32::from_le_bytes(count),
-            idle: read_u64(kernel, at(self.current))? == read_u64(kernel, at(self.idle))?,
+            preempt_count: read_u32(kernel, at(self.preempt_count)).ok()?,
+            idle: word(self.current)? == word(self.idle)?,
         })
     }
-}
-
-fn read_u64(kernel: &GuestKernel, at: Gva) -> Option<u64> {
-    let mut bytes = [0; 8];
-    kernel.read(at, &mut bytes).ok()?;
-    Some(u64::from_le_bytes(bytes))
 }

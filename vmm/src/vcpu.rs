@@ -170,11 +170,16 @@ impl Vcpu {
     }
 
     fn protected_write(&self) -> Result<(), String> {
-        // The controller may want to know where this vCPU stands while it waits for it.
-        self.rendezvous.park(self.id, self.registers()?);
-        let known = self.listener.protected_write();
-        self.rendezvous.unpark(self.id);
+        let known = self.parked(|| self.listener.protected_write())?;
         known.then_some(()).ok_or_else(|| format!("vCPU {}: KVM_RUN: bad address", self.id.0))
+    }
+
+    /// Waits for the controller, which may want to know where this vCPU stands meanwhile.
+    fn parked<T>(&self, wait: impl FnOnce() -> T) -> Result<T, String> {
+        self.rendezvous.park(self.id, self.registers()?);
+        let result = wait();
+        self.rendezvous.unpark(self.id);
+        Ok(result)
     }
 
     fn registers(&self) -> Result<Registers, String> {
@@ -190,10 +195,7 @@ impl Vcpu {
                 Action::Pass(way) => {
                     self.rendezvous.count_trap(self.id);
                     if !self.passes(way)? {
-                        // The controller may want to know where this vCPU stands meanwhile.
-                        self.rendezvous.park(self.id, self.registers()?);
-                        self.rendezvous.wait_at_trap(&table);
-                        self.rendezvous.unpark(self.id);
+                        self.parked(|| self.rendezvous.wait_at_trap(&table))?;
                     }
                     return Ok(());
                 }

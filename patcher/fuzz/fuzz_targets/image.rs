@@ -1,6 +1,10 @@
-//! Kernel images: any file is read or refused. Seeds first, in `patcher/`:
-//! `FUZZ_CORPUS=$PWD/fuzz/corpus FUZZ_KERNEL=/boot/vmlinuz cargo test -p patcher --test properties seeds`, then
-//! `cargo fuzz run -s none image`.
+//! Kernel images: any file is read or refused. Seeds first, in `patcher/`, which are a made-up
+//! kernel and a real one cut down, then the target:
+//!
+//! ```sh
+//! FUZZ_CORPUS=$PWD/fuzz/corpus FUZZ_KERNEL=/boot/vmlinuz cargo test -p patcher --test properties seeds
+//! cargo +nightly fuzz run -s none image
+//! ```
 #![no_main]
 #![allow(dead_code)]
 

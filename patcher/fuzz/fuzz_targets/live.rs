@@ -1,4 +1,5 @@
-//! A guest whose memory holds anything: `cargo fuzz run -s none live`, in `patcher/`.
+//! A guest whose memory holds anything. Seeds as for `image`, with a real module's tables
+//! (`FUZZ_MODULE=/lib/modules/.../kvm.ko`), then `cargo +nightly fuzz run -s none live`.
 #![no_main]
 #![allow(dead_code)]
 

@@ -1,9 +1,9 @@
 //! Code in another place, and code compared without its padding.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, DecoderOptions, Mnemonic, OpKind};
 
 use crate::addr::Gva;
-use crate::insn::INT3;
+use crate::insn::{INT3, branch};
 
 /// Code that was made for `from`, so changed that it does the same at `to`: what it branches
 /// to and the memory it names by its own address stay the same, unless they are inside the
@@ -19,8 +19,8 @@ pub(super) fn moved(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
             return None;
         }
         let fields = decoder.get_constant_offsets(&insn);
-        let (offset, size, target) = if near_branch(&insn) {
-            (fields.immediate_offset(), fields.immediate_size(), insn.near_branch_target())
+        let (offset, size, target) = if let Some(Gva(target)) = branch(&insn) {
+            (fields.immediate_offset(), fields.immediate_size(), target)
         } else if insn.is_ip_rel_memory_operand() {
             (fields.displacement_offset(), fields.displacement_size(), insn.ip_rel_memory_address())
         } else {
@@ -41,13 +41,6 @@ pub(super) fn moved(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
         }
     }
     Some(moved)
-}
-
-fn near_branch(insn: &Instruction) -> bool {
-    matches!(
-        insn.flow_control(),
-        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
-    ) && insn.op0_kind() == OpKind::NearBranch64
 }
 
 /// The address of the pointer that the one instruction in `code`, which is at `at`, calls
@@ -90,19 +83,20 @@ pub(super) fn without_padding(code: &[u8], at: Gva) -> Vec<Deed> {
         if insn.mnemonic() == Mnemonic::Nop {
             continue;
         }
-        if insn.mnemonic() == Mnemonic::Jmp && near_branch(&insn) {
-            let over = insn.near_branch_target() == insn.next_ip().wrapping_add(padding as u64);
+        let target = branch(&insn).map(|target| target.0);
+        if let (Mnemonic::Jmp, Some(target)) = (insn.mnemonic(), target) {
+            let over = target == insn.next_ip().wrapping_add(padding as u64);
             if !over {
-                deeds.push(Deed::Branch(insn.mnemonic(), insn.near_branch_target()));
+                deeds.push(Deed::Branch(insn.mnemonic(), target));
             }
             // Not an error: the position is within the code.
             let _ = decoder.set_position(decoder.position() + padding);
             decoder.set_ip(at.0.wrapping_add(decoder.position() as u64));
             continue;
         }
-        deeds.push(match near_branch(&insn) {
-            true => Deed::Branch(insn.mnemonic(), insn.near_branch_target()),
-            false => Deed::Other(bytes.to_vec()),
+        deeds.push(match target {
+            Some(target) => Deed::Branch(insn.mnemonic(), target),
+            None => Deed::Other(bytes.to_vec()),
         });
     }
     deeds
@@ -128,6 +122,8 @@ mod tests {
         assert_eq!(moved[5..8], code[5..8]);
         let memory = Decoder::with_ip(64, &moved[8..], TO.0 + 8, DecoderOptions::NONE).decode();
         assert_eq!(memory.ip_rel_memory_address(), FROM.0 + 15 + 0x20);
+        let vmmcall = [0x0f, 0x01, 0xd9];
+        assert_eq!(super::moved(&vmmcall, FROM, TO).as_deref(), Some(&vmmcall[..]), "a call of another kind");
         assert_eq!(super::moved(&[0xeb, 0x10], FROM, TO), None, "a short jump does not reach");
         assert_eq!(super::moved(&[0xe8, 0, 0], FROM, TO), None, "cut off");
     }

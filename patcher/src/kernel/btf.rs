@@ -1,6 +1,8 @@
 //! BTF: the kernel's own description of its types, read for offsets of structure members
 //! (Linux Documentation/bpf/btf.rst). Types are looked up by name when asked for.
 
+use super::kallsyms::u32_at;
+
 /// A piece of BTF that is well-formed as far as types can be passed over.
 #[derive(Debug, Clone)]
 pub(super) struct Btf<'a> {
@@ -27,20 +29,18 @@ const DEEPEST: usize = 8;
 
 impl<'a> Btf<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let u32_at = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
         if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
             return None;
         }
         let part = |offset: u32, length: u32| {
-            let start = usize::try_from(u32_at(4)?.checked_add(offset)?).ok()?;
+            let start = usize::try_from(u32_at(bytes, 4)?.checked_add(offset)?).ok()?;
             bytes.get(start..start.checked_add(usize::try_from(length).ok()?)?)
         };
-        let mut rest = part(u32_at(8)?, u32_at(12)?)?;
-        let strings = part(u32_at(16)?, u32_at(20)?)?;
+        let mut rest = part(u32_at(bytes, 8)?, u32_at(bytes, 12)?)?;
+        let strings = part(u32_at(bytes, 16)?, u32_at(bytes, 20)?)?;
         let mut types = Vec::new();
         while !rest.is_empty() {
-            let word = |at: usize| Some(u32::from_le_bytes(rest.get(at..at + 4)?.try_into().ok()?));
-            let (name, info) = (word(0)?, word(4)?);
+            let (name, info) = (u32_at(rest, 0)?, u32_at(rest, 4)?);
             let (count, kind) = (info as usize & 0xffff, (info >> 24 & 0x1f).to_le_bytes()[0]);
             let length = match kind {
                 // Pointer, forward, typedef, volatile, const, restrict, function, float, type tag.
@@ -81,7 +81,7 @@ impl<'a> Btf<'a> {
             return None;
         }
         ty.members.chunks_exact(MEMBER).find_map(|member| {
-            let word = |at: usize| Some(u32::from_le_bytes(member.get(at..at + 4)?.try_into().ok()?));
+            let word = |at| u32_at(member, at);
             let (name, ty_id, offset) = (self.text(word(0)?)?, word(4)?, word(8)?);
             let offset = if ty.bit_fields { offset & 0xff_ffff } else { offset };
             if name == wanted {

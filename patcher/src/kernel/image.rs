@@ -3,7 +3,7 @@
 use super::btf::Btf;
 use super::lock_ops::LockOps;
 use super::offsets::Offsets;
-use super::symbols::{Found, Symbols};
+use super::symbols::Symbols;
 use super::tables::Tables;
 use super::vmlinux::Vmlinux;
 use super::{kallsyms, payload};
@@ -161,10 +161,7 @@ impl KernelImage {
 
 /// The release in `linux_banner`: "Linux version RELEASE (...". (Linux init/version-timestamp.c)
 fn banner_release(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<String> {
-    let Found::One(banner) = symbols.find("linux_banner") else {
-        return None;
-    };
-    let text = vmlinux.bytes(banner, 256)?.strip_prefix(b"Linux version ")?;
+    let text = vmlinux.bytes(symbols.only("linux_banner")?, 256)?.strip_prefix(b"Linux version ")?;
     let end = text.iter().position(|&b| b == b' ')?;
     String::from_utf8(text[..end].to_vec()).ok()
 }

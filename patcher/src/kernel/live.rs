@@ -165,6 +165,19 @@ impl<'a> Kernel<'a> {
         locations.is_some_and(|locations| locations.binary_search(&self.linked(at)).is_ok())
     }
 
+    /// Whether the kernel expects the instruction at an address to fault. Yes, if that can't be
+    /// told.
+    #[must_use]
+    pub fn may_fault(&self, at: Gva) -> bool {
+        if let Some(module) = self.module_at(at) {
+            return module.exceptions.binary_search(&at).is_ok();
+        }
+        let end = self.image.symbols().only("_end").map(|end| self.live(end));
+        let own = end.is_some_and(|end| (self.live(self.image.text_base())..end).contains(&at));
+        let handled = self.image.tables().exceptions.as_ref().filter(|_| own);
+        handled.is_none_or(|handled| handled.binary_search(&self.linked(at)).is_ok())
+    }
+
     /// All jumps that static keys switch, those of modules included.
     ///
     /// # Errors

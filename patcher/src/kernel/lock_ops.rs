@@ -2,7 +2,7 @@
 //! `struct pv_lock_ops`), where they are and what they are on a bare machine.
 
 use super::btf::Btf;
-use super::symbols::{Found, Symbols};
+use super::symbols::Symbols;
 use super::vmlinux::Vmlinux;
 use crate::addr::Gva;
 
@@ -27,7 +27,7 @@ pub struct LockOps {
 
 impl LockOps {
     pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols, btf: &Btf<'_>) -> Option<Self> {
-        let Found::One(table) = symbols.find("pv_ops") else { return None };
+        let table = symbols.only("pv_ops")?;
         let lock = u64::from(btf.offset("paravirt_patch_template", "lock")?);
         let (mut pointers, mut native) = ([Gva(0); OPERATIONS.len()], [Gva(0); OPERATIONS.len()]);
         for (index, name) in OPERATIONS.into_iter().enumerate() {

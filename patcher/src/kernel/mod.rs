@@ -24,5 +24,6 @@ pub use image::{Error, KernelImage};
 pub use live::{Kernel, Text};
 pub use module::{Module, Modules};
 pub use names::{StaticCall, StaticKey};
+pub use payload::unpack;
 pub use symbols::{Found, Symbols};
 pub use tables::Tables;

@@ -10,7 +10,8 @@ use super::live::{Kernel, Text, read, read_u32, read_u64};
 use super::offsets::ModuleOffsets;
 use super::symbols::Symbols;
 use super::tables::{
-    JUMP_ENTRY, JumpEntry, STATIC_CALL_SITE, StaticCallSite, jump_entries, static_call_sites,
+    EXCEPTION, JUMP_ENTRY, JumpEntry, STATIC_CALL_SITE, StaticCallSite, exceptions, jump_entries,
+    static_call_sites,
 };
 use crate::addr::Gva;
 use crate::refusal::Refusal;
@@ -28,6 +29,8 @@ pub struct Module {
     pub jump_entries: Vec<JumpEntry>,
     /// Calls that can be retargeted.
     pub static_call_sites: Vec<StaticCallSite>,
+    /// The instructions that may fault, sorted.
+    pub exceptions: Vec<Gva>,
 }
 
 /// `MODULE_STATE_LIVE`.
@@ -150,6 +153,10 @@ impl Reader<'_> {
             static_call_sites: {
                 let (at, bytes) = self.table(offsets.static_call_sites, STATIC_CALL_SITE)?;
                 static_call_sites(at, &bytes)
+            },
+            exceptions: {
+                let (at, bytes) = self.table(offsets.exceptions, EXCEPTION)?;
+                exceptions(at, &bytes)
             },
         })
     }

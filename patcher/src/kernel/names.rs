@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use super::KernelImage;
-use super::symbols::Found;
 use super::tables::Tables;
 use crate::addr::Gva;
 
@@ -40,14 +39,20 @@ pub(crate) const CALL_KEY: &str = "__SCK__";
 /// Prefix of its trampoline.
 pub(crate) const CALL_TRAMPOLINE: &str = "__SCT__";
 
+/// How many there are of each.
+pub(crate) fn tally<T: Ord>(all: impl Iterator<Item = T>) -> BTreeMap<T, usize> {
+    let mut counts = BTreeMap::new();
+    for one in all {
+        *counts.entry(one).or_default() += 1;
+    }
+    counts
+}
+
 impl KernelImage {
     /// All static keys that have a jump in the kernel itself, by address.
     #[must_use]
     pub fn static_keys(&self) -> Vec<StaticKey> {
-        let mut entries: BTreeMap<Gva, usize> = BTreeMap::new();
-        for entry in self.tables().jump_entries.iter().flatten() {
-            *entries.entry(entry.key).or_default() += 1;
-        }
+        let entries = tally(self.tables().jump_entries.iter().flatten().map(|entry| entry.key));
         let key = |(at, entries): (Gva, usize)| StaticKey {
             name: self.symbols().identify(at).unwrap_or_else(|| at.to_string()),
             at,
@@ -60,16 +65,10 @@ impl KernelImage {
     /// All static calls, by name.
     #[must_use]
     pub fn static_calls(&self) -> Vec<StaticCall> {
-        let mut sites: BTreeMap<Gva, usize> = BTreeMap::new();
-        for site in self.tables().static_call_sites.iter().flatten() {
-            *sites.entry(site.key).or_default() += 1;
-        }
+        let sites = tally(self.tables().static_call_sites.iter().flatten().map(|site| site.key));
         let call = |(key, _, symbol): (Gva, u8, &str)| {
             let name = symbol.strip_prefix(CALL_KEY)?;
-            let trampoline = match self.symbols().find(&format!("{CALL_TRAMPOLINE}{name}")) {
-                Found::One(at) => Some(at),
-                _ => None,
-            };
+            let trampoline = self.symbols().only(&format!("{CALL_TRAMPOLINE}{name}"));
             let initially = match self.tables().initial_value(key) {
                 0 => None,
                 target => self.symbols().describe(Gva(target)),
@@ -87,10 +86,7 @@ impl Tables {
     /// The features that alternatives are chosen by, and how many are by each.
     #[must_use]
     pub fn feature_counts(&self) -> Vec<(String, usize)> {
-        let mut counts: BTreeMap<u16, usize> = BTreeMap::new();
-        for alternative in self.alternatives.iter().flatten() {
-            *counts.entry(alternative.feature).or_default() += 1;
-        }
+        let counts = tally(self.alternatives.iter().flatten().map(|alternative| alternative.feature));
         counts.into_iter().map(|(feature, count)| (self.feature_name(feature), count)).collect()
     }
 }

@@ -26,6 +26,8 @@ pub struct ModuleOffsets {
     pub jump_entries: (u64, u64),
     /// `static_call_sites`, `num_static_call_sites`.
     pub static_call_sites: (u64, u64),
+    /// `extable`, `num_exentries`.
+    pub exceptions: (u64, u64),
     /// Where the module's text is described: its address and its size. Since 6.4 in the first
     /// `struct module_memory`, before in `core_layout`.
     pub text: (u64, u64),
@@ -61,6 +63,7 @@ impl ModuleOffsets {
             kallsyms: module("kallsyms")?,
             jump_entries: (module("jump_entries")?, module("num_jump_entries")?),
             static_call_sites: (module("static_call_sites")?, module("num_static_call_sites")?),
+            exceptions: (module("extable")?, module("num_exentries")?),
             text,
             symbols: (
                 kallsyms("symtab")?,

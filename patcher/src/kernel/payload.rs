@@ -1,6 +1,7 @@
 //! The compressed payload of a bzImage (Linux Documentation/arch/x86/boot.rst: `payload_offset`,
 //! `payload_length`).
 
+use std::borrow::Cow;
 use std::io::Read;
 
 use super::image::Error;
@@ -19,6 +20,14 @@ const LZMA: &[u8] = &[0x5d, 0, 0];
 const XZ: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
 const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+
+/// The vmlinux inside a bzImage; any other file is returned as it is.
+///
+/// # Errors
+/// When the payload is cut off or does not decompress.
+pub fn unpack(file: &[u8]) -> Result<Cow<'_, [u8]>, Error> {
+    Ok(extract(file)?.map_or(Cow::Borrowed(file), |(_, vmlinux)| Cow::Owned(vmlinux)))
+}
 
 /// Returns the vmlinux inside a bzImage and how it was compressed, or `None` if `file` is no
 /// bzImage.

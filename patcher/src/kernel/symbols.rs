@@ -89,6 +89,15 @@ impl Symbols {
         }
     }
 
+    /// Where the symbol of this name is, if it is at one place only.
+    #[must_use]
+    pub fn only(&self, name: &str) -> Option<Gva> {
+        match self.find(name) {
+            Found::One(at) => Some(at),
+            Found::None | Found::Several(_) => None,
+        }
+    }
+
     /// The text symbol (`t`, `T`, `w`, `W`) that covers an address: its name, start, and
     /// where the next symbol begins, which bounds its size.
     #[must_use]
@@ -127,8 +136,7 @@ impl Symbols {
         let first = self.entries.partition_point(|entry| entry.address < at);
         // A name that leads back here, if there is one.
         let names = || self.entries[first..after].iter().map(|entry| self.entry_name(entry));
-        let name =
-            names().find(|name| matches!(self.find(name), Found::One(_))).or_else(|| names().next())?;
+        let name = names().find(|name| self.only(name).is_some()).or_else(|| names().next())?;
         Some(if at == address.0 { name.to_owned() } else { format!("{name}+{:#x}", address.0 - at) })
     }
 
@@ -139,11 +147,10 @@ impl Symbols {
         const FIRST: &str = "_text";
         let described = self.describe(address)?;
         let name = described.split('+').next().unwrap_or(&described);
-        match (self.find(name), self.find(FIRST)) {
-            (Found::One(_), _) => Some(described),
-            (_, Found::One(first)) => Some(format!("{FIRST}+{:#x}", address.offset_from(first)?)),
-            _ => None,
+        if self.only(name).is_some() {
+            return Some(described);
         }
+        Some(format!("{FIRST}+{:#x}", address.offset_from(self.only(FIRST)?)?))
     }
 
     /// All symbols in the order of their addresses: address, type letter, name.

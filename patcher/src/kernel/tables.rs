@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use super::names::CALL_KEY;
-use super::symbols::{Found, Symbols};
+use super::symbols::Symbols;
 use super::vmlinux::{Entry, Piece, Vmlinux};
 use crate::addr::Gva;
 
@@ -84,7 +84,7 @@ pub struct Tables {
     pub mcount_locations: Option<Vec<Gva>>,
     /// `.orc_unwind_ip`: how many entries it has.
     pub orc_entries: Option<usize>,
-    /// `__ex_table`: the instructions that may fault.
+    /// `__ex_table`: the instructions that may fault, sorted.
     pub exceptions: Option<Vec<Gva>>,
     /// Names of the processor's features, by number (`x86_cap_flags`).
     pub features: Vec<(u16, String)>,
@@ -97,7 +97,8 @@ pub(super) const JUMP_ENTRY: usize = 16;
 /// Size of a `struct static_call_site`.
 pub(super) const STATIC_CALL_SITE: usize = 8;
 const PARAVIRT_SITE: usize = 16;
-const EXCEPTION: usize = 12;
+/// Size of a `struct exception_table_entry` (arch/x86/include/asm/extable.h).
+pub(super) const EXCEPTION: usize = 12;
 
 impl Tables {
     pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Self {
@@ -117,15 +118,12 @@ impl Tables {
                 .map(|table| table.entries(4).map(|entry| entry.near(0)).collect()),
             paravirt_sites: find("__parainstructions", "__parainstructions_end", ".parainstructions")
                 .map(|table| table.entries(PARAVIRT_SITE).map(paravirt_site).collect()),
-            mcount_locations: find("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc").map(|table| {
-                let mut locations: Vec<Gva> = table.entries(8).map(|entry| Gva(entry.u64(0))).collect();
-                locations.sort_unstable();
-                locations
-            }),
+            mcount_locations: find("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc")
+                .map(|table| sorted(table.entries(8).map(|entry| Gva(entry.u64(0))))),
             orc_entries: find("__start_orc_unwind_ip", "__stop_orc_unwind_ip", ".orc_unwind_ip")
                 .map(|table| table.bytes.len() / 4),
             exceptions: find("__start___ex_table", "__stop___ex_table", "__ex_table")
-                .map(|table| table.entries(EXCEPTION).map(|entry| entry.near(0)).collect()),
+                .map(|table| exceptions(table.at, table.bytes)),
             features: features(vmlinux, symbols),
             initial: BTreeMap::new(),
         };
@@ -159,6 +157,12 @@ impl Tables {
     }
 }
 
+fn sorted(addresses: impl Iterator<Item = Gva>) -> Vec<Gva> {
+    let mut addresses: Vec<Gva> = addresses.collect();
+    addresses.sort_unstable();
+    addresses
+}
+
 /// Reads a jump table that is at `at`.
 pub(super) fn jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
     Piece::new(at, bytes).entries(JUMP_ENTRY).map(jump_entry).collect()
@@ -167,6 +171,11 @@ pub(super) fn jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
 /// Reads a table of static calls that is at `at`.
 pub(super) fn static_call_sites(at: Gva, bytes: &[u8]) -> Vec<StaticCallSite> {
     Piece::new(at, bytes).entries(STATIC_CALL_SITE).map(static_call_site).collect()
+}
+
+/// Reads a table of instructions that may fault, and what then, that is at `at`.
+pub(super) fn exceptions(at: Gva, bytes: &[u8]) -> Vec<Gva> {
+    sorted(Piece::new(at, bytes).entries(EXCEPTION).map(|entry| entry.near(0)))
 }
 
 /// The low bit of the key says which way round, the next one whether it was init code.
@@ -238,7 +247,7 @@ fn alternative(entry: Entry<'_>, layout: &Layout, vmlinux: &Vmlinux<'_>) -> Opti
 /// `x86_cap_flags`, an array of pointers to names; null where there is none.
 fn features(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Vec<(u16, String)> {
     const LONGEST: usize = 32;
-    let Found::One(start) = symbols.find("x86_cap_flags") else { return Vec::new() };
+    let Some(start) = symbols.only("x86_cap_flags") else { return Vec::new() };
     let Some(end) = symbols.after(start) else { return Vec::new() };
     let Some(table) = vmlinux.between(start, end) else { return Vec::new() };
     let name = |pointer: u64| {

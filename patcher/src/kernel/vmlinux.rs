@@ -8,7 +8,7 @@ use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{Endianness, elf};
 
 use super::image::Error;
-use super::symbols::{Found, Symbols};
+use super::symbols::Symbols;
 use crate::addr::Gva;
 
 /// The file, taken apart. Nothing is copied.
@@ -84,11 +84,7 @@ impl<'a> Vmlinux<'a> {
         (start, stop): (&str, &str),
         section: &str,
     ) -> Option<Piece<'a>> {
-        let symbol = |name| match symbols.find(name) {
-            Found::One(at) => Some(at),
-            _ => None,
-        };
-        let marked = || self.between(symbol(start)?, symbol(stop)?);
+        let marked = || self.between(symbols.only(start)?, symbols.only(stop)?);
         marked().or_else(|| self.section(section)).filter(|table| !table.bytes.is_empty())
     }
 

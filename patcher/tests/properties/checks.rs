@@ -155,16 +155,27 @@ pub(crate) fn image(file: &[u8]) {
     let _ = (image.static_calls(), image.tables().feature_counts());
 }
 
-/// Guest memory in which every address is mapped to somewhere in `bytes`, or to nothing if
-/// that is 0xff: lists that cycle, tables that overlap, names that do not end.
-struct Anywhere<'a>(&'a [u8]);
+/// Guest memory in which every address is mapped to somewhere in `memory`, or to nothing if
+/// that is the byte `hole`: lists that cycle, tables that overlap, names that do not end.
+pub(crate) struct Anywhere<'a> {
+    hole: u8,
+    memory: &'a [u8],
+}
+
+impl<'a> Anywhere<'a> {
+    /// The first byte is the hole. `None` when there is no memory.
+    pub(crate) fn new(input: &'a [u8]) -> Option<Self> {
+        let (&hole, memory) = input.split_first()?;
+        (!memory.is_empty()).then_some(Self { hole, memory })
+    }
+}
 
 impl Text for Anywhere<'_> {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
         for (i, byte) in into.iter_mut().enumerate() {
             let at = at.plus(i).ok_or(at)?;
-            let index = usize::try_from(at.0 % (self.0.len() as u64)).map_err(|_| at)?;
-            *byte = *self.0.get(index).filter(|byte| **byte != 0xff).ok_or(at)?;
+            let index = usize::try_from(at.0 % (self.memory.len() as u64)).map_err(|_| at)?;
+            *byte = *self.memory.get(index).filter(|byte| **byte != self.hole).ok_or(at)?;
         }
         Ok(())
     }
@@ -172,7 +183,7 @@ impl Text for Anywhere<'_> {
 
 /// Whatever guest memory holds: modules are read or it is said why not, targets listed, and
 /// every kind of patch expanded or refused. Nothing hangs.
-pub(crate) fn live(image: &KernelImage, memory: &[u8]) {
+pub(crate) fn live(image: &KernelImage, input: &[u8]) {
     const PATCHES: [&str; 8] = [
         r#"{"static_key":"key","enable":true}"#,
         r#"{"static_key":"key","enable":false}"#,
@@ -183,10 +194,7 @@ pub(crate) fn live(image: &KernelImage, memory: &[u8]) {
         r#"{"paravirt":"spinlocks","to":"native"}"#,
         r#"{"redirect":"function","to":"f0"}"#,
     ];
-    if memory.is_empty() {
-        return;
-    }
-    let text = Anywhere(memory);
+    let Some(text) = Anywhere::new(input) else { return };
     let modules = Modules::read(image, 0, &text);
     let guest = Guest { kernel: Kernel { image, slide: 0, modules: &modules }, text: &text, vcpus: 1 };
     let _ = patcher::targets::list(guest);

@@ -2,12 +2,13 @@
 //! failed are kept in `proptest-regressions` and tried first.
 
 mod checks;
+mod cut;
 mod miniature;
 
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
-use patcher::kernel::KernelImage;
+use patcher::kernel::{Kernel, KernelImage, Modules, unpack};
 use patcher::plan::Strategy;
 use patcher::program::Step;
 use patcher::refusal::Pointer;
@@ -137,28 +138,82 @@ fn everything_is_read_from_the_miniature() {
     assert!(image.lock_ops().is_some());
 }
 
-/// Writes what the fuzzer begins with below the folder that `FUZZ_CORPUS` names, if it does:
-/// the miniature, plain and in a bzImage, and with the names of the kernel `FUZZ_KERNEL`.
+/// Cutting loses nothing of what is small enough.
+#[test]
+fn a_kernel_cut_down_reads_the_same() {
+    let file = miniature::vmlinux();
+    let whole = KernelImage::parse(&file).expect("a kernel");
+    let cut = KernelImage::parse(&cut::kernel(&file, &whole)).expect("a kernel");
+    same_beginnings(&cut, &whole);
+    assert_eq!(cut.tables().features, whole.tables().features);
+    assert!(whole.offsets().module.is_some() && whole.lock_ops().is_some());
+}
+
+fn same_beginnings(cut: &KernelImage, whole: &KernelImage) {
+    fn check<T: PartialEq + std::fmt::Debug>(cut: Option<&Vec<T>>, whole: Option<&Vec<T>>) {
+        assert_eq!(cut.is_some(), whole.is_some());
+        if let (Some(cut), Some(whole)) = (cut, whole) {
+            assert!(!cut.is_empty());
+            assert_eq!(cut[..], whole[..cut.len()]);
+        }
+    }
+    let (a, b) = (cut.tables(), whole.tables());
+    check(a.jump_entries.as_ref(), b.jump_entries.as_ref());
+    check(a.static_call_sites.as_ref(), b.static_call_sites.as_ref());
+    check(a.alternatives.as_ref(), b.alternatives.as_ref());
+    check(a.smp_locks.as_ref(), b.smp_locks.as_ref());
+    check(a.paravirt_sites.as_ref(), b.paravirt_sites.as_ref());
+    assert_eq!(format!("{:?}", cut.offsets()), format!("{:?}", whole.offsets()));
+    assert_eq!(cut.lock_ops().map(|ops| ops.pointers), whole.lock_ops().map(|ops| ops.pointers));
+    assert_eq!((cut.release(), cut.build_id()), (whole.release(), whole.build_id()));
+}
+
+/// Those of the kernel and of a module; elsewhere nobody knows.
+#[test]
+fn instructions_that_may_fault() {
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let entry = u32::try_from(miniature::MODULE_TEXT + 0x10 - miniature::MODULE_EXCEPTIONS).expect("near");
+    let exceptions = [&entry.to_le_bytes()[..], &[0; 8]].concat();
+    let memory = miniature::with_module(&image, &miniature::Sections { exceptions, ..Default::default() });
+    let modules = Modules::read(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
+    assert_eq!(modules.all().map(<[_]>::len), Ok(1));
+    let kernel = Kernel { image: &image, slide: 0, modules: &modules };
+    let function = image.symbols().only("function").expect("it");
+    assert!(kernel.may_fault(function) && !kernel.may_fault(Gva(function.0 + 1)));
+    let of_module = |offset| kernel.may_fault(Gva(miniature::MODULE_TEXT + offset));
+    assert!(of_module(0x10) && !of_module(0) && !of_module(0xfff) && of_module(0x1000));
+}
+
+/// What the fuzzer begins with, written below the folder `FUZZ_CORPUS` if that is set: the
+/// miniature, plain and in a bzImage; the kernel `FUZZ_KERNEL` cut down; as guest memory, the
+/// tables of the module `FUZZ_MODULE`.
 #[test]
 fn seeds_for_the_fuzzer_are_kernels() {
-    /// A length of one byte in kallsyms.
-    const LONGEST: usize = 120;
-    let mut files = vec![("vmlinux", miniature::vmlinux())];
-    if let Some(path) = std::env::var_os("FUZZ_KERNEL") {
-        let real = KernelImage::parse(&std::fs::read(path).expect("a file")).expect("a kernel");
-        let names = real.symbols().iter().map(|(_, _, name)| name.to_owned());
-        let names: Vec<String> =
-            names.filter(|name| name.len() < LONGEST && name != "_text").take(2000).collect();
-        files.push(("real-names", miniature::vmlinux_with(&names)));
+    let small = miniature::vmlinux();
+    let packed = miniature::bzimage(&small);
+    let mut files = vec![("image", "bzimage".to_owned(), packed), ("image", "vmlinux".to_owned(), small)];
+    let named = |name| std::env::var_os(name).map(|path| std::fs::read(path).expect("a file"));
+    if let Some(file) = named("FUZZ_KERNEL") {
+        let real = KernelImage::parse(&file).expect("a kernel");
+        let cut = cut::kernel(&unpack(&file).expect("a kernel"), &real);
+        same_beginnings(&KernelImage::parse(&cut).expect("a kernel"), &real);
+        files.push(("image", real.release().to_owned(), cut));
     }
-    files.push(("bzimage", miniature::bzimage(&files[0].1)));
-    for (name, file) in &files {
+    for (_, name, file) in &files {
         assert!(KernelImage::parse(file).is_ok(), "{name}");
     }
+    if let Some(file) = named("FUZZ_MODULE") {
+        let image = KernelImage::parse(&files[1].2).expect("a kernel");
+        let memory = cut::module(&file, &image);
+        let modules = Modules::read(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
+        let [module] = modules.all().expect("a module") else { panic!("{modules:?}") };
+        assert!(!module.symbols.is_empty() && !module.jump_entries.is_empty(), "{module:?}");
+        files.push(("live", "module".to_owned(), memory));
+    }
     let Some(folder) = std::env::var_os("FUZZ_CORPUS") else { return };
-    let folder = std::path::PathBuf::from(folder).join("image");
-    std::fs::create_dir_all(&folder).expect("a folder");
-    for (name, file) in files {
+    for (kind, name, file) in files {
+        let folder = std::path::PathBuf::from(&folder).join(kind);
+        std::fs::create_dir_all(&folder).expect("a folder");
         std::fs::write(folder.join(name), file).expect("written");
     }
 }

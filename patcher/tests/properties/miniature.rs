@@ -2,7 +2,7 @@
 //! notes, laid out as Linux lays them out. What can be read from a real kernel can be read
 //! from it, and everything in it can be broken at random.
 
-use std::collections::BTreeMap;
+use patcher::kernel::KernelImage;
 
 /// Where its text is linked.
 pub(crate) const BASE: u64 = 0xffff_ffff_8100_0000;
@@ -57,7 +57,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// Those whose members are looked up.
-const STRUCTURES: [Structure; 6] = [
+pub(crate) const STRUCTURES: [Structure; 6] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -72,6 +72,8 @@ const STRUCTURES: [Structure; 6] = [
             ("num_jump_entries", 176),
             ("static_call_sites", 184),
             ("num_static_call_sites", 192),
+            ("extable", 200),
+            ("num_exentries", 208),
         ],
     ),
     ("module_memory", 16, &[("base", 0), ("size", 8)]),
@@ -114,16 +116,14 @@ fn btf() -> Vec<u8> {
     [btf, types, strings].concat()
 }
 
-/// kallsyms as up to 6.3, every token a single character.
-fn kallsyms(symbols: &BTreeMap<u64, Vec<(u8, String)>>) -> Vec<u8> {
-    let all: Vec<(u64, u8, &str)> = symbols
-        .iter()
-        .flat_map(|(at, names)| names.iter().map(move |(kind, name)| (*at, *kind, name.as_str())))
-        .collect();
+/// kallsyms as up to 6.3, every token a single character, of symbols from `base` on.
+pub(crate) fn kallsyms(base: u64, symbols: &[(u64, u8, String)]) -> Vec<u8> {
+    let mut all = symbols.to_vec();
+    all.sort_by_key(|(at, ..)| *at);
     let mut out: Vec<u8> =
-        all.iter().flat_map(|(at, ..)| (!u32::try_from(at - BASE).expect("near")).to_le_bytes()).collect();
+        all.iter().flat_map(|(at, ..)| (!u32::try_from(at - base).expect("near")).to_le_bytes()).collect();
     out.resize(out.len().next_multiple_of(8), 0);
-    out.extend(BASE.to_le_bytes());
+    out.extend(base.to_le_bytes());
     out.extend((all.len() as u64).to_le_bytes());
     let (names_at, mut marks) = (out.len(), Vec::new());
     for (index, (_, kind, name)) in all.iter().enumerate() {
@@ -207,12 +207,70 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
     k.table("__start_BTF", "__stop_BTF", |_| btf());
     k.align();
     k.mark("_end", b'B');
-    let mut symbols: BTreeMap<u64, Vec<(u8, String)>> = BTreeMap::new();
-    for (at, kind, name) in k.symbols {
-        symbols.entry(at).or_default().push((kind, name));
+    k.bytes.extend(kallsyms(BASE, &k.symbols));
+    elf(&[(BASE, k.bytes)])
+}
+
+/// A module's tables as the guest has them, each of less than 1 KiB but the jumps.
+#[derive(Default)]
+pub(crate) struct Sections {
+    pub(crate) symbols: Vec<u8>,
+    pub(crate) names: Vec<u8>,
+    pub(crate) jump_entries: Vec<u8>,
+    pub(crate) static_call_sites: Vec<u8>,
+    pub(crate) exceptions: Vec<u8>,
+}
+
+/// Where its text is in the guest.
+pub(crate) const MODULE_TEXT: u64 = 0x1000_0000;
+/// Where its exception table is.
+pub(crate) const MODULE_EXCEPTIONS: u64 = 0x4_2c00;
+
+/// Guest memory of 16 KiB, which is at every multiple of that, behind the byte that stands for
+/// a hole in it: the list of modules of the miniature has one, with these tables.
+pub(crate) fn with_module(image: &KernelImage, sections: &Sections) -> Vec<u8> {
+    const SIZE: usize = 0x4000;
+    const MODULE: u64 = 0x4_0000;
+    const KALLSYMS: u64 = 0x4_0200;
+    const SYMBOLS: u64 = 0x4_1000;
+    const KINDS: u64 = 0x4_1800;
+    const NAMES: u64 = 0x4_1c00;
+    const JUMPS: u64 = 0x4_2000;
+    const CALLS: u64 = 0x4_2800;
+    let mut memory = vec![0; SIZE];
+    let mut put = |at: u64, bytes: &[u8]| {
+        let at = usize::try_from(at).expect("64 bits") % SIZE;
+        memory[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    let head = image.symbols().only("modules").expect("the list").0;
+    let offsets = image.offsets().module.expect("offsets");
+    let symbols = (offsets.symbols.0 + KALLSYMS - MODULE, offsets.symbols.1 + KALLSYMS - MODULE);
+    for (at, pointer) in [
+        (head, MODULE + offsets.list),
+        (MODULE + offsets.list, head),
+        (MODULE + offsets.text.0, MODULE_TEXT),
+        (MODULE + offsets.text.1, 0x1000),
+        (MODULE + offsets.kallsyms, KALLSYMS),
+        (KALLSYMS + offsets.symbols.2, NAMES),
+        (KALLSYMS + offsets.symbols.3, KINDS),
+    ] {
+        put(at, &pointer.to_le_bytes());
     }
-    k.bytes.extend(kallsyms(&symbols));
-    elf(&k.bytes)
+    for ((pointer, count), at, table, entry) in [
+        (symbols, SYMBOLS, &sections.symbols, 24),
+        (offsets.jump_entries, JUMPS, &sections.jump_entries, 16),
+        (offsets.static_call_sites, CALLS, &sections.static_call_sites, 8),
+        (offsets.exceptions, MODULE_EXCEPTIONS, &sections.exceptions, 12),
+    ] {
+        put(MODULE + pointer, &at.to_le_bytes());
+        put(MODULE + count, &u32::try_from(table.len() / entry).expect("few").to_le_bytes());
+        put(at, table);
+    }
+    put(MODULE + offsets.name, b"module\0");
+    put(KINDS, &[b't'; 64]);
+    put(NAMES, &sections.names);
+    let hole = (1..=u8::MAX).find(|byte| !memory.contains(byte)).unwrap_or(u8::MAX);
+    [vec![hole], memory].concat()
 }
 
 /// A bzImage of it, compressed with LZ4, every block as it is (Linux
@@ -240,21 +298,27 @@ pub(crate) fn bzimage(vmlinux: &[u8]) -> Vec<u8> {
     file
 }
 
-/// An ELF file with one segment, readable and executable.
-fn elf(segment: &[u8]) -> Vec<u8> {
-    const HEADERS: u64 = 64 + 56;
+/// An ELF file with these segments, readable and executable.
+pub(crate) fn elf(segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
+    const HEADER: usize = 64;
+    const SEGMENT: usize = 56;
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);
     file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for word in [BASE, 64, 0] {
+    for word in [segments[0].0, HEADER as u64, 0] {
         file.extend(word.to_le_bytes());
     }
-    file.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 64, 0, 0, 0, 0, 0]);
-    file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    let size = segment.len() as u64;
-    for word in [HEADERS, BASE, BASE, size, size, 0x1000] {
-        file.extend(word.to_le_bytes());
+    let [low, high] = u16::try_from(segments.len()).expect("few").to_le_bytes();
+    file.extend([0, 0, 0, 0, 64, 0, 56, 0, low, high, 64, 0, 0, 0, 0, 0]);
+    let mut offset = (HEADER + segments.len() * SEGMENT) as u64;
+    for (at, bytes) in segments {
+        let size = bytes.len() as u64;
+        file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+        for word in [offset, *at, *at, size, size, 1] {
+            file.extend(word.to_le_bytes());
+        }
+        offset += size;
     }
-    file.extend(segment);
+    file.extend(segments.iter().flat_map(|(_, bytes)| bytes));
     file
 }

@@ -20,6 +20,12 @@ struct Entry {
     kind: u8,
 }
 
+/// How many names of one address are looked at: a guest's modules may claim any number, and
+/// each would be looked up again.
+const MOST_ALIASES: usize = 64;
+/// How far a function is looked for among symbols of other kinds.
+const MOST_OTHERS: usize = 4096;
+
 /// The answer to a name.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
@@ -72,15 +78,17 @@ impl Symbols {
         self.entries.is_empty()
     }
 
+    /// Where the symbols of this name are, in order.
+    fn named(&self, name: &str) -> impl DoubleEndedIterator<Item = Gva> {
+        let from = self.by_name.partition_point(|&index| self.name(index) < name);
+        let length = self.by_name[from..].partition_point(|&index| self.name(index) == name);
+        self.by_name[from..from + length].iter().map(|&index| Gva(self.entries[index as usize].address))
+    }
+
     /// Finds a symbol by its exact name.
     #[must_use]
     pub fn find(&self, name: &str) -> Found {
-        let from = self.by_name.partition_point(|&index| self.name(index) < name);
-        let mut addresses: Vec<Gva> = self.by_name[from..]
-            .iter()
-            .take_while(|&&index| self.name(index) == name)
-            .map(|&index| Gva(self.entries[index as usize].address))
-            .collect();
+        let mut addresses: Vec<Gva> = self.named(name).collect();
         addresses.dedup();
         match *addresses {
             [] => Found::None,
@@ -92,10 +100,9 @@ impl Symbols {
     /// Where the symbol of this name is, if it is at one place only.
     #[must_use]
     pub fn only(&self, name: &str) -> Option<Gva> {
-        match self.find(name) {
-            Found::One(at) => Some(at),
-            Found::None | Found::Several(_) => None,
-        }
+        let mut all = self.named(name);
+        let first = all.next()?;
+        all.next_back().is_none_or(|last| last == first).then_some(first)
     }
 
     /// The text symbol (`t`, `T`, `w`, `W`) that covers an address: its name, start, and
@@ -104,11 +111,13 @@ impl Symbols {
     pub fn function_at(&self, address: Gva) -> Option<Function<'_>> {
         let is_text = |entry: &Entry| matches!(entry.kind, b't' | b'T' | b'w' | b'W');
         let after = self.entries.partition_point(|entry| entry.address <= address.0);
-        let found = self.entries[..after].iter().rev().find(|entry| is_text(entry))?;
+        let found = self.entries[..after].iter().rev().take(MOST_OTHERS).find(|entry| is_text(entry))?;
         // Of aliases at one address, a global one is what people write.
         let first = self.entries.partition_point(|entry| entry.address < found.address);
-        let aliases =
-            || self.entries[first..after].iter().filter(|e| e.address == found.address && is_text(e));
+        let aliases = || {
+            let all = self.entries[first..after].iter().take_while(|entry| entry.address == found.address);
+            all.filter(|entry| is_text(entry)).take(MOST_ALIASES)
+        };
         let named = aliases().find(|entry| entry.kind.is_ascii_uppercase()).or_else(|| aliases().next())?;
         let end = self.entries.get(after).map_or(u64::MAX, |entry| entry.address);
         Some(Function { name: self.entry_name(named), start: Gva(found.address), end: Gva(end) })
@@ -135,7 +144,8 @@ impl Symbols {
         let at = self.entries[..after].last()?.address;
         let first = self.entries.partition_point(|entry| entry.address < at);
         // A name that leads back here, if there is one.
-        let names = || self.entries[first..after].iter().map(|entry| self.entry_name(entry));
+        let names =
+            || self.entries[first..after].iter().take(MOST_ALIASES).map(|entry| self.entry_name(entry));
         let name = names().find(|name| self.only(name).is_some()).or_else(|| names().next())?;
         Some(if at == address.0 { name.to_owned() } else { format!("{name}+{:#x}", address.0 - at) })
     }

@@ -15,6 +15,7 @@ pub mod packages;
 pub mod progress;
 pub mod qemu;
 pub mod rig;
+pub mod toggle;
 pub mod wire;
 pub mod workload;
 

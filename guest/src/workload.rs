@@ -15,17 +15,25 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 /// A system call by name.
 type Call = (&'static str, fn() -> i64);
 
-/// The system calls to choose from: cheap, without side effects, and with a known result.
-const CALLS: [Call; 7] = [
+/// What to choose from: cheap, without side effects, and with a known result. All but one are
+/// system calls.
+const CALLS: [Call; 8] = [
     ("getpid", || i64::from(process::getpid().as_raw_nonzero().get())),
     ("getppid", || process::getppid().map_or(0, |pid| i64::from(pid.as_raw_nonzero().get()))),
     ("getuid", || i64::from(process::getuid().as_raw())),
     ("geteuid", || i64::from(process::geteuid().as_raw())),
     ("getgid", || i64::from(process::getgid().as_raw())),
     ("getegid", || i64::from(process::getegid().as_raw())),
+    ("probed", || probed(1)),
     // Allocates memory, so it goes by `might_resched` and `cond_resched`.
     ("getcwd", || process::getcwd("").map_or(-1, |path| i64::try_from(path.as_bytes().len()).unwrap_or(-2))),
 ];
+
+/// A function to put breakpoints on: its first instruction is a multiplication by this.
+#[inline(never)]
+pub fn probed(number: i64) -> i64 {
+    std::hint::black_box(number).wrapping_mul(0x1234_5678)
+}
 
 /// A worker that has not counted this many calls by [`COUNT_DEADLINE`] is reported as it is.
 const ENOUGH_CALLS: u64 = 200;

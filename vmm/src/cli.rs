@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::Fence;
+use crate::config::{Breakpoints, Fence};
 
 /// A KVM microVM monitor that live-patches its guest's kernel from outside.
 #[derive(Debug, Parser)]
@@ -66,6 +66,9 @@ pub struct Run {
     /// counted from the first again.
     #[arg(long, hide = true)]
     pub fail_programs: bool,
+    /// For tests: when breakpoints are intercepted, and who delivers the guest's own.
+    #[arg(long, hide = true, value_enum, default_value_t = Breakpoints::AsNeeded)]
+    pub breakpoints: Breakpoints,
     /// Print the outcome of --patch as JSON.
     #[arg(long)]
     pub json: bool,

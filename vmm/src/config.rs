@@ -23,6 +23,17 @@ pub enum Fence {
     Kick,
 }
 
+/// For tests: when #BP exits are on, and who delivers those that are the guest's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Breakpoints {
+    /// While a program needs it; the monitor.
+    AsNeeded,
+    /// Always; the monitor.
+    Always,
+    /// Always; KVM (`KVM_GUESTDBG_INJECT_BP`), which may go wrong.
+    AlwaysByKvm,
+}
+
 /// A machine to be built.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -40,6 +51,8 @@ pub struct Config {
     pub fence: Fence,
     /// For tests: the n-th program fails at its n-th step.
     pub fail_programs: bool,
+    /// For tests: how breakpoints are treated.
+    pub breakpoints: Breakpoints,
 }
 
 /// Why the machine can't be as asked.
@@ -80,7 +93,8 @@ impl Config {
             return Err(Error::Memory { mib: memory_mib });
         }
         let command_line = command_line.unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
-        Ok(Self { kernel, initrd, command_line, cpus: count, memory_mib, fence, fail_programs: false })
+        let (cpus, fail_programs, breakpoints) = (count, false, Breakpoints::AsNeeded);
+        Ok(Self { kernel, initrd, command_line, cpus, memory_mib, fence, fail_programs, breakpoints })
     }
 
     /// Memory in bytes, whole pages.

@@ -300,6 +300,7 @@ impl Controller {
                 .map(|arena| ArenaInfo { base: arena.arena.range().start, used_bytes: arena.arena.used() }),
             fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
             patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
+            breakpoints: self.rendezvous.delivered(),
             uptime_ms: ms(self.started.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }

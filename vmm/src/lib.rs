@@ -13,6 +13,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod controller;
+pub mod deliver;
 pub mod devices;
 pub mod doctor;
 pub mod exit;

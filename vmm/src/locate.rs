@@ -19,7 +19,6 @@ use crate::memory::GuestRam;
 use crate::paging::{Mapping, PageTables};
 
 const MSR_LSTAR: u32 = 0xc000_0082;
-const CR4_LA57: u64 = 1 << 12;
 /// Kernel text lies in the upper half.
 const UPPER_HALF: u64 = 1 << 63;
 /// KASLR moves the kernel by multiples of this (`CONFIG_PHYSICAL_ALIGN`).
@@ -47,8 +46,7 @@ pub fn look(vcpu: &VcpuFd) -> Option<Located> {
         return None;
     }
     let sregs = vcpu.get_sregs().ok()?;
-    let levels = if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 };
-    Some(Located { syscall_entry: Gva(syscall_entry), tables: PageTables { root: Gpa(sregs.cr3), levels } })
+    Some(Located { syscall_entry: Gva(syscall_entry), tables: PageTables::of(&sregs) })
 }
 
 /// The kernel of a running guest.
@@ -117,7 +115,7 @@ impl GuestKernel {
     /// Translates an address through the kernel's own page tables.
     #[must_use]
     pub fn translate(&self, at: Gva) -> Option<Mapping> {
-        self.tables.translate(at, |entry| self.ram.load_u64(entry).ok())
+        self.tables.translate_in(&self.ram, at)
     }
 
     /// The page-directory entry for an address: where it lies, and what it holds.

@@ -8,7 +8,7 @@ use patcher::addr::VcpuId;
 use patcher::compile::Host;
 
 use crate::boot::{acpi, cpuid, kernel, registers};
-use crate::config::{Config, Fence};
+use crate::config::{Breakpoints, Config, Fence};
 use crate::devices::{Console, Line, Ports, Power};
 use crate::kick::{self, Kick};
 use crate::kvm::{self, During, Vm};
@@ -44,6 +44,7 @@ pub struct Machine {
     threads: Vec<JoinHandle<()>>,
     uses_membarrier: bool,
     host: Host,
+    breakpoints: Breakpoints,
 }
 
 impl Machine {
@@ -94,11 +95,16 @@ impl Machine {
         Ok(Self {
             vm,
             ports,
-            rendezvous: Arc::new(Rendezvous::new(kicks, barrier)),
+            rendezvous: Arc::new(Rendezvous::new(
+                kicks,
+                barrier,
+                config.breakpoints != Breakpoints::AsNeeded,
+            )),
             vcpus,
             threads: Vec::new(),
             uses_membarrier: barrier.is_some(),
             host,
+            breakpoints: config.breakpoints,
         })
     }
 
@@ -117,7 +123,7 @@ impl Machine {
                 self.ports.clone(),
                 listener.clone(),
             );
-            self.threads.push(vcpu.spawn()?);
+            self.threads.push(vcpu.reinjecting(self.breakpoints == Breakpoints::AlwaysByKvm).spawn()?);
         }
         Ok(())
     }

@@ -58,6 +58,7 @@ fn run_vm(run: Run) -> Result<u8> {
         }
     };
     config.fail_programs = run.fail_programs;
+    config.breakpoints = run.breakpoints;
     let at_init = match run.patch {
         None => None,
         Some(path) => {

@@ -3,8 +3,12 @@
 //! The guest's memory is not trusted: whatever the tables hold, a walk ends after as many
 //! loads as there are levels.
 
+use kvm_bindings::kvm_sregs;
 use patcher::addr::{Gpa, Gva};
 
+use crate::memory::GuestRam;
+
+const CR4_LA57: u64 = 1 << 12;
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
 /// Bits 12 to 51 hold an address.
@@ -29,6 +33,19 @@ pub struct Mapping {
 }
 
 impl PageTables {
+    /// Those that a vCPU uses. (`KVM_TRANSLATE` would not do: it translates as the kernel does
+    /// with SMAP on, so no address of user space.)
+    #[must_use]
+    pub fn of(sregs: &kvm_sregs) -> Self {
+        Self { root: Gpa(sregs.cr3), levels: if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 } }
+    }
+
+    /// Translates an address, with the tables in `ram`.
+    #[must_use]
+    pub fn translate_in(self, ram: &GuestRam, address: Gva) -> Option<Mapping> {
+        self.translate(address, |entry| ram.load_u64(entry).ok())
+    }
+
     /// Where the entry for `address` lies in the table of two-megabyte pages. `None` if the
     /// walk ends above it.
     pub fn directory_entry(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Gpa> {

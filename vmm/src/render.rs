@@ -208,5 +208,8 @@ fn info(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
     if !arena.is_null() {
         writeln!(out, "copies of instructions at {}, {} bytes", text(arena, "base"), arena["used_bytes"])?;
     }
+    if value["breakpoints"] != 0 {
+        writeln!(out, "{} breakpoints of its own delivered to the guest", value["breakpoints"])?;
+    }
     writeln!(out, "{} patches applied; fences by {}", value["patches"], text(value, "fence"))
 }

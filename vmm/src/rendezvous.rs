@@ -82,6 +82,7 @@ struct Port {
     out_since_ns: AtomicU64,
     longest_stall_ns: AtomicU64,
     traps: AtomicU64,
+    delivered: AtomicU64,
     report: Mutex<Report>,
 }
 
@@ -102,6 +103,7 @@ pub struct Rendezvous {
     ports: Vec<Port>,
     requests: AtomicU32,
     intercept: AtomicBool,
+    always_intercept: bool,
     traps: RwLock<Arc<TrapTable>>,
     gate: Mutex<()>,
     changed: Condvar,
@@ -121,9 +123,9 @@ pub struct Counters {
 
 impl Rendezvous {
     /// A meeting place for these vCPUs. Without a `barrier`, fences fall back to kicking and
-    /// waiting.
+    /// waiting. With `always_intercept`, #BP exits are on from the start and stay on.
     #[must_use]
-    pub fn new(kicks: Vec<Arc<Kick>>, barrier: Option<Membarrier>) -> Self {
+    pub fn new(kicks: Vec<Arc<Kick>>, barrier: Option<Membarrier>, always_intercept: bool) -> Self {
         let port = |kick| Port {
             kick,
             excused: AtomicBool::new(false),
@@ -132,12 +134,14 @@ impl Rendezvous {
             out_since_ns: AtomicU64::new(0),
             longest_stall_ns: AtomicU64::new(0),
             traps: AtomicU64::new(0),
+            delivered: AtomicU64::new(0),
             report: Mutex::default(),
         };
         Self {
             ports: kicks.into_iter().map(port).collect(),
             requests: AtomicU32::new(0),
-            intercept: AtomicBool::new(false),
+            intercept: AtomicBool::new(always_intercept),
+            always_intercept,
             traps: RwLock::default(),
             gate: Mutex::new(()),
             changed: Condvar::new(),
@@ -220,6 +224,17 @@ impl Rendezvous {
     /// Counts a trap.
     pub fn count_trap(&self, vcpu: VcpuId) {
         self.ports[vcpu.0].traps.fetch_add(1, SeqCst);
+    }
+
+    /// Counts a breakpoint that was the guest's own.
+    pub fn count_delivery(&self, vcpu: VcpuId) {
+        self.ports[vcpu.0].delivered.fetch_add(1, SeqCst);
+    }
+
+    /// How many of those there were.
+    #[must_use]
+    pub fn delivered(&self) -> u64 {
+        self.ports.iter().map(|port| port.delivered.load(SeqCst)).sum()
     }
 
     /// Waits at a trap until `table` is withdrawn.
@@ -398,7 +413,7 @@ impl Rendezvous {
 
     /// Turns #BP exits off. vCPUs follow when they are scheduled next; nobody waits.
     pub fn disarm(&self) {
-        self.intercept.store(false, SeqCst);
+        self.intercept.store(self.always_intercept, SeqCst);
         self.kick();
     }
 

@@ -7,15 +7,17 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
 use kvm_ioctls::VcpuFd;
-use patcher::addr::{Gpa, Gva, VcpuId};
+use patcher::addr::{Gva, VcpuId};
 use patcher::insn::Effect;
 use patcher::trap::{Action, Way};
 
+use crate::deliver::{self, Unusual};
 use crate::devices::{Ports, Wish};
 use crate::exit::{self, Exit};
 use crate::kick::Kick;
 use crate::kvm::Vm;
 use crate::locate::{self, Located};
+use crate::paging::{Mapping, PageTables};
 use crate::rendezvous::{Entry, Rendezvous};
 use crate::standing::Registers;
 
@@ -57,6 +59,8 @@ pub struct Vcpu {
     listener: Arc<dyn Listener>,
     intercepting: bool,
     locating: bool,
+    /// For tests: the guest's breakpoints are delivered by KVM.
+    reinject: bool,
 }
 
 /// Why the guest was left, as far as the loop cares.
@@ -79,7 +83,15 @@ impl Vcpu {
         ports: Arc<Ports>,
         listener: Arc<dyn Listener>,
     ) -> Self {
-        Self { id, fd, kick, vm, rendezvous, ports, listener, intercepting: false, locating: id.0 == 0 }
+        let (intercepting, locating, reinject) = (false, id.0 == 0, false);
+        Self { id, fd, kick, vm, rendezvous, ports, listener, intercepting, locating, reinject }
+    }
+
+    /// For tests: has KVM deliver the guest's own breakpoints, which goes wrong when another
+    /// vCPU replaces the `int3` meanwhile.
+    #[must_use]
+    pub fn reinjecting(self, reinject: bool) -> Self {
+        Self { reinject, ..self }
     }
 
     /// Starts the thread, named after the vCPU.
@@ -190,7 +202,9 @@ impl Vcpu {
     fn breakpoint(&self, at: Gva) -> Result<(), String> {
         loop {
             let table = self.rendezvous.traps();
-            match table.judge(at, self.byte_at(at)?) {
+            // Fetched anew it is what it is now, or a page fault.
+            let Some(byte) = self.byte_at(at)? else { return Ok(()) };
+            match table.judge(at, byte) {
                 Action::Resume => return Ok(()),
                 Action::Pass(way) => {
                     self.rendezvous.count_trap(self.id);
@@ -201,9 +215,30 @@ impl Vcpu {
                 }
                 // A program began in between: the byte may be its own.
                 Action::Deliver if !Arc::ptr_eq(&table, &self.rendezvous.traps()) => {}
-                Action::Deliver => return self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP),
+                Action::Deliver => return self.deliver(),
             }
         }
+    }
+
+    /// Gives the guest its own breakpoint.
+    fn deliver(&self) -> Result<(), String> {
+        self.rendezvous.count_delivery(self.id);
+        let failed = |error: kvm_ioctls::Error| format!("vCPU {}: delivering #BP: {error}", self.id.0);
+        let mut regs = self.fd.get_regs().map_err(failed)?;
+        let mut sregs = self.fd.get_sregs().map_err(failed)?;
+        let entered = if self.reinject {
+            Err(Unusual::Mode)
+        } else {
+            deliver::breakpoint(&mut regs, &mut sregs, self.vm.ram())
+        };
+        let Ok(changed) = entered else {
+            // Where entering the handler faults, KVM knows what comes of it.
+            return self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP);
+        };
+        if changed {
+            self.fd.set_sregs(&sregs).map_err(failed)?;
+        }
+        self.fd.set_regs(&regs).map_err(failed)
     }
 
     /// Takes the vCPU past a site in transit. `false` if it has to wait.
@@ -216,9 +251,9 @@ impl Vcpu {
         let mut regs = self.fd.get_regs().map_err(failed)?;
         if let Way::Effect(Effect::Call { returns, .. }) = way {
             regs.rsp = regs.rsp.wrapping_sub(8);
-            let stack = self.fd.translate_gva(regs.rsp).map_err(failed)?;
-            let stack = Some(Gpa(stack.physical_address)).filter(|_| stack.valid != 0 && regs.rsp % 8 == 0);
-            let pushed = |at| self.vm.ram().write(at, &returns.0.to_le_bytes()).is_ok();
+            let tables = PageTables::of(&self.fd.get_sregs().map_err(failed)?);
+            let stack = tables.translate_in(self.vm.ram(), Gva(regs.rsp)).filter(|_| regs.rsp % 8 == 0);
+            let pushed = |stack: Mapping| self.vm.ram().write(stack.at, &returns.0.to_le_bytes()).is_ok();
             if !stack.is_some_and(pushed) {
                 // The call would fault; it will do so by itself when it waited.
                 return Ok(false);
@@ -229,13 +264,15 @@ impl Vcpu {
         Ok(true)
     }
 
-    /// Reads a byte as this vCPU sees it, user space included.
-    fn byte_at(&self, at: Gva) -> Result<u8, String> {
+    /// Reads a byte as this vCPU sees it, user space included. `None` where nothing is mapped
+    /// any more: the guest may have moved the page meanwhile.
+    fn byte_at(&self, at: Gva) -> Result<Option<u8>, String> {
         let failed = |what: String| format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0);
-        let found = self.fd.translate_gva(at.0).map_err(|e| failed(e.to_string()))?;
+        let sregs = self.fd.get_sregs().map_err(|e| failed(e.to_string()))?;
+        let Some(found) = PageTables::of(&sregs).translate_in(self.vm.ram(), at) else { return Ok(None) };
         let mut byte = [0];
-        self.vm.ram().read(Gpa(found.physical_address), &mut byte).map_err(|e| failed(e.to_string()))?;
-        Ok(byte[0])
+        self.vm.ram().read(found.at, &mut byte).map_err(|e| failed(e.to_string()))?;
+        Ok(Some(byte[0]))
     }
 
     fn set_debug(&self, intercept: bool, inject: u32) -> Result<(), String> {

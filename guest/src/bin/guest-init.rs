@@ -10,6 +10,9 @@
 //! locks              all CPUs contend for a spinlock of the kernel
 //! locks-in MS        how many times they had it in so many milliseconds
 //! locks-end          ends that; what was added under the lock, and what is the sum
+//! toggle PATH A B    from now on A and B are written to a file in turn
+//! toggle-end         ends that; how often it was done
+//! probed             where in init's file `probed` begins, which can be hammered
 //! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
 //! mount KIND PATH    mounts a file system without a device
@@ -26,6 +29,7 @@ use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
@@ -33,7 +37,8 @@ use std::time::{Duration, Instant};
 
 use guest::kallsyms;
 use guest::locks::Locks;
-use guest::workload::Hammer;
+use guest::toggle::Toggle;
+use guest::workload::{Hammer, probed};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
@@ -67,6 +72,7 @@ fn serve() -> io::Result<()> {
         cpus: thread::available_parallelism()?.get(),
         hammer: None,
         locks: None,
+        toggle: None,
     };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
@@ -84,6 +90,20 @@ fn serve() -> io::Result<()> {
     Ok(())
 }
 
+/// Where in its file what is at an address of this process comes from.
+fn file_offset(at: usize) -> io::Result<usize> {
+    let number = |text: &str| usize::from_str_radix(text, 16).map_err(io::Error::other);
+    for line in fs::read_to_string("/proc/self/maps")?.lines() {
+        let mut words = line.split_whitespace();
+        let (range, offset) = (words.next().unwrap_or(""), words.nth(1).unwrap_or(""));
+        let (start, end) = range.split_once('-').ok_or_else(|| io::Error::other("no range"))?;
+        if (number(start)?..number(end)?).contains(&at) {
+            return Ok(at - number(start)? + number(offset)?);
+        }
+    }
+    Err(io::Error::other("it is not mapped"))
+}
+
 /// Whose turn it is to make the console write: an answer's, or the kernel's.
 static CONSOLE: Mutex<()> = Mutex::new(());
 
@@ -93,6 +113,7 @@ struct Init {
     cpus: usize,
     hammer: Option<Hammer>,
     locks: Option<Locks>,
+    toggle: Option<Toggle>,
 }
 
 impl Init {
@@ -127,6 +148,15 @@ impl Init {
                 });
                 Ok(String::new())
             }
+            ["toggle", path, first, second] => {
+                self.toggle = Some(Toggle::start(Path::new(path), [first, second].map(str::to_owned))?);
+                Ok(String::new())
+            }
+            ["toggle-end"] => {
+                let toggle = self.toggle.take().ok_or_else(|| io::Error::other("nothing is toggled"))?;
+                Ok(format!("written={}", toggle.end()?))
+            }
+            ["probed"] => Ok(format!("offset={}", file_offset(probed as fn(i64) -> i64 as usize)?)),
             ["locks"] => {
                 self.locks = Some(Locks::start(self.cpus)?);
                 Ok(String::new())

@@ -5,6 +5,7 @@
 
 mod at_init;
 mod boot;
+mod breakpoints;
 mod cli;
 mod engine;
 mod flips;
@@ -33,6 +34,7 @@ fn all() -> Vec<Test> {
     [
         at_init::TESTS,
         boot::TESTS,
+        breakpoints::TESTS,
         cli::TESTS,
         engine::TESTS,
         flips::TESTS,

@@ -27,6 +27,8 @@ pub struct Info {
     pub fence: String,
     /// How many patches are applied.
     pub patches: usize,
+    /// How many breakpoints of the guest's own were intercepted and delivered to it.
+    pub breakpoints: u64,
     /// Time since the monitor started, in milliseconds.
     pub uptime_ms: u64,
     /// The monitor's version.

@@ -3,21 +3,24 @@
 //! ```text
 //! breakpoint, bypass                           hold, inspect
 //!   bypass: every copy: write, check             hold, or inspect
-//!   publish, arm                                 every site: check old
-//!   every site: check old, first byte := int3    every site: write new
-//!   fence                                        every site: check new
-//!   every site: remaining bytes                  fence
+//!   publish, arm                                 the guest's locks: check
+//!   every door: check, first byte := int3        every site: check old
+//!   fence                                        every site: write new
+//!   the guest's locks: check                     every site: check new
+//!   every site: check old, first byte := int3    fence
 //!   fence                                        release
-//!   every site: first byte := new
+//!   every site: remaining bytes
 //!   fence                                      store
+//!   every site: first byte := new                the guest's locks: check
 //!   every site: check new                        every site: store new over old
-//!   withdraw, disarm                             fence
-//!                                                every site: check new
+//!   every door: open                             fence
+//!   fence                                        every site: check new
+//!   withdraw, disarm
 //! ```
 //!
 //! The kernel's own data that goes with the sites is checked before the first write to one,
-//! and replaced when all are new. Where there are doors, they are shut before `inspect` (as
-//! `breakpoint` begins: publish, arm, `int3`, fence) and opened before its last fence.
+//! and replaced when all are new. Where `inspect` has doors, they are shut before it in the
+//! same way, and opened before its last fence.
 //!
 //! Undoing replays the journal backwards, and the fences are steps of it: between restoring
 //! the heads to `int3`, the tails, and the old heads there are the same fences as on the way
@@ -28,6 +31,7 @@ use std::sync::Arc;
 
 use crate::addr::Gva;
 use crate::arena::{Arena, Copy, NoCopy};
+use crate::doors::Door;
 use crate::expand::Datum;
 use crate::insn::{self, INT3};
 use crate::plan::Strategy;
@@ -63,19 +67,25 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    let (sites, data) = (&plan.sites, &plan.data);
-    let mut copies = Vec::new();
+    let (mut copies, mut doors) = (Vec::new(), Vec::new());
     let steps = match strategy {
-        Strategy::Hold => stopped(Step::Hold, sites, data, &[]),
+        Strategy::Hold => stopped(Step::Hold, plan, &[]),
         Strategy::Inspect => {
-            let steps = stopped(Step::Inspect(condition(plan)), sites, data, &plan.doors);
-            behind_doors(&plan.doors, steps)
+            doors.clone_from(&plan.doors);
+            behind_doors(&doors, stopped(Step::Inspect(condition(plan)), plan, &doors))
         }
-        Strategy::Store => store(sites, data),
-        Strategy::Bypass => bypass(sites, data, arena, &mut copies)?,
-        Strategy::Breakpoint | Strategy::Auto => trapped(sites, data, sites.iter().map(effect_or_wait)),
+        Strategy::Store => store(plan),
+        Strategy::Bypass | Strategy::Breakpoint | Strategy::Auto => {
+            doors.clone_from(&plan.patchers.doors);
+            if strategy == Strategy::Bypass {
+                bypass(plan, arena, &mut copies)?
+            } else {
+                trapped(plan, plan.sites.iter().map(effect_or_wait))
+            }
+        }
     };
-    Ok(Program { strategy, reason, sites: sites.clone(), copies, doors: plan.doors.clone(), steps })
+    let locks = plan.patchers.locks.clone();
+    Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, doors, locks, steps })
 }
 
 fn choose(plan: &ResolvedPlan, host: Host) -> (Strategy, &'static str) {
@@ -157,14 +167,21 @@ fn store_word(datum: &Datum) -> Reversible {
     step(over(&datum.old, &datum.new), [over(&datum.new, &datum.old)])
 }
 
-fn stopped(stop: Step, sites: &[Site], data: &[Datum], doors: &[(Gva, u8)]) -> Vec<Reversible> {
+/// The guest does not patch itself: nobody has the lock.
+fn check_free(lock: &Gva) -> Reversible {
+    step(Step::Check { at: *lock, bytes: vec![0; 8] }, [])
+}
+
+fn stopped(stop: Step, plan: &ResolvedPlan, doors: &[Door]) -> Vec<Reversible> {
+    let (sites, data) = (&plan.sites, &plan.data);
     let mut steps = vec![step(stop, [Step::Fence, Step::Release])];
+    steps.extend(plan.patchers.locks.iter().map(check_free));
     steps.extend(sites.iter().map(check_old));
     steps.extend(data.iter().map(check_word));
     steps.extend(sites.iter().map(|site| write(site.at, &site.new, &site.old)));
     steps.extend(data.iter().map(store_word));
     steps.extend(sites.iter().map(check_new));
-    steps.extend(doors.iter().map(|(at, byte)| write(*at, &[*byte], &[INT3])));
+    steps.extend(doors.iter().map(open));
     // Nothing that comes now can fail halfway, so nothing needs an undo.
     steps.extend([step(Step::Fence, []), step(Step::Release, [])]);
     steps
@@ -172,30 +189,46 @@ fn stopped(stop: Step, sites: &[Site], data: &[Datum], doors: &[(Gva, u8)]) -> V
 
 /// Shuts the doors before `steps`, which stop the vCPUs and open them again: who has let go of
 /// his locks does not take others.
-fn behind_doors(doors: &[(Gva, u8)], steps: Vec<Reversible>) -> Vec<Reversible> {
+fn behind_doors(doors: &[Door], steps: Vec<Reversible>) -> Vec<Reversible> {
     if doors.is_empty() {
         return steps;
     }
-    let table = Arc::new(TrapTable::new(doors.iter().map(|(at, _)| (*at, Way::Wait))));
-    let mut behind = open_traps(table);
-    for &(at, byte) in doors {
-        let check = Step::Check { at, bytes: vec![byte] };
-        behind.extend([step(check, []), write(at, &[INT3], &[byte])]);
-    }
-    behind.push(fence());
+    let mut behind = open_traps(doors.iter().map(waits));
+    behind.extend(shut(doors));
     behind.extend(steps);
     behind.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
     behind
 }
 
+fn waits((at, _): &Door) -> (Gva, Way) {
+    (*at, Way::Wait)
+}
+
+/// From the fence on, nobody passes.
+fn shut(doors: &[Door]) -> Vec<Reversible> {
+    let check = |(at, byte): &Door| step(Step::Check { at: *at, bytes: vec![*byte] }, []);
+    let shut = |(at, byte): &Door| write(*at, &[INT3], &[*byte]);
+    let mut steps: Vec<Reversible> = doors.iter().flat_map(|door| [check(door), shut(door)]).collect();
+    if !doors.is_empty() {
+        steps.push(fence());
+    }
+    steps
+}
+
+fn open((at, byte): &Door) -> Reversible {
+    write(*at, &[*byte], &[INT3])
+}
+
 /// Makes a trap table known and has #BP exit.
-fn open_traps(table: Arc<TrapTable>) -> Vec<Reversible> {
+fn open_traps(ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
+    let table = Arc::new(TrapTable::new(ways));
     vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])]
 }
 
-fn store(sites: &[Site], data: &[Datum]) -> Vec<Reversible> {
+fn store(plan: &ResolvedPlan) -> Vec<Reversible> {
+    let (sites, data) = (&plan.sites, &plan.data);
     let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.to_vec(), new: new.to_vec() };
-    let mut steps = Vec::new();
+    let mut steps: Vec<Reversible> = plan.patchers.locks.iter().map(check_free).collect();
     for (i, site) in sites.iter().enumerate() {
         // On the way back the fence comes last: nobody executes new code after it.
         let undo = if i == 0 { vec![Step::Fence] } else { vec![] };
@@ -225,13 +258,12 @@ fn effect(site: &Site) -> Option<Way> {
 }
 
 fn bypass(
-    sites: &[Site],
-    data: &[Datum],
+    plan: &ResolvedPlan,
     arena: &mut Arena,
     copies: &mut Vec<Copy>,
 ) -> Result<Vec<Reversible>, Vec<Refused>> {
     let (mut steps, mut ways, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
-    for site in sites {
+    for site in &plan.sites {
         if let Some(way) = effect(site) {
             ways.push((site.at, way));
             continue;
@@ -255,13 +287,15 @@ fn bypass(
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    steps.extend(trapped(sites, data, ways));
+    steps.extend(trapped(plan, ways));
     Ok(steps)
 }
 
-fn trapped(sites: &[Site], data: &[Datum], ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
-    let table = Arc::new(TrapTable::new(ways));
-    let mut steps = open_traps(table);
+fn trapped(plan: &ResolvedPlan, ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
+    let (sites, data, doors) = (&plan.sites, &plan.data, &plan.patchers.doors);
+    let mut steps = open_traps(ways.into_iter().chain(doors.iter().map(waits)));
+    steps.extend(shut(doors));
+    steps.extend(plan.patchers.locks.iter().map(check_free));
     steps.extend(data.iter().map(check_word));
     for site in sites {
         steps.extend([check_old(site), write(site.at, &[INT3], &site.old[..1])]);
@@ -273,10 +307,11 @@ fn trapped(sites: &[Site], data: &[Datum], ways: impl IntoIterator<Item = (Gva, 
         steps.push(fence());
     }
     steps.extend(sites.iter().map(|site| write(site.at, &site.new[..1], &[INT3])));
-    steps.push(fence());
     steps.extend(sites.iter().map(check_new));
     steps.extend(data.iter().map(store_word));
-    steps.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
+    // All is new. Whoever comes by a door now relies on that.
+    steps.extend(doors.iter().map(|&(at, byte)| step(Step::Open { at, byte }, [])));
+    steps.extend([step(Step::Drain, []), step(Step::Withdraw, []), step(Step::Disarm, [])]);
     steps
 }
 

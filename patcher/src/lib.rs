@@ -15,6 +15,7 @@
 pub mod addr;
 pub mod arena;
 pub mod compile;
+pub mod doors;
 pub mod expand;
 pub mod insn;
 pub mod interior;

@@ -8,10 +8,13 @@ use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use crate::addr::Gva;
 use crate::arena::Copy;
+use crate::doors::Door;
 use crate::insn;
 use crate::plan::Strategy;
 use crate::quiesce::Condition;
 use crate::resolve::Site;
+use crate::session::Failure;
+use crate::target::StepError;
 use crate::trap::TrapTable;
 
 /// One thing to do to the guest.
@@ -48,6 +51,16 @@ pub enum Step {
     /// Every vCPU that was in guest mode has left it, and every vCPU executes a serializing
     /// instruction before its next guest instruction.
     Fence,
+    /// Put back the byte that was there before a door's `int3`. From the first one on there is
+    /// no way back: the guest may look at its text again.
+    Open {
+        /// Where.
+        at: Gva,
+        /// The byte.
+        byte: u8,
+    },
+    /// A fence, however long it takes.
+    Drain,
     /// No vCPU executes guest instructions from here on.
     Hold,
     /// [`Step::Hold`], when every vCPU has come out and stands where this allows; tried again
@@ -66,7 +79,7 @@ impl Step {
     /// it: giving up between two of them would leave traps without an owner.
     #[must_use]
     pub fn is_closing(&self) -> bool {
-        matches!(self, Self::Release | Self::Disarm | Self::Withdraw)
+        matches!(self, Self::Open { .. } | Self::Drain | Self::Release | Self::Disarm | Self::Withdraw)
     }
 }
 
@@ -81,6 +94,8 @@ impl fmt::Display for Step {
                 write!(f, "store   {at}  {} over {}", insn::hex(new), insn::hex(old))
             }
             Self::Fence => f.write_str("fence"),
+            Self::Open { at, byte } => write!(f, "open    {at}  {byte:02x}"),
+            Self::Drain => f.write_str("fence, however long it takes"),
             Self::Hold => f.write_str("hold all vCPUs"),
             Self::Inspect(condition) => write!(f, "hold all vCPUs once {condition}"),
             Self::Release => f.write_str("release all vCPUs"),
@@ -110,17 +125,26 @@ pub struct Program {
     pub sites: Vec<Site>,
     /// The copies of old instructions that traps lead to.
     pub copies: Vec<Copy>,
-    /// Where vCPUs are kept until the sites are changed, and the bytes there.
-    pub doors: Vec<(Gva, u8)>,
+    /// Where vCPUs are kept until the sites are changed.
+    pub doors: Vec<Door>,
+    /// Words of the guest's that must be zero when the sites are changed: its own locks.
+    pub locks: Vec<Gva>,
     /// The steps.
     pub steps: Vec<Reversible>,
 }
 
 impl Program {
+    /// Whether a program failed because the guest was patching itself. It may be tried again.
+    #[must_use]
+    pub fn was_kept_out(&self, failure: &Failure) -> bool {
+        matches!(&failure.step, Step::Check { at, .. } if self.locks.contains(at))
+            && matches!(failure.error, StepError::Mismatch { .. })
+    }
+
     /// How many fences it has, the one inside [`Step::Arm`] apart.
     #[must_use]
     pub fn fences(&self) -> usize {
-        self.steps.iter().filter(|step| step.step == Step::Fence).count()
+        self.steps.iter().filter(|step| matches!(step.step, Step::Fence | Step::Drain)).count()
     }
 }
 

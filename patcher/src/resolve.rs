@@ -11,6 +11,7 @@ use std::rc::Rc;
 use serde::Serialize;
 
 use crate::addr::Gva;
+use crate::doors::{self, Door, Patchers};
 use crate::expand::{self, Code, Datum, Expansion, Needs};
 use crate::insn::{self, Insn};
 use crate::interior::{Sleepers, boundaries};
@@ -126,9 +127,10 @@ pub struct ResolvedPlan {
     pub sites: Vec<Site>,
     /// The kernel's own data that goes with them.
     pub data: Vec<Datum>,
-    /// Where vCPUs pass that hold no spinlock, and the bytes there: whoever comes by is kept
-    /// until the sites are changed.
-    pub doors: Vec<(Gva, u8)>,
+    /// Where vCPUs pass that hold no spinlock, if the sites are changed when nobody has one.
+    pub doors: Vec<Door>,
+    /// How the guest's kernel patches itself.
+    pub patchers: Patchers,
 }
 
 impl ResolvedPlan {
@@ -229,24 +231,11 @@ pub fn resolve<'t>(
         preemptible: plan.preemptible,
         unlocked: needs == Needs::Unlocked,
         outside,
+        doors: if needs == Needs::Unlocked { doors::unlocked(&kernel, text, &sites) } else { Vec::new() },
+        patchers: Patchers::of(&kernel, text, &sites),
         sites,
         data,
-        doors: if needs == Needs::Unlocked { doors(&kernel, text) } else { Vec::new() },
     })
-}
-
-/// Functions that are never called with a spinlock held: on the way out of a system call, and
-/// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
-const DOORS: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
-
-/// Those that this kernel has and nobody else has a breakpoint on.
-fn doors(kernel: &Kernel<'_>, text: &dyn Text) -> Vec<(Gva, u8)> {
-    let door = |name: &str| {
-        let at = kernel.symbol(name).ok()?;
-        let byte = read(text, at, 1).ok()?[0];
-        (byte != insn::INT3).then_some((at, byte))
-    };
-    DOORS.into_iter().filter_map(door).collect()
 }
 
 /// Sites that share a byte with another, of this plan or of one applied before. A site may lie

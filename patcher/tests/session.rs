@@ -3,6 +3,7 @@
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::doors::Patchers;
 use patcher::expand::Datum;
 use patcher::insn::INT3;
 use patcher::plan::Strategy;
@@ -44,17 +45,19 @@ impl Target for Memory {
         let index = self.steps.len();
         self.steps.push(step.clone());
         let chosen = if self.failed { self.fail_undo_at } else { self.fail_at };
-        if chosen == Some(index) {
+        let injected = Err(StepError::Host { what: "injected".into() });
+        if chosen == Some(index) && !step.is_closing() {
             self.failed = true;
             if let Step::Write { at, bytes } = step {
                 // Half of it was done already.
                 let half = bytes.len() / 2;
                 self.slice(*at, half).copy_from_slice(&bytes[..half]);
             }
-            return Err(StepError::Host { what: "injected".into() });
+            return injected;
         }
         match step {
             Step::Write { at, bytes } => self.slice(*at, bytes.len()).copy_from_slice(bytes),
+            Step::Open { at, byte } => self.slice(*at, 1)[0] = *byte,
             Step::Store { at, old, new } => {
                 let found = self.slice(*at, old.len()).to_vec();
                 if found != *old {
@@ -72,7 +75,8 @@ impl Target for Memory {
             }
             _ => {}
         }
-        Ok(())
+        // A closing step is done, whatever is said of it.
+        if chosen == Some(index) { injected } else { Ok(()) }
     }
 
     fn expired(&self) -> bool {
@@ -107,8 +111,12 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
         data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],
         doors: vec![(Gva(0), OLD[0])],
+        patchers: Patchers { doors: vec![(Gva(0), OLD[0])], locks: vec![LOCK] },
     }
 }
+
+/// Eight bytes that are zero.
+const LOCK: Gva = Gva(0x30);
 
 const STRATEGIES: [Strategy; 5] =
     [Strategy::Store, Strategy::Breakpoint, Strategy::Bypass, Strategy::Hold, Strategy::Inspect];
@@ -205,9 +213,9 @@ fn a_deadline_rolls_back_wherever_it_strikes() {
 }
 
 #[test]
-fn breakpoint_needs_three_fences_whatever_the_number_of_sites() {
+fn breakpoint_needs_four_fences_whatever_the_number_of_sites() {
     let program = compiled(&plan(Strategy::Breakpoint));
-    assert_eq!(program.fences(), 3);
+    assert_eq!(program.fences(), 4);
     // Between two writes to the same byte there is always a fence, and a tail is only
     // written while its head is int3.
     let mut memory = Memory::new(OLD);
@@ -227,5 +235,5 @@ fn a_single_byte_site_needs_no_fence_for_a_tail() {
     let mut one = plan(Strategy::Breakpoint);
     one.sites.remove(2);
     one.sites.remove(0);
-    assert_eq!(compiled(&one).fences(), 2);
+    assert_eq!(compiled(&one).fences(), 3);
 }

@@ -246,7 +246,7 @@ pub fn many_sites(lab: &Lab, most: usize, rounds: usize) -> Result<()> {
             for round in 0..rounds {
                 let report = vm.apply(&plan)?;
                 let timing = &report["timing"];
-                let expected = if strategy == "hold" { 2 } else { 4 };
+                let expected = if strategy == "hold" { 2 } else { 5 };
                 ensure!(timing["fences"] == expected, "{strategy}, {sites} sites: {timing}");
                 times.push(timing["program_us"].as_u64().context("a time")?);
                 if round == 0 {

@@ -4,6 +4,7 @@ pub mod breakpoints;
 pub mod campaigns;
 pub mod lab;
 pub mod oracle;
+pub mod selfpatching;
 pub mod signal;
 pub mod spinlocks;
 pub mod targets;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use patcher::addr::{Gva, VcpuId};
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::doors;
 use patcher::interior;
 use patcher::kernel::KernelImage;
 use patcher::plan::{Plan, Strategy};
@@ -17,7 +18,7 @@ use patcher::quiesce::Condition;
 use patcher::refusal::{Refusal, Refused};
 use patcher::resolve::{Guest, ResolvedPlan, resolve};
 use patcher::session::End;
-use patcher::target::{Target, drive};
+use patcher::target::{StepError, Target, drive};
 use patcher::targets::{self, Targets};
 
 use crate::arena::GuestArena;
@@ -37,6 +38,9 @@ use crate::standing::Registers;
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the arena's removal waits until nobody is in it.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a plan that does not fit is looked at again while the guest patches itself.
+const LOOK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Something to do.
 #[derive(Debug)]
@@ -383,9 +387,23 @@ impl Controller {
 
     /// Resolves and compiles a plan. Nothing is written.
     fn prepare(&mut self, json: &[u8]) -> Result<(ResolvedPlan, Program), Vec<Refused>> {
-        let plan = self.resolve(json)?;
+        let until = Instant::now() + LOOK_PATIENCE;
+        let plan = loop {
+            match self.resolve(json) {
+                // It may have been looked at in the middle of a change.
+                Err(_) if self.guest_was_patching(until) => {}
+                resolved => break resolved?,
+            }
+        };
         let program = self.compile(&plan)?;
         Ok((plan, program))
+    }
+
+    /// Whether the guest is patching itself; if so, waits until it does not.
+    fn guest_was_patching(&mut self, until: Instant) -> bool {
+        let Ok(kernel) = self.kernel().cloned() else { return false };
+        let target = Live::new(&kernel, &self.rendezvous, until);
+        target.wait_while_patching(&doors::locks(&kernel.kernel())) && Instant::now() < until
     }
 
     fn compile(&mut self, plan: &ResolvedPlan) -> Result<Program, Vec<Refused>> {
@@ -450,12 +468,12 @@ impl Controller {
             if let Some(by) = self.covered_by(index) {
                 return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
             }
-            let back = self.patches[index].plan.reversed();
-            let program = self.compile(&back)?;
-            let mut report = self.execute(&back, program, asked).map_err(root)?;
+            let mut report = self.run_back(self.patches[index].plan.reversed(), asked)?;
             if report.state == PatchState::Applied {
                 report.state = PatchState::Reverted;
-                self.patches[index].state = PatchState::Reverted;
+            }
+            if matches!(report.state, PatchState::Reverted | PatchState::Superseded) {
+                self.patches[index].state = report.state;
                 self.patches[index].report = report.clone();
             }
             Ok(report)
@@ -463,6 +481,29 @@ impl Controller {
         match reverted {
             Ok(report) => Answer::Report(Box::new(report)),
             Err(refused) => Answer::Refused(Refusals::new(refused)),
+        }
+    }
+
+    /// Reverts a patch, or what the guest has left of it.
+    fn run_back(&mut self, mut back: ResolvedPlan, asked: Instant) -> Result<Report, Vec<Refused>> {
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        let until = asked + Duration::from_millis(back.deadline_ms);
+        let mut superseded = 0;
+        loop {
+            let program = self.compile(&back)?;
+            let report = self.execute(&back, program, asked).map_err(root)?;
+            if !report.found_other || Instant::now() > until {
+                return Ok(Report { superseded, ..report });
+            }
+            let kernel = self.kernel().map_err(root)?.clone();
+            let target = Live::new(&kernel, &self.rendezvous, until);
+            let Ok(replaced) = target.replaced(&back) else { return Ok(report) };
+            // None, if the guest has changed it to and fro, or counts its users.
+            superseded += replaced.len();
+            back.sites.retain(|site| !replaced.contains(&site.at));
+            if back.sites.is_empty() {
+                return Ok(Report { state: PatchState::Superseded, failure: None, superseded, ..report });
+            }
         }
     }
 
@@ -482,7 +523,7 @@ impl Controller {
             return Err(refused(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" }));
         }
         let nobody = Condition { inside: vec![arena.arena.range()], ..Condition::default() };
-        let mut target = Live::new(&kernel, &self.rendezvous, REMOVAL_PATIENCE);
+        let mut target = Live::new(&kernel, &self.rendezvous, Instant::now() + REMOVAL_PATIENCE);
         let removed =
             target.perform(&Step::Inspect(nobody)).map_err(|error| error.to_string()).and_then(|()| {
                 arena.unmap(&kernel)?;
@@ -499,17 +540,33 @@ impl Controller {
             arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
         }
         let resolved = asked.elapsed();
-        let mut target = Live::new(&kernel, &self.rendezvous, Duration::from_millis(plan.deadline_ms));
-        if self.config.fail_programs {
-            target.fail_at(self.fail_at);
-        }
-        let end = drive(&program, &mut target);
-        self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
+        let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
+        let mut attempts = 0;
+        let (target, end) = loop {
+            attempts += 1;
+            let mut target = Live::new(&kernel, &self.rendezvous, until);
+            if self.config.fail_programs {
+                target.fail_at(self.fail_at);
+            }
+            let end = drive(&program, &mut target);
+            self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
+            match &end {
+                End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
+                _ => break (target, end),
+            }
+            target.wait_while_patching(&program.locks);
+        };
         let total = asked.elapsed();
         let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
         let counters = self.rendezvous.counters();
+        let found_other = matches!(&end, End::RolledBack { failure }
+            if matches!(failure.error, StepError::Mismatch { .. }) && !program.was_kept_out(failure));
         let (state, failure) = match end {
             End::Applied => (PatchState::Applied, None),
+            End::RolledBack { failure } if program.was_kept_out(&failure) => {
+                let why = format!("until the deadline the guest was patching itself, {attempts} times");
+                (PatchState::RolledBack, Some(why))
+            }
             End::RolledBack { failure } => (PatchState::RolledBack, Some(failure.to_string())),
             End::Held { failure, undo } => {
                 self.held_by = Some(plan.name.clone());
@@ -520,6 +577,7 @@ impl Controller {
             name: plan.name.clone(),
             state,
             failure,
+            found_other,
             strategy: program.strategy,
             reason: program.reason.to_owned(),
             timing: Timing {
@@ -528,8 +586,10 @@ impl Controller {
                 fences: target.fences().len(),
                 longest_fence_us: us(longest_fence),
                 longest_stall_us: counters.longest_stall_ns / 1000,
+                attempts,
             },
             traps: counters.traps,
+            superseded: 0,
             sites: program.sites,
         })
     }

@@ -2,14 +2,20 @@
 
 use std::time::{Duration, Instant};
 
+use patcher::addr::Gva;
 use patcher::kernel::Text;
 use patcher::program::Step;
 use patcher::quiesce::Condition;
+use patcher::resolve::ResolvedPlan;
 use patcher::target::{StepError, Target};
 
 use crate::locate::GuestKernel;
 use crate::rendezvous::{FenceError, Rendezvous};
 use crate::standing;
+
+/// Least time to wait for vCPUs that come out slowly: a rollback must be able to fence however
+/// late it is.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A running guest as the target of one program.
 pub struct Live<'m> {
@@ -22,11 +28,11 @@ pub struct Live<'m> {
 }
 
 impl<'m> Live<'m> {
-    /// A target whose time is over after `deadline`.
+    /// A target whose time is over at `until`.
     #[must_use]
-    pub fn new(kernel: &'m GuestKernel, rendezvous: &'m Rendezvous, deadline: Duration) -> Self {
+    pub fn new(kernel: &'m GuestKernel, rendezvous: &'m Rendezvous, until: Instant) -> Self {
         rendezvous.reset_counters();
-        Self { kernel, rendezvous, until: Instant::now() + deadline, fences: Vec::new(), until_failure: None }
+        Self { kernel, rendezvous, until, fences: Vec::new(), until_failure: None }
     }
 
     /// For tests: makes the step after so many fail, a write when half of it is done.
@@ -86,14 +92,56 @@ impl<'m> Live<'m> {
         }
     }
 
+    /// Waits until nobody has the guest's locks, for the time being, or time is over. Returns
+    /// whether somebody had one.
+    pub fn wait_while_patching(&self, locks: &[Gva]) -> bool {
+        const PAUSE: Duration = Duration::from_micros(20);
+        let patching = !self.are_free(locks);
+        while !self.are_free(locks) && !self.expired() {
+            std::thread::sleep(PAUSE);
+        }
+        patching
+    }
+
+    fn are_free(&self, locks: &[Gva]) -> bool {
+        locks.iter().all(|lock| self.holds(*lock, &[0; 8]))
+    }
+
+    /// Whether memory holds these bytes.
+    fn holds(&self, at: Gva, bytes: &[u8]) -> bool {
+        let mut found = vec![0; bytes.len()];
+        self.kernel.read(at, &mut found).is_ok() && found == bytes
+    }
+
+    /// The sites of a plan that are not as it would have them, seen while the guest does not
+    /// patch itself.
+    ///
+    /// # Errors
+    /// As [`Step::Hold`], or [`StepError::Deadline`].
+    pub fn replaced(&self, plan: &ResolvedPlan) -> Result<Vec<Gva>, StepError> {
+        let look = || {
+            let replaced = plan.sites.iter().filter(|site| !self.holds(site.at, &site.old));
+            self.are_free(&plan.patchers.locks).then(|| replaced.map(|site| site.at).collect())
+        };
+        loop {
+            let held = self.rendezvous.hold(PATIENCE).map_err(|e| StepError::Host { what: e.to_string() });
+            let seen = look();
+            self.rendezvous.release();
+            held?;
+            match seen {
+                Some(replaced) => return Ok(replaced),
+                None if self.expired() => return Err(StepError::Deadline),
+                None => _ = self.wait_while_patching(&plan.patchers.locks),
+            }
+        }
+    }
+
     fn timed<T>(
         &mut self,
         fence: impl FnOnce(&Rendezvous, Duration) -> Result<T, FenceError>,
     ) -> Result<T, StepError> {
-        /// A rollback must be able to fence however late it is.
-        const LEAST_PATIENCE: Duration = Duration::from_secs(1);
         let started = Instant::now();
-        let patience = self.until.saturating_duration_since(started).max(LEAST_PATIENCE);
+        let patience = self.until.saturating_duration_since(started).max(PATIENCE);
         let result = fence(self.rendezvous, patience);
         self.fences.push(started.elapsed());
         result.map_err(|error| StepError::Host { what: error.to_string() })
@@ -120,6 +168,9 @@ impl Target for Live<'_> {
             Step::Release => self.rendezvous.release(),
             Step::Arm => self.timed(Rendezvous::arm)?,
             Step::Fence => self.timed(Rendezvous::fence)?,
+            Step::Open { at, byte } => self.kernel.write(*at, &[*byte]).map_err(unmapped)?,
+            // vCPUs that were kicked come out when the host lets them run.
+            Step::Drain => while self.timed(Rendezvous::fence).is_err() {},
             Step::Hold => self.timed(Rendezvous::hold)?,
             Step::Inspect(condition) => self.inspect(condition)?,
             Step::Store { at, old, new } => {

@@ -111,11 +111,14 @@ fn sites(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
 
 fn report(out: &mut String, value: &Value, style: Style) -> std::fmt::Result {
     let state = text(value, "state");
-    let good = matches!(state, "applied" | "reverted");
+    let good = matches!(state, "applied" | "reverted" | "superseded");
     let painted = if good { style.green(state) } else { style.red(state) };
     writeln!(out, "{}: {painted}", style.bold(text(value, "name")))?;
     if let Some(failure) = value["failure"].as_str() {
         writeln!(out, "  {failure}")?;
+    }
+    if value["superseded"].as_u64().is_some_and(|count| count > 0) {
+        writeln!(out, "  {} sites were replaced by the guest and are left to it", value["superseded"])?;
     }
     sites(out, value, style)?;
     let timing = &value["timing"];

@@ -7,6 +7,8 @@ use super::btf::Btf;
 pub struct Offsets {
     /// `struct cpuinfo_x86`, `x86_capability`: the processor's features, a bit each.
     pub capability: Option<u64>,
+    /// `struct mutex`, `owner`: who has it, or zero.
+    pub mutex_owner: Option<u64>,
     /// `struct module`.
     pub module: Option<ModuleOffsets>,
 }
@@ -39,6 +41,7 @@ impl Offsets {
     pub(super) fn read(btf: &Btf<'_>) -> Self {
         Self {
             capability: btf.offset("cpuinfo_x86", "x86_capability").map(u64::from),
+            mutex_owner: btf.offset("mutex", "owner").map(u64::from),
             module: ModuleOffsets::read(btf),
         }
     }

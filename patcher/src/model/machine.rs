@@ -48,6 +48,14 @@ pub enum Guest {
     Owns(Gva),
     /// Has an `int3` of its own, which it replaces by another byte.
     Replaces(Gva, u8),
+    /// Patches the sites, as often as it likes: takes its lock, comes by the door, compares what
+    /// is there with what it may be, and relies on that until it gives the lock back.
+    Patches {
+        /// The word that is zero while it does not.
+        lock: Gva,
+        /// Where it comes by before it compares.
+        door: Gva,
+    },
 }
 
 /// What the monitor's side of a trap does; each can be taken out to see that it matters.
@@ -121,6 +129,12 @@ enum Frame {
         rip: Gva,
         pass: Option<Version>,
     },
+    /// It patches the guest's text: it has the lock, and comes to the door.
+    Locked(Gva),
+    /// It is past the door.
+    Compares,
+    /// It found the sites so, and relies on it.
+    Relies(Version),
 }
 
 /// What a vCPU does that trapped.
@@ -341,7 +355,7 @@ impl<'p> World<'p> {
         /// Code that belongs to no site.
         const ELSEWHERE: Gva = Gva(0);
         let rip = match frames.last() {
-            Some(Frame::At { rip, .. }) => *rip,
+            Some(Frame::At { rip, .. } | Frame::Locked(rip)) => *rip,
             _ => ELSEWHERE,
         };
         // Interrupts are disabled or counted while something else is interrupted.
@@ -369,7 +383,8 @@ impl<'p> World<'p> {
                 Self::fence(state);
             }
             Step::Disarm => state.armed = false,
-            Step::Fence => Self::fence(state),
+            Step::Fence | Step::Drain => Self::fence(state),
+            Step::Open { at, byte } => self.write(state, *at, &[*byte]),
             Step::Hold => {
                 state.held = true;
                 Self::fence(state);
@@ -531,6 +546,9 @@ impl<'p> World<'p> {
             return;
         }
         match cpu.frames.last() {
+            Some(Frame::Locked(_) | Frame::Compares | Frame::Relies(_)) => {
+                self.patcher_moves(state, number, moves);
+            }
             Some(Frame::At { rip, pass }) => {
                 if self.interrupts && cpu.frames.len() < 2 {
                     let next = with(&|cpu| cpu.frames.push(Frame::Elsewhere));
@@ -548,11 +566,68 @@ impl<'p> World<'p> {
                     _ => None,
                 };
                 let doors = self.program.doors.iter().map(|(at, _)| *at);
+                if let Guest::Patches { lock, door } = self.guest
+                    && cpu.frames.len() == 1
+                    && self.read(state, lock, 8) == [0; 8]
+                {
+                    let mut next = with(&|cpu| top(cpu, Frame::Locked(door)));
+                    // Nobody executes it, so nobody fetches it stale.
+                    next.memory[self.index(lock)] = 1;
+                    moves.add(|| format!("{name}: takes the lock"), Ok(next));
+                }
                 for at in self.program.sites.iter().map(|site| site.at).chain(own).chain(doors) {
                     let next = with(&|cpu| top(cpu, Frame::At { rip: at, pass: None }));
                     moves.add(|| format!("{name}: comes to {at}"), Ok(next));
                 }
             }
+        }
+    }
+
+    /// What a vCPU does that patches the guest's text.
+    fn patcher_moves(&self, state: &State<'p>, number: usize, moves: &mut Moves<'p>) {
+        let Guest::Patches { lock, .. } = self.guest else { return };
+        let cpu = &state.cpus[number];
+        let name = cpu.name;
+        let to = |frame| {
+            let mut next = state.clone();
+            top(&mut next.cpus[number], frame);
+            next
+        };
+        let found = |version| {
+            self.program.sites.iter().all(|site| {
+                let code = if version == Version::Old { &site.old } else { &site.new };
+                self.read(state, site.at, code.len()) == *code
+            })
+        };
+        match cpu.frames.last() {
+            Some(Frame::Locked(door)) => {
+                for stream in self.fetch(state, cpu, *door, 1) {
+                    if stream[0] == INT3 {
+                        moves.add(|| format!("{name}: meets the door"), self.int3(state, number, *door));
+                    } else {
+                        moves.add(|| format!("{name}: comes by the door"), Ok(to(Frame::Compares)));
+                    }
+                }
+            }
+            Some(Frame::Compares) => {
+                let version = [Version::Old, Version::New].into_iter().find(|version| found(*version));
+                let result = match version {
+                    Some(version) => Ok(to(Frame::Relies(version))),
+                    None => violation("the guest finds what it does not expect, and panics"),
+                };
+                moves.add(|| format!("{name}: compares"), result);
+            }
+            Some(Frame::Relies(version)) => {
+                let mut next = to(Frame::Elsewhere);
+                next.memory[self.index(lock)] = 0;
+                let result = if found(*version) {
+                    Ok(next)
+                } else {
+                    violation("the guest replaces what is there no more")
+                };
+                moves.add(|| format!("{name}: gives the lock back"), result);
+            }
+            _ => {}
         }
     }
 
@@ -665,7 +740,7 @@ impl<'p> World<'p> {
     fn out_moves(&self, state: &State<'p>, number: usize, moves: &mut Moves<'p>) {
         let cpu = &state.cpus[number];
         let name = cpu.name;
-        let Some(Frame::At { rip, .. }) = cpu.frames.last().copied() else { return };
+        let Some(Frame::At { rip, .. } | Frame::Locked(rip)) = cpu.frames.last().copied() else { return };
         let to = |frame: Option<Frame>, out: Option<Out>| {
             let mut next = state.clone();
             let cpu = &mut next.cpus[number];
@@ -686,6 +761,7 @@ impl<'p> World<'p> {
                 let (what, result) = match table.judge(rip, byte) {
                     Action::Resume => ("executes what is there now", to(None, None)),
                     Action::Pass(Way::Wait) => ("waits", to(None, Some(Out::Waiting))),
+                    // A door has no other way than to wait.
                     Action::Pass(Way::Effect(_)) => ("passes by effect", to(Some(Frame::Elsewhere), None)),
                     Action::Pass(Way::Copy(copy)) => {
                         ("goes to the copy", to(Some(Frame::At { rip: copy, pass: None }), None))

@@ -11,14 +11,16 @@ use patcher::program::{Program, Step};
 use patcher::quiesce::Condition;
 
 use super::strategies::replaces;
-use super::worlds::{Change, KEY, SEVERAL, TEXT, ZERO, program, with_door, world};
+use super::worlds::{
+    Change, KEY, SEVERAL, TEXT, ZERO, patches_itself, program, self_patching, with_door, world,
+};
 
 /// Something taken out of a program, or of the monitor.
 struct Mutant {
     name: &'static str,
     strategy: Strategy,
     changes: &'static [Change],
-    door: bool,
+    compiled: fn(Strategy, &[Change]) -> Program,
     program: fn(&mut Program),
     world: fn(&mut World<'_>),
 }
@@ -26,7 +28,7 @@ struct Mutant {
 const MUTANTS: &[Mutant] = &[
     breakpoint("the fence after `int3`", |p| remove(p, is_fence, 0), same),
     breakpoint("the fence after the remaining bytes", |p| remove(p, is_fence, 1), same),
-    breakpoint("the fence after the first bytes", |p| remove(p, is_fence, 2), same),
+    breakpoint("the fence after the first bytes", |p| remove(p, is_drain, 0), same),
     breakpoint("the undo of the fence after `int3`", |p| no_undo(p, is_fence, 0), same),
     breakpoint("the undo of the fence after the remaining bytes", |p| no_undo(p, is_fence, 1), same),
     breakpoint("the fence before the traps are withdrawn, undoing", |p| no_undo(p, is_arm, 0), same),
@@ -74,26 +76,58 @@ const MUTANTS: &[Mutant] = &[
     door("publishing the door", |p| remove(p, is_publish, 0), same),
     door("interception at the door", |p| remove(p, is_arm, 0), same),
     door("the fence before those at the door go on", |p| remove(p, is_fence, 1), same),
+    patcher("the guest's own lock", |p| remove(p, is_check, 1)),
+    patcher("the door to the guest's own patching", |p| remove(p, is_write, 0)),
+    patcher("opening the door", |p| remove(p, is_open, 0)),
+    patcher("opening the door last: it comes before the remaining bytes", open_early),
+    patcher("the fence before the guest's lock is looked at", |p| remove(p, is_fence, 0)),
+    Mutant {
+        strategy: Strategy::Hold,
+        changes: &[KEY],
+        ..patcher("the guest's own lock", |p| remove(p, is_check, 0))
+    },
 ];
 
-const fn breakpoint(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Breakpoint, changes: &[ZERO], door: false, program, world }
+const fn breakpoint(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+    Mutant {
+        name,
+        strategy: Strategy::Breakpoint,
+        changes: &[ZERO],
+        compiled: program,
+        program: change,
+        world,
+    }
 }
 
-const fn hold(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Hold, changes: &[KEY], door: false, program, world }
+const fn hold(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+    Mutant { name, strategy: Strategy::Hold, changes: &[KEY], compiled: program, program: change, world }
 }
 
-const fn store(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Store, changes: &[KEY], door: false, program, world }
+const fn store(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+    Mutant { name, strategy: Strategy::Store, changes: &[KEY], compiled: program, program: change, world }
 }
 
-const fn inspect(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Inspect, changes: &[SEVERAL], door: false, program, world }
+const fn inspect(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+    Mutant {
+        name,
+        strategy: Strategy::Inspect,
+        changes: &[SEVERAL],
+        compiled: program,
+        program: change,
+        world,
+    }
 }
 
-const fn door(name: &'static str, program: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { door: true, ..inspect(name, program, world) }
+const fn door(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+    Mutant { compiled: |_, changes| with_door(changes), ..inspect(name, change, world) }
+}
+
+const fn patcher(name: &'static str, change: fn(&mut Program)) -> Mutant {
+    let world = |world: &mut World<'_>| {
+        patches_itself(world);
+        world.interrupts = false;
+    };
+    Mutant { compiled: self_patching, ..breakpoint(name, change, world) }
 }
 
 fn same(_: &mut World<'_>) {}
@@ -110,6 +144,12 @@ fn foreign(world: &mut World<'_>) {
 
 fn is_fence(step: &Step) -> bool {
     *step == Step::Fence
+}
+fn is_drain(step: &Step) -> bool {
+    *step == Step::Drain
+}
+fn is_open(step: &Step) -> bool {
+    matches!(step, Step::Open { .. })
 }
 fn is_arm(step: &Step) -> bool {
     *step == Step::Arm
@@ -152,7 +192,7 @@ fn no_undo(program: &mut Program, which: fn(&Step) -> bool, nth: usize) {
 }
 
 fn disarm_early(program: &mut Program) {
-    let last_fence = find(program, is_fence, 2);
+    let last_fence = find(program, is_drain, 0);
     let disarm = program.steps.pop().expect("disarm");
     program.steps.insert(last_fence, disarm);
 }
@@ -160,6 +200,11 @@ fn disarm_early(program: &mut Program) {
 fn withdraw_early(program: &mut Program) {
     let withdraw = program.steps.remove(find(program, is_withdraw, 0));
     program.steps.insert(find(program, is_fence, 1), withdraw);
+}
+
+fn open_early(program: &mut Program) {
+    let open = program.steps.remove(find(program, is_open, 0));
+    program.steps.insert(find(program, is_fence, 1), open);
 }
 
 fn no_copy(program: &mut Program) {
@@ -176,9 +221,7 @@ fn whatever_is_taken_out_is_missed() {
     let mut survivors = Vec::new();
     let mut table = Vec::new();
     for mutant in MUTANTS {
-        let whole =
-            if mutant.door { with_door(mutant.changes) } else { program(mutant.strategy, mutant.changes) };
-        let mut mutated = whole.clone();
+        let mut mutated = (mutant.compiled)(mutant.strategy, mutant.changes);
         (mutant.program)(&mut mutated);
         let mut world = world(&mutated);
         if mutant.strategy == Strategy::Store {

@@ -7,7 +7,10 @@ use patcher::model::explore::explore;
 use patcher::model::machine::{Fetch, Guest, World};
 use patcher::plan::Strategy;
 
-use super::worlds::{CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, program, reversed, with_door, world};
+use super::worlds::{
+    CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, patches_itself, program, reversed, self_patching,
+    with_door, world,
+};
 
 /// Explores and prints how much there was, past the test harness, which would keep it.
 fn holds(name: &str, world: &World<'_>) {
@@ -137,4 +140,21 @@ fn doors() {
     }
     let program = with_door(&[KEY]);
     holds("inspect with a door, interrupted", &world(&program));
+}
+
+/// The guest never finds what it does not expect, nor has what it relies on taken away.
+#[test]
+fn a_guest_that_patches_itself() {
+    for (strategy, changes) in [
+        (Strategy::Breakpoint, &[ZERO][..]),
+        (Strategy::Breakpoint, &[KEY]),
+        (Strategy::Bypass, &[ZERO]),
+        (Strategy::Hold, &[KEY, ZERO]),
+    ] {
+        let program = self_patching(strategy, changes);
+        let mut world = world(&program);
+        patches_itself(&mut world);
+        world.interrupts = false;
+        holds(&format!("{strategy:?}, guest patches itself"), &world);
+    }
 }

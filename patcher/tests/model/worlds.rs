@@ -3,8 +3,9 @@
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::doors::Patchers;
 use patcher::interior::boundaries;
-use patcher::model::machine::World;
+use patcher::model::machine::{Guest, World};
 use patcher::plan::Strategy;
 use patcher::program::Program;
 use patcher::refusal::Pointer;
@@ -65,6 +66,7 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
         sites: changes.iter().map(site).collect(),
         data: Vec::new(),
         doors: Vec::new(),
+        patchers: Patchers::default(),
     }
 }
 
@@ -83,6 +85,22 @@ pub(crate) fn with_door(changes: &[Change]) -> Program {
     compile(&plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
 }
 
+/// The word of the guest's lock.
+pub(crate) const LOCK: Gva = Gva(0xffff_ffff_8300_0000);
+
+/// A program in a guest that patches itself.
+pub(crate) fn self_patching(strategy: Strategy, changes: &[Change]) -> Program {
+    let patchers = Patchers { doors: vec![DOOR], locks: vec![LOCK] };
+    let plan = ResolvedPlan { patchers, ..plan(strategy, changes) };
+    let host = Host { stores_are_whole: true };
+    compile(&plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
+}
+
+/// Makes the guest of a world patch itself.
+pub(crate) fn patches_itself(world: &mut World<'_>) {
+    world.guest = Guest::Patches { lock: LOCK, door: DOOR.0 };
+}
+
 /// A program in a world whose memory is as its sites begin.
 pub(crate) fn world(program: &Program) -> World<'_> {
     let mut text = vec![0x90; 16];
@@ -93,6 +111,9 @@ pub(crate) fn world(program: &Program) -> World<'_> {
     let mut memory = vec![(TEXT, text)];
     if !program.copies.is_empty() {
         memory.push((ARENA, vec![0; ARENA_SIZE]));
+    }
+    if !program.locks.is_empty() {
+        memory.push((LOCK, vec![0; 8]));
     }
     World::new(program, memory)
 }

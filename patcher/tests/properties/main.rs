@@ -8,6 +8,7 @@ mod miniature;
 use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
+use patcher::doors::Patchers;
 use patcher::kernel::{Kernel, KernelImage, Modules, unpack};
 use patcher::plan::Strategy;
 use patcher::program::Step;
@@ -83,6 +84,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         sites: resolved,
         data: Vec::new(),
         doors: Vec::new(),
+        patchers: Patchers::default(),
     };
     (plan, memory)
 }
@@ -98,6 +100,7 @@ fn perform(memory: &mut [u8], step: &Step, part: Option<usize>) -> Result<(), St
             let done = part.map_or(bytes.len(), |part| part % (bytes.len() + 1));
             memory[range(*at, done)].copy_from_slice(&bytes[..done]);
         }
+        Step::Open { at, byte } => memory[usize::try_from(at.0).expect("small")] = *byte,
         Step::Check { at, bytes } | Step::Store { at, old: bytes, .. } => {
             let found = memory[range(*at, bytes.len())].to_vec();
             if found != *bytes {

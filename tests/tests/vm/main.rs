@@ -11,6 +11,7 @@ mod engine;
 mod flips;
 mod kernel;
 mod refusals;
+mod selfpatching;
 mod socket;
 mod terminal;
 
@@ -40,6 +41,7 @@ fn all() -> Vec<Test> {
         flips::TESTS,
         kernel::TESTS,
         refusals::TESTS,
+        selfpatching::TESTS,
         socket::TESTS,
         terminal::TESTS,
     ]

@@ -266,7 +266,7 @@ fn reply(answer: Answer) -> Reply {
 
 fn status(report: &Report) -> StatusCode {
     match report.state {
-        PatchState::Applied | PatchState::Reverted => StatusCode::OK,
+        PatchState::Applied | PatchState::Reverted | PatchState::Superseded => StatusCode::OK,
         PatchState::RolledBack | PatchState::Held => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

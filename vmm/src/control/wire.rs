@@ -94,6 +94,8 @@ pub enum PatchState {
     RolledBack,
     /// It failed and so did undoing it; the guest is held.
     Held,
+    /// The guest replaced it at every site, so nothing was left to revert.
+    Superseded,
 }
 
 /// What a plan would change.
@@ -119,6 +121,9 @@ pub struct Report {
     /// What failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
+    /// Whether it failed because the guest has something else than was expected.
+    #[serde(skip)]
+    pub found_other: bool,
     /// The strategy.
     pub strategy: Strategy,
     /// Why that one.
@@ -127,6 +132,9 @@ pub struct Report {
     pub timing: Timing,
     /// How many times a vCPU ran into a breakpoint of ours and waited.
     pub traps: u64,
+    /// How many sites were left as they are, because the guest had replaced what a patch put
+    /// there.
+    pub superseded: usize,
     /// The sites.
     pub sites: Vec<Site>,
 }
@@ -144,6 +152,8 @@ pub struct Timing {
     pub longest_fence_us: u64,
     /// The longest time that a vCPU was kept out of the guest.
     pub longest_stall_us: u64,
+    /// How often the program was begun: until the guest was not just patching itself.
+    pub attempts: usize,
 }
 
 /// One line of `GET /patches`.

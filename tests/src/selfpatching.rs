@@ -1,0 +1,168 @@
+//! A guest that patches itself while the monitor does.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::lab::Lab;
+use crate::targets::both_kernels;
+use crate::vm::{Method, Setup, Vm, field};
+
+/// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
+const NEIGHBOUR: &str = "sched_feat_keys";
+
+/// While the guest switches a key to and fro as fast as it can, switches its neighbour from
+/// outside so many times, which must always work, and the very same key, which the guest may
+/// have switched by then. The guest must not notice.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn contended(lab: &Lab, times: usize) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        contend(lab, &setup, times)?;
+    }
+    Ok(())
+}
+
+fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
+    let mut vm = Vm::start(lab, setup)?;
+    vm.hammer("getppid", 0, 1)?;
+    vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
+    let enabled = neighbour_is_enabled(&vm)?;
+    let (mut attempts, mut outcomes) = (Vec::new(), BTreeMap::new());
+    for time in 0..times {
+        let strategy = ["breakpoint", "hold", "bypass"][time % 3];
+        let plan = |name: &str, key: &str, enable: bool| {
+            json!({ "version": 1, "name": name, "strategy": strategy, "deadline_ms": 60_000,
+                "patches": [{ "static_key": key, "enable": enable }] })
+        };
+        for report in [vm.apply(&plan("other", NEIGHBOUR, !enabled))?, vm.revert("other")?] {
+            attempts.push(report["timing"]["attempts"].as_u64().context("a number of attempts")?);
+        }
+        let plan = plan("same", "sched_schedstats", time % 2 == 0).to_string();
+        let outcome = outcome(vm.request(Method::POST, "/patches", plan.as_bytes())?)?;
+        if outcome == "applied" {
+            let reverted = self::outcome(vm.request(Method::POST, "/patches/same/revert", b"")?)?;
+            ensure!(matches!(reverted.as_str(), "reverted" | "superseded"), "{reverted}");
+            *outcomes.entry(reverted).or_insert(0) += 1;
+        } else {
+            *outcomes.entry(outcome).or_insert(0) += 1;
+        }
+        if time % 20 == 0 {
+            vm.expect_all(false)?;
+            vm.expect_no_kernel_errors()?;
+        }
+    }
+    let toggled = field(&vm.ask("toggle-end")?.1, "written")?;
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    ensure!(toggled > 2, "the guest switched nothing");
+    attempts.sort_unstable();
+    println!(
+        "{times} times: the guest wrote {toggled} times; attempts: median {}, max {}; the same key: {outcomes:?}",
+        attempts[attempts.len() / 2],
+        attempts[attempts.len() - 1]
+    );
+    vm.power_off()
+}
+
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// What makes the guest patch itself next to a function that is patched from outside: what to
+/// write where beforehand, and a file with two texts to write there in turn.
+type Row = (&'static str, &'static [(&'static str, &'static str)], &'static str, [&'static str; 2]);
+
+const ROWS: [Row; 5] = [
+    ("jump labels", &[], "/proc/sys/kernel/sched_schedstats", ["1", "0"]),
+    (
+        "function tracer",
+        &[("/sys/kernel/tracing/set_ftrace_filter", "*sys_getppid")],
+        "/sys/kernel/tracing/current_tracer",
+        ["function", "nop"],
+    ),
+    ("function graph tracer", &[], "/sys/kernel/tracing/current_tracer", ["function_graph", "nop"]),
+    (
+        "kprobe",
+        &[
+            ("/proc/sys/debug/kprobes-optimization", "0"),
+            ("/sys/kernel/tracing/kprobe_events", "p:own/near __x64_sys_getpid+BEHIND"),
+        ],
+        "/sys/kernel/tracing/events/own/near/enable",
+        ["1", "0"],
+    ),
+    (
+        "optimized kprobe",
+        &[("/proc/sys/debug/kprobes-optimization", "1")],
+        "/sys/kernel/tracing/events/own/near/enable",
+        ["1", "0"],
+    ),
+];
+
+/// While the guest patches itself in every way that its files offer, in the function that is
+/// hammered or in the one that it is redirected to, switches a key from outside and redirects
+/// that function, behind the tracer's place, and back, so many times by each strategy: always
+/// with success, and the guest must not notice.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn beside(lab: &Lab, times: usize) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &setup)?;
+        vm.ask(&format!("mount tracefs {TRACING}"))?;
+        vm.hammer("getppid", 0, 1)?;
+        let (enabled, behind) = (neighbour_is_enabled(&vm)?, behind_the_tracer(&vm, "__x64_sys_getpid")?);
+        for (row, before, file, [first, second]) in ROWS {
+            for (path, text) in before {
+                vm.ask(&format!("write {path} {}", text.replace("BEHIND", &behind.to_string())))?;
+            }
+            vm.ask(&format!("toggle {file} {first} {second}"))?;
+            let mut attempts = 0;
+            for strategy in ["breakpoint", "bypass", "hold", "inspect"] {
+                for _ in 0..times {
+                    let patch = if strategy == "inspect" {
+                        json!({ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid", "keep_fentry": true })
+                    } else {
+                        json!({ "static_key": NEIGHBOUR, "enable": !enabled })
+                    };
+                    let plan = json!({ "version": 1, "name": "flip", "strategy": strategy,
+                        "deadline_ms": 60_000, "patches": [patch] });
+                    let there = vm.apply(&plan).with_context(|| row.to_owned())?;
+                    let back = vm.revert("flip").with_context(|| row.to_owned())?;
+                    for report in [there, back] {
+                        attempts += report["timing"]["attempts"].as_u64().context("attempts")?;
+                    }
+                }
+                vm.expect_all(false).with_context(|| row.to_owned())?;
+            }
+            let toggled = field(&vm.ask("toggle-end")?.1, "written")?;
+            vm.expect_no_kernel_errors().with_context(|| row.to_owned())?;
+            ensure!(toggled > 1, "{row}: the guest did nothing");
+            println!("{row}: the guest wrote {toggled} times; {} programs, {attempts} attempts", 8 * times);
+        }
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+fn neighbour_is_enabled(vm: &Vm) -> Result<bool> {
+    let keys = crate::targets::targets(vm, "static_keys")?;
+    let key = keys.iter().find(|key| key["name"] == NEIGHBOUR).context("the neighbour")?;
+    Ok(key["users"] != 0)
+}
+
+/// How far behind a function's start the place for the tracer ends.
+fn behind_the_tracer(vm: &Vm, function: &str) -> Result<u64> {
+    let plan = json!({ "version": 1, "name": "probe", "patches": [
+        { "redirect": function, "to": function, "keep_fentry": true }] });
+    let (_, answer) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+    let symbol = answer["sites"][0]["symbol"].as_str().with_context(|| format!("{answer:#}"))?;
+    let offset = symbol.rsplit_once("+0x").context("an offset")?.1;
+    Ok(u64::from_str_radix(offset, 16)?)
+}
+
+/// What became of a request: a state, or why it was refused.
+fn outcome((status, answer): (u16, Value)) -> Result<String> {
+    let (state, code) = (answer["state"].as_str(), answer["refusals"][0]["code"].as_str());
+    code.or(state).map(str::to_owned).with_context(|| format!("{status}: {answer:#}"))
+}

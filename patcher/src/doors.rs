@@ -81,21 +81,20 @@ pub(crate) fn unlocked(kernel: &Kernel<'_>, text: &dyn Text, sites: &[Site]) -> 
     UNLOCKED.into_iter().filter_map(|name| door(kernel, text, sites, name)).collect()
 }
 
-/// The first instruction of a function that nobody else patches: the tracer has the entry, and
-/// there may be jumps of static keys. `None` if a site is there, or somebody's `int3`.
+/// The first instruction of a function behind the marker for indirect branches, which must be
+/// whole, and the place for the tracer. `None` if a static key's jump or a static call, a site,
+/// or somebody's `int3` is there.
 fn door(kernel: &Kernel<'_>, text: &dyn Text, sites: &[Site], name: &str) -> Option<Door> {
     const LOOK: usize = 64;
     let entry = kernel.symbol(name).ok()?;
     let code = read(text, entry, LOOK).ok()?;
-    let tables = kernel.image.tables();
-    let patched = |at: Gva| {
-        let linked = kernel.linked(at);
-        kernel.is_fentry(at)
-            || tables.jump_entries.iter().flatten().any(|entry| entry.code == linked)
-            || tables.static_call_sites.iter().flatten().any(|site| site.code == linked)
-    };
-    let insn = insn::decode(&code, entry).find(|insn| !patched(insn.at))?;
-    let byte = code[insn.at.offset_from(entry)?];
-    let taken = sites.iter().any(|site| site.at <= insn.at && insn.at < site.end());
-    (!taken && byte != INT3).then_some((insn.at, byte))
+    let marker = if code.starts_with(&insn::ENDBR64) { insn::ENDBR64.len() } else { 0 };
+    let at = insn::decode(&code[marker..], entry.plus(marker)?).find(|insn| !kernel.is_fentry(insn.at))?.at;
+    let byte = code[at.offset_from(entry)?];
+    let (tables, linked) = (kernel.image.tables(), kernel.linked(at));
+    let taken = byte == INT3
+        || tables.jump_entries.iter().flatten().any(|entry| entry.code == linked)
+        || tables.static_call_sites.iter().flatten().any(|site| site.code == linked)
+        || sites.iter().any(|site| site.at <= at && at < site.end());
+    (!taken).then_some((at, byte))
 }

@@ -9,6 +9,8 @@ use crate::addr::Gva;
 
 /// `int3`, one byte (SDM volume 2, INT n/INTO/INT3/INT1).
 pub const INT3: u8 = 0xcc;
+/// `endbr64`: indirect branches may lead here (SDM volume 2).
+pub const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// Longest instruction, in bytes (SDM volume 2, 2.3.11).
 pub const MAX_LENGTH: usize = 15;
 

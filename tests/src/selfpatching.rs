@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::lab::Lab;
 use crate::targets::both_kernels;
-use crate::vm::{Method, Setup, Vm, field};
+use crate::vm::{Method, Setup, Vm, field, redirect_plan};
 
 /// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
 const NEIGHBOUR: &str = "sched_feat_keys";
@@ -28,6 +28,8 @@ pub fn contended(lab: &Lab, times: usize) -> Result<()> {
 fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     let mut vm = Vm::start(lab, setup)?;
     vm.hammer("getppid", 0, 1)?;
+    let doors = doors(&vm)?;
+    ensure!(doors >= DOORS, "only {doors} doors");
     vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
     let enabled = neighbour_is_enabled(&vm)?;
     let (mut attempts, mut outcomes) = (Vec::new(), BTreeMap::new());
@@ -65,6 +67,17 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
         attempts[attempts.len() - 1]
     );
     vm.power_off()
+}
+
+/// How many functions that patch text a stock kernel has, at least.
+const DOORS: usize = 18;
+
+/// How many doors a program shuts and opens.
+fn doors(vm: &Vm) -> Result<usize> {
+    let plan = redirect_plan("doors", Some("breakpoint")).to_string();
+    let (_, program) = vm.request(Method::POST, "/patches/explain", plan.as_bytes())?;
+    let steps = program["steps"].as_array().with_context(|| format!("{program:#}"))?;
+    Ok(steps.iter().filter(|step| step.as_str().is_some_and(|step| step.starts_with("open"))).count())
 }
 
 const TRACING: &str = "/sys/kernel/tracing";

@@ -1,0 +1,225 @@
+//! Plans: from JSON to a program, from a program to a report, and back.
+
+use std::time::{Duration, Instant};
+
+use patcher::addr::Gva;
+use patcher::arena::Arena;
+use patcher::compile::compile;
+use patcher::doors;
+use patcher::plan::{Plan, Strategy};
+use patcher::program::Program;
+use patcher::refusal::{Refusal, Refused};
+use patcher::resolve::{ResolvedPlan, resolve};
+use patcher::session::End;
+use patcher::target::{StepError, drive};
+
+use super::{Answer, Applied, Controller, refused, us};
+use crate::arena::GuestArena;
+use crate::control::wire::{PatchState, Refusals, Report, Timing};
+use crate::live::Live;
+
+/// How long a plan that does not fit is looked at again while the guest patches itself.
+const LOOK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How often a patch is reverted again that the guest changed meanwhile.
+const AGAIN: usize = 3;
+
+impl Controller {
+    fn resolve(&mut self, json: &[u8]) -> Result<ResolvedPlan, Vec<Refused>> {
+        let plan = Plan::parse(json)?;
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        self.not_held().map_err(root)?;
+        let in_use = |patch: &Applied| patch.state == PatchState::Applied;
+        if self.patches.iter().any(|patch| in_use(patch) && patch.plan.name == plan.name) {
+            return Err(root(Refusal::NameTaken { name: plan.name }));
+        }
+        let kernel = self.kernel().map_err(root)?;
+        let kernel = if plan.concerns_modules() { kernel.with_modules() } else { kernel.clone() };
+        let taken = self
+            .patches
+            .iter()
+            .filter(|patch| in_use(patch))
+            .flat_map(|patch| patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site)));
+        resolve(&plan, self.guest(&kernel), taken)
+    }
+
+    /// Resolves and compiles a plan. Nothing is written.
+    pub(super) fn prepare(&mut self, json: &[u8]) -> Result<(ResolvedPlan, Program), Vec<Refused>> {
+        let until = Instant::now() + LOOK_PATIENCE;
+        let plan = loop {
+            match self.resolve(json) {
+                // It may have been looked at in the middle of a change.
+                Err(_) if self.guest_was_patching(until) => {}
+                resolved => break resolved?,
+            }
+        };
+        let program = self.compile(&plan)?;
+        Ok((plan, program))
+    }
+
+    /// Whether the guest is patching itself; if so, waits until it does not.
+    fn guest_was_patching(&mut self, until: Instant) -> bool {
+        let Ok(kernel) = self.kernel().cloned() else { return false };
+        let target = Live::new(&kernel, &self.rendezvous, until);
+        target.wait_while_patching(&doors::locks(&kernel.kernel())) && Instant::now() < until
+    }
+
+    fn compile(&mut self, plan: &ResolvedPlan) -> Result<Program, Vec<Refused>> {
+        if plan.strategy != Strategy::Bypass {
+            return compile(plan, self.host, &mut Arena::new(Gva(0), 0));
+        }
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        if self.arena.is_none() {
+            let placed = GuestArena::place(self.kernel().map_err(root)?);
+            self.arena = Some(placed.map_err(|why| root(Refusal::GuestNotReady { why }))?);
+        }
+        let mut nowhere = Arena::new(Gva(0), 0);
+        let arena = self.arena.as_mut().map_or(&mut nowhere, |placed| &mut placed.arena);
+        compile(plan, self.host, arena)
+    }
+
+    pub(super) fn apply(&mut self, json: &[u8]) -> Answer {
+        let asked = Instant::now();
+        let (plan, program) = match self.prepare(json) {
+            Ok(prepared) => prepared,
+            Err(refused) => return Answer::Refused(Refusals::new(refused)),
+        };
+        let report = match self.execute(&plan, program, asked) {
+            Ok(report) => report,
+            Err(refusal) => return refused(refusal),
+        };
+        if report.state == PatchState::Applied {
+            // A name may be used again after its patch was reverted.
+            self.patches.retain(|patch| patch.plan.name != plan.name);
+            self.patches.push(Applied { plan, state: report.state, report: report.clone() });
+        }
+        Answer::Report(Box::new(report))
+    }
+
+    pub(super) fn revert(&mut self, name: &str) -> Answer {
+        let asked = Instant::now();
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        let found = self.not_held().and_then(|()| self.find(name)).map_err(root);
+        let reverted = found.and_then(|index| {
+            if self.patches[index].state != PatchState::Applied {
+                return Err(root(Refusal::NotApplied { name: name.to_owned() }));
+            }
+            if let Some(by) = self.covered_by(index) {
+                return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
+            }
+            let mut report = self.run_back(self.patches[index].plan.reversed(), asked)?;
+            if report.state == PatchState::Applied {
+                report.state = PatchState::Reverted;
+            }
+            if matches!(report.state, PatchState::Reverted | PatchState::Superseded) {
+                self.patches[index].state = report.state;
+                self.patches[index].report = report.clone();
+            }
+            Ok(report)
+        });
+        match reverted {
+            Ok(report) => Answer::Report(Box::new(report)),
+            Err(refused) => Answer::Refused(Refusals::new(refused)),
+        }
+    }
+
+    /// Reverts a patch, or what the guest has left of it.
+    fn run_back(&mut self, mut back: ResolvedPlan, asked: Instant) -> Result<Report, Vec<Refused>> {
+        let root = |refusal: Refusal| vec![refusal.at_root()];
+        let until = asked + Duration::from_millis(back.deadline_ms);
+        let (mut superseded, mut again) = (0, AGAIN);
+        loop {
+            let program = self.compile(&back)?;
+            let report = self.execute(&back, program, asked).map_err(root)?;
+            if !report.found_other || Instant::now() > until {
+                return Ok(Report { superseded, ..report });
+            }
+            let kernel = self.kernel().map_err(root)?.clone();
+            let target = Live::new(&kernel, &self.rendezvous, until);
+            let Ok(replaced) = target.replaced(&back) else { return Ok(report) };
+            // If it has changed it to and fro it may be tried again; if it counts its users, not.
+            if replaced.is_empty() && again == 0 {
+                return Ok(report);
+            }
+            again -= usize::from(replaced.is_empty());
+            superseded += replaced.len();
+            back.sites.retain(|site| !replaced.contains(&site.at));
+            if back.sites.is_empty() {
+                return Ok(Report { state: PatchState::Superseded, failure: None, superseded, ..report });
+            }
+        }
+    }
+
+    /// Runs the program of a resolved plan.
+    fn execute(&mut self, plan: &ResolvedPlan, program: Program, asked: Instant) -> Result<Report, Refusal> {
+        let kernel = self.kernel()?.clone();
+        if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
+            arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
+        }
+        let resolved = asked.elapsed();
+        let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
+        let mut attempts = 0;
+        let (target, end) = loop {
+            attempts += 1;
+            let mut target = Live::new(&kernel, &self.rendezvous, until);
+            if self.config.fail_programs {
+                target.fail_at(self.fail_at);
+            }
+            let end = drive(&program, &mut target);
+            self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
+            match &end {
+                End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
+                _ => break (target, end),
+            }
+            target.wait_while_patching(&program.locks);
+        };
+        let total = asked.elapsed();
+        let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
+        let counters = self.rendezvous.counters();
+        let found_other = matches!(&end, End::RolledBack { failure }
+            if matches!(failure.error, StepError::Mismatch { .. }) && !program.was_kept_out(failure));
+        let (state, failure) = match end {
+            End::Applied => (PatchState::Applied, None),
+            End::RolledBack { failure } if program.was_kept_out(&failure) => {
+                let why = format!("until the deadline the guest was patching itself, {attempts} times");
+                (PatchState::RolledBack, Some(why))
+            }
+            End::RolledBack { failure } => (PatchState::RolledBack, Some(failure.to_string())),
+            End::Held { failure, undo } => {
+                self.held_by = Some(plan.name.clone());
+                (PatchState::Held, Some(format!("{failure}; undoing it: {undo}")))
+            }
+        };
+        Ok(Report {
+            name: plan.name.clone(),
+            state,
+            failure,
+            found_other,
+            strategy: program.strategy,
+            reason: program.reason.to_owned(),
+            timing: Timing {
+                total_us: us(total),
+                program_us: us(total.saturating_sub(resolved)),
+                fences: target.fences().len(),
+                longest_fence_us: us(longest_fence),
+                longest_stall_us: counters.longest_stall_ns / 1000,
+                attempts,
+            },
+            traps: counters.traps,
+            superseded: 0,
+            sites: program.sites,
+        })
+    }
+
+    /// A patch that was applied over this one and still is.
+    fn covered_by(&self, index: usize) -> Option<&str> {
+        let (earlier, later) = self.patches.split_at(index + 1);
+        let mine = &earlier[index].plan.sites;
+        let covers = |patch: &&Applied| {
+            let mut sites = patch.plan.sites.iter();
+            patch.state == PatchState::Applied
+                && sites.any(|site| mine.iter().any(|other| site.overlaps(other)))
+        };
+        later.iter().find(covers).map(|patch| patch.plan.name.as_str())
+    }
+}

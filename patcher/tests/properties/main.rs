@@ -138,6 +138,8 @@ fn everything_is_read_from_the_miniature() {
     let calls = image.static_calls();
     assert_eq!((calls[0].name.as_str(), calls[0].initially.as_deref()), ("call", Some("function")));
     assert!(image.offsets().capability == Some(16) && image.offsets().module.is_some());
+    let offsets = format!("{:?}", image.offsets());
+    assert!(!offsets.contains("None"), "the miniature lacks a structure: {offsets}");
     assert!(image.lock_ops().is_some());
 }
 

@@ -57,7 +57,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// Those whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 6] = [
+pub(crate) const STRUCTURES: [Structure; 7] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -76,6 +76,7 @@ pub(crate) const STRUCTURES: [Structure; 6] = [
             ("num_exentries", 208),
         ],
     ),
+    ("mutex", 32, &[("owner", 0)]),
     ("module_memory", 16, &[("base", 0), ("size", 8)]),
     ("mod_kallsyms", 32, &[("symtab", 0), ("num_symtab", 8), ("strtab", 16), ("typetab", 24)]),
     ("paravirt_patch_template", 64, &[("lock", 16)]),
@@ -172,6 +173,7 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
         k.mark(name, b't');
         k.bytes.push(0xc3);
     }
+    k.put("text_poke", b'T', &[0x90, 0xc3]);
     let replacement = k.put("__alt_replacement", b't', &[0x0f, 0x01, 0xcb]);
     k.put("_etext", b'T', &[]);
     k.put("linux_banner", b'D', b"Linux version 6.1.0-miniature (x) #1 SMP PREEMPT_DYNAMIC\n\0");
@@ -182,6 +184,7 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
     let key = k.put("key", b'D', &[0; 16]);
     let call = k.put("__SCK__call", b'D', &[function.to_le_bytes(), [0; 8]].concat());
     k.put("modules", b'D', &[0; 16]);
+    k.put("text_mutex", b'D', &[0; 32]);
     k.put("boot_cpu_data", b'D', &[0; 256]);
     k.put("pv_ops", b'D', &[0; 64]);
     k.table("__start___jump_table", "__stop___jump_table", move |at| {

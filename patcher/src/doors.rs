@@ -88,7 +88,7 @@ fn door(kernel: &Kernel<'_>, text: &dyn Text, sites: &[Site], name: &str) -> Opt
     const LOOK: usize = 64;
     let entry = kernel.symbol(name).ok()?;
     let code = read(text, entry, LOOK).ok()?;
-    let marker = if code.starts_with(&insn::ENDBR64) { insn::ENDBR64.len() } else { 0 };
+    let marker = insn::marker(&code);
     let at = insn::decode(&code[marker..], entry.plus(marker)?).find(|insn| !kernel.is_fentry(insn.at))?.at;
     let byte = code[at.offset_from(entry)?];
     let (tables, linked) = (kernel.image.tables(), kernel.linked(at));

@@ -10,7 +10,9 @@ use crate::addr::Gva;
 /// `int3`, one byte (SDM volume 2, INT n/INTO/INT3/INT1).
 pub const INT3: u8 = 0xcc;
 /// `endbr64`: indirect branches may lead here (SDM volume 2).
-pub const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+const ENDBR64: [u8; MARKER] = [0xf3, 0x0f, 0x1e, 0xfa];
+/// Its length, in bytes.
+pub(crate) const MARKER: usize = 4;
 /// Longest instruction, in bytes (SDM volume 2, 2.3.11).
 pub const MAX_LENGTH: usize = 15;
 
@@ -65,6 +67,11 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
             ),
         })
     })
+}
+
+/// How many bytes the marker for indirect branches takes at a function's entry: it must stay.
+pub(crate) fn marker(entry: &[u8]) -> usize {
+    if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 }
 }
 
 /// Where a direct branch or call goes. (What calls a kernel or a hypervisor is a call, too, to

@@ -234,9 +234,7 @@ impl Plan {
         })?;
         raw.check()
     }
-}
 
-impl Plan {
     /// Whether it can only be resolved by somebody who knows the guest's modules. Reading them
     /// takes its time.
     #[must_use]

@@ -329,9 +329,8 @@ impl Resolver<'_> {
 
     fn redirect(&self, from: &str, to: &str, keep_fentry: bool) -> Result<Code, Refusal> {
         let (from, to) = (self.kernel.address(from)?, self.kernel.address(to)?);
-        let entry = read(self.text, from, insn::ENDBR64.len() + FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
-        // An indirect-branch target keeps its marker: indirect calls must still land on it.
-        let mut skip = if entry.starts_with(&insn::ENDBR64) { insn::ENDBR64.len() } else { 0 };
+        let entry = read(self.text, from, insn::MARKER + FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
+        let mut skip = insn::marker(&entry);
         // The guest checks what it left where it calls the tracer, and gives up on tracing
         // altogether if that is something else.
         let is_fentry = from.plus(skip).is_some_and(|at| self.kernel.is_fentry(at));

@@ -27,8 +27,8 @@ pub fn delivered(lab: &Lab, mode: &str, count: usize) -> Result<()> {
     vm.ask(&format!("mount tracefs {TRACING}"))?;
     vm.ask("write /proc/sys/debug/kprobes-optimization 0")?;
     let offset = field(&vm.ask("probed")?.1, "offset")?;
-    // Behind the five bytes for the tracer.
-    vm.ask(&format!("write {TRACING}/kprobe_events p:own/kernel __x64_sys_getppid+5"))?;
+    let behind = vm.behind_the_tracer("__x64_sys_getppid")?;
+    vm.ask(&format!("write {TRACING}/kprobe_events p:own/kernel __x64_sys_getppid+{behind}"))?;
     vm.ask(&format!("write {TRACING}/uprobe_events p:own/user /init:{offset:#x}"))?;
     vm.ask(&format!("write {TRACING}/events/own/enable 1"))?;
     vm.ask("nmis 100")?;

@@ -32,7 +32,7 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     ensure!(doors >= DOORS, "only {doors} doors");
     vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
     let enabled = neighbour_is_enabled(&vm)?;
-    let (mut attempts, mut outcomes) = (Vec::new(), BTreeMap::new());
+    let (mut tries, mut outcomes) = (Vec::new(), BTreeMap::new());
     for time in 0..times {
         let strategy = ["breakpoint", "hold", "bypass"][time % 3];
         let plan = |name: &str, key: &str, enable: bool| {
@@ -40,7 +40,7 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
                 "patches": [{ "static_key": key, "enable": enable }] })
         };
         for report in [vm.apply(&plan("other", NEIGHBOUR, !enabled))?, vm.revert("other")?] {
-            attempts.push(report["timing"]["attempts"].as_u64().context("a number of attempts")?);
+            tries.push(attempts(&report)?);
         }
         let plan = plan("same", "sched_schedstats", time % 2 == 0).to_string();
         let outcome = outcome(vm.request(Method::POST, "/patches", plan.as_bytes())?)?;
@@ -60,11 +60,11 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;
     ensure!(toggled > 2, "the guest switched nothing");
-    attempts.sort_unstable();
+    tries.sort_unstable();
     println!(
         "{times} times: the guest wrote {toggled} times; attempts: median {}, max {}; the same key: {outcomes:?}",
-        attempts[attempts.len() / 2],
-        attempts[attempts.len() - 1]
+        tries[tries.len() / 2],
+        tries[tries.len() - 1]
     );
     vm.power_off()
 }
@@ -124,13 +124,13 @@ pub fn beside(lab: &Lab, times: usize) -> Result<()> {
         let mut vm = Vm::start(lab, &setup)?;
         vm.ask(&format!("mount tracefs {TRACING}"))?;
         vm.hammer("getppid", 0, 1)?;
-        let (enabled, behind) = (neighbour_is_enabled(&vm)?, behind_the_tracer(&vm, "__x64_sys_getpid")?);
+        let (enabled, behind) = (neighbour_is_enabled(&vm)?, vm.behind_the_tracer("__x64_sys_getpid")?);
         for (row, before, file, [first, second]) in ROWS {
             for (path, text) in before {
                 vm.ask(&format!("write {path} {}", text.replace("BEHIND", &behind.to_string())))?;
             }
             vm.ask(&format!("toggle {file} {first} {second}"))?;
-            let mut attempts = 0;
+            let mut tries = 0;
             for strategy in ["breakpoint", "bypass", "hold", "inspect"] {
                 for _ in 0..times {
                     let patch = if strategy == "inspect" {
@@ -142,16 +142,14 @@ pub fn beside(lab: &Lab, times: usize) -> Result<()> {
                         "deadline_ms": 60_000, "patches": [patch] });
                     let there = vm.apply(&plan).with_context(|| row.to_owned())?;
                     let back = vm.revert("flip").with_context(|| row.to_owned())?;
-                    for report in [there, back] {
-                        attempts += report["timing"]["attempts"].as_u64().context("attempts")?;
-                    }
+                    tries += attempts(&there)? + attempts(&back)?;
                 }
                 vm.expect_all(false).with_context(|| row.to_owned())?;
             }
             let toggled = field(&vm.ask("toggle-end")?.1, "written")?;
             vm.expect_no_kernel_errors().with_context(|| row.to_owned())?;
             ensure!(toggled > 1, "{row}: the guest did nothing");
-            println!("{row}: the guest wrote {toggled} times; {} programs, {attempts} attempts", 8 * times);
+            println!("{row}: the guest wrote {toggled} times; {} programs, {tries} attempts", 8 * times);
         }
         vm.power_off()?;
     }
@@ -164,14 +162,9 @@ fn neighbour_is_enabled(vm: &Vm) -> Result<bool> {
     Ok(key["users"] != 0)
 }
 
-/// How far behind a function's start the place for the tracer ends.
-fn behind_the_tracer(vm: &Vm, function: &str) -> Result<u64> {
-    let plan = json!({ "version": 1, "name": "probe", "patches": [
-        { "redirect": function, "to": function, "keep_fentry": true }] });
-    let (_, answer) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
-    let symbol = answer["sites"][0]["symbol"].as_str().with_context(|| format!("{answer:#}"))?;
-    let offset = symbol.rsplit_once("+0x").context("an offset")?.1;
-    Ok(u64::from_str_radix(offset, 16)?)
+/// How often a program was begun.
+fn attempts(report: &Value) -> Result<u64> {
+    report["timing"]["attempts"].as_u64().with_context(|| format!("{report:#}"))
 }
 
 /// What became of a request: a state, or why it was refused.

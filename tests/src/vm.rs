@@ -276,11 +276,27 @@ impl Vm {
     /// # Errors
     /// When there is none of this name.
     pub fn address(&self, function: &str) -> Result<u64> {
-        let plan =
-            json!({ "version": 1, "name": "probe", "patches": [{ "redirect": function, "to": function }] });
+        let site = self.redirected(function, false)?;
+        let at = site["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
+        at.with_context(|| format!("{site:#}"))
+    }
+
+    /// How far behind a function's start the place for the tracer ends.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn behind_the_tracer(&self, function: &str) -> Result<u64> {
+        let site = self.redirected(function, true)?;
+        let symbol = site["symbol"].as_str().with_context(|| format!("{site:#}"))?;
+        Ok(u64::from_str_radix(symbol.rsplit_once("+0x").context("an offset")?.1, 16)?)
+    }
+
+    /// The site that a redirect of a function would change.
+    fn redirected(&self, function: &str, keep_fentry: bool) -> Result<Value> {
+        let plan = json!({ "version": 1, "name": "probe", "patches": [
+            { "redirect": function, "to": function, "keep_fentry": keep_fentry }] });
         let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
-        let at = answer["sites"][0]["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
-        at.with_context(|| format!("{answer:#}"))
+        answer["sites"].get(0).cloned().with_context(|| format!("{answer:#}"))
     }
 
     /// Checks a plan that is refused with this code; returns the message.

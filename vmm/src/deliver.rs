@@ -10,16 +10,15 @@
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use patcher::addr::{Gpa, Gva};
 
+use crate::boot::registers::{EFER_LMA, code_segment};
 use crate::memory::GuestRam;
 use crate::paging::PageTables;
+use crate::standing::RFLAGS_IF;
 
 /// Vector of #BP.
 const VECTOR: u64 = 3;
 
-const EFER_LONG_MODE: u64 = 1 << 10;
-
 const TRAP_FLAG: u64 = 1 << 8;
-const INTERRUPT_FLAG: u64 = 1 << 9;
 const NESTED_TASK: u64 = 1 << 14;
 const RESUME_FLAG: u64 = 1 << 16;
 const VIRTUAL_8086: u64 = 1 << 17;
@@ -54,7 +53,7 @@ pub enum Unusual {
 /// # Errors
 /// See [`Unusual`].
 pub fn breakpoint(regs: &mut kvm_regs, sregs: &mut kvm_sregs, ram: &GuestRam) -> Result<bool, Unusual> {
-    if sregs.efer & EFER_LONG_MODE == 0 {
+    if sregs.efer & EFER_LMA == 0 {
         return Err(Unusual::Mode);
     }
     let memory = Memory { ram, tables: PageTables::of(sregs) };
@@ -84,7 +83,7 @@ pub fn breakpoint(regs: &mut kvm_regs, sregs: &mut kvm_sregs, ram: &GuestRam) ->
     regs.rip = gate.handler;
     regs.rflags &= !(TRAP_FLAG | NESTED_TASK | RESUME_FLAG | VIRTUAL_8086);
     if gate.kind == INTERRUPT_GATE {
-        regs.rflags &= !INTERRUPT_FLAG;
+        regs.rflags &= !RFLAGS_IF;
     }
     let changed = inward || sregs.cs.selector != code.selector;
     if changed {
@@ -170,19 +169,7 @@ impl Memory<'_> {
             return Err(Unusual::Gate);
         }
         let dpl = access >> 5 & 3;
-        Ok(kvm_segment {
-            base: 0,
-            limit: 0xffff_ffff,
-            selector: selector & !3 | u16::from(dpl),
-            type_: access & 0xf,
-            present: 1,
-            dpl,
-            db: 0,
-            s: 1,
-            l: 1,
-            g: 1,
-            ..Default::default()
-        })
+        Ok(code_segment(selector & !3 | u16::from(dpl), access & 0xf, dpl))
     }
 }
 
@@ -221,7 +208,7 @@ mod tests {
             put(TASK + TASK_IST1 + 8, OWN);
             let table = |base, limit| kvm_dtable { base, limit, padding: [0; 3] };
             let regs = kvm_regs { rip: RIP, rsp: STACK + 8, rflags: FLAGS | TRAP_FLAG, ..Default::default() };
-            let mut sregs = kvm_sregs { cr3: 0x1000, efer: EFER_LONG_MODE, ..Default::default() };
+            let mut sregs = kvm_sregs { cr3: 0x1000, efer: EFER_LMA, ..Default::default() };
             (sregs.idt, sregs.gdt, sregs.tr.base) = (table(IDT, 0xfff), table(GDT, 0x7f), TASK);
             (sregs.cs.selector, sregs.ss.selector) = if ring == 0 { (CODE, 0x18) } else { (0x33, 0x2b) };
             (sregs.cs.dpl, sregs.ss.dpl) = (ring, ring);
@@ -257,7 +244,7 @@ mod tests {
         assert_eq!(world.regs.rsp, STACK - 40, "aligned to 16 bytes first");
         assert_eq!(world.frame(), [RIP + 1, CODE.into(), FLAGS | TRAP_FLAG, STACK + 8, 0x18]);
         assert_eq!(world.regs.rip, HANDLER);
-        assert_eq!(world.regs.rflags, FLAGS & !(INTERRUPT_FLAG | RESUME_FLAG));
+        assert_eq!(world.regs.rflags, FLAGS & !(RFLAGS_IF | RESUME_FLAG));
         assert_eq!((world.sregs.cs.selector, world.sregs.ss.selector), (CODE, 0x18));
     }
 
@@ -278,7 +265,7 @@ mod tests {
         world.gate(0xef, 2);
         assert_eq!(world.deliver(), Ok(false));
         assert_eq!(world.regs.rsp, OWN - 40);
-        assert_eq!(world.regs.rflags & INTERRUPT_FLAG, FLAGS & INTERRUPT_FLAG);
+        assert_eq!(world.regs.rflags & RFLAGS_IF, FLAGS & RFLAGS_IF);
     }
 
     #[test]

@@ -9,10 +9,11 @@ use patcher::addr::{Gva, VcpuId};
 use patcher::kernel::live::{read_u32, read_u64};
 use patcher::quiesce::{Condition, Mode, Offender, Standing};
 
+use crate::boot::registers::EFER_LMA;
 use crate::locate::GuestKernel;
 
-const EFER_LMA: u64 = 1 << 10;
-const RFLAGS_IF: u64 = 1 << 9;
+/// Interrupts are enabled.
+pub(crate) const RFLAGS_IF: u64 = 1 << 9;
 const MOST_CPUS: u64 = 64;
 
 /// The registers of a vCPU that is out of the guest, as far as they matter here.

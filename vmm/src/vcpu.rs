@@ -11,7 +11,7 @@ use patcher::addr::{Gva, VcpuId};
 use patcher::insn::Effect;
 use patcher::trap::{Action, Way};
 
-use crate::deliver::{self, Unusual};
+use crate::deliver;
 use crate::devices::{Ports, Wish};
 use crate::exit::{self, Exit};
 use crate::kick::Kick;
@@ -226,19 +226,21 @@ impl Vcpu {
         let failed = |error: kvm_ioctls::Error| format!("vCPU {}: delivering #BP: {error}", self.id.0);
         let mut regs = self.fd.get_regs().map_err(failed)?;
         let mut sregs = self.fd.get_sregs().map_err(failed)?;
-        let entered = if self.reinject {
-            Err(Unusual::Mode)
-        } else {
-            deliver::breakpoint(&mut regs, &mut sregs, self.vm.ram())
-        };
-        let Ok(changed) = entered else {
-            // Where entering the handler faults, KVM knows what comes of it.
-            return self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP);
-        };
-        if changed {
-            self.fd.set_sregs(&sregs).map_err(failed)?;
+        if !self.reinject
+            && let Ok(changed) = deliver::breakpoint(&mut regs, &mut sregs, self.vm.ram())
+        {
+            if changed {
+                self.fd.set_sregs(&sregs).map_err(failed)?;
+            }
+            return self.fd.set_regs(&regs).map_err(failed);
         }
-        self.fd.set_regs(&regs).map_err(failed)
+        // Where entering the handler faults, KVM knows what comes of it.
+        self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP)
+    }
+
+    /// The page tables that the guest uses on this vCPU.
+    fn tables(&self) -> Result<PageTables, kvm_ioctls::Error> {
+        Ok(PageTables::of(&self.fd.get_sregs()?))
     }
 
     /// Takes the vCPU past a site in transit. `false` if it has to wait.
@@ -251,7 +253,7 @@ impl Vcpu {
         let mut regs = self.fd.get_regs().map_err(failed)?;
         if let Way::Effect(Effect::Call { returns, .. }) = way {
             regs.rsp = regs.rsp.wrapping_sub(8);
-            let tables = PageTables::of(&self.fd.get_sregs().map_err(failed)?);
+            let tables = self.tables().map_err(failed)?;
             let stack = tables.translate_in(self.vm.ram(), Gva(regs.rsp)).filter(|_| regs.rsp % 8 == 0);
             let pushed = |stack: Mapping| self.vm.ram().write(stack.at, &returns.0.to_le_bytes()).is_ok();
             if !stack.is_some_and(pushed) {
@@ -268,8 +270,8 @@ impl Vcpu {
     /// any more: the guest may have moved the page meanwhile.
     fn byte_at(&self, at: Gva) -> Result<Option<u8>, String> {
         let failed = |what: String| format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0);
-        let sregs = self.fd.get_sregs().map_err(|e| failed(e.to_string()))?;
-        let Some(found) = PageTables::of(&sregs).translate_in(self.vm.ram(), at) else { return Ok(None) };
+        let tables = self.tables().map_err(|e| failed(e.to_string()))?;
+        let Some(found) = tables.translate_in(self.vm.ram(), at) else { return Ok(None) };
         let mut byte = [0];
         self.vm.ram().read(found.at, &mut byte).map_err(|e| failed(e.to_string()))?;
         Ok(Some(byte[0]))

@@ -761,7 +761,6 @@ impl<'p> World<'p> {
                 let (what, result) = match table.judge(rip, byte) {
                     Action::Resume => ("executes what is there now", to(None, None)),
                     Action::Pass(Way::Wait) => ("waits", to(None, Some(Out::Waiting))),
-                    // A door has no other way than to wait.
                     Action::Pass(Way::Effect(_)) => ("passes by effect", to(Some(Frame::Elsewhere), None)),
                     Action::Pass(Way::Copy(copy)) => {
                         ("goes to the copy", to(Some(Frame::At { rip: copy, pass: None }), None))

@@ -71,8 +71,12 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
 }
 
 pub(crate) fn program(strategy: Strategy, changes: &[Change]) -> Program {
+    compiled(&plan(strategy, changes))
+}
+
+fn compiled(plan: &ResolvedPlan) -> Program {
     let host = Host { stores_are_whole: true };
-    compile(&plan(strategy, changes), host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
+    compile(plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
 }
 
 /// An instruction of one byte that is not changed.
@@ -80,9 +84,7 @@ const DOOR: (Gva, u8) = (Gva(TEXT.0 + 14), 0x90);
 
 /// A program by inspection, with a door.
 pub(crate) fn with_door(changes: &[Change]) -> Program {
-    let plan = ResolvedPlan { doors: vec![DOOR], unlocked: true, ..plan(Strategy::Inspect, changes) };
-    let host = Host { stores_are_whole: true };
-    compile(&plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
+    compiled(&ResolvedPlan { doors: vec![DOOR], unlocked: true, ..plan(Strategy::Inspect, changes) })
 }
 
 /// The word of the guest's lock.
@@ -91,9 +93,7 @@ pub(crate) const LOCK: Gva = Gva(0xffff_ffff_8300_0000);
 /// A program in a guest that patches itself.
 pub(crate) fn self_patching(strategy: Strategy, changes: &[Change]) -> Program {
     let patchers = Patchers { doors: vec![DOOR], locks: vec![LOCK] };
-    let plan = ResolvedPlan { patchers, ..plan(strategy, changes) };
-    let host = Host { stores_are_whole: true };
-    compile(&plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
+    compiled(&ResolvedPlan { patchers, ..plan(strategy, changes) })
 }
 
 /// Makes the guest of a world patch itself.

@@ -12,7 +12,8 @@ const CR0_PE: u64 = 1;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
+/// Long mode is in use.
+pub(crate) const EFER_LMA: u64 = 1 << 10;
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_LARGE: u64 = 1 << 7;
 const GIB: u64 = 1 << 30;
@@ -50,19 +51,15 @@ pub fn regs(entry: u64) -> kvm_regs {
     kvm_regs { rip: entry, rsi: ZERO_PAGE, rflags: RFLAGS_RESERVED, ..Default::default() }
 }
 
+/// A segment of 64-bit code.
+pub(crate) fn code_segment(selector: u16, type_: u8, dpl: u8) -> kvm_segment {
+    kvm_segment { limit: u32::MAX, selector, type_, present: 1, dpl, s: 1, l: 1, g: 1, ..Default::default() }
+}
+
 /// System registers, starting from those of a vCPU after reset.
 #[must_use]
 pub fn sregs(reset: &kvm_sregs) -> kvm_sregs {
-    let code = kvm_segment {
-        limit: u32::MAX,
-        selector: 0x10,
-        type_: 0xb,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..Default::default()
-    };
+    let code = code_segment(0x10, 0xb, 0);
     let data = kvm_segment { selector: 0x18, type_: 0x3, db: 1, l: 0, ..code };
     let mut sregs = *reset;
     sregs.cs = code;

@@ -130,9 +130,9 @@ impl Controller {
         let (mut superseded, mut again) = (0, AGAIN);
         loop {
             let program = self.compile(&back)?;
-            let report = self.execute(&back, program, asked).map_err(root)?;
+            let report = Report { superseded, ..self.execute(&back, program, asked).map_err(root)? };
             if !report.found_other || Instant::now() > until {
-                return Ok(Report { superseded, ..report });
+                return Ok(report);
             }
             let kernel = self.kernel().map_err(root)?.clone();
             let target = Live::new(&kernel, &self.rendezvous, until);

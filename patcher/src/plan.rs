@@ -5,6 +5,7 @@
 //!   "kernel": { "release": "6.1.0-56-cloud-amd64" },
 //!   "deadline_ms": 500, "strategy": "auto", "atomic": true,
 //!   "quiesced": { "preemptible": true, "outside": ["queued_spin_unlock"] },
+//!   "on_guest_write": "rebase",
 //!   "patches": [
 //!     { "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" },
 //!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" },
@@ -20,6 +21,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::guard::Policy;
 use crate::insn;
 use crate::refusal::{Pointer, Refusal, Refused};
 
@@ -80,6 +82,9 @@ pub struct Plan {
     pub outside: Vec<String>,
     /// Applied patches inside whose sites this one's may lie.
     pub over: Vec<String>,
+    /// What to do when the guest changes the sites afterwards. If that is said, their pages
+    /// are guarded as long as the patch is applied.
+    pub on_guest_write: Option<Policy>,
     /// What to change.
     pub patches: Vec<Patch>,
 }
@@ -180,6 +185,7 @@ struct RawPlan {
     quiesced: RawQuiesced,
     #[serde(default)]
     over: Vec<String>,
+    on_guest_write: Option<Policy>,
     patches: Vec<RawPatch>,
 }
 
@@ -304,6 +310,7 @@ impl RawPlan {
             preemptible: self.quiesced.preemptible,
             outside: self.quiesced.outside,
             over: self.over,
+            on_guest_write: self.on_guest_write,
             patches,
         })
     }

@@ -137,8 +137,11 @@ impl Program {
     /// Whether a program failed because the guest was patching itself. It may be tried again.
     #[must_use]
     pub fn was_kept_out(&self, failure: &Failure) -> bool {
-        matches!(&failure.step, Step::Check { at, .. } if self.locks.contains(at))
-            && matches!(failure.error, StepError::Mismatch { .. })
+        match (&failure.step, &failure.error) {
+            (_, StepError::Contended) => true,
+            (Step::Check { at, .. }, StepError::Mismatch { .. }) => self.locks.contains(at),
+            _ => false,
+        }
     }
 
     /// How many fences it has, the one inside [`Step::Arm`] apart.

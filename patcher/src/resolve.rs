@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::addr::Gva;
 use crate::doors::{self, Door, Patchers};
 use crate::expand::{self, Code, Datum, Expansion, Needs};
+use crate::guard::Policy;
 use crate::insn::{self, Insn};
 use crate::interior::{Sleepers, boundaries};
 use crate::kernel::live::read;
@@ -131,6 +132,8 @@ pub struct ResolvedPlan {
     pub doors: Vec<Door>,
     /// How the guest's kernel patches itself.
     pub patchers: Patchers,
+    /// What to do when the guest changes the sites afterwards.
+    pub on_guest_write: Option<Policy>,
 }
 
 impl ResolvedPlan {
@@ -235,6 +238,7 @@ pub fn resolve<'t>(
         patchers: Patchers::of(&kernel, text, &sites),
         sites,
         data,
+        on_guest_write: plan.on_guest_write,
     })
 }
 

@@ -30,6 +30,9 @@ pub enum StepError {
         /// What is wrong with that.
         why: &'static str,
     },
+    /// The guest is about to write to a site, and waits for the program to end.
+    #[error("the guest is about to write to a site")]
+    Contended,
     /// The plan's deadline passed.
     #[error("the deadline passed")]
     Deadline,

@@ -112,6 +112,7 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],
         doors: vec![(Gva(0), OLD[0])],
         patchers: Patchers { doors: vec![(Gva(0), OLD[0])], locks: vec![LOCK] },
+        on_guest_write: None,
     }
 }
 

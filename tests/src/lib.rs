@@ -2,6 +2,7 @@
 
 pub mod breakpoints;
 pub mod campaigns;
+pub mod guard;
 pub mod lab;
 pub mod oracle;
 pub mod selfpatching;

@@ -62,6 +62,9 @@ pub struct Run {
     /// running vCPU and waiting for it.
     #[arg(long, value_enum, default_value_t = Fence::Auto)]
     pub fence: Fence,
+    /// Guard the kernel's text against writes that are not its own patcher's, from init on.
+    #[arg(long)]
+    pub guard: bool,
     /// For tests: the n-th program fails at its n-th step; when one has no n-th step it is
     /// counted from the first again.
     #[arg(long, hide = true)]
@@ -83,6 +86,17 @@ pub enum Command {
     /// Look at a running VM, pause and resume it.
     #[command(subcommand)]
     Vm(Vm),
+    /// Tell what happens between a running VM's guest and its patches: programs, traps, writes to
+    /// guarded text, conflicts.
+    #[command(after_help = EVENTS_EXAMPLES)]
+    Events {
+        /// Which VM.
+        #[command(flatten)]
+        at: At,
+        /// Go on with those to come, until the VM ends. With --json, one object a line.
+        #[arg(long)]
+        follow: bool,
+    },
     /// Look into a kernel image: symbols and patch sites, without a guest.
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -94,6 +108,14 @@ pub enum Command {
         json: bool,
     },
 }
+
+const EVENTS_EXAMPLES: &str = "\
+Examples:
+  vmm events --socket /run/vm.sock
+  vmm events --socket /run/vm.sock --follow --json | jq 'select(.kind == \"conflict\")'
+
+The newest 1024 are kept. Of each kind 64 are told at once and 40 a second; \"suppressed\" says
+how many before one were not. Exit codes: 0 done, 1 no answer.";
 
 /// Which VM, and how to print.
 #[derive(Debug, Args)]

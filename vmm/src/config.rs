@@ -49,6 +49,8 @@ pub struct Config {
     pub memory_mib: u64,
     /// How fences are made.
     pub fence: Fence,
+    /// Whether the kernel's text is guarded from init on.
+    pub guard: bool,
     /// For tests: the n-th program fails at its n-th step.
     pub fail_programs: bool,
     /// For tests: how breakpoints are treated.
@@ -93,8 +95,8 @@ impl Config {
             return Err(Error::Memory { mib: memory_mib });
         }
         let command_line = command_line.unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
-        let (cpus, fail_programs, breakpoints) = (count, false, Breakpoints::AsNeeded);
-        Ok(Self { kernel, initrd, command_line, cpus, memory_mib, fence, fail_programs, breakpoints })
+        let (cpus, guard, fail_programs, breakpoints) = (count, false, false, Breakpoints::AsNeeded);
+        Ok(Self { kernel, initrd, command_line, cpus, memory_mib, fence, guard, fail_programs, breakpoints })
     }
 
     /// Memory in bytes, whole pages.

@@ -2,13 +2,14 @@
 //! programs never interleave.
 
 mod plans;
+mod settle;
 
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::addr::{Gva, VcpuId};
+use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::compile::Host;
 use patcher::interior;
 use patcher::kernel::KernelImage;
@@ -22,9 +23,10 @@ use patcher::targets::{self, Targets};
 use crate::arena::GuestArena;
 use crate::config::Config;
 use crate::control::wire::{
-    ArenaInfo, Fits, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
+    ArenaInfo, Fits, GuardInfo, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
 };
 use crate::gate::{Arrival, AtInit, Gate};
+use crate::guard::Guard;
 use crate::kvm::Vm;
 use crate::layout::ARENA;
 use crate::live::Live;
@@ -36,6 +38,9 @@ use crate::standing::Registers;
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the arena's removal waits until nobody is in it.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the guest is given to be through with its patching before that is looked at again.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
 /// Something to do.
 #[derive(Debug)]
@@ -95,6 +100,8 @@ enum Message {
     Command(Command, Box<dyn FnOnce(Answer) + Send>),
     Located(Located, Box<dyn FnOnce() + Send>),
     ProtectedWrite(Box<dyn FnOnce(bool) + Send>),
+    Touched,
+    StepAside(String, Box<dyn FnOnce() + Send>),
 }
 
 /// A handle for giving commands; clones give to the same controller.
@@ -117,6 +124,17 @@ impl Controls {
     /// no page is protected.
     pub fn protected_write(&self) -> bool {
         self.wait(|done| Message::ProtectedWrite(Box::new(done))).unwrap_or(true)
+    }
+
+    /// Tells that the guest changed the site of a patch.
+    pub fn touched(&self) {
+        // If the controller has ended there is nothing to look after.
+        let _ = self.0.send(Message::Touched);
+    }
+
+    /// Has a patch taken back that is in the guest's way, and waits for that.
+    pub fn step_aside(&self, patch: &str) {
+        self.wait(|done| Message::StepAside(patch.to_owned(), Box::new(move || done(()))));
     }
 
     fn wait<T: Send + 'static>(
@@ -164,6 +182,8 @@ struct Applied {
     plan: ResolvedPlan,
     state: PatchState,
     report: Report,
+    /// How many sites the guest has replaced.
+    superseded: usize,
 }
 
 /// The controller's state.
@@ -171,6 +191,7 @@ pub struct Controller {
     config: Config,
     vm: Arc<Vm>,
     rendezvous: Arc<Rendezvous>,
+    guard: Arc<Guard>,
     uses_membarrier: bool,
     host: Host,
     /// Copies of instructions; mapped into the guest when first needed.
@@ -183,6 +204,8 @@ pub struct Controller {
     fail_at: usize,
     held_by: Option<String>,
     gate: Gate,
+    /// The guest changed sites of patches, and was not through yet when that was looked at.
+    unsettled: bool,
     started: Instant,
 }
 
@@ -199,6 +222,7 @@ impl Controller {
             config,
             vm: machine.vm().clone(),
             rendezvous: machine.rendezvous().clone(),
+            guard: machine.guard().clone(),
             uses_membarrier: machine.uses_membarrier(),
             host: machine.host(),
             arena: None,
@@ -209,6 +233,7 @@ impl Controller {
             fail_at: 0,
             held_by: None,
             gate: Gate::new(at_init),
+            unsettled: false,
             started: Instant::now(),
         }
     }
@@ -224,7 +249,7 @@ impl Controller {
     }
 
     fn serve(mut self, messages: &Receiver<Message>) {
-        for message in messages {
+        while let Some(message) = self.next(messages) {
             match message {
                 Message::Command(command, reply) => reply(self.obey(command)),
                 Message::Located(found, done) => {
@@ -233,8 +258,26 @@ impl Controller {
                     done();
                 }
                 Message::ProtectedWrite(done) => done(self.open_gate()),
+                Message::Touched => self.settle(),
+                Message::StepAside(name, done) => {
+                    self.step_aside(&name);
+                    done();
+                }
             }
         }
+    }
+
+    /// The next message; `None` when nobody is left to send one. Until it comes, what the guest
+    /// did to patches is looked at again from time to time, if need be.
+    fn next(&mut self, messages: &Receiver<Message>) -> Option<Message> {
+        while self.unsettled {
+            match messages.recv_timeout(SETTLE_PAUSE) {
+                Ok(message) => return Some(message),
+                Err(RecvTimeoutError::Timeout) => self.settle(),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+        messages.recv().ok()
     }
 
     fn obey(&mut self, command: Command) -> Answer {
@@ -300,6 +343,7 @@ impl Controller {
             fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
             patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
             breakpoints: self.rendezvous.delivered(),
+            guard: GuardInfo { pages: self.guard.pages(), writes: self.guard.hits() },
             uptime_ms: ms(self.started.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
@@ -343,7 +387,9 @@ impl Controller {
             let not_ready = |why: &str| Refusal::GuestNotReady { why: why.to_owned() };
             let found = self.located.ok_or_else(|| not_ready("it has not set up system calls yet"))?;
             let image = self.image.parsed().map_err(|why| not_ready(&why))?;
-            self.kernel = Some(GuestKernel::new(image, found, self.vm.ram().clone())?);
+            let kernel = GuestKernel::new(image, found, self.vm.ram().clone())?;
+            self.guard.introduce(&kernel);
+            self.kernel = Some(kernel);
         }
         self.kernel.as_ref().ok_or(Refusal::GuestNotReady { why: String::new() })
     }
@@ -395,13 +441,16 @@ impl Controller {
         removed.map_err(|what| Answer::Failed(format!("removing the arena: {what}")))
     }
 
-    /// Makes the guest wait right before it starts init, if there is a plan to be applied then.
+    /// Makes the guest wait right before it starts init, if there is something to be done then.
     fn close_gate(&mut self) {
-        if !self.gate.is_wanted() {
+        if !self.gate.is_wanted() && !self.config.guard {
             return;
         }
         let kernel = self.kernel().cloned().map_err(|refusal| refusal.to_string());
         if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, self.vm.ram())) {
+            if self.config.guard {
+                eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
+            }
             self.at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}")));
         }
     }
@@ -415,7 +464,12 @@ impl Controller {
             Arrival::First(page) => page,
         };
         self.at_init(Self::apply);
-        if let Err(error) = self.vm.ram().write_protect(page, false) {
+        if self.config.guard
+            && let Err(why) = self.guard_text()
+        {
+            eprintln!("vmm: --guard: {why}; text is not guarded");
+        }
+        if let Err(error) = self.vm.ram().write_protect(&(page..Gpa(page.0 + 1)), false) {
             eprintln!("vmm: {error}");
         }
         true
@@ -435,6 +489,8 @@ impl Applied {
             name: self.plan.name.clone(),
             state: self.state,
             sites: self.plan.sites.len(),
+            superseded: self.superseded,
+            on_guest_write: self.plan.on_guest_write,
             strategy: self.report.strategy,
         }
     }

@@ -177,7 +177,7 @@ fn protected_write_exits() -> Result<String, String> {
         let mut byte = [0];
         ram.read(page, &mut byte).map(|()| byte[0]).map_err(|e| e.to_string())
     };
-    ram.write_protect(page, true).map_err(|e| e.to_string())?;
+    ram.write_protect(&(page..Gpa(page.0 + 1)), true).map_err(|e| e.to_string())?;
     tiny.run(|exit| match exit {
         Exit::ProtectedWrite => Ok(()),
         other => Err(unexpected(&other)),
@@ -185,7 +185,7 @@ fn protected_write_exits() -> Result<String, String> {
     if content()? != 0 {
         return Err("the write exited, but took effect all the same".into());
     }
-    ram.write_protect(page, false).map_err(|e| e.to_string())?;
+    ram.write_protect(&(page..Gpa(page.0 + 1)), false).map_err(|e| e.to_string())?;
     tiny.run(|exit| match exit {
         Exit::PortOut(..) => Ok(()),
         other => Err(unexpected(&other)),

@@ -69,13 +69,13 @@ impl Gate {
     /// Why there is no such page; nothing is protected then.
     pub fn close(&mut self, kernel: &GuestKernel, ram: &GuestRam) -> Result<(), String> {
         let symbol = |name| kernel.kernel().symbol(name).map_err(|refusal| refusal.to_string());
-        let (start, end) = (symbol("__alt_instructions")?, symbol("__alt_instructions_end")?);
+        let (start, end) = (symbol("__setup_start")?, symbol("__setup_end")?);
         let page = Gva(start.0.next_multiple_of(PAGE));
         if page.0 + PAGE > end.0 {
-            return Err("the kernel's table of alternatives fills no page".to_owned());
+            return Err("the kernel's table of options fills no page".to_owned());
         }
         let at = kernel.translate(page).ok_or_else(|| format!("{page} is not mapped"))?.at;
-        ram.write_protect(at, true).map_err(|e| e.to_string())?;
+        ram.write_protect(&(at..Gpa(at.0 + PAGE)), true).map_err(|e| e.to_string())?;
         self.page = Page::Protected(at);
         Ok(())
     }

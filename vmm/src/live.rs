@@ -9,6 +9,7 @@ use patcher::quiesce::Condition;
 use patcher::resolve::ResolvedPlan;
 use patcher::target::{StepError, Target};
 
+use crate::guard::Guard;
 use crate::locate::GuestKernel;
 use crate::rendezvous::{FenceError, Rendezvous};
 use crate::standing;
@@ -23,6 +24,8 @@ pub struct Live<'m> {
     rendezvous: &'m Rendezvous,
     until: Instant,
     fences: Vec<Duration>,
+    /// Where the guest's writes to the sites wait.
+    guard: Option<&'m Guard>,
     /// For tests: how many steps are to be done before one fails.
     until_failure: Option<usize>,
 }
@@ -32,7 +35,14 @@ impl<'m> Live<'m> {
     #[must_use]
     pub fn new(kernel: &'m GuestKernel, rendezvous: &'m Rendezvous, until: Instant) -> Self {
         rendezvous.reset_counters();
-        Self { kernel, rendezvous, until, fences: Vec::new(), until_failure: None }
+        Self { kernel, rendezvous, until, fences: Vec::new(), guard: None, until_failure: None }
+    }
+
+    /// Gives up waiting for vCPUs to stand where they may as soon as one waits for the program:
+    /// it will not come any further.
+    #[must_use]
+    pub fn behind(self, guard: &'m Guard) -> Self {
+        Self { guard: Some(guard), ..self }
     }
 
     /// For tests: makes the step after so many fail, a write when half of it is done.
@@ -71,6 +81,9 @@ impl<'m> Live<'m> {
                 let offenders = standing::offenders(condition, self.kernel, &vcpus)
                     .map_err(|what| StepError::Host { what })?;
                 let Some(first) = offenders.first().copied() else { return Ok(()) };
+                if self.guard.is_some_and(Guard::is_waited_for) {
+                    return Err(StepError::Contended);
+                }
                 if began.elapsed() > ROUND || self.expired() {
                     break first;
                 }

@@ -146,7 +146,7 @@ impl GuestKernel {
     }
 
     /// The physical pieces of a range, all of them, or the first address that has none.
-    fn pieces(&self, at: Gva, length: usize) -> Result<Vec<(Gpa, usize)>, Gva> {
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Vec<(Gpa, usize)>, Gva> {
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < length {

@@ -10,13 +10,14 @@ use patcher::compile::Host;
 use crate::boot::{acpi, cpuid, kernel, registers};
 use crate::config::{Breakpoints, Config, Fence};
 use crate::devices::{Console, Line, Ports, Power};
+use crate::guard::Guard;
 use crate::kick::{self, Kick};
 use crate::kvm::{self, During, Vm};
 use crate::layout::COM1_IRQ;
 use crate::membarrier::Membarrier;
 use crate::memory::{self, GuestRam};
 use crate::rendezvous::Rendezvous;
-use crate::vcpu::{Listener, Vcpu};
+use crate::vcpu::{Listener, Surroundings, Vcpu};
 
 /// Why a machine can't be built.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,7 @@ pub struct Machine {
     vm: Arc<Vm>,
     ports: Arc<Ports>,
     rendezvous: Arc<Rendezvous>,
+    guard: Arc<Guard>,
     vcpus: Vec<(kvm_ioctls::VcpuFd, Arc<Kick>)>,
     threads: Vec<JoinHandle<()>>,
     uses_membarrier: bool,
@@ -91,10 +93,12 @@ impl Machine {
             Fence::Auto => Membarrier::register().ok(),
             Fence::Kick => None,
         };
+        let guard = Arc::new(Guard::new(vm.ram().clone(), Arc::default()));
         let kicks = vcpus.iter().map(|(_, kick)| kick.clone()).collect();
         Ok(Self {
             vm,
             ports,
+            guard,
             rendezvous: Arc::new(Rendezvous::new(
                 kicks,
                 barrier,
@@ -114,15 +118,15 @@ impl Machine {
     /// When the system has no thread left; those that were started are stopped by
     /// [`Machine::shut_down`].
     pub fn start(&mut self, listener: &Arc<dyn Listener>) -> Result<(), Error> {
+        let around = Surroundings {
+            vm: self.vm.clone(),
+            rendezvous: self.rendezvous.clone(),
+            ports: self.ports.clone(),
+            guard: self.guard.clone(),
+            listener: listener.clone(),
+        };
         for (index, parts) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
-            let vcpu = Vcpu::new(
-                VcpuId(index),
-                parts,
-                self.vm.clone(),
-                self.rendezvous.clone(),
-                self.ports.clone(),
-                listener.clone(),
-            );
+            let vcpu = Vcpu::new(VcpuId(index), parts, around.clone());
             self.threads.push(vcpu.reinjecting(self.breakpoints == Breakpoints::AlwaysByKvm).spawn()?);
         }
         Ok(())
@@ -138,6 +142,12 @@ impl Machine {
     #[must_use]
     pub fn rendezvous(&self) -> &Arc<Rendezvous> {
         &self.rendezvous
+    }
+
+    /// The text guard.
+    #[must_use]
+    pub fn guard(&self) -> &Arc<Guard> {
+        &self.guard
     }
 
     /// The devices.

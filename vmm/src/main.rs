@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     let result = match (cli.command, cli.run) {
         (Some(Command::Patch(patch)), _) => patch_command(&patch),
         (Some(Command::Vm(vm)), _) => vm_command(&vm),
+        (Some(Command::Events { at, follow }), _) => events_command(&at, follow),
         (Some(Command::Kernel(command)), _) => Ok(kernel_command(&command)),
         (Some(Command::Doctor { json }), _) => Ok(doctor::run(json)),
         (None, Some(run)) => run_vm(run),
@@ -57,6 +58,7 @@ fn run_vm(run: Run) -> Result<u8> {
             return Ok(BAD_INPUT);
         }
     };
+    config.guard = run.guard;
     config.fail_programs = run.fail_programs;
     config.breakpoints = run.breakpoints;
     let at_init = match run.patch {
@@ -156,6 +158,24 @@ fn vm_command(vm: &Vm) -> Result<u8> {
         Vm::Pause { at } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
         Vm::Resume { at } => ask(at, Method::PUT, "/vm/resume", Vec::new()),
         Vm::RemoveArena { at } => ask(at, Method::DELETE, "/vm/arena", Vec::new()),
+    }
+}
+
+fn events_command(at: &At, follow: bool) -> Result<u8> {
+    if !follow {
+        return ask(at, Method::GET, "/events", Vec::new());
+    }
+    let style = Style::detect();
+    let mut printed = Ok(());
+    let status = client::follow(&at.socket, "/events/stream", |event| {
+        let text = if at.json { format!("{event}\n") } else { render::event(&event, style) };
+        let mut stdout = std::io::stdout().lock();
+        printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        printed.is_ok()
+    })?;
+    match printed {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(u8::from(status != 200)),
     }
 }
 

@@ -11,6 +11,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -128,7 +129,7 @@ impl GuestRam {
     }
 
     /// Writes RAM. A range of 1, 2, 4 or 8 bytes that is aligned to its size is written with
-    /// one store; a longer one byte by byte, in no promised order.
+    /// one store; another byte by byte, in no promised order.
     ///
     /// # Errors
     /// [`Error::Access`] when a byte of the range is not RAM; bytes before it may have been
@@ -181,6 +182,28 @@ impl GuestRam {
         }
     }
 
+    /// Writes up to eight bytes as a processor would: with one access if they lie within
+    /// aligned eight bytes, otherwise one for each such word, the lower one first.
+    ///
+    /// # Errors
+    /// [`Error::Access`] when a byte of the range is not RAM; bytes before it may have been
+    /// written.
+    pub fn store(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
+        let access = |source| Error::Access { at, source };
+        let (word, from) = (at.0 & !7, usize::try_from(at.0 & 7).unwrap_or(0));
+        let (here, behind) = bytes.split_at(bytes.len().min(8 - from));
+        let slice = self.writer.get_slice(GuestAddress(word), 8).map_err(access)?;
+        let cell = slice.get_atomic_ref::<AtomicU64>(0).map_err(|e| access(e.into()))?;
+        let with_bytes = |there: u64| {
+            let mut word = there.to_le_bytes();
+            word[from..from + here.len()].copy_from_slice(here);
+            Some(u64::from_le_bytes(word))
+        };
+        // It is tried until no neighbour changes meanwhile, so it does not fail.
+        let _ = cell.fetch_update(Ordering::SeqCst, Ordering::SeqCst, with_bytes);
+        if behind.is_empty() { Ok(()) } else { self.store(Gpa(word + 8), behind) }
+    }
+
     /// Reads an aligned 64-bit word, such as a page-table entry, with one load.
     ///
     /// # Errors
@@ -189,28 +212,40 @@ impl GuestRam {
         self.writer.load(GuestAddress(at.0), Ordering::SeqCst).map_err(|source| Error::Access { at, source })
     }
 
-    /// Makes the page at `at` read-only for the guest, or writable again. The monitor's own
-    /// writes are not affected. While it is read-only a guest's write makes `KVM_RUN` fail
-    /// with `EFAULT` before the write took effect; re-entering tries it again.
+    /// Makes pages read-only for the guest, or writable again. The monitor's own writes are not
+    /// affected. While a page is read-only a guest's write makes `KVM_RUN` fail with `EFAULT`
+    /// before the write took effect; re-entering tries it again. No vCPU still writes to it
+    /// when this returns: KVM is told by its MMU notifier, and flushes the TLBs.
     ///
     /// # Errors
-    /// [`Error::Access`] when there is no RAM; [`Error::Protect`] when the system refuses.
-    pub fn write_protect(&self, at: Gpa, protected: bool) -> Result<(), Error> {
-        let page = Gpa(at.0 & !(PAGE - 1));
+    /// [`Error::Access`] when the pages are not in one piece of RAM; [`Error::Protect`] when
+    /// the system refuses.
+    pub fn write_protect(&self, pages: &Range<Gpa>, protected: bool) -> Result<(), Error> {
+        let (start, end) = (pages.start.0 & !(PAGE - 1), pages.end.0.next_multiple_of(PAGE));
+        let at = Gpa(start);
+        let nowhere =
+            || Error::Access { at, source: GuestMemoryError::InvalidGuestAddress(GuestAddress(start)) };
+        let size = usize::try_from(end.saturating_sub(start)).map_err(|_| nowhere())?;
+        let region = self.guest_view.find_region(GuestAddress(start)).ok_or_else(nowhere)?;
+        if end > region.start_addr().0 + region.len() {
+            return Err(nowhere());
+        }
         let host = self
             .guest_view
-            .get_host_address(GuestAddress(page.0))
-            .map_err(|source| Error::Access { at: page, source })?;
+            .get_host_address(GuestAddress(start))
+            .map_err(|source| Error::Access { at, source })?;
         let prot = if protected { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
         // SAFETY: `host` is the start of a page inside mapping A, which lives as long as
-        // `self`; regions are page-aligned, so the whole page belongs to it. Per the module
-        // invariant nothing but KVM accesses it.
-        let result = unsafe { libc::mprotect(host.cast(), PAGE_SIZE, prot) };
-        if result == 0 {
-            Ok(())
-        } else {
-            Err(Error::Protect { at: page, source: std::io::Error::last_os_error() })
-        }
+        // `self`; regions are page-aligned and this one holds all of the pages, so they belong
+        // to it. Per the module invariant nothing but KVM accesses them.
+        let result = unsafe { libc::mprotect(host.cast(), size, prot) };
+        if result == 0 { Ok(()) } else { Err(Error::Protect { at, source: std::io::Error::last_os_error() }) }
+    }
+
+    /// Whether memory was handed to the guest as RAM there.
+    #[must_use]
+    pub fn contains(&self, at: Gpa) -> bool {
+        self.writer.address_in_range(GuestAddress(at.0))
     }
 }
 
@@ -279,12 +314,32 @@ mod tests {
     #[test]
     fn a_protected_page_takes_the_monitors_writes_and_both_views_agree() {
         let ram = GuestRam::new(4 * PAGE).expect("RAM");
-        ram.write_protect(Gpa(PAGE + 5), true).expect("protected");
+        ram.write_protect(&(Gpa(PAGE + 5)..Gpa(PAGE + 6)), true).expect("protected");
         ram.write(Gpa(PAGE), &[1, 2, 3]).expect("written");
         let mut seen = [0; 3];
         ram.guest_view.read_slice(&mut seen, GuestAddress(PAGE)).expect("read");
         assert_eq!(seen, [1, 2, 3]);
-        ram.write_protect(Gpa(PAGE), false).expect("unprotected");
+        ram.write_protect(&(Gpa(0)..Gpa(4 * PAGE)), false).expect("unprotected");
         ram.guest_view.write_slice(&[9], GuestAddress(PAGE)).expect("written");
+        for wrong in [Gpa(3 * PAGE)..Gpa(5 * PAGE), Gpa(4 * PAGE)..Gpa(5 * PAGE)] {
+            assert!(matches!(ram.write_protect(&wrong, true), Err(Error::Access { .. })), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_store_changes_its_bytes_and_no_others() {
+        let ram = GuestRam::new(PAGE).expect("RAM");
+        for (at, length) in [(0, 8), (3, 1), (3, 4), (6, 2), (5, 8), (7, 2)] {
+            ram.write(Gpa(0), &[0xee; 16]).expect("written");
+            let bytes: Vec<u8> = (1..=length).collect();
+            ram.store(Gpa(at), &bytes).expect("stored");
+            let mut seen = [0; 16];
+            ram.read(Gpa(0), &mut seen).expect("read");
+            let mut expected = [0xee; 16];
+            let from = usize::try_from(at).expect("small");
+            expected[from..from + bytes.len()].copy_from_slice(&bytes);
+            assert_eq!(seen, expected, "{length} at {at}");
+        }
+        assert!(ram.store(Gpa(PAGE - 1), &[1, 2]).is_err());
     }
 }

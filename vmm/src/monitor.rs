@@ -94,7 +94,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         ends: ends.clone(),
     }));
     if let Some(socket) = socket {
-        let connections = server::start(controls.clone())?;
+        let connections = server::start(controls.clone(), machine.guard().events().clone())?;
         events.add_subscriber(Box::new(Calls { socket, connections }));
     }
 
@@ -160,6 +160,14 @@ impl Listener for Tell {
 
     fn protected_write(&self) -> bool {
         self.controls.protected_write()
+    }
+
+    fn touched(&self) {
+        self.controls.touched();
+    }
+
+    fn step_aside(&self, patch: &str) {
+        self.controls.step_aside(patch);
     }
 }
 

@@ -53,6 +53,7 @@ pub fn answer(value: &Value, style: Style) -> String {
             vcpu_lines(&mut out, vcpus)
         }
         Value::Array(patches) => list(&mut out, patches),
+        _ if value.get("events").is_some() => events(&mut out, array(value, "events"), style),
         _ if value.get("refusals").is_some() => refusals(&mut out, value, style),
         _ if value.get("timing").is_some() => report(&mut out, value, style),
         _ if value.get("steps").is_some() => program(&mut out, value, style),
@@ -63,6 +64,45 @@ pub fn answer(value: &Value, style: Style) -> String {
         _ => writeln!(out, "{}", text(value, "state")),
     };
     out
+}
+
+fn events(out: &mut String, events: &[Value], style: Style) -> std::fmt::Result {
+    if events.is_empty() {
+        return writeln!(out, "no events");
+    }
+    events.iter().try_for_each(|line| out.write_str(&event(line, style)))
+}
+
+/// Renders an event, or how many were missed, as a line.
+#[must_use]
+pub fn event(event: &Value, style: Style) -> String {
+    if let Some(missed) = event["missed"].as_u64() {
+        return format!("{}\n", style.red(&format!("({missed} events were missed)")));
+    }
+    if event.get("error").is_some() {
+        return format!("{}\n", style.red(text(event, "error")));
+    }
+    let kind = text(event, "kind").replace('_', " ");
+    let kind = format!("{kind:<16}");
+    let calm = matches!(text(event, "kind"), "patch" | "trap" | "guest_write");
+    let ms = event["time_ms"].as_u64().unwrap_or(0);
+    let mut line = format!("{:>6}.{:03} s  ", ms / 1000, ms % 1000);
+    line += &if calm { style.bold(&kind) } else { style.red(&kind) };
+    for part in [event["patch"].as_str().map(|patch| format!("patch {patch}: ")), who(event)] {
+        line += &part.unwrap_or_default();
+    }
+    line += text(event, "what");
+    if let Some(count @ 1..) = event["suppressed"].as_u64() {
+        let _ = write!(line, " (and {count} more before)");
+    }
+    line + "\n"
+}
+
+fn who(event: &Value) -> Option<String> {
+    let vcpu = event["vcpu"].as_u64()?;
+    let place = event["symbol"].as_str().or(event["rip"].as_str()).unwrap_or("");
+    let task = event["task"].as_str().map(|task| format!(" ({task})")).unwrap_or_default();
+    Some(format!("vCPU {vcpu} at {place}{task} "))
 }
 
 fn vcpu_lines(out: &mut String, vcpus: &[Value]) -> std::fmt::Result {

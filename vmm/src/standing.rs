@@ -4,6 +4,7 @@
 //! In the kernel GS points to a CPU's data, except for some instructions after entry and
 //! before exit; a vCPU that is there is told by a base that is none of `__per_cpu_offset`.
 
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gva, VcpuId};
 use patcher::kernel::live::{read_u32, read_u64};
@@ -32,17 +33,20 @@ impl Registers {
     /// # Errors
     /// What KVM said.
     pub fn read(vcpu: &VcpuFd) -> Result<Self, kvm_ioctls::Error> {
-        let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
-        Ok(Self {
+        Ok(Self::of(&vcpu.get_regs()?, &vcpu.get_sregs()?))
+    }
+
+    /// Picks them out of all.
+    #[must_use]
+    pub fn of(regs: &kvm_regs, sregs: &kvm_sregs) -> Self {
+        Self {
             rip: regs.rip,
             interrupts: regs.rflags & RFLAGS_IF != 0,
             kernel: sregs.efer & EFER_LMA != 0 && sregs.ss.dpl == 0,
             gs_base: sregs.gs.base,
-        })
+        }
     }
-}
 
-impl Registers {
     /// The next instruction.
     #[must_use]
     pub fn rip(&self) -> Gva {
@@ -87,7 +91,8 @@ pub fn offenders(
 }
 
 /// Offsets into a CPU's data, and the CPUs' bases.
-struct PerCpu {
+#[derive(Debug)]
+pub(crate) struct PerCpu {
     bases: Vec<u64>,
     preempt_count: u64,
     current: u64,
@@ -95,7 +100,7 @@ struct PerCpu {
 }
 
 impl PerCpu {
-    fn find(kernel: &GuestKernel) -> Result<Self, String> {
+    pub(crate) fn find(kernel: &GuestKernel) -> Result<Self, String> {
         // Per-CPU symbols are offsets: the slide is not for them.
         let offset = |name: &str| kernel.kernel().image.symbols().only(name).map(|at| at.0);
         // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
@@ -112,6 +117,13 @@ impl PerCpu {
         let base = |cpu: u64| read_u64(kernel, Gva(table.0 + 8 * cpu)).ok();
         let bases = (0..MOST_CPUS).map_while(base).collect();
         Ok(Self { bases, preempt_count, current, idle })
+    }
+
+    /// The task that runs on a vCPU: its `struct task_struct`.
+    pub(crate) fn task(&self, kernel: &GuestKernel, registers: &Registers) -> Option<Gva> {
+        let known = registers.kernel && self.bases.contains(&registers.gs_base);
+        let at = Gva(registers.gs_base.wrapping_add(self.current));
+        read_u64(kernel, at).ok().filter(|_| known).map(Gva)
     }
 
     fn mode(&self, kernel: &GuestKernel, registers: &Registers) -> Option<Mode> {

@@ -9,6 +9,8 @@ pub struct Offsets {
     pub capability: Option<u64>,
     /// `struct mutex`, `owner`: who has it, or zero.
     pub mutex_owner: Option<u64>,
+    /// `struct task_struct`, `comm`: its name.
+    pub task_comm: Option<u64>,
     /// `struct module`.
     pub module: Option<ModuleOffsets>,
 }
@@ -42,6 +44,7 @@ impl Offsets {
         Self {
             capability: btf.offset("cpuinfo_x86", "x86_capability").map(u64::from),
             mutex_owner: btf.offset("mutex", "owner").map(u64::from),
+            task_comm: btf.offset("task_struct", "comm").map(u64::from),
             module: ModuleOffsets::read(btf),
         }
     }

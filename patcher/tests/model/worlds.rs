@@ -67,6 +67,7 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
         data: Vec::new(),
         doors: Vec::new(),
         patchers: Patchers::default(),
+        on_guest_write: None,
     }
 }
 

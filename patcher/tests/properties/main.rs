@@ -85,6 +85,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         data: Vec::new(),
         doors: Vec::new(),
         patchers: Patchers::default(),
+        on_guest_write: None,
     };
     (plan, memory)
 }

@@ -9,6 +9,7 @@ mod breakpoints;
 mod cli;
 mod engine;
 mod flips;
+mod guard;
 mod kernel;
 mod refusals;
 mod selfpatching;
@@ -39,6 +40,7 @@ fn all() -> Vec<Test> {
         cli::TESTS,
         engine::TESTS,
         flips::TESTS,
+        guard::TESTS,
         kernel::TESTS,
         refusals::TESTS,
         selfpatching::TESTS,

@@ -1,14 +1,16 @@
-//! The client of the control socket, as `vmm patch` uses it.
+//! The client of the control socket, as `vmm patch` and `vmm events` use it.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1::SendRequest;
 use hyper::header::{CONTENT_TYPE, HOST};
-use hyper::{Method, Request};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tokio::runtime::Runtime;
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -37,29 +39,79 @@ pub enum Error {
 /// See [`Error`]. A refusal is an answer, not an error.
 pub fn request(socket: &Path, method: Method, uri: &str, body: Vec<u8>) -> Result<(u16, Value), Error> {
     let talk = |what: String| Error::Talk { path: socket.to_owned(), what };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| talk(e.to_string()))?;
-    runtime.block_on(async {
-        let stream = tokio::net::UnixStream::connect(socket)
-            .await
-            .map_err(|source| Error::Connect { path: socket.to_owned(), source })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| talk(e.to_string()))?;
-        tokio::spawn(connection);
-        let request = Request::builder()
-            .method(method)
-            .uri(uri)
-            .header(HOST, "localhost")
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|e| talk(e.to_string()))?;
-        let response = sender.send_request(request).await.map_err(|e| talk(format!("{e:?}")))?;
+    runtime(socket)?.block_on(async {
+        let (response, _sender) = send(socket, method, uri, body).await?;
         let status = response.status().as_u16();
         let body = response.into_body().collect().await.map_err(|e| talk(format!("body {e:?}")))?.to_bytes();
         let value = serde_json::from_slice(&body).map_err(|e| talk(format!("its answer is no JSON: {e}")))?;
         Ok((status, value))
     })
+}
+
+/// Follows a stream of JSON objects, one a line, until it ends or `each` returns `false`.
+/// Returns the status code; when that is not 200, the answer was one object.
+///
+/// # Errors
+/// See [`Error`].
+pub fn follow(socket: &Path, uri: &str, mut each: impl FnMut(Value) -> bool) -> Result<u16, Error> {
+    let talk = |what: String| Error::Talk { path: socket.to_owned(), what };
+    runtime(socket)?.block_on(async {
+        let (response, _sender) = send(socket, Method::GET, uri, Vec::new()).await?;
+        let status = response.status().as_u16();
+        let mut body = response.into_body();
+        let mut pending = Vec::new();
+        // A VM that ends breaks the stream off.
+        while let Some(Ok(frame)) = body.frame().await {
+            pending.extend_from_slice(frame.data_ref().map_or(&[], |data| &data[..]));
+            if status != 200 {
+                continue;
+            }
+            while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = pending.drain(..=end).collect();
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                let value = serde_json::from_slice(&line).map_err(|e| talk(format!("no JSON: {e}")))?;
+                if !each(value) {
+                    return Ok(status);
+                }
+            }
+        }
+        if status != 200 {
+            each(serde_json::from_slice(&pending).map_err(|e| talk(format!("its answer is no JSON: {e}")))?);
+        }
+        Ok(status)
+    })
+}
+
+fn runtime(socket: &Path) -> Result<Runtime, Error> {
+    let talk = |e: io::Error| Error::Talk { path: socket.to_owned(), what: e.to_string() };
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(talk)
+}
+
+type Sender = SendRequest<Full<Bytes>>;
+
+/// Connects and sends a request. The connection lasts as long as the sender.
+async fn send(
+    socket: &Path,
+    method: Method,
+    uri: &str,
+    body: Vec<u8>,
+) -> Result<(Response<Incoming>, Sender), Error> {
+    let talk = |what: String| Error::Talk { path: socket.to_owned(), what };
+    let stream = tokio::net::UnixStream::connect(socket)
+        .await
+        .map_err(|source| Error::Connect { path: socket.to_owned(), source })?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| talk(e.to_string()))?;
+    tokio::spawn(connection);
+    let request = Request::builder()
+        .method(method)
+        .uri(uri)
+        .header(HOST, "localhost")
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::new(Bytes::from(body)))
+        .map_err(|e| talk(e.to_string()))?;
+    let response = sender.send_request(request).await.map_err(|e| talk(format!("{e:?}")))?;
+    Ok((response, sender))
 }

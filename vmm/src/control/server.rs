@@ -12,12 +12,14 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::channel::Channel;
+use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::CONTENT_TYPE;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -27,17 +29,22 @@ use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::wire::{PatchState, Report, Trouble};
+use super::wire::{Happened, PatchState, Report, Trouble};
 use crate::controller::{Answer, Command, Controls};
+use crate::events::Events;
 
 /// Connections served at the same time; more wait.
 const MAX_CONNECTIONS: usize = 16;
+/// How many of them may follow the events, so that others get in.
+const MAX_FOLLOWERS: usize = 8;
 /// Time a client has to send a request's head.
 const HEAD_TIME: Duration = Duration::from_secs(5);
 /// Time a client has to send a request's body.
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// Time a connection may stay open, whatever it does. Longer than any plan's deadline.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
+/// How often a client that follows the events hears something, be it nothing.
+const ALIVE_TIME: Duration = Duration::from_secs(10);
 
 /// Why there is no control socket.
 #[derive(Debug, thiserror::Error)]
@@ -131,18 +138,19 @@ impl Connections {
 ///
 /// # Errors
 /// When the system has no thread or descriptor left.
-pub fn start(controls: Controls) -> io::Result<Connections> {
+pub fn start(controls: Controls, events: Arc<Events>) -> io::Result<Connections> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (sender, mut receiver) = mpsc::unbounded_channel::<UnixStream>();
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let vm = Vm { controls, events, followers: Arc::new(Semaphore::new(MAX_FOLLOWERS)) };
     thread::Builder::new().name("api".into()).spawn(move || {
         runtime.block_on(async {
             while let Some(stream) = receiver.recv().await {
                 let Ok(slot) = slots.clone().acquire_owned().await else { break };
-                let controls = controls.clone();
+                let vm = vm.clone();
                 tokio::spawn(async move {
                     // A client that breaks off has nobody left to be told.
-                    let _ = timeout(CONNECTION_TIME, connection(stream, controls)).await;
+                    let _ = connection(stream, vm).await;
                     drop(slot);
                 });
                 // Let it begin before the next is taken.
@@ -153,7 +161,15 @@ pub fn start(controls: Controls) -> io::Result<Connections> {
     Ok(Connections(sender))
 }
 
-async fn connection(stream: UnixStream, controls: Controls) -> Result<(), Box<dyn std::error::Error>> {
+/// What requests are about.
+#[derive(Clone)]
+struct Vm {
+    controls: Controls,
+    events: Arc<Events>,
+    followers: Arc<Semaphore>,
+}
+
+async fn connection(stream: UnixStream, vm: Vm) -> Result<(), Box<dyn std::error::Error>> {
     stream.set_nonblocking(true)?;
     let stream = tokio::net::UnixStream::from_std(stream)?;
     // Root may connect to any socket; anybody else only to his own. The socket's mode says
@@ -161,29 +177,89 @@ async fn connection(stream: UnixStream, controls: Controls) -> Result<(), Box<dy
     let peer = stream.peer_cred()?.uid();
     let owner = fs::metadata("/proc/self")?.uid();
     let allowed = peer == 0 || peer == owner;
+    let follows = Arc::new(AtomicBool::new(false));
+    let following = follows.clone();
     let serve = service_fn(move |request| {
-        let controls = controls.clone();
+        let (vm, following) = (vm.clone(), following.clone());
         async move {
-            let response = if allowed {
-                answer(request, controls).await
+            let response = if !allowed {
+                trouble(StatusCode::FORBIDDEN, "this VM belongs to another user").map(Either::Left)
+            } else if is_follower(&request) {
+                following.store(true, Relaxed);
+                follow(&vm)
             } else {
-                trouble(StatusCode::FORBIDDEN, "this VM belongs to another user")
+                answer(request, vm).await.map(Either::Left)
             };
             Ok::<_, Infallible>(response)
         }
     });
-    http1::Builder::new()
+    let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
         .max_headers(64)
-        .serve_connection(TokioIo::new(stream), serve)
-        .await?;
+        .serve_connection(TokioIo::new(stream), serve);
+    tokio::pin!(serving);
+    // Who follows the events may stay.
+    match timeout(CONNECTION_TIME, &mut serving).await {
+        Err(_) if follows.load(Relaxed) => serving.await?,
+        Err(late) => return Err(late.into()),
+        Ok(done) => done?,
+    }
     Ok(())
 }
 
 type Reply = Response<Full<Bytes>>;
 
-async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
+fn is_follower(request: &Request<Incoming>) -> bool {
+    request.method() == Method::GET && request.uri().path() == "/events/stream"
+}
+
+/// Sends the events that are kept and those to come, one JSON object a line, until the client
+/// hangs up. To one that is too slow it says how many it missed.
+fn follow(vm: &Vm) -> Response<Either<Full<Bytes>, Channel<Bytes>>> {
+    let Ok(slot) = vm.followers.clone().try_acquire_owned() else {
+        let what = format!("{MAX_FOLLOWERS} clients follow the events already");
+        return trouble(StatusCode::SERVICE_UNAVAILABLE, &what).map(Either::Left);
+    };
+    let (mut sender, body) = Channel::new(1);
+    let (events, mut watch) = (vm.events.clone(), vm.events.watch());
+    tokio::spawn(async move {
+        let mut next = 0;
+        loop {
+            let news = events.since(next);
+            let mut lines = String::new();
+            for event in news {
+                if event.number > next {
+                    lines += &format!("{{\"missed\":{}}}\n", event.number - next);
+                }
+                next = event.number + 1;
+                // These types hold nothing that JSON can't say.
+                lines += &serde_json::to_string(&event).unwrap_or_default();
+                lines.push('\n');
+            }
+            // It waits until the client has taken the one before.
+            if !lines.is_empty() && sender.send_data(lines.into()).await.is_err() {
+                break;
+            }
+            if *watch.borrow_and_update() > next {
+                continue;
+            }
+            match timeout(ALIVE_TIME, watch.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => break,
+                // A blank line, so that a client that is gone is noticed.
+                Err(_) if sender.send_data("\n".into()).await.is_err() => break,
+                Err(_) => {}
+            }
+        }
+        drop(slot);
+    });
+    let mut response = Response::new(Either::Right(body));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"));
+    response
+}
+
+async fn answer(request: Request<Incoming>, vm: Vm) -> Reply {
     let path = request.uri().path().trim_matches('/').to_owned();
     let parts: Vec<&str> = path.split('/').collect();
     let method = request.method().clone();
@@ -193,6 +269,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         (&Method::PUT | &Method::POST, ["vm", "pause"]) => Command::Pause,
         (&Method::PUT | &Method::POST, ["vm", "resume"]) => Command::Resume,
         (&Method::DELETE, ["vm", "arena"]) => Command::RemoveArena,
+        (&Method::GET, ["events"]) => return json(StatusCode::OK, &Happened { events: vm.events.since(0) }),
         (&Method::GET, ["targets"]) => Command::Targets,
         (&Method::GET, ["patches"]) => Command::List,
         (&Method::GET, ["patches", name]) => Command::Show((*name).to_owned()),
@@ -210,7 +287,8 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
         }
         (
             _,
-            ["vm" | "targets"]
+            ["vm" | "targets" | "events"]
+            | ["events", "stream"]
             | ["vm", "vcpus" | "pause" | "resume" | "arena"]
             | ["patches"]
             | ["patches", _]
@@ -227,7 +305,7 @@ async fn answer(request: Request<Incoming>, controls: Controls) -> Reply {
     };
     let (sender, receiver) = oneshot::channel();
     // A client that went away does not stop its command, and does not hear of it.
-    controls.give(command, move |answer| drop(sender.send(answer)));
+    vm.controls.give(command, move |answer| drop(sender.send(answer)));
     match receiver.await {
         Ok(answer) => reply(answer),
         Err(_) => trouble(StatusCode::SERVICE_UNAVAILABLE, "the VM is shutting down"),
@@ -281,6 +359,6 @@ fn json(status: StatusCode, value: &impl Serialize) -> Reply {
     text.push(b'\n');
     let mut reply = Response::new(Full::new(Bytes::from(text)));
     *reply.status_mut() = status;
-    reply.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     reply
 }

@@ -3,10 +3,13 @@
 use std::path::PathBuf;
 
 use patcher::addr::Gva;
+use patcher::guard::Policy;
 use patcher::plan::Strategy;
 use patcher::refusal::{Refusal, Refused};
 use patcher::resolve::Site;
 use serde::Serialize;
+
+use crate::events::Event;
 
 /// `GET /vm`.
 #[derive(Debug, Clone, Serialize)]
@@ -29,6 +32,8 @@ pub struct Info {
     pub patches: usize,
     /// How many breakpoints of the guest's own were intercepted and delivered to it.
     pub breakpoints: u64,
+    /// The text guard.
+    pub guard: GuardInfo,
     /// Time since the monitor started, in milliseconds.
     pub uptime_ms: u64,
     /// The monitor's version.
@@ -42,6 +47,15 @@ pub struct ArenaInfo {
     pub base: Gva,
     /// How much of it is in use.
     pub used_bytes: usize,
+}
+
+/// The text guard.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct GuardInfo {
+    /// How many pages (4 KiB) the guest can't write to by itself.
+    pub pages: u64,
+    /// How many writes to such pages vCPUs were stopped at.
+    pub writes: u64,
 }
 
 /// About the running kernel.
@@ -165,6 +179,11 @@ pub struct PatchSummary {
     pub state: PatchState,
     /// How many sites it has.
     pub sites: usize,
+    /// At how many of them the guest has replaced it.
+    pub superseded: usize,
+    /// What its plan says about writes of the guest's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_guest_write: Option<Policy>,
     /// How it was applied.
     pub strategy: Strategy,
 }
@@ -198,6 +217,13 @@ impl Refusals {
     pub fn is_unknown_patch(&self) -> bool {
         self.refusals.iter().any(|refused| matches!(refused.refusal, Refusal::UnknownPatch { .. }))
     }
+}
+
+/// `GET /events`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Happened {
+    /// Those that are kept, the oldest first.
+    pub events: Vec<Event>,
 }
 
 /// A request that could not be served.

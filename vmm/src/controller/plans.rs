@@ -16,6 +16,8 @@ use patcher::target::{StepError, drive};
 use super::{Answer, Applied, Controller, refused, us};
 use crate::arena::GuestArena;
 use crate::control::wire::{PatchState, Refusals, Report, Timing};
+use crate::events::{Kind, News};
+use crate::guard::split_at_pages;
 use crate::live::Live;
 
 /// How long a plan that does not fit is looked at again while the guest patches itself.
@@ -64,7 +66,7 @@ impl Controller {
         target.wait_while_patching(&doors::locks(&kernel.kernel())) && Instant::now() < until
     }
 
-    fn compile(&mut self, plan: &ResolvedPlan) -> Result<Program, Vec<Refused>> {
+    pub(super) fn compile(&mut self, plan: &ResolvedPlan) -> Result<Program, Vec<Refused>> {
         if plan.strategy != Strategy::Bypass {
             return compile(plan, self.host, &mut Arena::new(Gva(0), 0));
         }
@@ -91,7 +93,8 @@ impl Controller {
         if report.state == PatchState::Applied {
             // A name may be used again after its patch was reverted.
             self.patches.retain(|patch| patch.plan.name != plan.name);
-            self.patches.push(Applied { plan, state: report.state, report: report.clone() });
+            self.watch(&plan);
+            self.patches.push(Applied { plan, state: report.state, report: report.clone(), superseded: 0 });
         }
         Answer::Report(Box::new(report))
     }
@@ -112,6 +115,7 @@ impl Controller {
                 report.state = PatchState::Reverted;
             }
             if matches!(report.state, PatchState::Reverted | PatchState::Superseded) {
+                self.guard.forget(name);
                 self.patches[index].state = report.state;
                 self.patches[index].report = report.clone();
             }
@@ -151,7 +155,12 @@ impl Controller {
     }
 
     /// Runs the program of a resolved plan.
-    fn execute(&mut self, plan: &ResolvedPlan, program: Program, asked: Instant) -> Result<Report, Refusal> {
+    pub(super) fn execute(
+        &mut self,
+        plan: &ResolvedPlan,
+        program: Program,
+        asked: Instant,
+    ) -> Result<Report, Refusal> {
         let kernel = self.kernel()?.clone();
         if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
             arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
@@ -161,14 +170,21 @@ impl Controller {
         let mut attempts = 0;
         let (target, end) = loop {
             attempts += 1;
-            let mut target = Live::new(&kernel, &self.rendezvous, until);
+            let pieces = plan.sites.iter().map(|site| kernel.pieces(site.at, site.old.len()));
+            let pieces = pieces.filter_map(Result::ok).flatten().collect();
+            let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
+            let scope = self.guard.begin(split_at_pages(pieces), held);
+            let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
+            let mut target = Live::new(&kernel, &self.rendezvous, until).behind(&self.guard);
             if self.config.fail_programs {
                 target.fail_at(self.fail_at);
             }
             let end = drive(&program, &mut target);
+            drop(scope);
             self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
             match &end {
-                End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
+                End::RolledBack { failure }
+                    if program.was_kept_out(failure) && Instant::now() < until && !self.guard.is_stuck() => {}
                 _ => break (target, end),
             }
             target.wait_while_patching(&program.locks);
@@ -190,6 +206,14 @@ impl Controller {
                 (PatchState::Held, Some(format!("{failure}; undoing it: {undo}")))
             }
         };
+        self.guard.events().tell(Kind::Patch, || News {
+            who: None,
+            patch: Some(plan.name.clone()),
+            what: match &failure {
+                None => format!("{} sites changed, {attempts} attempts", plan.sites.len()),
+                Some(failure) => failure.clone(),
+            },
+        });
         Ok(Report {
             name: plan.name.clone(),
             state,

@@ -1,5 +1,7 @@
 //! A vCPU's thread: enter the guest, handle what made it leave, again.
 
+mod guarded;
+
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -13,7 +15,9 @@ use patcher::trap::{Action, Way};
 
 use crate::deliver;
 use crate::devices::{Ports, Wish};
+use crate::events::{Kind, News};
 use crate::exit::{self, Exit};
+use crate::guard::Guard;
 use crate::kick::Kick;
 use crate::kvm::Vm;
 use crate::locate::{self, Located};
@@ -45,6 +49,11 @@ pub trait Listener: Send + Sync {
     /// The guest wrote to a protected page. The vCPU tries again when it returns. `false` if
     /// no page was protected, so that nothing explains the fault.
     fn protected_write(&self) -> bool;
+    /// The guest changed the site of a patch. Does not wait.
+    fn touched(&self);
+    /// The guest is about to change the site of a patch, which is to be taken back first; the
+    /// vCPU waits for that.
+    fn step_aside(&self, patch: &str);
 }
 
 /// A vCPU and all that its thread needs.
@@ -56,11 +65,29 @@ pub struct Vcpu {
     vm: Arc<Vm>,
     rendezvous: Arc<Rendezvous>,
     ports: Arc<Ports>,
+    guard: Arc<Guard>,
     listener: Arc<dyn Listener>,
     intercepting: bool,
     locating: bool,
     /// For tests: the guest's breakpoints are delivered by KVM.
     reinject: bool,
+    /// A write that nothing explained: the instruction, and how often.
+    unexplained: (u64, u32),
+}
+
+/// What all vCPUs of a machine have in common.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// The VM.
+    pub vm: Arc<Vm>,
+    /// Where they meet the controller.
+    pub rendezvous: Arc<Rendezvous>,
+    /// The devices.
+    pub ports: Arc<Ports>,
+    /// The text guard.
+    pub guard: Arc<Guard>,
+    /// Whom they tell.
+    pub listener: Arc<dyn Listener>,
 }
 
 /// Why the guest was left, as far as the loop cares.
@@ -75,16 +102,23 @@ const LONG_STALL: Duration = Duration::from_secs(1);
 impl Vcpu {
     /// Puts a vCPU together. The first one looks for the kernel if `locating`.
     #[must_use]
-    pub fn new(
-        id: VcpuId,
-        (fd, kick): (VcpuFd, Arc<Kick>),
-        vm: Arc<Vm>,
-        rendezvous: Arc<Rendezvous>,
-        ports: Arc<Ports>,
-        listener: Arc<dyn Listener>,
-    ) -> Self {
-        let (intercepting, locating, reinject) = (false, id.0 == 0, false);
-        Self { id, fd, kick, vm, rendezvous, ports, listener, intercepting, locating, reinject }
+    pub fn new(id: VcpuId, (fd, kick): (VcpuFd, Arc<Kick>), around: Surroundings) -> Self {
+        let Surroundings { vm, rendezvous, ports, guard, listener } = around;
+        let (intercepting, locating, reinject, unexplained) = (false, id.0 == 0, false, (0, 0));
+        Self {
+            id,
+            fd,
+            kick,
+            vm,
+            rendezvous,
+            ports,
+            guard,
+            listener,
+            intercepting,
+            locating,
+            reinject,
+            unexplained,
+        }
     }
 
     /// For tests: has KVM deliver the guest's own breakpoints, which goes wrong when another
@@ -181,11 +215,6 @@ impl Vcpu {
         ending.map_or(Left::GoOn, Left::ForGood)
     }
 
-    fn protected_write(&self) -> Result<(), String> {
-        let known = self.parked(|| self.listener.protected_write())?;
-        known.then_some(()).ok_or_else(|| format!("vCPU {}: KVM_RUN: bad address", self.id.0))
-    }
-
     /// Waits for the controller, which may want to know where this vCPU stands meanwhile.
     fn parked<T>(&self, wait: impl FnOnce() -> T) -> Result<T, String> {
         self.rendezvous.park(self.id, self.registers()?);
@@ -208,6 +237,7 @@ impl Vcpu {
                 Action::Resume => return Ok(()),
                 Action::Pass(way) => {
                     self.rendezvous.count_trap(self.id);
+                    self.guard.events().tell(Kind::Trap, || self.trapped(way));
                     if !self.passes(way)? {
                         self.parked(|| self.rendezvous.wait_at_trap(&table))?;
                     }
@@ -218,6 +248,16 @@ impl Vcpu {
                 Action::Deliver => return self.deliver(),
             }
         }
+    }
+
+    fn trapped(&self, way: Way) -> News {
+        let what = match way {
+            Way::Wait => "ran into a breakpoint of a program and waits",
+            Way::Copy(_) => "ran into a breakpoint of a program and goes through a copy",
+            Way::Effect(_) => "ran into a breakpoint of a program and goes past it",
+        };
+        let who = Registers::read(&self.fd).ok().map(|registers| self.guard.who(self.id, &registers));
+        News { who, patch: None, what: what.to_owned() }
     }
 
     /// Gives the guest its own breakpoint.

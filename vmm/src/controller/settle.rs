@@ -1,0 +1,200 @@
+//! What is done about a guest that has changed the sites of patches: once it is through.
+
+use std::time::Instant;
+
+use patcher::addr::Gva;
+use patcher::doors::Patchers;
+use patcher::expand::Datum;
+use patcher::guard::{Policy, stands};
+use patcher::insn;
+use patcher::kernel::live::read;
+use patcher::resolve::{ResolvedPlan, Site};
+
+use super::{Controller, PatchState};
+use crate::events::{Kind, News};
+use crate::guard::policy;
+use crate::locate::GuestKernel;
+use crate::scene::Scene;
+
+/// A site that is not as its patch left it: which one of the plan's, and what is there.
+type Changed = (usize, Vec<u8>);
+
+impl Controller {
+    /// Guards all of the kernel's own text.
+    pub(super) fn guard_text(&mut self) -> Result<(), String> {
+        self.kernel().map_err(|refusal| refusal.to_string())?;
+        let text = self.guard.scene().and_then(Scene::text);
+        let text = text.ok_or("the kernel's text is not in one piece")?;
+        self.guard.guard_text(&text).map_err(|error| error.to_string())
+    }
+
+    /// Has the guard look after a patch that was applied.
+    pub(super) fn watch(&mut self, plan: &ResolvedPlan) {
+        let Some(kernel) = &self.kernel else { return };
+        if let Err(error) = self.guard.watch(plan, kernel) {
+            self.tell_conflict(&plan.name, format!("its pages are not all guarded: {error}"));
+        }
+    }
+
+    /// Looks at the patches whose sites the guest wrote to, if it is not patching any more;
+    /// otherwise that is to be done later.
+    pub(super) fn settle(&mut self) {
+        let is_calm = |controller: &Self| controller.guard.scene().is_none_or(Scene::is_calm);
+        self.unsettled = true;
+        if !is_calm(self) {
+            return;
+        }
+        self.unsettled = false;
+        for name in self.guard.take_touched() {
+            let Ok(index) = self.find(&name) else { continue };
+            let Some(kernel) =
+                self.kernel.clone().filter(|_| self.patches[index].state == PatchState::Applied)
+            else {
+                continue;
+            };
+            let (gone, changed) = look(&self.patches[index].plan, &kernel);
+            if !is_calm(self) {
+                self.guard.touch(&name);
+                self.unsettled = true;
+            } else if !gone.is_empty() {
+                self.give_up(index, &gone, "is gone with its module");
+            } else if !changed.is_empty() {
+                self.decide(index, changed);
+            }
+        }
+    }
+
+    /// Does what a patch's policy says about the sites that the guest has changed.
+    fn decide(&mut self, index: usize, changed: Vec<Changed>) {
+        let patch = &self.patches[index];
+        let name = patch.plan.name.clone();
+        let by_name = |(site, _): &Changed| patch.plan.sites[*site].at;
+        let all: Vec<Gva> = changed.iter().map(by_name).collect();
+        let policy = policy(patch.plan.on_guest_write);
+        if policy == Policy::Yield {
+            return self.give_up(index, &all, "was replaced by the guest");
+        }
+        let (probed, changed): (Vec<_>, Vec<_>) =
+            changed.into_iter().partition(|(site, now)| is_probed(&patch.plan.sites[*site].old, now));
+        if !probed.is_empty() {
+            let what = format!("{} sites have a breakpoint of the guest's, which stays", probed.len());
+            self.tell_conflict(&name, what);
+        }
+        if changed.is_empty() {
+            return;
+        }
+        match self.put_back(index, &changed) {
+            Ok(()) => {
+                if policy == Policy::Rebase {
+                    let sites = &mut self.patches[index].plan.sites;
+                    for (site, now) in &changed {
+                        sites[*site] = rebased(&sites[*site], now);
+                    }
+                }
+                let what = match policy {
+                    Policy::Rebase => "put back over what the guest wrote, which reverting restores",
+                    _ => "put back, and what the guest wrote is lost",
+                };
+                self.tell_conflict(&name, format!("{} sites: {what}", changed.len()));
+                let plan = self.patches[index].plan.clone();
+                self.guard.forget(&name);
+                self.watch(&plan);
+            }
+            Err(why) => self.give_up(index, &all, &format!("could not be put back ({why})")),
+        }
+    }
+
+    /// Applies a patch again where the guest has replaced it.
+    fn put_back(&mut self, index: usize, changed: &[Changed]) -> Result<(), String> {
+        let asked = Instant::now();
+        let whole = self.patches[index].plan.clone();
+        let Some(kernel) = self.kernel.clone() else { return Ok(()) };
+        let sites = changed.iter().map(|(site, now)| rebased(&whole.sites[*site], now)).collect();
+        let word = |datum: &Datum| {
+            let old = read(&kernel, datum.at, datum.new.len()).ok()?;
+            (old != datum.new).then(|| Datum { at: datum.at, old, new: datum.new.clone() })
+        };
+        let plan = ResolvedPlan { sites, data: whole.data.iter().filter_map(word).collect(), ..whole };
+        let program = self.compile(&plan).map_err(|refused| {
+            let reasons: Vec<String> = refused.iter().map(|refused| refused.refusal.to_string()).collect();
+            reasons.join("; ")
+        })?;
+        let report = self.execute(&plan, program, asked).map_err(|refusal| refusal.to_string())?;
+        match report.failure {
+            None => Ok(()),
+            Some(failure) => Err(failure),
+        }
+    }
+
+    /// A patch is in force no more at some of its sites.
+    fn give_up(&mut self, index: usize, sites: &[Gva], why: &str) {
+        let patch = &mut self.patches[index];
+        let name = patch.plan.name.clone();
+        self.guard.forget_some(&name, |at| sites.contains(&at));
+        patch.superseded += sites.len();
+        patch.plan.sites.retain(|site| !sites.contains(&site.at));
+        if patch.plan.sites.is_empty() {
+            patch.state = PatchState::Superseded;
+            patch.report.state = PatchState::Superseded;
+        }
+        patch.report.superseded = patch.superseded;
+        let what = match patch.plan.sites.len() {
+            0 => format!("superseded: it {why}"),
+            left => format!("superseded at {} sites, {left} are left: it {why}", sites.len()),
+        };
+        self.tell_conflict(&name, what);
+    }
+
+    /// Takes a patch back at which a vCPU waits that is about to change one of its sites. That
+    /// one may have the guest's locks, so they are not asked for.
+    pub(super) fn step_aside(&mut self, name: &str) {
+        let Ok(index) = self.find(name) else { return };
+        if self.patches[index].state != PatchState::Applied {
+            return;
+        }
+        let back = self.patches[index].plan.reversed();
+        let back = ResolvedPlan { patchers: Patchers::default(), ..back };
+        let what = match self.compile(&back).map(|program| self.execute(&back, program, Instant::now())) {
+            Ok(Ok(report)) => report.failure,
+            Ok(Err(refusal)) => Some(refusal.to_string()),
+            Err(refused) => Some(refused.iter().map(|refused| refused.refusal.to_string()).collect()),
+        };
+        self.tell_conflict(
+            name,
+            match what {
+                None => "stepped aside for a write to the inside of an instruction".to_owned(),
+                Some(failure) => format!("could not step aside: {failure}"),
+            },
+        );
+        self.guard.touch(name);
+        self.unsettled = true;
+    }
+
+    fn tell_conflict(&self, name: &str, what: String) {
+        self.guard.events().tell(Kind::Conflict, || News { who: None, patch: Some(name.to_owned()), what });
+    }
+}
+
+/// The sites that are not mapped any more, and those that are not as the patch left them.
+fn look(plan: &ResolvedPlan, kernel: &GuestKernel) -> (Vec<Gva>, Vec<Changed>) {
+    let (mut gone, mut changed) = (Vec::new(), Vec::new());
+    for (index, site) in plan.sites.iter().enumerate() {
+        match read(kernel, site.at, site.new.len()) {
+            Ok(now) if stands(&site.new, &now) => {}
+            Ok(now) => changed.push((index, now)),
+            Err(_) => gone.push(site.at),
+        }
+    }
+    (gone, changed)
+}
+
+/// Whether the guest has put a breakpoint on its code.
+fn is_probed(code: &[u8], now: &[u8]) -> bool {
+    code != now && stands(code, now)
+}
+
+/// A site whose old code is what is there now.
+fn rebased(site: &Site, now: &[u8]) -> Site {
+    let inside = insn::decode(now, site.at).map(|insn| insn.at).filter(|at| *at != site.at).collect();
+    Site { old: now.to_vec(), old_inside: inside, ..site.clone() }
+}

@@ -1,0 +1,490 @@
+//! The text guard: pages of the guest's text that it can't write to without asking.
+//!
+//! Mapping A of a guarded page is read-only ([`GuestRam::write_protect`]), so a write makes
+//! the vCPU leave the guest before it took effect, whatever mapping of the guest's it goes
+//! through. The vCPU's own thread then does it through mapping B, if it may, while it holds
+//! the guard's lock; a program takes the same lock to say which bytes it is about to change,
+//! and who writes to those waits. `docs/guard.md` compares ways to protect, and lists what
+//! becomes of a write.
+
+mod watch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use patcher::addr::{Gpa, Gva, VcpuId};
+use patcher::guard::{Policy, Touch, Verdict, judge};
+use patcher::insn;
+use patcher::resolve::ResolvedPlan;
+
+use self::watch::Watched;
+pub(crate) use self::watch::split_at_pages;
+use crate::events::{Events, Kind, News, Who};
+use crate::locate::GuestKernel;
+use crate::memory::{self, GuestRam, PAGE, PAGE_SIZE};
+use crate::scene::Scene;
+use crate::standing::Registers;
+
+/// A piece of memory: where, and how many bytes.
+pub type Piece = (Gpa, usize);
+
+/// The guard of one VM.
+pub struct Guard {
+    ram: Arc<GuestRam>,
+    events: Arc<Events>,
+    scene: OnceLock<Scene>,
+    state: Mutex<State>,
+    /// A program ended.
+    changed: Condvar,
+    /// How many vCPUs wait for a program to end.
+    waiting: AtomicUsize,
+    /// How many wait for a patch to be taken back.
+    stuck: AtomicUsize,
+    hits: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    /// All of the kernel's text, if that is guarded.
+    text: Option<Range<u64>>,
+    /// Pages that were given up.
+    lifted: BTreeSet<u64>,
+    /// Pages that are guarded for a patch or a program, and for how many.
+    pages: BTreeMap<u64, usize>,
+    /// What the program in flight changes.
+    in_flight: Vec<Piece>,
+    /// Pages that are guarded for its sake only.
+    runs: Vec<Range<u64>>,
+    /// The sites of applied patches, by the pages they are on.
+    watched: BTreeMap<u64, Vec<Arc<Watched>>>,
+    /// Patches whose sites were written to.
+    touched: BTreeSet<Arc<str>>,
+}
+
+/// A write that a vCPU is about to do.
+pub struct Write<'a> {
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// Where it stands.
+    pub registers: &'a Registers,
+    /// The address it uses.
+    pub at: Gva,
+    /// Where that leads, page by page.
+    pub pieces: &'a [Piece],
+    /// What it writes.
+    pub bytes: &'a [u8],
+    /// The patch did step aside, as far as it could.
+    pub is_last_try: bool,
+}
+
+/// What became of a write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attempt {
+    /// It was done, or it is not to be done; the vCPU goes on behind it. Whether the sites
+    /// of a patch were touched, and nobody was told yet.
+    Done {
+        /// Somebody should look after the patches.
+        touched: bool,
+    },
+    /// None of its pages is guarded: the vCPU can do it itself.
+    NotGuarded,
+    /// It must wait for the program in flight, then be tried again.
+    InFlight,
+    /// It must wait until this patch is taken back, then be tried again.
+    StepAside(Arc<str>),
+}
+
+impl Guard {
+    /// A guard that guards nothing yet.
+    #[must_use]
+    pub fn new(ram: Arc<GuestRam>, events: Arc<Events>) -> Self {
+        Self {
+            ram,
+            events,
+            scene: OnceLock::new(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            waiting: AtomicUsize::new(0),
+            stuck: AtomicUsize::new(0),
+            hits: AtomicU64::new(0),
+        }
+    }
+
+    /// Makes the guest's kernel known; the first one counts.
+    pub fn introduce(&self, kernel: &GuestKernel) {
+        self.scene.get_or_init(|| Scene::new(kernel));
+    }
+
+    /// The guest's kernel, once it is known.
+    #[must_use]
+    pub fn scene(&self) -> Option<&Scene> {
+        self.scene.get()
+    }
+
+    /// What happened.
+    #[must_use]
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// How many pages are guarded.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        let state = self.lock();
+        let text = state.text.as_ref().map_or(0, |text| (text.end - text.start) / PAGE);
+        let apart = state.pages.keys().filter(|page| !state.is_text(**page)).count();
+        text - state.lifted.len() as u64 + apart as u64
+    }
+
+    /// How many writes the vCPUs were stopped at.
+    #[must_use]
+    pub fn hits(&self) -> u64 {
+        self.hits.load(SeqCst)
+    }
+
+    /// Whether a vCPU waits for the program in flight, or for a patch to be taken back.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.load(SeqCst) > 0
+    }
+
+    /// Whether a vCPU waits for a patch to be taken back.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.stuck.load(SeqCst) > 0
+    }
+
+    /// A vCPU in the guest's own words.
+    #[must_use]
+    pub fn who(&self, vcpu: VcpuId, registers: &Registers) -> Who {
+        self.scene().map_or_else(|| Who::at(vcpu, registers.rip()), |scene| scene.who(vcpu, registers))
+    }
+
+    // The controller's side.
+
+    /// Guards these pages for the VM's life, as its text.
+    ///
+    /// # Errors
+    /// What the system said; nothing more is guarded than before then.
+    pub fn guard_text(&self, text: &Range<Gpa>) -> Result<(), memory::Error> {
+        let mut state = self.lock();
+        self.ram.write_protect(text, true)?;
+        state.text = Some(text.start.0 & !(PAGE - 1)..text.end.0.next_multiple_of(PAGE));
+        Ok(())
+    }
+
+    /// Watches the sites of a patch that was applied, and guards their pages, if its plan says
+    /// what to do about writes.
+    ///
+    /// # Errors
+    /// The first page that can't be guarded; the patch is watched as far as it can be.
+    pub fn watch(&self, plan: &ResolvedPlan, kernel: &GuestKernel) -> Result<(), memory::Error> {
+        let name: Arc<str> = plan.name.as_str().into();
+        let mut state = self.lock();
+        let mut result = Ok(());
+        for site in &plan.sites {
+            let Ok(watched) = Watched::new(name.clone(), site, plan.on_guest_write, kernel) else { continue };
+            let watched = Arc::new(watched);
+            for page in watched.pages() {
+                state.watched.entry(page).or_default().push(watched.clone());
+                if watched.is_guarded {
+                    result = result.and(self.take_page(&mut state, page));
+                }
+            }
+        }
+        result
+    }
+
+    /// Looks after a patch again.
+    pub fn touch(&self, name: &str) {
+        self.lock().touched.insert(name.into());
+    }
+
+    /// Forgets the sites of a patch.
+    pub fn forget(&self, name: &str) {
+        self.forget_some(name, |_| true);
+    }
+
+    /// Forgets some sites of a patch.
+    pub fn forget_some(&self, name: &str, which: impl Fn(Gva) -> bool) {
+        let mut state = self.lock();
+        let mut pages = Vec::new();
+        for (page, watched) in &mut state.watched {
+            let goes = |watched: &Arc<Watched>| *watched.patch == *name && which(watched.site.at);
+            pages.extend(watched.iter().filter(|w| goes(w) && w.is_guarded).map(|_| *page));
+            watched.retain(|watched| !goes(watched));
+        }
+        state.watched.retain(|_, watched| !watched.is_empty());
+        for page in pages {
+            self.give_page(&mut state, page);
+        }
+    }
+
+    /// Patches whose sites were written to since this was last asked.
+    pub fn take_touched(&self) -> Vec<Arc<str>> {
+        std::mem::take(&mut self.lock().touched).into_iter().collect()
+    }
+
+    /// Guards the bytes that a program is about to change until the returned scope ends. Who
+    /// writes to them waits. If no vCPU runs while they are changed, `held`, pages that are
+    /// not guarded already need not be.
+    ///
+    /// # Errors
+    /// The first page that can't be guarded; nothing is guarded then.
+    pub fn begin(&self, pieces: Vec<Piece>, held: bool) -> Result<Scope<'_>, memory::Error> {
+        let mut state = self.lock();
+        let scope = Scope { guard: self };
+        let pages = pieces.iter().filter(|_| !held).map(|(at, _)| at.0 & !(PAGE - 1)).collect();
+        for run in runs(pages) {
+            for part in state.unguarded(&run) {
+                if let Err(error) = self.ram.write_protect(&part, true) {
+                    // The scope takes back what was done.
+                    drop(state);
+                    return Err(error);
+                }
+                state.runs.push(part.start.0..part.end.0);
+            }
+        }
+        state.in_flight = pieces;
+        drop(state);
+        Ok(scope)
+    }
+
+    fn end(&self) {
+        let mut state = self.lock();
+        state.in_flight.clear();
+        for run in std::mem::take(&mut state.runs) {
+            for part in state.unguarded(&run) {
+                self.unprotect(&part);
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn take_page(&self, state: &mut State, page: u64) -> Result<(), memory::Error> {
+        if !state.is_guarded(page) {
+            self.ram.write_protect(&one(page), true)?;
+        }
+        *state.pages.entry(page).or_insert(0) += 1;
+        Ok(())
+    }
+
+    fn give_page(&self, state: &mut State, page: u64) {
+        let Some(users) = state.pages.get_mut(&page) else { return };
+        *users -= 1;
+        if *users == 0 {
+            state.pages.remove(&page);
+            if !state.is_guarded(page) {
+                self.unprotect(&one(page));
+            }
+        }
+    }
+
+    fn unprotect(&self, pages: &Range<Gpa>) {
+        if let Err(error) = self.ram.write_protect(pages, false) {
+            // The guest's writes are still done, one by one.
+            eprintln!("vmm: {error}");
+        }
+    }
+
+    // The vCPU threads' side.
+
+    /// Does what a vCPU was stopped at. `fence` is called where the text must be fenced.
+    ///
+    /// # Errors
+    /// Text that tells what failed; the write was not done, or only in part.
+    pub fn attempt(
+        &self,
+        write: &Write<'_>,
+        fence: impl Fn() -> Result<(), String>,
+    ) -> Result<Attempt, String> {
+        let mut state = self.lock();
+        if !write.pieces.iter().any(|(at, _)| state.is_guarded(at.0)) {
+            return Ok(Attempt::NotGuarded);
+        }
+        if write.pieces.iter().any(|piece| state.in_flight.iter().any(|other| overlap(*piece, *other))) {
+            return Ok(Attempt::InFlight);
+        }
+        let watched = state.watched_at(write.pieces);
+        let is_there =
+            |watched: &Arc<Watched>| self.scene().is_some_and(|scene| watched.is_there(scene.kernel()));
+        let (here, moved) = (watched.clone().filter(is_there), watched);
+        let by_patcher = self.scene().is_some_and(|scene| scene.is_patcher(write.registers, write.at));
+        let mut verdict = Verdict::Perform;
+        if let Some(watched) = &here {
+            let now = watched.read(&self.ram).map_err(|e| e.to_string())?;
+            let after = watched.overlay(&now, write.pieces, write.bytes);
+            verdict = judge(&watched.site, Touch { now: &now, after: &after, by_patcher });
+            if verdict == Verdict::StepAside && !write.is_last_try {
+                return Ok(Attempt::StepAside(watched.patch.clone()));
+            }
+            if let Verdict::Complete(rest) = &verdict {
+                watched.write_behind_first(&self.ram, rest).map_err(|e| e.to_string())?;
+                fence()?;
+            }
+        }
+        if verdict != Verdict::Drop {
+            self.perform(write)?;
+        }
+        self.hits.fetch_add(1, SeqCst);
+        let untold = state.touched.is_empty();
+        let touched = moved.as_ref().is_some_and(|watched| state.touched.insert(watched.patch.clone()));
+        drop(state);
+        let kind = if by_patcher { Kind::GuestWrite } else { Kind::UnexpectedWrite };
+        self.events.tell(kind, || self.news(write, here.as_deref(), &verdict));
+        Ok(Attempt::Done { touched: touched && untold })
+    }
+
+    fn perform(&self, write: &Write<'_>) -> Result<(), String> {
+        let mut rest = write.bytes;
+        for &(at, length) in write.pieces {
+            let (here, behind) = rest.split_at(length);
+            self.ram.store(at, here).map_err(|e| e.to_string())?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn news(&self, write: &Write<'_>, watched: Option<&Watched>, verdict: &Verdict) -> News {
+        let at = write.pieces.first().map_or(Gpa(0), |(at, _)| *at);
+        let symbol = self.scene().and_then(|scene| scene.symbol_in_memory(at));
+        let place = symbol.unwrap_or_else(|| format!("guest-physical {at}"));
+        let done = match verdict {
+            Verdict::Perform | Verdict::StepAside => "wrote",
+            Verdict::Complete(_) => "put an old instruction back by writing",
+            Verdict::Drop => "was kept from writing",
+        };
+        News {
+            who: Some(self.who(write.vcpu, write.registers)),
+            patch: watched.map(|watched| watched.patch.to_string()),
+            what: format!("{done} {} to {place}, through {}", insn::hex(write.bytes), write.at),
+        }
+    }
+
+    /// Gives up the guard of the page there, for a vCPU whose write can't be done for it.
+    /// `false` if it is not guarded.
+    pub fn lift(&self, vcpu: VcpuId, registers: &Registers, at: Gpa) -> bool {
+        let page = at.0 & !(PAGE - 1);
+        let mut state = self.lock();
+        if !state.is_guarded(page) {
+            return false;
+        }
+        if state.is_text(page) {
+            state.lifted.insert(page);
+        }
+        state.pages.remove(&page);
+        let on_page = state.watched.get(&page).into_iter().flatten();
+        let patches: Vec<Arc<str>> = on_page.map(|watched| watched.patch.clone()).collect();
+        state.touched.extend(patches);
+        self.unprotect(&one(page));
+        drop(state);
+        self.hits.fetch_add(1, SeqCst);
+        self.events.tell(Kind::Unguarded, || News {
+            who: Some(self.who(vcpu, registers)),
+            patch: None,
+            what: format!(
+                "writes to the page at guest-physical {page:#x} by an instruction that is not known; \
+                 the page is guarded no more"
+            ),
+        });
+        true
+    }
+
+    /// Waits until a patch was taken back, which `step_aside` does.
+    pub fn wait_for_patch(&self, step_aside: impl FnOnce()) {
+        self.waiting.fetch_add(1, SeqCst);
+        self.stuck.fetch_add(1, SeqCst);
+        step_aside();
+        self.stuck.fetch_sub(1, SeqCst);
+        self.waiting.fetch_sub(1, SeqCst);
+    }
+
+    /// Waits until the program in flight has ended.
+    pub fn wait_for_program(&self) {
+        self.waiting.fetch_add(1, SeqCst);
+        let mut state = self.lock();
+        while !state.in_flight.is_empty() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        self.waiting.fetch_sub(1, SeqCst);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_text(&self, at: u64) -> bool {
+        self.text.as_ref().is_some_and(|text| text.contains(&at))
+    }
+
+    fn is_guarded(&self, at: u64) -> bool {
+        let page = at & !(PAGE - 1);
+        let for_program = self.runs.iter().any(|run| run.contains(&page));
+        for_program || self.pages.contains_key(&page) || self.is_text(page) && !self.lifted.contains(&page)
+    }
+
+    /// The parts of a run of pages that are not guarded.
+    fn unguarded(&self, run: &Range<u64>) -> Vec<Range<Gpa>> {
+        let mut parts: Vec<Range<Gpa>> = Vec::new();
+        for page in (run.start..run.end).step_by(PAGE_SIZE).filter(|page| !self.is_guarded(*page)) {
+            match parts.last_mut().filter(|part| part.end.0 == page) {
+                Some(part) => part.end = Gpa(page + PAGE),
+                None => parts.push(one(page)),
+            }
+        }
+        parts
+    }
+
+    /// The site of the patch that was applied last among those that share a byte with these.
+    fn watched_at(&self, pieces: &[Piece]) -> Option<Arc<Watched>> {
+        let page = |piece: &Piece| piece.0.0 & !(PAGE - 1);
+        let mut near = pieces.iter().filter_map(|piece| self.watched.get(&page(piece))).flatten();
+        let touches = |watched: &&Arc<Watched>| {
+            watched.pieces.iter().any(|piece| pieces.iter().any(|other| overlap(*piece, *other)))
+        };
+        near.rfind(touches).cloned()
+    }
+}
+
+/// A program in flight: while this lives its bytes are guarded.
+pub struct Scope<'g> {
+    guard: &'g Guard,
+}
+
+impl Drop for Scope<'_> {
+    fn drop(&mut self) {
+        self.guard.end();
+    }
+}
+
+/// Pages as runs, each of which is protected by one call. Each call costs about a fence, a page
+/// that is protected without need only the faults by which it is mapped again: so many pages
+/// make one run, with all that is in between.
+fn runs(pages: BTreeSet<u64>) -> Vec<Range<u64>> {
+    const FEW: usize = 4;
+    const FAR: u64 = 64 << 20;
+    let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return Vec::new() };
+    if pages.len() > FEW && last - first < FAR {
+        return std::iter::once(*first..last + PAGE).collect();
+    }
+    pages.into_iter().map(|page| page..page + PAGE).collect()
+}
+
+fn one(page: u64) -> Range<Gpa> {
+    Gpa(page)..Gpa(page + PAGE)
+}
+
+fn overlap((at, length): Piece, (other, other_length): Piece) -> bool {
+    at.0 < other.0 + other_length as u64 && other.0 < at.0 + length as u64
+}
+
+/// The policy of a patch whose plan has none.
+pub(crate) fn policy(of: Option<Policy>) -> Policy {
+    of.unwrap_or_default()
+}

@@ -1,0 +1,162 @@
+//! A vCPU that was stopped at a write to a protected page.
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use patcher::addr::Gva;
+use patcher::insn::MAX_LENGTH;
+use patcher::writes::{self, Store, Value};
+
+use super::Vcpu;
+use crate::guard::{Attempt, Piece, Write};
+use crate::paging::PageTables;
+use crate::standing::Registers;
+
+/// How often a vCPU may be stopped at the same write while nothing explains it: the page may
+/// have been let go in the meantime.
+const UNEXPLAINED: u32 = 1000;
+
+impl Vcpu {
+    /// Does for the vCPU what it was stopped at, if the guard allows it.
+    pub(super) fn protected_write(&mut self) -> Result<(), String> {
+        let failed = |error: kvm_ioctls::Error| format!("vCPU {}: a guarded write: {error}", self.id.0);
+        let (regs, sregs) = (self.fd.get_regs().map_err(failed)?, self.fd.get_sregs().map_err(failed)?);
+        let mut stopped = Stopped {
+            tables: PageTables::of(&sregs),
+            is_64_bit: sregs.cs.l != 0,
+            standing: Registers::of(&regs, &sregs),
+            registers: decoded(&regs, &sregs),
+        };
+        let known = self.write_for(&mut stopped)?;
+        if stopped.registers != decoded(&regs, &sregs) {
+            let mut after = regs;
+            let general = stopped.registers.general;
+            (after.rip, after.rcx, after.rsi, after.rdi) =
+                (stopped.registers.rip, general[1], general[6], general[7]);
+            self.fd.set_regs(&after).map_err(failed)?;
+        }
+        if known || self.parked(|| self.listener.protected_write())? {
+            self.unexplained = (0, 0);
+            return Ok(());
+        }
+        let times = if self.unexplained.0 == regs.rip { self.unexplained.1 + 1 } else { 1 };
+        self.unexplained = (regs.rip, times);
+        if times > UNEXPLAINED { Err(format!("vCPU {}: KVM_RUN: bad address", self.id.0)) } else { Ok(()) }
+    }
+
+    /// Goes through the instruction as far as its writes are guarded. `false` if it did not
+    /// begin with a guarded one.
+    fn write_for(&self, stopped: &mut Stopped) -> Result<bool, String> {
+        let start = stopped.registers.rip;
+        let code = if stopped.is_64_bit { self.code(&stopped.tables, Gva(start)) } else { Vec::new() };
+        let (mut known, mut is_last_try) = (false, false);
+        while stopped.registers.rip == start {
+            let store = Store::decode(&code, &stopped.registers);
+            let write = store.and_then(|store| Some((store, self.bytes_and_pieces(stopped, &store)?)));
+            let Some((store, (bytes, pieces))) = write else {
+                return Ok(self.lift(stopped, &code) || known);
+            };
+            let write = Write {
+                vcpu: self.id,
+                registers: &stopped.standing,
+                at: store.at,
+                pieces: &pieces,
+                bytes: &bytes,
+                is_last_try,
+            };
+            let fence = || self.rendezvous.fence(FENCE).map_err(|e| e.to_string());
+            match self.guard.attempt(&write, fence)? {
+                Attempt::NotGuarded => break,
+                Attempt::InFlight => self.parked(|| self.guard.wait_for_program())?,
+                Attempt::StepAside(patch) => {
+                    self.parked(|| self.guard.wait_for_patch(|| self.listener.step_aside(&patch)))?;
+                    is_last_try = true;
+                }
+                Attempt::Done { touched } => {
+                    store.step(&mut stopped.registers);
+                    is_last_try = false;
+                    if touched {
+                        self.listener.touched();
+                    }
+                }
+            }
+            known = true;
+        }
+        Ok(known)
+    }
+
+    fn lift(&self, stopped: &Stopped, code: &[u8]) -> bool {
+        let Some(at) = writes::Store::place(code, &stopped.registers) else { return false };
+        let Some(place) = stopped.tables.translate_in(self.vm.ram(), at) else { return false };
+        let lifted = self.guard.lift(self.id, &stopped.standing, place.at);
+        if lifted {
+            self.listener.touched();
+        }
+        lifted
+    }
+
+    /// What is to be written, and where. `None` if that is not all memory.
+    fn bytes_and_pieces(&self, stopped: &Stopped, store: &Store) -> Option<(Vec<u8>, Vec<Piece>)> {
+        let pieces = self.pieces(&stopped.tables, store.at, store.width)?;
+        let bytes = match store.value {
+            Value::Register(value) => value.to_le_bytes()[..store.width].to_vec(),
+            Value::Memory(from) => {
+                let mut bytes = vec![0; store.width];
+                let mut rest = &mut bytes[..];
+                for (at, length) in self.pieces(&stopped.tables, from, store.width)? {
+                    let (here, behind) = rest.split_at_mut(length);
+                    self.vm.ram().read(at, here).ok()?;
+                    rest = behind;
+                }
+                bytes
+            }
+        };
+        Some((bytes, pieces))
+    }
+
+    fn pieces(&self, tables: &PageTables, at: Gva, length: usize) -> Option<Vec<Piece>> {
+        let (mut pieces, mut done) = (Vec::new(), 0);
+        while done < length {
+            let found = tables.translate_in(self.vm.ram(), at.plus(done)?)?;
+            let here = usize::try_from(found.left).unwrap_or(length).min(length - done);
+            if !self.vm.ram().contains(found.at) {
+                return None;
+            }
+            pieces.push((found.at, here));
+            done += here;
+        }
+        Some(crate::guard::split_at_pages(pieces))
+    }
+
+    /// The bytes of the instruction that the vCPU is at, and some more.
+    fn code(&self, tables: &PageTables, at: Gva) -> Vec<u8> {
+        let read = |at| {
+            let mut byte = [0];
+            self.vm.ram().read(tables.translate_in(self.vm.ram(), at)?.at, &mut byte).ok()?;
+            Some(byte[0])
+        };
+        (0..MAX_LENGTH).map_while(|offset| read(at.plus(offset)?)).collect()
+    }
+}
+
+/// A vCPU that was stopped.
+struct Stopped {
+    tables: PageTables,
+    is_64_bit: bool,
+    standing: Registers,
+    registers: writes::Registers,
+}
+
+/// How long a fence may take without membarrier.
+const FENCE: std::time::Duration = std::time::Duration::from_secs(10);
+
+fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> writes::Registers {
+    writes::Registers {
+        general: [
+            regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9,
+            regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+        ],
+        rip: regs.rip,
+        flags: regs.rflags,
+        fs: sregs.fs.base,
+        gs: sregs.gs.base,
+    }
+}

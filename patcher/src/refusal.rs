@@ -121,6 +121,17 @@ pub enum Refusal {
         /// Why.
         why: &'static str,
     },
+    /// A kprobe of the guest's is there, on or off: it remembers the code.
+    #[error("the guest has a kprobe at {probe}, which remembers the code that is there now")]
+    Probed {
+        /// The site.
+        at: Gva,
+        /// The probe.
+        probe: Gva,
+    },
+    /// The guest's table of kprobes makes no sense.
+    #[error("the guest's kprobes can't be read: a list does not end")]
+    BadProbes,
     /// The guest is in the middle of changing it, or counts its users.
     #[error("{name} can't be changed now: {why}")]
     Busy {
@@ -333,6 +344,8 @@ impl Refusal {
             Self::UnknownFeature { .. } => "unknown_feature",
             Self::UnknownLayout { .. } => "unknown_layout",
             Self::BadModules { .. } => "bad_modules",
+            Self::Probed { .. } => "probed",
+            Self::BadProbes => "bad_probes",
             Self::Busy { .. } => "busy",
             Self::NeedsOneVcpu { .. } => "needs_one_vcpu",
             Self::NeedsGroup { .. } => "needs_group",

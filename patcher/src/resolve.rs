@@ -17,6 +17,7 @@ use crate::guard::Policy;
 use crate::insn::{self, Insn};
 use crate::interior::{Sleepers, boundaries};
 use crate::kernel::live::read;
+use crate::kernel::probes::{among, probes};
 use crate::kernel::symbols::Function;
 use crate::kernel::{Kernel, Text};
 use crate::plan::{Patch, Plan, Strategy};
@@ -173,6 +174,7 @@ pub fn resolve<'t>(
         return Err(vec![refusal.at(Pointer::new("/kernel/release"))]);
     }
     let resolver = Resolver {
+        probes: probes(&kernel, text).map_err(|refusal| vec![refusal.at_root()])?,
         kernel,
         text,
         vcpus,
@@ -242,6 +244,22 @@ pub fn resolve<'t>(
     })
 }
 
+/// Sites where the guest has a kprobe. It has copied an instruction, executes the copy, and puts
+/// the first byte back: under it the code must stay as it was.
+#[must_use]
+pub fn probed(guest: Guest<'_>, sites: &[Site]) -> Vec<Refused> {
+    match probes(&guest.kernel, guest.text) {
+        Ok(probes) => {
+            let probe = |site: &Site| {
+                let probe = among(&probes, site.at, site.end())?;
+                Some(Refusal::Probed { at: site.at, probe }.at(site.pointer.clone()))
+            };
+            sites.iter().filter_map(probe).collect()
+        }
+        Err(refusal) => vec![refusal.at_root()],
+    }
+}
+
 /// Sites that share a byte with another, of this plan or of one applied before. A site may lie
 /// inside one of an applied patch if the plan says so.
 fn overlaps<'t>(plan: &Plan, sites: &'t [Site], taken: &[(&'t str, &'t Site)]) -> Vec<Refused> {
@@ -288,6 +306,8 @@ struct Resolver<'a> {
     text: &'a dyn Text,
     vcpus: usize,
     sleepers: Sleepers<'a>,
+    /// Where the guest has kprobes.
+    probes: Vec<Gva>,
     /// Whether instructions may have to be executed elsewhere.
     bypass: bool,
     /// Functions, by where they begin: plans of thousands of sites have many in one.
@@ -370,6 +390,10 @@ impl Resolver<'_> {
         let function = self.kernel.function_at(at).ok_or(Refusal::NotText { at })?;
         if end > function.end {
             return Err(Refusal::NotText { at: function.end });
+        }
+        // What is there may be its breakpoint, and not what the function is made of.
+        if let Some(probe) = among(&self.probes, at, end) {
+            return Err(Refusal::Probed { at, probe });
         }
         let insns = self.decode(&function)?;
         boundary(&insns, at, &function)?;

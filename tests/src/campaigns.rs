@@ -119,8 +119,22 @@ fn nmis_taken(vm: &mut Vm) -> Result<u64> {
     Ok(line.split_whitespace().map_while(|count| count.parse::<u64>().ok()).sum())
 }
 
-/// Replaces the function that nobody uses.
+/// Replaces the function that nobody uses with the test bed.
 fn lay_bed(vm: &Vm) -> Result<Bed> {
+    let mut bed = Bed::default();
+    replace_function(vm, |start, room| {
+        bed = Bed::new(start, room).map_err(anyhow::Error::msg)?;
+        Ok(bed.code.clone())
+    })?;
+    Ok(bed)
+}
+
+/// Replaces the function that nobody uses by a patch `bed`, behind its first instruction, with
+/// what `code` makes for its address and so many bytes.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn replace_function(vm: &Vm, code: impl FnOnce(u64, usize) -> Result<Vec<u8>>) -> Result<()> {
     let whole = |expect: &str, replace: &str| {
         json!({ "version": 1, "name": "bed", "deadline_ms": 60_000, "patches": [{
             "at": format!("{}+{:#x}", testbed::FUNCTION, testbed::BEGIN), "expect": expect, "replace": replace }] })
@@ -133,10 +147,9 @@ fn lay_bed(vm: &Vm) -> Result<Bed> {
     let end = end.strip_prefix("0x").and_then(|text| text.split(' ').next()).context("an address")?;
     let (start, end) = (vm.address(testbed::FUNCTION)?, u64::from_str_radix(end, 16)?);
     let room = usize::try_from(end - start)? - testbed::BEGIN;
-    let bed = Bed::new(start, room).map_err(anyhow::Error::msg)?;
-    let report = vm.apply(&whole(&there[..2 * room], &insn::hex(&bed.code)))?;
+    let report = vm.apply(&whole(&there[..2 * room], &insn::hex(&code(start, room)?)))?;
     ensure!(report["strategy"] == "inspect", "{report:#}");
-    Ok(bed)
+    Ok(())
 }
 
 fn station_plan(station: &Station, strategy: &str) -> Value {

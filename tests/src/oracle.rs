@@ -83,7 +83,7 @@ fn switches(features: &str) -> Vec<Switch> {
 }
 
 /// What is compared: where it is in guest memory.
-struct Places {
+pub(crate) struct Places {
     image: KernelImage,
     text: Vec<u8>,
 }
@@ -92,12 +92,12 @@ struct Places {
 const PHYSICAL_START: u64 = 16 << 20;
 
 impl Places {
-    fn new(setup: &Setup) -> Result<Self> {
+    pub(crate) fn new(setup: &Setup) -> Result<Self> {
         let kernel = setup.kernel.as_ref().context("a kernel")?;
         Ok(Self { image: KernelImage::parse(&std::fs::read(kernel)?)?, text: Vec::new() })
     }
 
-    fn physical(&self, at: Gva) -> u64 {
+    pub(crate) fn physical(&self, at: Gva) -> u64 {
         at.0 - self.image.text_base().0 + PHYSICAL_START
     }
 
@@ -109,7 +109,7 @@ impl Places {
         }
     }
 
-    fn text(&self, vm: &Vm) -> Result<Vec<u8>> {
+    pub(crate) fn text(&self, vm: &Vm) -> Result<Vec<u8>> {
         let (start, end) = (self.symbol("_text")?, self.symbol("_etext")?);
         read_guest_memory(vm, self.physical(start), usize::try_from(end.0 - start.0)?)
     }

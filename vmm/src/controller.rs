@@ -39,7 +39,8 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the arena's removal waits until nobody is in it.
 const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long the guest is given to be through with its patching before that is looked at again.
+/// Least time between two looks at what the guest did to patches: it is given time to be
+/// through, and can't make the controller busy.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 
 /// Something to do.
@@ -101,7 +102,6 @@ enum Message {
     Located(Located, Box<dyn FnOnce() + Send>),
     ProtectedWrite(Box<dyn FnOnce(bool) + Send>),
     Touched,
-    StepAside(String, Box<dyn FnOnce() + Send>),
 }
 
 /// A handle for giving commands; clones give to the same controller.
@@ -130,11 +130,6 @@ impl Controls {
     pub fn touched(&self) {
         // If the controller has ended there is nothing to look after.
         let _ = self.0.send(Message::Touched);
-    }
-
-    /// Has a patch taken back that is in the guest's way, and waits for that.
-    pub fn step_aside(&self, patch: &str) {
-        self.wait(|done| Message::StepAside(patch.to_owned(), Box::new(move || done(()))));
     }
 
     fn wait<T: Send + 'static>(
@@ -206,6 +201,8 @@ pub struct Controller {
     gate: Gate,
     /// The guest changed sites of patches, and was not through yet when that was looked at.
     unsettled: bool,
+    /// When that was last looked at.
+    settled: Instant,
     started: Instant,
 }
 
@@ -234,6 +231,7 @@ impl Controller {
             held_by: None,
             gate: Gate::new(at_init),
             unsettled: false,
+            settled: Instant::now(),
             started: Instant::now(),
         }
     }
@@ -259,10 +257,6 @@ impl Controller {
                 }
                 Message::ProtectedWrite(done) => done(self.open_gate()),
                 Message::Touched => self.settle(),
-                Message::StepAside(name, done) => {
-                    self.step_aside(&name);
-                    done();
-                }
             }
         }
     }

@@ -165,10 +165,6 @@ impl Listener for Tell {
     fn touched(&self) {
         self.controls.touched();
     }
-
-    fn step_aside(&self, patch: &str) {
-        self.controls.step_aside(patch);
-    }
 }
 
 fn watch(ops: &mut EventOps, source: &impl AsRawFd) {

@@ -16,6 +16,7 @@ pub mod module;
 pub mod names;
 pub mod offsets;
 mod payload;
+pub mod probes;
 pub mod symbols;
 pub mod tables;
 mod vmlinux;

@@ -11,8 +11,19 @@ pub struct Offsets {
     pub mutex_owner: Option<u64>,
     /// `struct task_struct`, `comm`: its name.
     pub task_comm: Option<u64>,
+    /// `struct kprobe`.
+    pub probe: Option<ProbeOffsets>,
     /// `struct module`.
     pub module: Option<ModuleOffsets>,
+}
+
+/// `struct kprobe` (include/linux/kprobes.h).
+#[derive(Debug, Clone, Copy)]
+pub struct ProbeOffsets {
+    /// `hlist`: the next in its bucket.
+    pub node: u64,
+    /// `addr`.
+    pub address: u64,
 }
 
 /// `struct module` and what belongs to it (include/linux/module.h).
@@ -45,8 +56,16 @@ impl Offsets {
             capability: btf.offset("cpuinfo_x86", "x86_capability").map(u64::from),
             mutex_owner: btf.offset("mutex", "owner").map(u64::from),
             task_comm: btf.offset("task_struct", "comm").map(u64::from),
+            probe: ProbeOffsets::read(btf),
             module: ModuleOffsets::read(btf),
         }
+    }
+}
+
+impl ProbeOffsets {
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        let of = |member| btf.offset("kprobe", member).map(u64::from);
+        Some(Self { node: of("hlist")?, address: of("addr")? })
     }
 }
 

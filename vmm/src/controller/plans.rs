@@ -9,7 +9,7 @@ use patcher::doors;
 use patcher::plan::{Plan, Strategy};
 use patcher::program::Program;
 use patcher::refusal::{Refusal, Refused};
-use patcher::resolve::{ResolvedPlan, resolve};
+use patcher::resolve::{ResolvedPlan, probed, resolve};
 use patcher::session::End;
 use patcher::target::{StepError, drive};
 
@@ -110,6 +110,11 @@ impl Controller {
             if let Some(by) = self.covered_by(index) {
                 return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
             }
+            let kernel = self.kernel().map_err(root)?.clone();
+            let probed = probed(self.guest(&kernel), &self.patches[index].plan.sites);
+            if !probed.is_empty() {
+                return Err(probed);
+            }
             let mut report = self.run_back(self.patches[index].plan.reversed(), asked)?;
             if report.state == PatchState::Applied {
                 report.state = PatchState::Reverted;
@@ -183,8 +188,7 @@ impl Controller {
             drop(scope);
             self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
             match &end {
-                End::RolledBack { failure }
-                    if program.was_kept_out(failure) && Instant::now() < until && !self.guard.is_stuck() => {}
+                End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
                 _ => break (target, end),
             }
             target.wait_while_patching(&program.locks);

@@ -3,14 +3,14 @@
 use std::time::Instant;
 
 use patcher::addr::Gva;
-use patcher::doors::Patchers;
 use patcher::expand::Datum;
 use patcher::guard::{Policy, stands};
 use patcher::insn;
 use patcher::kernel::live::read;
-use patcher::resolve::{ResolvedPlan, Site};
+use patcher::refusal::Refused;
+use patcher::resolve::{ResolvedPlan, Site, probed};
 
-use super::{Controller, PatchState};
+use super::{Controller, PatchState, SETTLE_PAUSE};
 use crate::events::{Kind, News};
 use crate::guard::policy;
 use crate::locate::GuestKernel;
@@ -41,10 +41,10 @@ impl Controller {
     pub(super) fn settle(&mut self) {
         let is_calm = |controller: &Self| controller.guard.scene().is_none_or(Scene::is_calm);
         self.unsettled = true;
-        if !is_calm(self) {
+        if self.settled.elapsed() < SETTLE_PAUSE || !is_calm(self) {
             return;
         }
-        self.unsettled = false;
+        (self.unsettled, self.settled) = (false, Instant::now());
         for name in self.guard.take_touched() {
             let Ok(index) = self.find(&name) else { continue };
             let Some(kernel) =
@@ -74,15 +74,6 @@ impl Controller {
         if policy == Policy::Yield {
             return self.give_up(index, &all, "was replaced by the guest");
         }
-        let (probed, changed): (Vec<_>, Vec<_>) =
-            changed.into_iter().partition(|(site, now)| is_probed(&patch.plan.sites[*site].old, now));
-        if !probed.is_empty() {
-            let what = format!("{} sites have a breakpoint of the guest's, which stays", probed.len());
-            self.tell_conflict(&name, what);
-        }
-        if changed.is_empty() {
-            return;
-        }
         match self.put_back(index, &changed) {
             Ok(()) => {
                 if policy == Policy::Rebase {
@@ -109,16 +100,21 @@ impl Controller {
         let asked = Instant::now();
         let whole = self.patches[index].plan.clone();
         let Some(kernel) = self.kernel.clone() else { return Ok(()) };
-        let sites = changed.iter().map(|(site, now)| rebased(&whole.sites[*site], now)).collect();
+        let reasons = |refused: Vec<Refused>| {
+            let reasons: Vec<String> = refused.iter().map(|refused| refused.refusal.to_string()).collect();
+            reasons.join("; ")
+        };
+        let sites: Vec<Site> = changed.iter().map(|(site, now)| rebased(&whole.sites[*site], now)).collect();
         let word = |datum: &Datum| {
             let old = read(&kernel, datum.at, datum.new.len()).ok()?;
             (old != datum.new).then(|| Datum { at: datum.at, old, new: datum.new.clone() })
         };
         let plan = ResolvedPlan { sites, data: whole.data.iter().filter_map(word).collect(), ..whole };
-        let program = self.compile(&plan).map_err(|refused| {
-            let reasons: Vec<String> = refused.iter().map(|refused| refused.refusal.to_string()).collect();
-            reasons.join("; ")
-        })?;
+        let probed = probed(self.guest(&kernel), &plan.sites);
+        if !probed.is_empty() {
+            return Err(reasons(probed));
+        }
+        let program = self.compile(&plan).map_err(reasons)?;
         let report = self.execute(&plan, program, asked).map_err(|refusal| refusal.to_string())?;
         match report.failure {
             None => Ok(()),
@@ -145,31 +141,6 @@ impl Controller {
         self.tell_conflict(&name, what);
     }
 
-    /// Takes a patch back at which a vCPU waits that is about to change one of its sites. That
-    /// one may have the guest's locks, so they are not asked for.
-    pub(super) fn step_aside(&mut self, name: &str) {
-        let Ok(index) = self.find(name) else { return };
-        if self.patches[index].state != PatchState::Applied {
-            return;
-        }
-        let back = self.patches[index].plan.reversed();
-        let back = ResolvedPlan { patchers: Patchers::default(), ..back };
-        let what = match self.compile(&back).map(|program| self.execute(&back, program, Instant::now())) {
-            Ok(Ok(report)) => report.failure,
-            Ok(Err(refusal)) => Some(refusal.to_string()),
-            Err(refused) => Some(refused.iter().map(|refused| refused.refusal.to_string()).collect()),
-        };
-        self.tell_conflict(
-            name,
-            match what {
-                None => "stepped aside for a write to the inside of an instruction".to_owned(),
-                Some(failure) => format!("could not step aside: {failure}"),
-            },
-        );
-        self.guard.touch(name);
-        self.unsettled = true;
-    }
-
     fn tell_conflict(&self, name: &str, what: String) {
         self.guard.events().tell(Kind::Conflict, || News { who: None, patch: Some(name.to_owned()), what });
     }
@@ -186,11 +157,6 @@ fn look(plan: &ResolvedPlan, kernel: &GuestKernel) -> (Vec<Gva>, Vec<Changed>) {
         }
     }
     (gone, changed)
-}
-
-/// Whether the guest has put a breakpoint on its code.
-fn is_probed(code: &[u8], now: &[u8]) -> bool {
-    code != now && stands(code, now)
 }
 
 /// A site whose old code is what is there now.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use patcher::addr::{Gpa, Gva, VcpuId};
-use patcher::guard::{Policy, Touch, Verdict, judge};
+use patcher::guard::{Policy, is_done};
 use patcher::insn;
 use patcher::resolve::ResolvedPlan;
 
@@ -40,8 +40,6 @@ pub struct Guard {
     changed: Condvar,
     /// How many vCPUs wait for a program to end.
     waiting: AtomicUsize,
-    /// How many wait for a patch to be taken back.
-    stuck: AtomicUsize,
     hits: AtomicU64,
 }
 
@@ -75,8 +73,6 @@ pub struct Write<'a> {
     pub pieces: &'a [Piece],
     /// What it writes.
     pub bytes: &'a [u8],
-    /// The patch did step aside, as far as it could.
-    pub is_last_try: bool,
 }
 
 /// What became of a write.
@@ -92,8 +88,6 @@ pub enum Attempt {
     NotGuarded,
     /// It must wait for the program in flight, then be tried again.
     InFlight,
-    /// It must wait until this patch is taken back, then be tried again.
-    StepAside(Arc<str>),
 }
 
 impl Guard {
@@ -107,7 +101,6 @@ impl Guard {
             state: Mutex::default(),
             changed: Condvar::new(),
             waiting: AtomicUsize::new(0),
-            stuck: AtomicUsize::new(0),
             hits: AtomicU64::new(0),
         }
     }
@@ -144,16 +137,10 @@ impl Guard {
         self.hits.load(SeqCst)
     }
 
-    /// Whether a vCPU waits for the program in flight, or for a patch to be taken back.
+    /// Whether a vCPU waits for the program in flight.
     #[must_use]
     pub fn is_waited_for(&self) -> bool {
         self.waiting.load(SeqCst) > 0
-    }
-
-    /// Whether a vCPU waits for a patch to be taken back.
-    #[must_use]
-    pub fn is_stuck(&self) -> bool {
-        self.stuck.load(SeqCst) > 0
     }
 
     /// A vCPU in the guest's own words.
@@ -212,7 +199,7 @@ impl Guard {
         let mut state = self.lock();
         let mut pages = Vec::new();
         for (page, watched) in &mut state.watched {
-            let goes = |watched: &Arc<Watched>| *watched.patch == *name && which(watched.site.at);
+            let goes = |watched: &Arc<Watched>| *watched.patch == *name && which(watched.at);
             pages.extend(watched.iter().filter(|w| goes(w) && w.is_guarded).map(|_| *page));
             watched.retain(|watched| !goes(watched));
         }
@@ -292,15 +279,11 @@ impl Guard {
 
     // The vCPU threads' side.
 
-    /// Does what a vCPU was stopped at. `fence` is called where the text must be fenced.
+    /// Does what a vCPU was stopped at.
     ///
     /// # Errors
-    /// Text that tells what failed; the write was not done, or only in part.
-    pub fn attempt(
-        &self,
-        write: &Write<'_>,
-        fence: impl Fn() -> Result<(), String>,
-    ) -> Result<Attempt, String> {
+    /// The write was not done, or only in part.
+    pub fn attempt(&self, write: &Write<'_>) -> Result<Attempt, memory::Error> {
         let mut state = self.lock();
         if !write.pieces.iter().any(|(at, _)| state.is_guarded(at.0)) {
             return Ok(Attempt::NotGuarded);
@@ -309,54 +292,38 @@ impl Guard {
             return Ok(Attempt::InFlight);
         }
         let watched = state.watched_at(write.pieces);
-        let is_there =
-            |watched: &Arc<Watched>| self.scene().is_some_and(|scene| watched.is_there(scene.kernel()));
-        let (here, moved) = (watched.clone().filter(is_there), watched);
-        let by_patcher = self.scene().is_some_and(|scene| scene.is_patcher(write.registers, write.at));
-        let mut verdict = Verdict::Perform;
-        if let Some(watched) = &here {
-            let now = watched.read(&self.ram).map_err(|e| e.to_string())?;
-            let after = watched.overlay(&now, write.pieces, write.bytes);
-            verdict = judge(&watched.site, Touch { now: &now, after: &after, by_patcher });
-            if verdict == Verdict::StepAside && !write.is_last_try {
-                return Ok(Attempt::StepAside(watched.patch.clone()));
-            }
-            if let Verdict::Complete(rest) = &verdict {
-                watched.write_behind_first(&self.ram, rest).map_err(|e| e.to_string())?;
-                fence()?;
-            }
-        }
-        if verdict != Verdict::Drop {
+        let scene = self.scene();
+        let is_there = |watched: &Arc<Watched>| scene.is_some_and(|scene| watched.is_there(scene.kernel()));
+        let here = watched.clone().filter(is_there);
+        let by_patcher = scene.is_some_and(|scene| scene.is_patcher(write.registers, write.at));
+        let done = here.as_ref().is_none_or(|watched| is_done(watched.policy, by_patcher));
+        if done {
             self.perform(write)?;
         }
         self.hits.fetch_add(1, SeqCst);
         let untold = state.touched.is_empty();
-        let touched = moved.as_ref().is_some_and(|watched| state.touched.insert(watched.patch.clone()));
+        let touched = watched.as_ref().is_some_and(|watched| state.touched.insert(watched.patch.clone()));
         drop(state);
         let kind = if by_patcher { Kind::GuestWrite } else { Kind::UnexpectedWrite };
-        self.events.tell(kind, || self.news(write, here.as_deref(), &verdict));
+        self.events.tell(kind, || self.news(write, here.as_deref(), done));
         Ok(Attempt::Done { touched: touched && untold })
     }
 
-    fn perform(&self, write: &Write<'_>) -> Result<(), String> {
+    fn perform(&self, write: &Write<'_>) -> Result<(), memory::Error> {
         let mut rest = write.bytes;
         for &(at, length) in write.pieces {
             let (here, behind) = rest.split_at(length);
-            self.ram.store(at, here).map_err(|e| e.to_string())?;
+            self.ram.store(at, here)?;
             rest = behind;
         }
         Ok(())
     }
 
-    fn news(&self, write: &Write<'_>, watched: Option<&Watched>, verdict: &Verdict) -> News {
+    fn news(&self, write: &Write<'_>, watched: Option<&Watched>, done: bool) -> News {
         let at = write.pieces.first().map_or(Gpa(0), |(at, _)| *at);
         let symbol = self.scene().and_then(|scene| scene.symbol_in_memory(at));
         let place = symbol.unwrap_or_else(|| format!("guest-physical {at}"));
-        let done = match verdict {
-            Verdict::Perform | Verdict::StepAside => "wrote",
-            Verdict::Complete(_) => "put an old instruction back by writing",
-            Verdict::Drop => "was kept from writing",
-        };
+        let done = if done { "wrote" } else { "was kept from writing" };
         News {
             who: Some(self.who(write.vcpu, write.registers)),
             patch: watched.map(|watched| watched.patch.to_string()),
@@ -391,15 +358,6 @@ impl Guard {
             ),
         });
         true
-    }
-
-    /// Waits until a patch was taken back, which `step_aside` does.
-    pub fn wait_for_patch(&self, step_aside: impl FnOnce()) {
-        self.waiting.fetch_add(1, SeqCst);
-        self.stuck.fetch_add(1, SeqCst);
-        step_aside();
-        self.stuck.fetch_sub(1, SeqCst);
-        self.waiting.fetch_sub(1, SeqCst);
     }
 
     /// Waits until the program in flight has ended.

@@ -47,7 +47,7 @@ impl Vcpu {
     fn write_for(&self, stopped: &mut Stopped) -> Result<bool, String> {
         let start = stopped.registers.rip;
         let code = if stopped.is_64_bit { self.code(&stopped.tables, Gva(start)) } else { Vec::new() };
-        let (mut known, mut is_last_try) = (false, false);
+        let mut known = false;
         while stopped.registers.rip == start {
             let store = Store::decode(&code, &stopped.registers);
             let write = store.and_then(|store| Some((store, self.bytes_and_pieces(stopped, &store)?)));
@@ -60,19 +60,12 @@ impl Vcpu {
                 at: store.at,
                 pieces: &pieces,
                 bytes: &bytes,
-                is_last_try,
             };
-            let fence = || self.rendezvous.fence(FENCE).map_err(|e| e.to_string());
-            match self.guard.attempt(&write, fence)? {
+            match self.guard.attempt(&write).map_err(|error| format!("vCPU {}: {error}", self.id.0))? {
                 Attempt::NotGuarded => break,
                 Attempt::InFlight => self.parked(|| self.guard.wait_for_program())?,
-                Attempt::StepAside(patch) => {
-                    self.parked(|| self.guard.wait_for_patch(|| self.listener.step_aside(&patch)))?;
-                    is_last_try = true;
-                }
                 Attempt::Done { touched } => {
                     store.step(&mut stopped.registers);
-                    is_last_try = false;
                     if touched {
                         self.listener.touched();
                     }
@@ -144,9 +137,6 @@ struct Stopped {
     standing: Registers,
     registers: writes::Registers,
 }
-
-/// How long a fence may take without membarrier.
-const FENCE: std::time::Duration = std::time::Duration::from_secs(10);
 
 fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> writes::Registers {
     writes::Registers {

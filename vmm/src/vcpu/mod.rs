@@ -51,9 +51,6 @@ pub trait Listener: Send + Sync {
     fn protected_write(&self) -> bool;
     /// The guest changed the site of a patch. Does not wait.
     fn touched(&self);
-    /// The guest is about to change the site of a patch, which is to be taken back first; the
-    /// vCPU waits for that.
-    fn step_aside(&self, patch: &str);
 }
 
 /// A vCPU and all that its thread needs.

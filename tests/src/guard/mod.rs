@@ -1,0 +1,292 @@
+//! The text guard: a guest that patches itself where it may only write by leave.
+
+mod writers;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use patcher::addr::Gva;
+use patcher::insn::hex;
+use serde_json::{Value, json};
+
+use self::writers::{Slot, VALUE};
+use crate::campaigns::replace_function;
+use crate::lab::Lab;
+use crate::oracle::Places;
+use crate::targets::both_kernels;
+use crate::testbed::{BEGIN, FUNCTION};
+use crate::vm::{Method, Setup, Vm, read_guest_memory};
+
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// Adds `--guard`.
+#[must_use]
+pub fn guarded(mut setup: Setup) -> Setup {
+    setup.arguments.push("--guard".into());
+    setup
+}
+
+/// How many pages are guarded, and at how many writes vCPUs were stopped.
+///
+/// # Errors
+/// When the monitor does not tell.
+pub fn pages_and_writes(vm: &Vm) -> Result<(u64, u64)> {
+    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
+    let number = |name: &str| info["guard"][name].as_u64().with_context(|| format!("{info:#}"));
+    Ok((number("pages")?, number("writes")?))
+}
+
+/// What happened, of one kind.
+///
+/// # Errors
+/// When the monitor does not tell.
+pub fn events(vm: &Vm, kind: &str) -> Result<Vec<Value>> {
+    let (_, answer) = vm.request(Method::GET, "/events", b"")?;
+    let events = answer["events"].as_array().with_context(|| format!("{answer:#}"))?;
+    Ok(events.iter().filter(|event| event["kind"] == kind).cloned().collect())
+}
+
+/// With all text guarded, has the guest patch itself in every way its files offer: it must not
+/// notice, and nobody else may be seen to write.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn patches_itself(lab: &Lab, times: usize) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &guarded(setup))?;
+        let (pages, before) = pages_and_writes(&vm)?;
+        ensure!(pages > 1000, "{pages} pages are guarded");
+        vm.ask(&format!("mount tracefs {TRACING}"))?;
+        vm.hammer("getppid", 0, 1)?;
+        for _ in 0..times {
+            for value in ["1", "0"] {
+                vm.ask(&format!("write /proc/sys/kernel/sched_schedstats {value}"))?;
+            }
+        }
+        let (_, after) = pages_and_writes(&vm)?;
+        ensure!(after > before, "no write was seen");
+        let unexpected = events(&vm, "unexpected_write")?;
+        ensure!(unexpected.is_empty(), "{unexpected:#?}");
+        let seen = events(&vm, "guest_write")?;
+        let first = seen.first().context("an event")?;
+        ensure!(first["task"] == "init" && first["symbol"].is_string(), "{first:#}");
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+        println!("{pages} pages, {} writes: {}", after - before, first["symbol"]);
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+/// A key that the guest can switch and look at by a file.
+const KEY: &str = "sched_schedstats";
+const KEY_FILE: &str = "/proc/sys/kernel/sched_schedstats";
+
+fn key_plan(policy: Option<&str>) -> Value {
+    json!({ "version": 1, "name": "key", "deadline_ms": 60_000, "on_guest_write": policy,
+        "patches": [{ "static_key": KEY, "enable": true }] })
+}
+
+/// The guest takes back what a patch did, by its own patcher, under each policy.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn policies(lab: &Lab) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &setup)?;
+        vm.hammer("getppid", 0, 1)?;
+        ensure!(pages_and_writes(&vm)?.0 == 0, "pages are guarded without need");
+        for policy in ["yield", "rebase", "deny"] {
+            let context = || policy.to_owned();
+            vm.apply(&key_plan(Some(policy)))?;
+            ensure!(pages_and_writes(&vm)?.0 > 0, "{policy}: no page is guarded");
+            ensure!(key(&mut vm)? == "1", "{policy}: the key is off");
+            for _ in 0..3 {
+                vm.ask(&format!("write {KEY_FILE} 0")).with_context(context)?;
+                let stays = policy != "yield";
+                // It is put back once the guest has let go of its locks.
+                eventually(&mut vm, |vm| Ok(key(vm)? == if stays { "1" } else { "0" }))
+                    .with_context(context)?;
+                let state = summary(&vm, "key")?["state"].clone();
+                ensure!(state == if stays { "applied" } else { "superseded" }, "{policy}: {state}");
+            }
+            if policy == "yield" {
+                let refused = vm.request(Method::POST, "/patches/key/revert", b"")?.1;
+                ensure!(refused["refusals"][0]["code"] == "not_applied", "{refused:#}");
+            } else {
+                vm.revert("key")?;
+                ensure!(key(&mut vm)? == "0", "{policy}: reverting did not switch it off");
+            }
+            ensure!(pages_and_writes(&vm)?.0 == 0, "{policy}: pages stay guarded");
+            // The guest can go on from there.
+            for value in ["1", "0"] {
+                vm.ask(&format!("write {KEY_FILE} {value}")).with_context(context)?;
+                ensure!(key(&mut vm)? == value, "{policy}: the guest can't switch it");
+            }
+            vm.expect_all(false)?;
+            vm.expect_no_kernel_errors().with_context(context)?;
+        }
+        let told = events(&vm, "conflict")?;
+        ensure!(told.iter().filter(|event| event["patch"] == "key").count() >= 7, "{told:#?}");
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+fn key(vm: &mut Vm) -> Result<String> {
+    Ok(vm.ask(&format!("cat {KEY_FILE}"))?.0.concat().trim().to_owned())
+}
+
+/// One line of the list of patches.
+fn summary(vm: &Vm, name: &str) -> Result<Value> {
+    let (_, patches) = vm.request(Method::GET, "/patches", b"")?;
+    let found = patches.as_array().into_iter().flatten().find(|patch| patch["name"] == name);
+    found.cloned().with_context(|| format!("{patches:#}"))
+}
+
+/// Waits until something is so.
+fn eventually(vm: &mut Vm, mut is_so: impl FnMut(&mut Vm) -> Result<bool>) -> Result<()> {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !is_so(vm)? {
+        ensure!(Instant::now() < until, "it never came so; what happened: {:#}", happened(vm)?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn happened(vm: &Vm) -> Result<Value> {
+    Ok(vm.request(Method::GET, "/events", b"")?.1)
+}
+
+/// Probes of the guest's on the very instruction. One that is older than the patch remembers
+/// what was there before, so there is no patch; one that is younger lies over it.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn probes(lab: &Lab) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &setup)?;
+        vm.ask(&format!("mount tracefs {TRACING}"))?;
+        vm.ask("write /proc/sys/debug/kprobes-optimization 0")?;
+        let behind = vm.behind_the_tracer("__x64_sys_getppid")?;
+        vm.hammer("getppid", 0, 1)?;
+        let set = format!("write {TRACING}/kprobe_events p:own/probe __x64_sys_getppid+{behind}");
+        // Opening it for writing anew removes what was there.
+        let unset = format!("write {TRACING}/kprobe_events");
+        let switch = |on: u8| format!("write {TRACING}/events/own/probe/enable {on}");
+        let plan = |policy: &str| {
+            json!({ "version": 1, "name": "lead", "deadline_ms": 60_000, "on_guest_write": policy,
+                "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid", "keep_fentry": true }] })
+        };
+        vm.ask(&set)?;
+        vm.refused("probed", &plan("yield"))?;
+        vm.ask(&switch(1))?;
+        vm.refused("probed", &plan("yield"))?;
+        vm.ask(&switch(0))?;
+        vm.expect_all(false)?;
+        vm.ask(&unset)?;
+        for policy in ["yield", "rebase", "deny"] {
+            vm.apply(&plan(policy))?;
+            vm.ask(&set)?;
+            for on in [1, 0, 1, 0] {
+                vm.ask(&switch(on))?;
+                vm.expect_all(true).with_context(|| format!("{policy}: probe {on}"))?;
+                ensure!(summary(&vm, "lead")?["state"] == "applied", "{:#}", happened(&vm)?);
+            }
+            let (_, answer) = vm.request(Method::POST, "/patches/lead/revert", b"")?;
+            ensure!(answer["refusals"][0]["code"] == "probed", "{answer:#}");
+            vm.ask(&unset)?;
+            vm.revert("lead")?;
+            vm.expect_all(false)?;
+            vm.expect_no_kernel_errors()?;
+        }
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+/// Code in the guest's kernel that writes to text by itself, with every width and kind of
+/// instruction: it is done exactly as written, told, and dropped where a patch says so.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn unexpected_writers(lab: &Lab) -> Result<()> {
+    let mut across_pages = 0;
+    for mut setup in both_kernels(lab, 4) {
+        setup.command_line = "nokaslr".into();
+        let places = Places::new(&setup)?;
+        let mut vm = Vm::start(lab, &guarded(setup))?;
+        let start = vm.address(FUNCTION)?;
+        let at = |vm: &Vm, slot: &Slot| {
+            read_guest_memory(vm, places.physical(Gva(start + slot.offset as u64)), slot.bytes.len())
+        };
+        let lead = json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
+            "patches": [{ "redirect": "__x64_sys_getppid", "to": FUNCTION }] });
+        let mut slots = Vec::new();
+        replace_function(&vm, |start, room| {
+            let (code, made) = writers::every_width(start, BEGIN, room);
+            slots = made;
+            Ok(code)
+        })?;
+        vm.hammer("getppid", 0, 1)?;
+        vm.apply(&lead)?;
+        vm.expect_all(false)?;
+        for slot in &slots {
+            let found = at(&vm, slot)?;
+            ensure!(found == slot.bytes, "{}: {found:02x?}", slot.name);
+        }
+        across_pages += slots.iter().filter(|slot| slot.name == "mov, across pages").count();
+        let told = events(&vm, "unexpected_write")?;
+        let first = told.first().context("nothing was told")?;
+        let symbol = first["symbol"].as_str().unwrap_or("");
+        ensure!(symbol.starts_with(FUNCTION) && first["task"].is_string(), "{first:#}");
+        // A site that it writes to. Another byte of the same kind is put there.
+        let ours = VALUE + 4;
+        let site = |policy: &str| {
+            json!({ "version": 1, "name": "site", "deadline_ms": 60_000, "on_guest_write": policy, "over": ["bed"],
+                "patches": [{ "at": format!("{FUNCTION}+{:#x}", slots[0].offset),
+                    "expect": hex(&[VALUE]), "replace": hex(&[ours]) }] })
+        };
+        vm.apply(&site("deny"))?;
+        vm.expect_all(false)?;
+        ensure!(at(&vm, &slots[0])? == [ours], "deny: it was written");
+        ensure!(
+            events(&vm, "unexpected_write")?.iter().any(|event| event["patch"] == "site"),
+            "deny: not told"
+        );
+        vm.revert("site")?;
+        vm.expect_all(false)?;
+        vm.apply(&site("yield"))?;
+        eventually(&mut vm, |vm| Ok(summary(vm, "site")?["state"] == "superseded"))?;
+        ensure!(at(&vm, &slots[0])? == [VALUE], "yield: it was not written");
+        vm.apply(&site("rebase"))?;
+        vm.expect_all(false)?;
+        vm.revert("lead")?;
+        vm.expect_all(false)?;
+        eventually(&mut vm, |vm| Ok(at(vm, &slots[0])? == [ours]))?;
+        vm.revert("site")?;
+        ensure!(at(&vm, &slots[0])? == [VALUE], "rebase: reverted to {:x?}", at(&vm, &slots[0])?);
+        // Whatever it wrote is not what the bed's patch put there, so that is in force no more.
+        ensure!(summary(&vm, "bed")?["state"] == "superseded", "{:#}", summary(&vm, "bed")?);
+        vm.expect_no_kernel_errors()?;
+
+        let pages = pages_and_writes(&vm)?.0;
+        let mut slot = None;
+        replace_function(&vm, |_, room| {
+            let (code, made) = writers::unknown(BEGIN, room);
+            slot = Some(made);
+            Ok(code)
+        })?;
+        vm.apply(&lead)?;
+        vm.expect_all(false)?;
+        let slot = slot.context("a slot")?;
+        ensure!(at(&vm, &slot)? == slot.bytes, "{}: {:x?}", slot.name, at(&vm, &slot)?);
+        ensure!(pages_and_writes(&vm)?.0 == pages - 1, "the page is still guarded");
+        let unguarded = events(&vm, "unguarded")?;
+        ensure!(unguarded.len() == 1, "{unguarded:#?}");
+        vm.expect_no_kernel_errors()?;
+        vm.power_off()?;
+    }
+    ensure!(across_pages > 0, "no kernel has a page boundary in {FUNCTION}");
+    Ok(())
+}

@@ -101,6 +101,13 @@ impl Hammer {
         failed.get().map_or(Ok(hammer), |text| Err(text.clone()))
     }
 
+    /// How many calls were made in the epoch that is open.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        self.workers.iter().map(|worker| worker.calls_in(epoch)).sum()
+    }
+
     /// Opens an epoch, lets every worker make some calls in it, and returns what each saw.
     pub fn count(&self) -> Vec<Counts> {
         let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;

@@ -6,6 +6,7 @@
 //! ```text
 //! hammer CALL A B    all CPUs hammer the system call; results must be A or B
 //! count              what every CPU saw in calls begun after this command
+//! calls-in MS        how many calls they made in so many milliseconds
 //! nmis MS            from now on every CPU gets an NMI so often, and tells where it is
 //! locks              all CPUs contend for a spinlock of the kernel
 //! locks-in MS        how many times they had it in so many milliseconds
@@ -132,6 +133,12 @@ impl Init {
                 let hammer = Hammer::start(call, expected, self.cpus).map_err(io::Error::other)?;
                 self.hammer = Some(hammer);
                 Ok(format!("cpus={}", self.cpus))
+            }
+            ["calls-in", period] => {
+                let hammer = self.hammer.as_ref().ok_or_else(|| io::Error::other("nothing is hammered"))?;
+                let (before, started) = (hammer.calls(), Instant::now());
+                thread::sleep(Duration::from_millis(period.parse().map_err(io::Error::other)?));
+                Ok(format!("calls={} us={}", hammer.calls() - before, started.elapsed().as_micros()))
             }
             ["nmis", period] => {
                 let period = Duration::from_millis(period.parse().map_err(io::Error::other)?);

@@ -8,6 +8,7 @@ mod boot;
 mod breakpoints;
 mod cli;
 mod engine;
+mod events;
 mod flips;
 mod guard;
 mod kernel;
@@ -39,6 +40,7 @@ fn all() -> Vec<Test> {
         breakpoints::TESTS,
         cli::TESTS,
         engine::TESTS,
+        events::TESTS,
         flips::TESTS,
         guard::TESTS,
         kernel::TESTS,

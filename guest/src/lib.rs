@@ -6,6 +6,7 @@
 
 pub mod apt;
 pub mod binaries;
+pub mod bpf;
 pub mod cache;
 pub mod initramfs;
 pub mod kallsyms;

@@ -17,7 +17,7 @@ type Call = (&'static str, fn() -> i64);
 
 /// What to choose from: cheap, without side effects, and with a known result. All but one are
 /// system calls.
-const CALLS: [Call; 8] = [
+const CALLS: [Call; 9] = [
     ("getpid", || i64::from(process::getpid().as_raw_nonzero().get())),
     ("getppid", || process::getppid().map_or(0, |pid| i64::from(pid.as_raw_nonzero().get()))),
     ("getuid", || i64::from(process::getuid().as_raw())),
@@ -25,6 +25,11 @@ const CALLS: [Call; 8] = [
     ("getgid", || i64::from(process::getgid().as_raw())),
     ("getegid", || i64::from(process::getegid().as_raw())),
     ("probed", || probed(1)),
+    // Goes through the scheduler.
+    ("sched_yield", || {
+        rustix::thread::sched_yield();
+        0
+    }),
     // Allocates memory, so it goes by `might_resched` and `cond_resched`.
     ("getcwd", || process::getcwd("").map_or(-1, |path| i64::try_from(path.as_bytes().len()).unwrap_or(-2))),
 ];

@@ -4,6 +4,7 @@ pub mod breakpoints;
 pub mod campaigns;
 pub mod guard;
 pub mod lab;
+pub mod matrix;
 pub mod oracle;
 pub mod selfpatching;
 pub mod signal;

@@ -1,10 +1,12 @@
 //! A guest that patches itself while the monitor does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::guard::{guarded, pages_and_writes};
 use crate::lab::Lab;
 use crate::targets::both_kernels;
 use crate::vm::{Method, Setup, Vm, field, redirect_plan};
@@ -67,6 +69,59 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
         tries[tries.len() - 1]
     );
     vm.power_off()
+}
+
+/// For so long: one CPU switches a key from inside in a tight loop, programs switch another
+/// whose jumps lie on the same pages, and every CPU goes through all of them; everything is
+/// guarded. The guest must not notice, and every program must work.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
+    for setup in both_kernels(lab, 4) {
+        let mut vm = Vm::start(lab, &guarded(setup))?;
+        let pages = |key: &str, enable: bool| -> Result<BTreeSet<String>> {
+            let plan =
+                json!({ "version": 1, "name": "look", "patches": [{ "static_key": key, "enable": enable }] });
+            let (_, answer) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+            let sites = answer["sites"].as_array().with_context(|| format!("{answer:#}"))?;
+            let page = |site: &Value| site["at"].as_str().map(|at| at[..at.len() - 3].to_owned());
+            Ok(sites.iter().filter_map(page).collect())
+        };
+        let enabled = neighbour_is_enabled(&vm)?;
+        let shared = pages(NEIGHBOUR, !enabled)?.intersection(&pages("sched_schedstats", true)?).count();
+        ensure!(shared > 0, "the keys have no page in common");
+        vm.hammer("sched_yield", 0, 1)?;
+        let before = pages_and_writes(&vm)?.1;
+        vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
+        let until = Instant::now() + time;
+        let (mut programs, mut tries, mut round) = (0, 0, 0);
+        while Instant::now() < until {
+            round += 1;
+            let strategy = ["breakpoint", "hold", "bypass"][round % 3];
+            let plan = json!({ "version": 1, "name": "other", "strategy": strategy, "deadline_ms": 60_000,
+                "patches": [{ "static_key": NEIGHBOUR, "enable": !enabled }] });
+            for report in [vm.apply(&plan)?, vm.revert("other")?] {
+                tries += attempts(&report)?;
+                programs += 1;
+            }
+            if round % 20 == 0 {
+                vm.expect_all(false)?;
+                vm.expect_no_kernel_errors()?;
+            }
+        }
+        let toggled = field(&vm.ask("toggle-end")?.1, "written")?;
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+        let writes = pages_and_writes(&vm)?.1 - before;
+        ensure!(toggled > 2 && writes > toggled, "{toggled} switches by {writes} writes");
+        println!(
+            "\n{shared} pages shared: the guest switched {toggled} times by {writes} writes; {programs} programs, \
+             {tries} attempts"
+        );
+        vm.power_off()?;
+    }
+    Ok(())
 }
 
 /// How many functions that patch text a stock kernel has, at least.
@@ -168,7 +223,7 @@ fn attempts(report: &Value) -> Result<u64> {
 }
 
 /// What became of a request: a state, or why it was refused.
-fn outcome((status, answer): (u16, Value)) -> Result<String> {
+pub(crate) fn outcome((status, answer): (u16, Value)) -> Result<String> {
     let (state, code) = (answer["state"].as_str(), answer["refusals"][0]["code"].as_str());
     code.or(state).map(str::to_owned).with_context(|| format!("{status}: {answer:#}"))
 }

@@ -12,7 +12,10 @@
 //! locks-in MS        how many times they had it in so many milliseconds
 //! locks-end          ends that; what was added under the lock, and what is the sum
 //! toggle PATH A B    from now on A and B are written to a file in turn
+//! toggle-fentry NAMES  from now on a BPF program is put at a function's entry and taken away
+//! toggle-module PATH NAME  from now on a module is loaded and unloaded
 //! toggle-end         ends that; how often it was done
+//! fentry NAMES       puts a BPF program at a function's entry; fentry-end takes it away
 //! probed             where in init's file `probed` begins, which can be hammered
 //! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
@@ -32,13 +35,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest::bpf::Fentry;
 use guest::kallsyms;
 use guest::locks::Locks;
-use guest::toggle::Toggle;
+use guest::toggle::{self, Action, Toggle};
 use guest::workload::{Hammer, probed};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
@@ -74,6 +78,7 @@ fn serve() -> io::Result<()> {
         hammer: None,
         locks: None,
         toggle: None,
+        fentry: None,
     };
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     init.say(&format!("@end ready cpus={} release={} ppid={ppid}", init.cpus, release.trim()))?;
@@ -89,6 +94,32 @@ fn serve() -> io::Result<()> {
         drop(turn);
     }
     Ok(())
+}
+
+fn load(path: &str) -> io::Result<()> {
+    // MODULE_INIT_COMPRESSED_FILE
+    let flags = if path.ends_with(".xz") { 4 } else { 0 };
+    Ok(rustix::system::finit_module(&File::open(path)?, c"", flags)?)
+}
+
+fn unload(name: &str) -> io::Result<()> {
+    Ok(rustix::system::delete_module(&CString::new(name).map_err(io::Error::other)?, 0)?)
+}
+
+/// Puts a BPF program at a function's entry, and takes it away.
+fn fentry(names: &[&str]) -> [Action; 2] {
+    let program = Arc::new(Mutex::new(None));
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let there = program.clone();
+    let attach = move || {
+        *there.lock().unwrap_or_else(PoisonError::into_inner) = Some(Fentry::attach(&names)?);
+        Ok(())
+    };
+    let detach = move || {
+        *program.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
+    };
+    [Box::new(attach), Box::new(detach)]
 }
 
 /// Where in its file what is at an address of this process comes from.
@@ -115,6 +146,7 @@ struct Init {
     hammer: Option<Hammer>,
     locks: Option<Locks>,
     toggle: Option<Toggle>,
+    fentry: Option<Fentry>,
 }
 
 impl Init {
@@ -156,7 +188,28 @@ impl Init {
                 Ok(String::new())
             }
             ["toggle", path, first, second] => {
-                self.toggle = Some(Toggle::start(Path::new(path), [first, second].map(str::to_owned))?);
+                let texts = [first, second].map(str::to_owned);
+                self.toggle = Some(Toggle::start(toggle::writes(Path::new(path), texts)?)?);
+                Ok(String::new())
+            }
+            ["toggle-fentry", ref names @ ..] => {
+                self.toggle = Some(Toggle::start(fentry(names))?);
+                Ok(String::new())
+            }
+            ["toggle-module", path, name] => {
+                let (path, name) = (path.to_owned(), name.to_owned());
+                let there: Action = Box::new(move || load(&path));
+                let away: Action = Box::new(move || unload(&name));
+                self.toggle = Some(Toggle::start([there, away])?);
+                Ok(String::new())
+            }
+            ["fentry", ref names @ ..] => {
+                let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+                self.fentry = Some(Fentry::attach(&names)?);
+                Ok(String::new())
+            }
+            ["fentry-end"] => {
+                self.fentry = None;
                 Ok(String::new())
             }
             ["toggle-end"] => {
@@ -191,17 +244,8 @@ impl Init {
                 mount(kind, path, kind, MountFlags::empty(), None)?;
                 Ok(String::new())
             }
-            ["load", path] => {
-                // MODULE_INIT_COMPRESSED_FILE
-                let flags = if path.ends_with(".xz") { 4 } else { 0 };
-                rustix::system::finit_module(&File::open(path)?, c"", flags)?;
-                Ok(String::new())
-            }
-            ["unload", name] => {
-                let name = CString::new(name).map_err(io::Error::other)?;
-                rustix::system::delete_module(&name, 0)?;
-                Ok(String::new())
-            }
+            ["load", path] => load(path).map(|()| String::new()),
+            ["unload", name] => unload(name).map(|()| String::new()),
             ["kallsyms"] => {
                 let list = fs::read_to_string("/proc/kallsyms")?;
                 let (count, digest) = kallsyms::digest(kallsyms::own(&list));

@@ -9,7 +9,7 @@ use clap::Parser;
 use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::Setup;
-use tests::{breakpoints, guard, oracle, selfpatching, spinlocks, targets};
+use tests::{breakpoints, guard, matrix, oracle, selfpatching, spinlocks, targets};
 
 /// Long campaigns against real guests.
 #[derive(Debug, Parser)]
@@ -28,7 +28,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 20] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites(lab, times, 30)),
@@ -36,6 +36,10 @@ const CAMPAIGNS: [(&str, usize, Campaign); 20] = [
     ("breakpoints-by-kvm", 100_000, breakpoints::by_kvm),
     ("self-patching", 500, selfpatching::contended),
     ("self-patching-beside", 50, selfpatching::beside),
+    ("self-patching-matrix", 100, matrix::matrix),
+    ("self-patching-page", 10, |lab, minutes| {
+        selfpatching::same_page(lab, Duration::from_secs(60 * minutes as u64))
+    }),
     ("guard-boots", 100, guard::boots),
     ("guard-cost", 5, guard::cost),
     ("spinlocks", 100, |lab, times| {

@@ -138,7 +138,7 @@ fn key(vm: &mut Vm) -> Result<String> {
 }
 
 /// One line of the list of patches.
-fn summary(vm: &Vm, name: &str) -> Result<Value> {
+pub(crate) fn summary(vm: &Vm, name: &str) -> Result<Value> {
     let (_, patches) = vm.request(Method::GET, "/patches", b"")?;
     let found = patches.as_array().into_iter().flatten().find(|patch| patch["name"] == name);
     found.cloned().with_context(|| format!("{patches:#}"))

@@ -1,0 +1,312 @@
+//! The self-patching matrix: everything by which a stock guest patches its own text, against a
+//! patch of ours at the same function or site, before, during and after it, and across its
+//! revert.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::campaigns::replace_function;
+use crate::guard::summary;
+use crate::lab::Lab;
+use crate::selfpatching::outcome;
+use crate::targets::both_kernels;
+use crate::testbed::{BEGIN, FUNCTION};
+use crate::vm::{Method, Setup, Vm};
+
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// A way in which the guest patches itself, and what of ours it meets.
+struct Row {
+    name: &'static str,
+    /// The patches of our plan, and its strategy.
+    plan: Value,
+    /// What the guest is asked for once.
+    prepare: Vec<String>,
+    /// What has it put something in place.
+    on: Vec<String>,
+    /// What has it take that away.
+    off: Vec<String>,
+    /// What has it do both all the time, as far as that goes by one command.
+    toggle: Option<String>,
+    /// Whether the workload sees our patch.
+    visible: bool,
+    /// What must come of it.
+    expected: [&'static str; 4],
+}
+
+const CALL: &str = "__x64_sys_getppid";
+
+fn redirect(strategy: &str) -> Value {
+    json!({ "strategy": strategy, "patches": [
+        { "redirect": CALL, "to": "__x64_sys_getpid", "keep_fentry": true }] })
+}
+
+fn write(path: &str, text: &str) -> String {
+    format!("write {path} {text}")
+}
+
+fn rows(behind: u64, release: &str) -> Vec<Row> {
+    let enable = |event: &str, on: &str| write(&format!("{TRACING}/events/own/{event}/enable"), on);
+    let tracer = |name, tracer: &str| Row {
+        name,
+        plan: redirect("auto"),
+        prepare: vec![write(&format!("{TRACING}/set_ftrace_filter"), "*sys_getppid")],
+        on: vec![write(&format!("{TRACING}/current_tracer"), tracer)],
+        off: vec![write(&format!("{TRACING}/current_tracer"), "nop")],
+        toggle: Some(format!("toggle {TRACING}/current_tracer {tracer} nop")),
+        visible: true,
+        expected: ["applied, reverted", "applied, reverted", "applied; then applied; reverted", "reverted"],
+    };
+    let probe = |name, optimized: &str, probe: String, expected| Row {
+        name,
+        plan: redirect("auto"),
+        prepare: vec![
+            write("/proc/sys/debug/kprobes-optimization", optimized),
+            write(&format!("{TRACING}/kprobe_events"), &probe),
+        ],
+        on: vec![write(&format!("{TRACING}/kprobe_events"), &probe), enable("probe", "1")],
+        off: vec![enable("probe", "0"), write(&format!("{TRACING}/kprobe_events"), "")],
+        toggle: Some(format!("toggle {TRACING}/events/own/probe/enable 1 0")),
+        visible: true,
+        expected,
+    };
+    let probed = ["probed", "probed", "applied; then applied; reverted", "probed, reverted"];
+    // The compiler made one of them all; which one BTF knows depends on the kernel.
+    let names = format!("{CALL} __ia32_sys_getppid __do_sys_getppid");
+    // Debian compresses them since 6.6.
+    let end = if release.starts_with("6.1.") { "ko" } else { "ko.xz" };
+    let module = format!("/modules/{release}/irqbypass.{end}");
+    let schedstats = "/proc/sys/kernel/sched_schedstats";
+    let exits = format!("{TRACING}/events/sched/sched_process_exit/enable");
+    vec![
+        Row {
+            name: "jump label",
+            plan: json!({ "strategy": "breakpoint", "patches": [{ "static_key": "sched_schedstats", "enable": true }] }),
+            prepare: Vec::new(),
+            on: vec![write(schedstats, "1")],
+            off: vec![write(schedstats, "0")],
+            toggle: Some(format!("toggle {schedstats} 1 0")),
+            visible: false,
+            expected: [
+                "nothing_to_do",
+                "applied, busy, expect_mismatch, nothing_to_do, reverted, rolled_back, superseded, undecodable",
+                "applied; then superseded",
+                "reverted",
+            ],
+        },
+        Row {
+            name: "static call (a tracepoint's)",
+            plan: json!({ "strategy": "breakpoint",
+                "patches": [
+                    { "static_key": "__tracepoint_sched_process_exit+0x8", "enable": true },
+                    { "static_call": "tp_func_sched_process_exit",
+                        "target": "trace_event_raw_event_sched_process_template" } ] }),
+            prepare: Vec::new(),
+            on: vec![write(&exits, "1")],
+            off: vec![write(&exits, "0")],
+            toggle: Some(format!("toggle {exits} 1 0")),
+            visible: false,
+            expected: [
+                "nothing_to_do",
+                "applied, busy, expect_mismatch, nothing_to_do, reverted, rolled_back, superseded, undecodable",
+                "applied; then superseded",
+                "reverted",
+            ],
+        },
+        tracer("function tracer", "function"),
+        tracer("function graph tracer", "function_graph"),
+        probe("kprobe", "0", format!("p:own/probe {CALL}+{behind}"), probed),
+        probe("optimized kprobe", "1", format!("p:own/probe {CALL}+{behind}"), probed),
+        probe(
+            "kretprobe",
+            "1",
+            format!("r:own/probe {CALL}"),
+            ["applied, reverted", "applied, reverted", "applied; then applied; reverted", "reverted"],
+        ),
+        Row {
+            name: "BPF fentry",
+            plan: redirect("auto"),
+            prepare: Vec::new(),
+            on: vec![format!("fentry {names}")],
+            off: vec!["fentry-end".into()],
+            toggle: Some(format!("toggle-fentry {names}")),
+            visible: true,
+            expected: [
+                "applied, reverted",
+                "applied, reverted",
+                "applied; then applied; reverted",
+                "reverted",
+            ],
+        },
+        Row {
+            name: "module near the arena",
+            // add eax, 1; who is there meanwhile executes a copy of the old instruction.
+            plan: json!({ "strategy": "bypass", "over": ["bed"], "patches": [
+                { "at": format!("{FUNCTION}+{:#x}", BEGIN + 2), "expect": "83c000", "replace": "83c001" }] }),
+            prepare: Vec::new(),
+            on: vec![format!("load {module}")],
+            off: vec!["unload irqbypass".into()],
+            toggle: Some(format!("toggle-module {module} irqbypass")),
+            visible: true,
+            expected: [
+                "applied, reverted",
+                "applied, reverted",
+                "applied; then applied; reverted",
+                "reverted",
+            ],
+        },
+    ]
+}
+
+/// Goes through the whole matrix on both kernels, with so many programs while the guest
+/// patches itself, and prints it.
+///
+/// # Errors
+/// When an outcome is another than is written down, and on anything unexpected.
+pub fn matrix(lab: &Lab, times: usize) -> Result<()> {
+    both_kernels(lab, 4).iter().try_for_each(|setup| matrix_on(lab, setup, times))
+}
+
+/// The same on one kernel.
+///
+/// # Errors
+/// As [`matrix`].
+pub fn matrix_on(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
+    let mut wrong = Vec::new();
+    let mut vm = Vm::start(lab, setup)?;
+    vm.ask(&format!("mount tracefs {TRACING}"))?;
+    let release = vm.ask("cat /proc/sys/kernel/osrelease")?.0.concat().trim().to_owned();
+    let behind = vm.behind_the_tracer(CALL)?;
+    // xor eax, eax; add eax, 0; ret
+    replace_function(&vm, |_, room| {
+        let mut code = vec![0x31, 0xc0, 0x83, 0xc0, 0x00, 0xc3];
+        code.resize(room, 0x90);
+        Ok(code)
+    })?;
+    vm.hammer("getppid", 0, 1)?;
+    println!("\n{release}");
+    for row in rows(behind, &release) {
+        let is_bed = row.name == "module near the arena";
+        if is_bed {
+            vm.apply(&json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
+                    "patches": [{ "redirect": CALL, "to": FUNCTION }] }))?;
+        }
+        let context = || format!("{release}: {}", row.name);
+        let cells = row.cells(&mut vm, times).with_context(context)?;
+        println!("{}: {cells:?}", row.name);
+        for (expected, cell) in row.expected.iter().zip(&cells) {
+            let may: BTreeSet<&str> = expected.split(", ").collect();
+            let is = cell.split(", ").all(|outcome| may.contains(outcome));
+            if !is {
+                wrong.push(format!("{}: {cell:?}, not {expected:?}", context()));
+            }
+        }
+        if is_bed {
+            vm.revert("lead")?;
+        }
+    }
+    vm.power_off()?;
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+impl Row {
+    fn cells(&self, vm: &mut Vm, times: usize) -> Result<[String; 4]> {
+        let do_all = |vm: &mut Vm, commands: &[String]| commands.iter().try_for_each(|c| vm.ask(c).map(drop));
+        do_all(vm, &self.prepare)?;
+        // Whatever is in place now is taken away, so that all columns begin alike.
+        do_all(vm, &self.on)?;
+        do_all(vm, &self.off)?;
+
+        do_all(vm, &self.on)?;
+        let mut before = vec![self.apply(vm)?];
+        if before[0] == "applied" {
+            self.sees(vm, true)?;
+            before.push(revert(vm)?);
+        }
+        do_all(vm, &self.off)?;
+        self.is_as_before(vm).context("before")?;
+
+        do_all(vm, &self.prepare)?;
+        let mut during = BTreeSet::new();
+        if let Some(toggle) = &self.toggle {
+            vm.ask(toggle)?;
+            for _ in 0..times {
+                let outcome = self.apply(vm)?;
+                if outcome == "applied" {
+                    let back = revert(vm)?;
+                    ensure!(matches!(back.as_str(), "reverted" | "superseded" | "not_applied"), "{back}");
+                    during.insert(if back == "not_applied" { "superseded".into() } else { back });
+                }
+                during.insert(outcome);
+            }
+            vm.ask("toggle-end")?;
+        }
+        do_all(vm, &self.on)?;
+        do_all(vm, &self.off)?;
+        self.is_as_before(vm).context("during")?;
+
+        ensure!(self.apply(vm)? == "applied", "it was not applied to begin with");
+        self.sees(vm, true)?;
+        do_all(vm, &self.on)?;
+        let there = state(vm)?;
+        if there == "applied" {
+            self.sees(vm, true).context("after, while it is in place")?;
+        }
+        do_all(vm, &self.off)?;
+        let gone = state(vm)?;
+        let mut after = format!("{there}; then {gone}");
+        if gone == "applied" {
+            self.sees(vm, true).context("after, when it is gone")?;
+            after += &format!("; {}", revert(vm)?);
+        }
+        self.is_as_before(vm).context("after")?;
+
+        ensure!(self.apply(vm)? == "applied", "it was not applied to begin with");
+        do_all(vm, &self.on)?;
+        let mut across = vec![revert(vm)?];
+        do_all(vm, &self.off)?;
+        if across[0] == "probed" {
+            across.push(revert(vm)?);
+        }
+        self.is_as_before(vm).context("across the revert")?;
+        let during: Vec<String> = during.into_iter().collect();
+        Ok([before.join(", "), during.join(", "), after, across.join(", ")])
+    }
+
+    fn apply(&self, vm: &Vm) -> Result<String> {
+        let mut plan = self.plan.clone();
+        for (name, value) in [
+            ("version", json!(1)),
+            ("name", json!("ours")),
+            ("deadline_ms", json!(60_000)),
+            ("on_guest_write", json!("yield")),
+        ] {
+            plan[name] = value;
+        }
+        outcome(vm.request(Method::POST, "/patches", plan.to_string().as_bytes())?)
+    }
+
+    fn sees(&self, vm: &mut Vm, ours: bool) -> Result<()> {
+        vm.expect_all(self.visible && ours)
+    }
+
+    fn is_as_before(&self, vm: &mut Vm) -> Result<()> {
+        self.sees(vm, false)?;
+        vm.expect_no_kernel_errors()
+    }
+}
+
+fn revert(vm: &Vm) -> Result<String> {
+    outcome(vm.request(Method::POST, "/patches/ours/revert", b"")?)
+}
+
+/// What became of our patch, when the monitor has had the time to see.
+fn state(vm: &Vm) -> Result<String> {
+    std::thread::sleep(Duration::from_millis(200));
+    let summary = summary(vm, "ours")?;
+    summary["state"].as_str().map(str::to_owned).with_context(|| format!("{summary:#}"))
+}

@@ -90,6 +90,17 @@ pub enum Attempt {
     InFlight,
 }
 
+/// What became of a page that a vCPU writes to in a way that is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lift {
+    /// It is guarded no more.
+    Lifted,
+    /// It was not.
+    NotGuarded,
+    /// The vCPU must wait for the program in flight, then try again.
+    InFlight,
+}
+
 impl Guard {
     /// A guard that guards nothing yet.
     #[must_use]
@@ -128,7 +139,8 @@ impl Guard {
         let state = self.lock();
         let text = state.text.as_ref().map_or(0, |text| (text.end - text.start) / PAGE);
         let apart = state.pages.keys().filter(|page| !state.is_text(**page)).count();
-        text - state.lifted.len() as u64 + apart as u64
+        let lifted = state.lifted.iter().filter(|page| state.is_text(**page)).count();
+        text - lifted as u64 + apart as u64
     }
 
     /// How many writes the vCPUs were stopped at.
@@ -331,17 +343,19 @@ impl Guard {
         }
     }
 
-    /// Gives up the guard of the page there, for a vCPU whose write can't be done for it.
-    /// `false` if it is not guarded.
-    pub fn lift(&self, vcpu: VcpuId, registers: &Registers, at: Gpa) -> bool {
+    /// Gives up the guard of the page there, for a vCPU whose write can't be done for it; then
+    /// the vCPU can.
+    #[must_use]
+    pub fn lift(&self, vcpu: VcpuId, registers: &Registers, at: Gpa) -> Lift {
         let page = at.0 & !(PAGE - 1);
         let mut state = self.lock();
         if !state.is_guarded(page) {
-            return false;
+            return Lift::NotGuarded;
         }
-        if state.is_text(page) {
-            state.lifted.insert(page);
+        if state.in_flight.iter().any(|piece| overlap(*piece, (Gpa(page), PAGE_SIZE))) {
+            return Lift::InFlight;
         }
+        state.lifted.insert(page);
         state.pages.remove(&page);
         let on_page = state.watched.get(&page).into_iter().flatten();
         let patches: Vec<Arc<str>> = on_page.map(|watched| watched.patch.clone()).collect();
@@ -357,7 +371,7 @@ impl Guard {
                  the page is guarded no more"
             ),
         });
-        true
+        Lift::Lifted
     }
 
     /// Waits until the program in flight has ended.
@@ -383,8 +397,8 @@ impl State {
 
     fn is_guarded(&self, at: u64) -> bool {
         let page = at & !(PAGE - 1);
-        let for_program = self.runs.iter().any(|run| run.contains(&page));
-        for_program || self.pages.contains_key(&page) || self.is_text(page) && !self.lifted.contains(&page)
+        let in_text = self.is_text(page) && !self.lifted.contains(&page);
+        in_text || self.pages.contains_key(&page) || self.runs.iter().any(|run| run.contains(&page))
     }
 
     /// The parts of a run of pages that are not guarded.
@@ -445,4 +459,105 @@ fn overlap((at, length): Piece, (other, other_length): Piece) -> bool {
 /// The policy of a patch whose plan has none.
 pub(crate) fn policy(of: Option<Policy>) -> Policy {
     of.unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: u64 = 32;
+
+    fn guard() -> Guard {
+        Guard::new(Arc::new(GuestRam::new(PAGES * PAGE).expect("RAM")), Arc::default())
+    }
+
+    fn attempt(guard: &Guard, pieces: &[Piece], bytes: &[u8]) -> Attempt {
+        let registers = Registers::default();
+        let write = Write { vcpu: VcpuId(0), registers: &registers, at: Gva(0), pieces, bytes };
+        guard.attempt(&write).expect("RAM")
+    }
+
+    const DONE: Attempt = Attempt::Done { touched: false };
+
+    fn holds(guard: &Guard, at: u64, bytes: &[u8]) -> bool {
+        let mut found = vec![0; bytes.len()];
+        guard.ram.read(Gpa(at), &mut found).expect("RAM");
+        found == bytes
+    }
+
+    #[test]
+    fn a_write_to_a_guarded_page_is_done_or_left_to_the_vcpu() {
+        let guard = guard();
+        let at = (Gpa(PAGE), 1);
+        assert_eq!(attempt(&guard, &[at], &[7]), Attempt::NotGuarded);
+        assert!(holds(&guard, PAGE, &[0]));
+        guard.guard_text(&(Gpa(PAGE)..Gpa(3 * PAGE))).expect("guarded");
+        assert_eq!(attempt(&guard, &[at], &[7]), DONE);
+        assert!(holds(&guard, PAGE, &[7]));
+        // One of its pages is enough.
+        assert_eq!(attempt(&guard, &[(Gpa(3 * PAGE - 1), 1), (Gpa(4 * PAGE), 2)], &[1, 2, 3]), DONE);
+        assert!(holds(&guard, 3 * PAGE - 1, &[1]) && holds(&guard, 4 * PAGE, &[2, 3]));
+        assert_eq!((guard.pages(), guard.hits()), (2, 2));
+        assert!(guard.events().since(0).iter().all(|event| event.kind == Kind::UnexpectedWrite));
+    }
+
+    #[test]
+    fn who_writes_to_what_a_program_changes_waits_for_its_end() {
+        let guard = guard();
+        for held in [false, true] {
+            guard.guard_text(&(Gpa(0)..Gpa(PAGE))).expect("guarded");
+            let scope = guard.begin(vec![(Gpa(100), 5), (Gpa(2 * PAGE), 5)], held).expect("guarded");
+            assert_eq!(attempt(&guard, &[(Gpa(104), 1)], &[7]), Attempt::InFlight);
+            assert_eq!(attempt(&guard, &[(Gpa(98), 4)], &[7; 4]), Attempt::InFlight);
+            assert_eq!(attempt(&guard, &[(Gpa(105), 1)], &[7]), DONE, "beside it");
+            let elsewhere = attempt(&guard, &[(Gpa(2 * PAGE + 1), 1)], &[7]);
+            assert_eq!(elsewhere, if held { Attempt::NotGuarded } else { Attempt::InFlight });
+            assert!(holds(&guard, 98, &[0; 6]));
+            std::thread::scope(|threads| {
+                let waiter = threads.spawn(|| guard.wait_for_program());
+                while !guard.is_waited_for() {
+                    std::thread::yield_now();
+                }
+                drop(scope);
+                waiter.join().expect("it ended");
+            });
+            assert!(!guard.is_waited_for());
+            assert_eq!(attempt(&guard, &[(Gpa(104), 1)], &[0]), DONE);
+            assert_eq!(attempt(&guard, &[(Gpa(2 * PAGE), 1)], &[7]), Attempt::NotGuarded);
+        }
+    }
+
+    #[test]
+    fn many_pages_are_one_run_and_what_was_guarded_stays_so() {
+        let guard = guard();
+        guard.guard_text(&(Gpa(8 * PAGE)..Gpa(10 * PAGE))).expect("guarded");
+        let is_guarded = |page: u64| guard.lock().is_guarded(page * PAGE);
+        let far: Vec<Piece> = (0..6).map(|i| (Gpa(4 * i * PAGE + 9), 1)).collect();
+        let scope = guard.begin(far, false).expect("guarded");
+        assert!((0..=20).all(is_guarded) && !is_guarded(21));
+        drop(scope);
+        let left: Vec<u64> = (0..PAGES).filter(|page| is_guarded(*page)).collect();
+        assert_eq!(left, [8, 9]);
+        // Few are taken one by one.
+        let scope = guard.begin(vec![(Gpa(0), 1), (Gpa(4 * PAGE), 1)], false).expect("guarded");
+        assert!(is_guarded(0) && is_guarded(4) && !is_guarded(1));
+        drop(scope);
+        assert!(guard.begin(vec![(Gpa(0), 1), (Gpa(2 * PAGES * PAGE), 1)], false).is_err());
+        assert!(!is_guarded(0), "nothing stays of what failed");
+    }
+
+    #[test]
+    fn a_page_that_is_given_up_is_guarded_no_more() {
+        let guard = guard();
+        guard.guard_text(&(Gpa(0)..Gpa(2 * PAGE))).expect("guarded");
+        let lift = || guard.lift(VcpuId(1), &Registers::default(), Gpa(PAGE + 5));
+        let scope = guard.begin(vec![(Gpa(PAGE), 1)], false).expect("guarded");
+        assert_eq!(lift(), Lift::InFlight);
+        drop(scope);
+        assert_eq!((lift(), lift()), (Lift::Lifted, Lift::NotGuarded));
+        assert_eq!(attempt(&guard, &[(Gpa(PAGE), 1)], &[7]), Attempt::NotGuarded);
+        assert_eq!(attempt(&guard, &[(Gpa(0), 1)], &[7]), DONE);
+        assert_eq!(guard.pages(), 1);
+        assert_eq!(guard.events().since(0)[0].kind, Kind::Unguarded);
+    }
 }

@@ -6,13 +6,17 @@ use patcher::insn::MAX_LENGTH;
 use patcher::writes::{self, Store, Value};
 
 use super::Vcpu;
-use crate::guard::{Attempt, Piece, Write};
+use crate::guard::{Attempt, Lift, Piece, Write};
 use crate::paging::PageTables;
 use crate::standing::Registers;
 
 /// How often a vCPU may be stopped at the same write while nothing explains it: the page may
 /// have been let go in the meantime.
 const UNEXPLAINED: u32 = 1000;
+
+/// How many elements of a string are written until the vCPU is asked what else it is wanted
+/// for: it comes back for the rest.
+const ELEMENTS: u32 = 4096;
 
 impl Vcpu {
     /// Does for the vCPU what it was stopped at, if the guard allows it.
@@ -47,12 +51,18 @@ impl Vcpu {
     fn write_for(&self, stopped: &mut Stopped) -> Result<bool, String> {
         let start = stopped.registers.rip;
         let code = if stopped.is_64_bit { self.code(&stopped.tables, Gva(start)) } else { Vec::new() };
-        let mut known = false;
-        while stopped.registers.rip == start {
+        let (mut known, mut elements) = (false, 0);
+        while stopped.registers.rip == start && elements < ELEMENTS {
+            elements += 1;
             let store = Store::decode(&code, &stopped.registers);
             let write = store.and_then(|store| Some((store, self.bytes_and_pieces(stopped, &store)?)));
             let Some((store, (bytes, pieces))) = write else {
-                return Ok(self.lift(stopped, &code) || known);
+                match self.lift(stopped, &code) {
+                    Lift::NotGuarded => break,
+                    Lift::Lifted => return Ok(true),
+                    Lift::InFlight => self.parked(|| self.guard.wait_for_program())?,
+                }
+                continue;
             };
             let write = Write {
                 vcpu: self.id,
@@ -76,14 +86,16 @@ impl Vcpu {
         Ok(known)
     }
 
-    fn lift(&self, stopped: &Stopped, code: &[u8]) -> bool {
-        let Some(at) = writes::Store::place(code, &stopped.registers) else { return false };
-        let Some(place) = stopped.tables.translate_in(self.vm.ram(), at) else { return false };
-        let lifted = self.guard.lift(self.id, &stopped.standing, place.at);
-        if lifted {
+    fn lift(&self, stopped: &Stopped, code: &[u8]) -> Lift {
+        let at = Store::place(code, &stopped.registers);
+        let Some(place) = at.and_then(|at| stopped.tables.translate_in(self.vm.ram(), at)) else {
+            return Lift::NotGuarded;
+        };
+        let lift = self.guard.lift(self.id, &stopped.standing, place.at);
+        if lift == Lift::Lifted {
             self.listener.touched();
         }
-        lifted
+        lift
     }
 
     /// What is to be written, and where. `None` if that is not all memory.

@@ -6,6 +6,7 @@
 
 pub mod apt;
 pub mod binaries;
+mod bochs;
 pub mod bpf;
 pub mod cache;
 pub mod initramfs;

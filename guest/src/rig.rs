@@ -9,13 +9,14 @@
 //! ```
 
 use std::fs::{self, File};
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::bochs;
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
 use crate::progress::Step;
@@ -23,11 +24,26 @@ use crate::qemu::Qemu;
 use crate::wire::{Frame, Request};
 use crate::{AtPath, Error};
 
-/// L1's kernel modules, in loading order.
-pub const MODULES: [(&str, &str); 3] =
-    [("irqbypass", "virt/lib/irqbypass"), ("kvm", "arch/x86/kvm/kvm"), ("kvm-amd", "arch/x86/kvm/kvm-amd")];
+/// L1's kernel modules, in loading order, and the processor's feature that each is for, if it
+/// is for one.
+pub const MODULES: [(&str, &str, Option<&str>); 4] = [
+    ("irqbypass", "virt/lib/irqbypass", None),
+    ("kvm", "arch/x86/kvm/kvm", None),
+    ("kvm-amd", "arch/x86/kvm/kvm-amd", Some("svm")),
+    ("kvm-intel", "arch/x86/kvm/kvm-intel", Some("vmx")),
+];
+
+/// What the host is emulated by.
+#[derive(Debug, Clone)]
+pub enum Emulator {
+    /// QEMU's TCG: two AMD processors with SVM and nested paging.
+    Qemu(Qemu),
+    /// Bochs: an Intel processor with VMX and EPT, some twenty times slower.
+    Bochs,
+}
 
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+const BOCHS_BOOT_DEADLINE: Duration = Duration::from_secs(1200);
 /// CPUs of the emulated host: as many as the machines have that this is developed on.
 const CPUS: &str = "2";
 const MEMORY_MIB: &str = "4096";
@@ -44,7 +60,7 @@ pub enum Stream {
 /// A running emulated host. It is shut off when dropped.
 pub struct Rig {
     child: Child,
-    requests: ChildStdin,
+    requests: Box<dyn Write + Send>,
     frames: Receiver<Frame>,
     folder: PathBuf,
 }
@@ -55,12 +71,16 @@ impl Rig {
     ///
     /// # Errors
     /// [`Error::Rig`] with the end of the host's kernel log when it does not come up.
-    pub fn start(qemu: &Qemu, kernel: &Kernel, init: &Path, files: &[(&str, &Path)]) -> Result<Self, Error> {
-        let step = Step::new("Starting the rig's host");
+    pub fn start(
+        emulator: &Emulator,
+        kernel: &Kernel,
+        init: &Path,
+        files: &[(&str, &Path)],
+    ) -> Result<Self, Error> {
         let folder = std::env::temp_dir().join(format!("vmm-rig-{}", std::process::id()));
         fs::create_dir_all(&folder).at(&folder)?;
         let mut archive = Initramfs::default().file("init", init)?;
-        for (name, path) in MODULES {
+        for (name, path, _) in MODULES {
             archive = archive.file(&format!("modules/{name}.ko"), &kernel.module(path))?;
         }
         for (name, source) in files {
@@ -69,18 +89,36 @@ impl Rig {
         let initrd = folder.join("initrd");
         archive.write(&initrd)?;
 
-        let mut child = qemu_command(qemu, kernel, &initrd, &folder.join("console"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(File::create(folder.join("qemu")).at(&folder)?)
-            .spawn()
-            .map_err(|source| Error::Spawn { program: qemu.program.display().to_string(), source })?;
-        let (Some(requests), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(Error::Rig("QEMU has no pipes".into()));
+        let (mut command, wire, deadline) = match emulator {
+            Emulator::Qemu(qemu) => {
+                let mut command = qemu_command(qemu, kernel, &initrd, &folder.join("console"));
+                command.stdin(Stdio::piped()).stdout(Stdio::piped());
+                (command, None, BOOT_DEADLINE)
+            }
+            Emulator::Bochs => {
+                let (mut command, wire) = bochs::machine(kernel, &initrd, &folder)?;
+                command.stdin(Stdio::null()).stdout(Stdio::null());
+                (command, Some(wire), BOCHS_BOOT_DEADLINE)
+            }
+        };
+        let step = Step::new("Starting the rig's host");
+        let mut child =
+            command.stderr(File::create(folder.join("emulator")).at(&folder)?).spawn().map_err(|source| {
+                Error::Spawn { program: command.get_program().to_string_lossy().into_owned(), source }
+            })?;
+        let (requests, replies): (Box<dyn Write + Send>, Box<dyn Read + Send>) = match wire {
+            Some(wire) => {
+                let wire = bochs::accept(&wire)?;
+                (Box::new(wire.try_clone().at("the rig's serial line")?), Box::new(wire))
+            }
+            None => match (child.stdin.take(), child.stdout.take()) {
+                (Some(requests), Some(replies)) => (Box::new(requests), Box::new(replies)),
+                _ => return Err(Error::Rig("QEMU has no pipes".into())),
+            },
         };
         let (sender, frames) = mpsc::channel();
         thread::spawn(move || {
-            let mut reader = BufReader::new(stdout);
+            let mut reader = BufReader::new(replies);
             while let Ok(frame) = Frame::read(&mut reader) {
                 if sender.send(frame).is_err() {
                     break;
@@ -88,7 +126,7 @@ impl Rig {
             }
         });
         let mut rig = Self { child, requests, frames, folder };
-        match rig.next(BOOT_DEADLINE)? {
+        match rig.next(deadline)? {
             Frame::Ready => {}
             Frame::Error(text) => return Err(Error::Rig(text)),
             other => return Err(Error::Rig(format!("the host began with {other:?}"))),
@@ -130,7 +168,7 @@ impl Rig {
                 RecvTimeoutError::Timeout => "no answer in time".to_owned(),
                 // An exit code of 0 means that the host was reset, as by a triple fault.
                 RecvTimeoutError::Disconnected => match self.child.wait() {
-                    Ok(status) => format!("the host broke off (QEMU: {status})"),
+                    Ok(status) => format!("the host broke off (the emulator: {status})"),
                     Err(error) => format!("the host broke off ({error})"),
                 },
             };
@@ -140,7 +178,7 @@ impl Rig {
                 let lines: Vec<_> = text.lines().collect();
                 lines[lines.len().saturating_sub(25)..].join("\n  ")
             };
-            Error::Rig(format!("{what}\n  {}\n  {}", log("qemu"), log("console")))
+            Error::Rig(format!("{what}\n  {}\n  {}", log("emulator"), log("console")))
         })
     }
 }

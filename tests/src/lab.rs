@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use guest::binaries::{self, Binaries};
 use guest::initramfs::Initramfs;
 use guest::kernel::Kernel;
-use guest::rig::{Rig, Stream};
+use guest::rig::{Emulator, Rig, Stream};
 use guest::wire::Request;
 use guest::{cache, qemu};
 
@@ -21,6 +21,11 @@ const KERNEL: &str = "LAB_KERNEL";
 const LATER_KERNEL: &str = "LAB_LATER_KERNEL";
 const INITRD: &str = "LAB_INITRD";
 const IN_RIG: &str = "LAB_IN_RIG";
+const SLOW: &str = "LAB_SLOW";
+/// Which rig is wanted: `bochs`, or the usual one.
+const RIG: &str = "GUEST_RIG";
+/// How much longer everything may take in Bochs.
+const BOCHS_SLOWNESS: u32 = 20;
 
 /// What a guest needs, as paths that are valid in this process.
 #[derive(Debug, Clone)]
@@ -35,6 +40,8 @@ pub struct Lab {
     pub initrd: PathBuf,
     /// Whether this process is in the rig's host, where it may do as it likes.
     pub in_rig: bool,
+    /// How many times longer than usual everything may take.
+    pub slow: u32,
 }
 
 impl Lab {
@@ -43,7 +50,8 @@ impl Lab {
         let path = |name| std::env::var_os(name).map(PathBuf::from);
         let in_rig = std::env::var_os(IN_RIG).is_some_and(|value| value == "true");
         let (kernel, later_kernel) = (path(KERNEL)?, path(LATER_KERNEL)?);
-        Some(Self { vmm: path(VMM)?, kernel, later_kernel, initrd: path(INITRD)?, in_rig })
+        let slow = std::env::var(SLOW).ok().and_then(|value| value.parse().ok()).unwrap_or(1);
+        Some(Self { vmm: path(VMM)?, kernel, later_kernel, initrd: path(INITRD)?, in_rig, slow })
     }
 
     fn environment(&self) -> Vec<(String, String)> {
@@ -53,6 +61,7 @@ impl Lab {
             (LATER_KERNEL, self.later_kernel.display().to_string()),
             (INITRD, self.initrd.display().to_string()),
             (IN_RIG, self.in_rig.to_string()),
+            (SLOW, self.slow.to_string()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .to_vec()
@@ -82,14 +91,19 @@ pub fn prepare() -> Result<Place> {
     let binaries = binaries::build()?;
     let initrd = guest_initrd(&binaries, &[&kernel, &later])?;
     let later_kernel = later.bzimage;
-    if usable_kvm(&binaries.vmm) {
-        let (vmm, kernel) = (binaries.vmm, kernel.bzimage);
-        return Ok(Place::Here(Lab { vmm, kernel, later_kernel, initrd, in_rig: false }));
-    }
-    let qemu = qemu::corrected()?;
+    let wanted = std::env::var(RIG).unwrap_or_default();
+    let (emulator, slow) = match wanted.as_str() {
+        "bochs" => (Emulator::Bochs, BOCHS_SLOWNESS),
+        "" if usable_kvm(&binaries.vmm) => {
+            let (vmm, kernel) = (binaries.vmm, kernel.bzimage);
+            return Ok(Place::Here(Lab { vmm, kernel, later_kernel, initrd, in_rig: false, slow: 1 }));
+        }
+        "" | "qemu" => (Emulator::Qemu(qemu::corrected()?), 1),
+        other => bail!("{RIG}={other}: there are qemu and bochs"),
+    };
     let me = std::env::current_exe().context("this program's own path")?;
     let rig = Rig::start(
-        &qemu,
+        &emulator,
         &kernel,
         &binaries.rig_init,
         &[
@@ -106,6 +120,7 @@ pub fn prepare() -> Result<Place> {
         later_kernel: "/guest/bzImage-later".into(),
         initrd: "/guest/initrd".into(),
         in_rig: true,
+        slow,
     };
     Ok(Place::Rig(Rigged { rig: Box::new(rig), lab }))
 }
@@ -182,6 +197,12 @@ impl Rigged {
     ) -> Result<i32> {
         let argv = std::iter::once("/bin/self".to_owned()).chain(arguments).collect();
         Ok(self.rig.run(&Request { argv, env: self.lab.environment() }, deadline, sink)?)
+    }
+
+    /// How many times longer than usual everything may take there.
+    #[must_use]
+    pub fn slow(&self) -> u32 {
+        self.lab.slow
     }
 
     /// Runs any program in the rig's host, as [`Rigged::run_self`] does this one.

@@ -22,9 +22,12 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const QUIET_CONSOLE: &str =
     "console=ttyS0 quiet loglevel=1 reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd";
 
-/// Errors that a stock kernel logs on this machine whatever the monitor does: it was built
-/// for machines with a PCI bus, and this one has none.
-const KNOWN_ERRORS: [&str; 1] = ["PCI: Fatal: No config space access function found"];
+/// Errors that a stock kernel logs whatever the monitor does: it was built for machines with a
+/// PCI bus, and this one has none; and the processor that Bochs emulates has a flaw.
+const KNOWN_ERRORS: [&str; 2] = [
+    "PCI: Fatal: No config space access function found",
+    "RETBleed: WARNING: Spectre v2 mitigation leaves CPU vulnerable to RETBleed attacks, data leaks possible!",
+];
 
 /// How to start a VM.
 #[derive(Debug, Clone)]
@@ -56,6 +59,7 @@ pub struct Vm {
     lines: Receiver<String>,
     errors: Arc<Mutex<String>>,
     folder: TempDir,
+    patience: Duration,
     /// What the guest said when it was up.
     pub greeting: String,
     /// What came on standard output before that.
@@ -121,8 +125,8 @@ impl Vm {
                 collected.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
             }
         });
-        let mut vm =
-            Self { child, stdin, lines, errors, folder, greeting: String::new(), boot_log: Vec::new() };
+        let (greeting, boot_log, patience) = (String::new(), Vec::new(), PATIENCE * lab.slow);
+        let mut vm = Self { child, stdin, lines, errors, folder, patience, greeting, boot_log };
         let (before, greeting) = vm.answer()?;
         (vm.boot_log, vm.greeting) = (before, greeting);
         ensure!(vm.greeting.starts_with("ready "), "init said {:?}", vm.greeting);
@@ -157,7 +161,7 @@ impl Vm {
     fn answer(&mut self) -> Result<(Vec<String>, String)> {
         let mut before = Vec::new();
         loop {
-            match self.lines.recv_timeout(PATIENCE) {
+            match self.lines.recv_timeout(self.patience) {
                 Ok(line) => match line.strip_prefix("@end ") {
                     Some(rest) => return Ok((before, rest.to_owned())),
                     None => before.push(line),
@@ -345,7 +349,7 @@ impl Vm {
     pub fn wait(&mut self) -> Result<i32> {
         // The console closes when the monitor ends.
         loop {
-            match self.lines.recv_timeout(PATIENCE) {
+            match self.lines.recv_timeout(self.patience) {
                 Ok(_) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Err(mpsc::RecvTimeoutError::Timeout) => bail!("the VM does not end"),

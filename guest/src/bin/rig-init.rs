@@ -54,7 +54,9 @@ fn serve() -> io::Result<()> {
 }
 
 fn load_modules() -> io::Result<()> {
-    for (name, _) in MODULES {
+    let processor = fs::read_to_string("/proc/cpuinfo")?;
+    let has = |feature: &str| processor.split_whitespace().any(|word| word == feature);
+    for (name, ..) in MODULES.iter().filter(|(.., feature)| feature.is_none_or(has)) {
         let module = File::open(format!("/modules/{name}.ko"))?;
         rustix::system::finit_module(&module, c"", 0)
             .map_err(|errno| io::Error::other(format!("{name}: {errno}")))?;

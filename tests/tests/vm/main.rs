@@ -101,8 +101,9 @@ fn there(rigged: Rigged) -> Vec<Trial> {
         Trial::test(name, move || {
             let mut output = Vec::new();
             let mut rigged = rigged.lock().unwrap_or_else(PoisonError::into_inner);
+            let deadline = DEADLINE * rigged.slow();
             let code = rigged
-                .run_self(["--exact", name].map(str::to_owned), DEADLINE, |_, bytes| output.extend(bytes))
+                .run_self(["--exact", name].map(str::to_owned), deadline, |_, bytes| output.extend(bytes))
                 .map_err(|error| Failed::from(format!("{error:?}")))?;
             let text = String::from_utf8_lossy(&output);
             // Exactly this test must have run: a filter that matches nothing passes too.

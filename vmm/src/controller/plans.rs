@@ -200,7 +200,10 @@ impl Controller {
             if matches!(failure.error, StepError::Mismatch { .. }) && !program.was_kept_out(failure));
         let (state, failure) = match end {
             End::Applied => (PatchState::Applied, None),
-            End::RolledBack { failure } if program.was_kept_out(&failure) => {
+            // Out of time before it could begin once more is the same.
+            End::RolledBack { failure }
+                if program.was_kept_out(&failure) || attempts > 1 && failure.error == StepError::Deadline =>
+            {
                 let why = format!("until the deadline the guest was patching itself, {attempts} times");
                 (PatchState::RolledBack, Some(why))
             }

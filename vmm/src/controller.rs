@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::addr::{Gpa, Gva, VcpuId};
+use patcher::addr::{Gva, VcpuId};
 use patcher::compile::Host;
 use patcher::interior;
 use patcher::kernel::KernelImage;
@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::control::wire::{
     ArenaInfo, Fits, GuardInfo, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
 };
-use crate::gate::{Arrival, AtInit, Gate};
+use crate::gate::{AtInit, Gate};
 use crate::guard::Guard;
 use crate::kvm::Vm;
 use crate::layout::ARENA;
@@ -100,7 +100,7 @@ pub enum Answer {
 enum Message {
     Command(Command, Box<dyn FnOnce(Answer) + Send>),
     Located(Located, Box<dyn FnOnce() + Send>),
-    ProtectedWrite(Box<dyn FnOnce(bool) + Send>),
+    ProtectedWrite(Box<dyn FnOnce() + Send>),
     Touched,
 }
 
@@ -120,10 +120,9 @@ impl Controls {
         self.wait(|done| Message::Located(found, Box::new(move || done(()))));
     }
 
-    /// Tells of a write to a protected page and waits until that is dealt with; `false` if
-    /// no page is protected.
-    pub fn protected_write(&self) -> bool {
-        self.wait(|done| Message::ProtectedWrite(Box::new(done))).unwrap_or(true)
+    /// Tells of a write to the gate's page and waits until that is dealt with.
+    pub fn protected_write(&self) {
+        self.wait(|done| Message::ProtectedWrite(Box::new(move || done(()))));
     }
 
     /// Tells that the guest changed the site of a patch.
@@ -255,7 +254,10 @@ impl Controller {
                     self.close_gate();
                     done();
                 }
-                Message::ProtectedWrite(done) => done(self.open_gate()),
+                Message::ProtectedWrite(done) => {
+                    self.open_gate();
+                    done();
+                }
                 Message::Touched => self.settle(),
             }
         }
@@ -441,7 +443,7 @@ impl Controller {
             return;
         }
         let kernel = self.kernel().cloned().map_err(|refusal| refusal.to_string());
-        if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, self.vm.ram())) {
+        if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, &self.guard)) {
             if self.config.guard {
                 eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
             }
@@ -449,24 +451,20 @@ impl Controller {
         }
     }
 
-    /// Applies the plan and lets the vCPU at the gate go on. `false` if the gate has nothing
-    /// to do with its write.
-    fn open_gate(&mut self) -> bool {
-        let page = match self.gate.arrive() {
-            Arrival::Foreign => return false,
-            Arrival::Late => return true,
-            Arrival::First(page) => page,
-        };
+    /// Does what is to be done before init, and lets the vCPU at the gate go on.
+    fn open_gate(&mut self) {
+        if !self.gate.arrive() {
+            return;
+        }
         self.at_init(Self::apply);
         if self.config.guard
             && let Err(why) = self.guard_text()
         {
             eprintln!("vmm: --guard: {why}; text is not guarded");
         }
-        if let Err(error) = self.vm.ram().write_protect(&(page..Gpa(page.0 + 1)), false) {
+        if let Err(error) = self.guard.open_gate() {
             eprintln!("vmm: {error}");
         }
-        true
     }
 
     fn at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {

@@ -6,11 +6,12 @@
 //! the time the kernel is found; the write to it is the signal, and the vCPU that does it
 //! waits. `docs/gate.md` has the alternatives.
 
-use patcher::addr::{Gpa, Gva};
+use patcher::addr::Gva;
 
 use crate::controller::Answer;
+use crate::guard::Guard;
 use crate::locate::GuestKernel;
-use crate::memory::{GuestRam, PAGE};
+use crate::memory::PAGE;
 
 /// A plan to apply when the guest is about to start init, and what becomes of it.
 pub struct AtInit {
@@ -20,36 +21,17 @@ pub struct AtInit {
     pub then: Box<dyn FnOnce(Answer) + Send>,
 }
 
-/// The gate of one VM.
+/// The gate of one VM. Its page is protected by the [`Guard`].
 pub struct Gate {
     plan: Option<AtInit>,
-    page: Page,
-}
-
-/// The page that the kernel writes to right before it starts init.
-#[derive(Clone, Copy)]
-enum Page {
-    None,
-    Protected(Gpa),
-    Written,
-}
-
-/// A vCPU that wrote to a protected page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrival {
-    /// It is the gate's signal; the page stays protected until somebody changes that.
-    First(Gpa),
-    /// Another vCPU came before it.
-    Late,
-    /// It is none of the gate's pages.
-    Foreign,
+    is_closed: bool,
 }
 
 impl Gate {
     /// A gate that nothing is done about until [`Gate::close`].
     #[must_use]
     pub fn new(plan: Option<AtInit>) -> Self {
-        Self { plan, page: Page::None }
+        Self { plan, is_closed: false }
     }
 
     /// Whether there is a plan to wait for.
@@ -67,7 +49,7 @@ impl Gate {
     ///
     /// # Errors
     /// Why there is no such page; nothing is protected then.
-    pub fn close(&mut self, kernel: &GuestKernel, ram: &GuestRam) -> Result<(), String> {
+    pub fn close(&mut self, kernel: &GuestKernel, guard: &Guard) -> Result<(), String> {
         let symbol = |name| kernel.kernel().symbol(name).map_err(|refusal| refusal.to_string());
         let (start, end) = (symbol("__setup_start")?, symbol("__setup_end")?);
         let page = Gva(start.0.next_multiple_of(PAGE));
@@ -75,20 +57,13 @@ impl Gate {
             return Err("the kernel's table of options fills no page".to_owned());
         }
         let at = kernel.translate(page).ok_or_else(|| format!("{page} is not mapped"))?.at;
-        ram.write_protect(&(at..Gpa(at.0 + PAGE)), true).map_err(|e| e.to_string())?;
-        self.page = Page::Protected(at);
+        guard.close_gate(at).map_err(|e| e.to_string())?;
+        self.is_closed = true;
         Ok(())
     }
 
-    /// Judges a vCPU that wrote to a protected page.
-    pub fn arrive(&mut self) -> Arrival {
-        match self.page {
-            Page::None => Arrival::Foreign,
-            Page::Written => Arrival::Late,
-            Page::Protected(page) => {
-                self.page = Page::Written;
-                Arrival::First(page)
-            }
-        }
+    /// Whether a vCPU that wrote to the page is the first one that did.
+    pub fn arrive(&mut self) -> bool {
+        std::mem::take(&mut self.is_closed)
     }
 }

@@ -158,8 +158,8 @@ impl Listener for Tell {
         self.controls.located(found);
     }
 
-    fn protected_write(&self) -> bool {
-        self.controls.protected_write()
+    fn protected_write(&self) {
+        self.controls.protected_write();
     }
 
     fn touched(&self) {

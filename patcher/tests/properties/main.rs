@@ -16,6 +16,7 @@ use patcher::refusal::Pointer;
 use patcher::resolve::{ResolvedPlan, Site};
 use patcher::session::{End, Session};
 use patcher::target::StepError;
+use patcher::writes::{Registers, Store};
 use proptest::prelude::*;
 use proptest::strategy::Strategy as Generator;
 
@@ -258,6 +259,35 @@ proptest! {
     #[test]
     fn plans_are_read_or_refused(json in prop_oneof![nearly_a_plan(), prop::collection::vec(any::<u8>(), 0..200)]) {
         checks::plan(&json);
+    }
+
+    /// Doing a store for a vCPU moves its instruction pointer and the registers of string
+    /// instructions, and no others.
+    #[test]
+    fn stores_move_on_what_they_should(
+        prefixes in prop::collection::vec(prop::sample::select(vec![0x66, 0xf3, 0xf2, 0x48, 0x41, 0x67, 0x65]), 0..4),
+        opcode in prop_oneof![prop::sample::select(vec![0x88, 0x89, 0xc6, 0xc7, 0xa4, 0xa5, 0xaa, 0xab]), any::<u8>()],
+        rest in prop::collection::vec(any::<u8>(), 12),
+        general in any::<[u64; 16]>(),
+        down in any::<bool>(),
+    ) {
+        let code = [&prefixes[..], &[opcode], &rest[..]].concat();
+        let before = Registers { general, rip: 0x1000, flags: if down { 0x402 } else { 2 }, fs: 1, gs: 2 };
+        let _ = Store::place(&code, &before);
+        if let Some(store) = Store::decode(&code, &before) {
+            prop_assert!([1, 2, 4, 8].contains(&store.width));
+            let mut after = before;
+            store.step(&mut after);
+            let length = after.rip - before.rip;
+            prop_assert!(length <= 15);
+            // RCX, RSI and RDI of string instructions.
+            let moved = if matches!(opcode, 0xa4 | 0xa5 | 0xaa | 0xab) { [1, 6, 7] } else { [16; 3] };
+            let differ = |register: &usize| before.general[*register] != after.general[*register];
+            for register in (0..16).filter(differ) {
+                prop_assert!(moved.contains(&register), "{register} by {code:02x?}");
+            }
+            prop_assert_eq!((after.flags, after.fs, after.gs), (before.flags, before.fs, before.gs));
+        }
     }
 
     #[test]

@@ -90,6 +90,7 @@ impl Controller {
             Ok(report) => report,
             Err(refusal) => return refused(refusal),
         };
+        self.tell(&report);
         if report.state == PatchState::Applied {
             // A name may be used again after its patch was reverted.
             self.patches.retain(|patch| patch.plan.name != plan.name);
@@ -119,6 +120,7 @@ impl Controller {
             if report.state == PatchState::Applied {
                 report.state = PatchState::Reverted;
             }
+            self.tell(&report);
             if matches!(report.state, PatchState::Reverted | PatchState::Superseded) {
                 self.guard.forget(name);
                 self.patches[index].state = report.state;
@@ -130,6 +132,19 @@ impl Controller {
             Ok(report) => Answer::Report(Box::new(report)),
             Err(refused) => Answer::Refused(Refusals::new(refused)),
         }
+    }
+
+    fn tell(&self, report: &Report) {
+        self.guard.events().tell(Kind::Patch, || {
+            let (sites, attempts) = (report.sites.len(), report.timing.attempts);
+            let what = match (&report.failure, report.state) {
+                (Some(failure), _) => format!("failed: {failure}"),
+                (None, PatchState::Applied) => format!("applied at {sites} sites, attempt {attempts}"),
+                (None, PatchState::Superseded) => "found replaced by the guest at every site".to_owned(),
+                (None, _) => format!("reverted at {sites} sites, attempt {attempts}"),
+            };
+            News { who: None, patch: Some(report.name.clone()), what }
+        });
     }
 
     /// Reverts a patch, or what the guest has left of it.
@@ -213,14 +228,6 @@ impl Controller {
                 (PatchState::Held, Some(format!("{failure}; undoing it: {undo}")))
             }
         };
-        self.guard.events().tell(Kind::Patch, || News {
-            who: None,
-            patch: Some(plan.name.clone()),
-            what: match &failure {
-                None => format!("{} sites changed, {attempts} attempts", plan.sites.len()),
-                Some(failure) => failure.clone(),
-            },
-        });
         Ok(Report {
             name: plan.name.clone(),
             state,

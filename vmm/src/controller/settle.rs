@@ -87,9 +87,6 @@ impl Controller {
                     _ => "put back, and what the guest wrote is lost",
                 };
                 self.tell_conflict(&name, format!("{} sites: {what}", changed.len()));
-                let plan = self.patches[index].plan.clone();
-                self.guard.forget(&name);
-                self.watch(&plan);
             }
             Err(why) => self.give_up(index, &all, &format!("could not be put back ({why})")),
         }

@@ -49,16 +49,18 @@ struct State {
     text: Option<Range<u64>>,
     /// Pages that were given up.
     lifted: BTreeSet<u64>,
-    /// Pages that are guarded for a patch or a program, and for how many.
+    /// Pages that are guarded for patches, and for how many sites.
     pages: BTreeMap<u64, usize>,
     /// What the program in flight changes.
     in_flight: Vec<Piece>,
-    /// Pages that are guarded for its sake only.
+    /// Pages that are guarded for the program's sake only.
     runs: Vec<Range<u64>>,
     /// The sites of applied patches, by the pages they are on.
     watched: BTreeMap<u64, Vec<Arc<Watched>>>,
     /// Patches whose sites were written to.
     touched: BTreeSet<Arc<str>>,
+    /// The page of the gate before init, while that is closed.
+    gate: Option<u64>,
 }
 
 /// A write that a vCPU is about to do.
@@ -162,6 +164,26 @@ impl Guard {
     }
 
     // The controller's side.
+
+    /// Protects the page of the gate before init. Who writes to it asks the controller.
+    ///
+    /// # Errors
+    /// What the system said; the gate is open then.
+    pub fn close_gate(&self, at: Gpa) -> Result<(), memory::Error> {
+        let mut state = self.lock();
+        self.ram.write_protect(&one(at.0), true)?;
+        state.gate = Some(at.0);
+        Ok(())
+    }
+
+    /// Lets everybody write to the gate's page.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn open_gate(&self) -> Result<(), memory::Error> {
+        let gate = self.lock().gate.take();
+        gate.map_or(Ok(()), |page| self.ram.write_protect(&one(page), false))
+    }
 
     /// Guards these pages for the VM's life, as its text.
     ///
@@ -303,22 +325,22 @@ impl Guard {
         if write.pieces.iter().any(|piece| state.in_flight.iter().any(|other| overlap(*piece, *other))) {
             return Ok(Attempt::InFlight);
         }
-        let watched = state.watched_at(write.pieces);
+        let touched = state.touched_by(write.pieces);
         let scene = self.scene();
-        let is_there = |watched: &Arc<Watched>| scene.is_some_and(|scene| watched.is_there(scene.kernel()));
-        let here = watched.clone().filter(is_there);
+        let is_there = |site: &&Arc<Watched>| scene.is_some_and(|scene| site.is_there(scene.kernel()));
+        let here: Vec<&Arc<Watched>> = touched.iter().filter(is_there).collect();
         let by_patcher = scene.is_some_and(|scene| scene.is_patcher(write.registers, write.at));
-        let done = here.as_ref().is_none_or(|watched| is_done(watched.policy, by_patcher));
+        let done = here.iter().all(|site| is_done(site.policy, by_patcher));
         if done {
             self.perform(write)?;
         }
         self.hits.fetch_add(1, SeqCst);
-        let untold = state.touched.is_empty();
-        let touched = watched.as_ref().is_some_and(|watched| state.touched.insert(watched.patch.clone()));
+        let untold = state.touched.is_empty() && !touched.is_empty();
+        state.touched.extend(touched.iter().map(|site| site.patch.clone()));
         drop(state);
         let kind = if by_patcher { Kind::GuestWrite } else { Kind::UnexpectedWrite };
-        self.events.tell(kind, || self.news(write, here.as_deref(), done));
-        Ok(Attempt::Done { touched: touched && untold })
+        self.events.tell(kind, || self.news(write, here.last().map(|site| &***site), done));
+        Ok(Attempt::Done { touched: untold })
     }
 
     fn perform(&self, write: &Write<'_>) -> Result<(), memory::Error> {
@@ -341,6 +363,12 @@ impl Guard {
             patch: watched.map(|watched| watched.patch.to_string()),
             what: format!("{done} {} to {place}, through {}", insn::hex(write.bytes), write.at),
         }
+    }
+
+    /// Whether an address is on the gate's page, and that is closed.
+    #[must_use]
+    pub fn is_gate(&self, at: Gpa) -> bool {
+        self.lock().gate == Some(at.0 & !(PAGE - 1))
     }
 
     /// Gives up the guard of the page there, for a vCPU whose write can't be done for it; then
@@ -413,14 +441,19 @@ impl State {
         parts
     }
 
-    /// The site of the patch that was applied last among those that share a byte with these.
-    fn watched_at(&self, pieces: &[Piece]) -> Option<Arc<Watched>> {
-        let page = |piece: &Piece| piece.0.0 & !(PAGE - 1);
-        let mut near = pieces.iter().filter_map(|piece| self.watched.get(&page(piece))).flatten();
-        let touches = |watched: &&Arc<Watched>| {
-            watched.pieces.iter().any(|piece| pieces.iter().any(|other| overlap(*piece, *other)))
-        };
-        near.rfind(touches).cloned()
+    /// The sites of patches that share a byte with these, those of the patch that was applied
+    /// last at the end.
+    fn touched_by(&self, pieces: &[Piece]) -> Vec<Arc<Watched>> {
+        let mut touched: Vec<Arc<Watched>> = Vec::new();
+        for piece in pieces {
+            for site in self.watched.get(&(piece.0.0 & !(PAGE - 1))).into_iter().flatten() {
+                let is_known = touched.iter().any(|known| Arc::ptr_eq(known, site));
+                if !is_known && site.pieces.iter().any(|part| overlap(*part, *piece)) {
+                    touched.push(site.clone());
+                }
+            }
+        }
+        touched
     }
 }
 

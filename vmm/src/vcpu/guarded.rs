@@ -1,7 +1,7 @@
 //! A vCPU that was stopped at a write to a protected page.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use patcher::addr::Gva;
+use patcher::addr::{Gpa, Gva};
 use patcher::insn::MAX_LENGTH;
 use patcher::writes::{self, Store, Value};
 
@@ -29,7 +29,7 @@ impl Vcpu {
             standing: Registers::of(&regs, &sregs),
             registers: decoded(&regs, &sregs),
         };
-        let known = self.write_for(&mut stopped)?;
+        let unknown = self.write_for(&mut stopped)?;
         if stopped.registers != decoded(&regs, &sregs) {
             let mut after = regs;
             let general = stopped.registers.general;
@@ -37,18 +37,22 @@ impl Vcpu {
                 (stopped.registers.rip, general[1], general[6], general[7]);
             self.fd.set_regs(&after).map_err(failed)?;
         }
-        if known || self.parked(|| self.listener.protected_write())? {
+        let Some(at) = unknown else {
             self.unexplained = (0, 0);
             return Ok(());
+        };
+        // The controller is asked only about what is its own: it may be waiting for this vCPU.
+        if at.is_some_and(|at| self.guard.is_gate(at)) {
+            return self.parked(|| self.listener.protected_write());
         }
         let times = if self.unexplained.0 == regs.rip { self.unexplained.1 + 1 } else { 1 };
         self.unexplained = (regs.rip, times);
         if times > UNEXPLAINED { Err(format!("vCPU {}: KVM_RUN: bad address", self.id.0)) } else { Ok(()) }
     }
 
-    /// Goes through the instruction as far as its writes are guarded. `false` if it did not
-    /// begin with a guarded one.
-    fn write_for(&self, stopped: &mut Stopped) -> Result<bool, String> {
+    /// Goes through the instruction as far as its writes are guarded. If it did not begin with a
+    /// guarded one, returns where it writes, as far as that is to be found out.
+    fn write_for(&self, stopped: &mut Stopped) -> Result<Option<Option<Gpa>>, String> {
         let start = stopped.registers.rip;
         let code = if stopped.is_64_bit { self.code(&stopped.tables, Gva(start)) } else { Vec::new() };
         let (mut known, mut elements) = (false, 0);
@@ -59,7 +63,7 @@ impl Vcpu {
             let Some((store, (bytes, pieces))) = write else {
                 match self.lift(stopped, &code) {
                     Lift::NotGuarded => break,
-                    Lift::Lifted => return Ok(true),
+                    Lift::Lifted => return Ok(None),
                     Lift::InFlight => self.parked(|| self.guard.wait_for_program())?,
                 }
                 continue;
@@ -83,15 +87,18 @@ impl Vcpu {
             }
             known = true;
         }
-        Ok(known)
+        Ok((!known).then(|| self.place(stopped, &code)))
+    }
+
+    /// Where the instruction writes or reads memory.
+    fn place(&self, stopped: &Stopped, code: &[u8]) -> Option<Gpa> {
+        let at = Store::place(code, &stopped.registers)?;
+        Some(stopped.tables.translate_in(self.vm.ram(), at)?.at)
     }
 
     fn lift(&self, stopped: &Stopped, code: &[u8]) -> Lift {
-        let at = Store::place(code, &stopped.registers);
-        let Some(place) = at.and_then(|at| stopped.tables.translate_in(self.vm.ram(), at)) else {
-            return Lift::NotGuarded;
-        };
-        let lift = self.guard.lift(self.id, &stopped.standing, place.at);
+        let Some(at) = self.place(stopped, code) else { return Lift::NotGuarded };
+        let lift = self.guard.lift(self.id, &stopped.standing, at);
         if lift == Lift::Lifted {
             self.listener.touched();
         }

@@ -46,9 +46,9 @@ pub trait Listener: Send + Sync {
     fn ended(&self, ending: Ending);
     /// The kernel was found; called once, on the first vCPU, which goes on when it returns.
     fn located(&self, found: Located);
-    /// The guest wrote to a protected page. The vCPU tries again when it returns. `false` if
-    /// no page was protected, so that nothing explains the fault.
-    fn protected_write(&self) -> bool;
+    /// The guest wrote to the gate's page ([`Guard::is_gate`]). The vCPU tries again when it
+    /// returns.
+    fn protected_write(&self);
     /// The guest changed the site of a patch. Does not wait.
     fn touched(&self);
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::guard::{guarded, pages_and_writes};
 use crate::lab::Lab;
 use crate::targets::both_kernels;
 use crate::vm::{Method, Setup, Vm, field, redirect_plan};
@@ -71,15 +72,15 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
 }
 
 /// For so long: one CPU switches a key from inside in a tight loop, programs switch another
-/// whose jumps lie on the same pages, and every CPU goes through all of them. The guest must
-/// not notice. Programs work, or say that the guest never let go of its locks until their
-/// deadline.
+/// whose jumps lie on the same pages, and every CPU goes through all of them; everything is
+/// guarded. The guest must not notice. Programs work, or say that the guest never let go of its
+/// locks until their deadline.
 ///
 /// # Errors
 /// Anything unexpected.
 pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
     for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &setup)?;
+        let mut vm = Vm::start(lab, &guarded(setup))?;
         let pages = |key: &str, enable: bool| -> Result<BTreeSet<String>> {
             let plan =
                 json!({ "version": 1, "name": "look", "patches": [{ "static_key": key, "enable": enable }] });
@@ -92,6 +93,7 @@ pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
         let shared = pages(NEIGHBOUR, !enabled)?.intersection(&pages("sched_schedstats", true)?).count();
         ensure!(shared > 0, "the keys have no page in common");
         vm.hammer("sched_yield", 0, 1)?;
+        let before = pages_and_writes(&vm)?.1;
         vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
         let until = Instant::now() + time;
         let (mut programs, mut late, mut tries, mut round) = (0, 0, 0, 0);
@@ -122,10 +124,11 @@ pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
         let toggled = field(&vm.ask("toggle-end")?.1, "written")?;
         vm.expect_all(false)?;
         vm.expect_no_kernel_errors()?;
-        ensure!(toggled > 2, "the guest switched nothing");
+        let writes = pages_and_writes(&vm)?.1 - before;
+        ensure!(toggled > 2 && writes > toggled, "{toggled} switches by {writes} writes");
         ensure!(programs > 10 * late, "{programs} programs worked, {late} were late");
         println!(
-            "\n{shared} pages shared: the guest switched {toggled} times; {programs} programs \
+            "\n{shared} pages shared: the guest switched {toggled} times by {writes} writes; {programs} programs \
              worked by {tries} attempts, {late} came too late"
         );
         vm.power_off()?;

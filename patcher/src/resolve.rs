@@ -250,14 +250,18 @@ pub fn resolve<'t>(
 pub fn probed(guest: Guest<'_>, sites: &[Site]) -> Vec<Refused> {
     match probes(&guest.kernel, guest.text) {
         Ok(probes) => {
-            let probe = |site: &Site| {
-                let probe = among(&probes, site.at, site.end())?;
-                Some(Refusal::Probed { at: site.at, probe }.at(site.pointer.clone()))
+            let refused = |site: &Site| {
+                let refusal = unprobed(&probes, site.at, site.end()).err()?;
+                Some(refusal.at(site.pointer.clone()))
             };
-            sites.iter().filter_map(probe).collect()
+            sites.iter().filter_map(refused).collect()
         }
         Err(refusal) => vec![refusal.at_root()],
     }
+}
+
+fn unprobed(probes: &[Gva], at: Gva, end: Gva) -> Result<(), Refusal> {
+    among(probes, at, end).map_or(Ok(()), |probe| Err(Refusal::Probed { at, probe }))
 }
 
 /// Sites that share a byte with another, of this plan or of one applied before. A site may lie
@@ -392,9 +396,7 @@ impl Resolver<'_> {
             return Err(Refusal::NotText { at: function.end });
         }
         // What is there may be its breakpoint, and not what the function is made of.
-        if let Some(probe) = among(&self.probes, at, end) {
-            return Err(Refusal::Probed { at, probe });
-        }
+        unprobed(&self.probes, at, end)?;
         let insns = self.decode(&function)?;
         boundary(&insns, at, &function)?;
         boundary(&insns, end, &function)?;

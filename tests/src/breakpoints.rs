@@ -5,9 +5,7 @@ use serde_json::{Value, json};
 
 use crate::lab::Lab;
 use crate::testbed;
-use crate::vm::{Method, Setup, Vm, field};
-
-const TRACING: &str = "/sys/kernel/tracing";
+use crate::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm, field};
 
 /// Boots with breakpoints intercepted from the first instruction on, and then makes the guest
 /// run into so many of its own, in its kernel and in user space, and put some there and take
@@ -24,7 +22,7 @@ pub fn delivered(lab: &Lab, mode: &str, count: usize) -> Result<()> {
     };
     let mut vm = Vm::start(lab, &setup)?;
     let at_boot = own_breakpoints(&vm)?;
-    vm.ask(&format!("mount tracefs {TRACING}"))?;
+    vm.mount_tracing()?;
     vm.ask("write /proc/sys/debug/kprobes-optimization 0")?;
     let offset = field(&vm.ask("probed")?.1, "offset")?;
     let behind = vm.behind_the_tracer("__x64_sys_getppid")?;
@@ -34,7 +32,7 @@ pub fn delivered(lab: &Lab, mode: &str, count: usize) -> Result<()> {
     vm.ask("nmis 100")?;
     let mut programs = 0;
     for (place, call, result, file) in [
-        ("kernel", "getppid", 0, "/proc/sys/kernel/sched_schedstats".to_owned()),
+        ("kernel", "getppid", 0, SCHEDSTATS.to_owned()),
         ("user", "probed", 0x1234_5678, format!("{TRACING}/events/own/user/enable")),
     ] {
         vm.hammer(call, result, result + 1)?;

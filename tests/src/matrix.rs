@@ -14,9 +14,7 @@ use crate::lab::Lab;
 use crate::selfpatching::outcome;
 use crate::targets::both_kernels;
 use crate::testbed::{BEGIN, FUNCTION};
-use crate::vm::{Method, Setup, Vm};
-
-const TRACING: &str = "/sys/kernel/tracing";
+use crate::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm};
 
 /// A way in which the guest patches itself, and what of ours it meets.
 struct Row {
@@ -37,10 +35,21 @@ struct Row {
     expected: [&'static str; 4],
 }
 
+/// The guest and we do not meet.
+const UNDISTURBED: [&str; 4] =
+    ["applied, reverted", "applied, reverted", "applied; then applied; reverted", "reverted"];
+/// The guest switches what we switch.
+const SWITCHED: [&str; 4] = [
+    "nothing_to_do",
+    "applied, busy, expect_mismatch, nothing_to_do, reverted, rolled_back, superseded, undecodable",
+    "applied; then superseded",
+    "reverted",
+];
+
 const CALL: &str = "__x64_sys_getppid";
 
-fn redirect(strategy: &str) -> Value {
-    json!({ "strategy": strategy, "patches": [
+fn redirect() -> Value {
+    json!({ "patches": [
         { "redirect": CALL, "to": "__x64_sys_getpid", "keep_fentry": true }] })
 }
 
@@ -52,17 +61,17 @@ fn rows(behind: u64, release: &str) -> Vec<Row> {
     let enable = |event: &str, on: &str| write(&format!("{TRACING}/events/own/{event}/enable"), on);
     let tracer = |name, tracer: &str| Row {
         name,
-        plan: redirect("auto"),
+        plan: redirect(),
         prepare: vec![write(&format!("{TRACING}/set_ftrace_filter"), "*sys_getppid")],
         on: vec![write(&format!("{TRACING}/current_tracer"), tracer)],
         off: vec![write(&format!("{TRACING}/current_tracer"), "nop")],
         toggle: Some(format!("toggle {TRACING}/current_tracer {tracer} nop")),
         visible: true,
-        expected: ["applied, reverted", "applied, reverted", "applied; then applied; reverted", "reverted"],
+        expected: UNDISTURBED,
     };
     let probe = |name, optimized: &str, probe: String, expected| Row {
         name,
-        plan: redirect("auto"),
+        plan: redirect(),
         prepare: vec![
             write("/proc/sys/debug/kprobes-optimization", optimized),
             write(&format!("{TRACING}/kprobe_events"), &probe),
@@ -79,23 +88,17 @@ fn rows(behind: u64, release: &str) -> Vec<Row> {
     // Debian compresses them since 6.6.
     let end = if release.starts_with("6.1.") { "ko" } else { "ko.xz" };
     let module = format!("/modules/{release}/irqbypass.{end}");
-    let schedstats = "/proc/sys/kernel/sched_schedstats";
     let exits = format!("{TRACING}/events/sched/sched_process_exit/enable");
     vec![
         Row {
             name: "jump label",
             plan: json!({ "strategy": "breakpoint", "patches": [{ "static_key": "sched_schedstats", "enable": true }] }),
             prepare: Vec::new(),
-            on: vec![write(schedstats, "1")],
-            off: vec![write(schedstats, "0")],
-            toggle: Some(format!("toggle {schedstats} 1 0")),
+            on: vec![write(SCHEDSTATS, "1")],
+            off: vec![write(SCHEDSTATS, "0")],
+            toggle: Some(format!("toggle {SCHEDSTATS} 1 0")),
             visible: false,
-            expected: [
-                "nothing_to_do",
-                "applied, busy, expect_mismatch, nothing_to_do, reverted, rolled_back, superseded, undecodable",
-                "applied; then superseded",
-                "reverted",
-            ],
+            expected: SWITCHED,
         },
         Row {
             name: "static call (a tracepoint's)",
@@ -109,37 +112,22 @@ fn rows(behind: u64, release: &str) -> Vec<Row> {
             off: vec![write(&exits, "0")],
             toggle: Some(format!("toggle {exits} 1 0")),
             visible: false,
-            expected: [
-                "nothing_to_do",
-                "applied, busy, expect_mismatch, nothing_to_do, reverted, rolled_back, superseded, undecodable",
-                "applied; then superseded",
-                "reverted",
-            ],
+            expected: SWITCHED,
         },
         tracer("function tracer", "function"),
         tracer("function graph tracer", "function_graph"),
         probe("kprobe", "0", format!("p:own/probe {CALL}+{behind}"), probed),
         probe("optimized kprobe", "1", format!("p:own/probe {CALL}+{behind}"), probed),
-        probe(
-            "kretprobe",
-            "1",
-            format!("r:own/probe {CALL}"),
-            ["applied, reverted", "applied, reverted", "applied; then applied; reverted", "reverted"],
-        ),
+        probe("kretprobe", "1", format!("r:own/probe {CALL}"), UNDISTURBED),
         Row {
             name: "BPF fentry",
-            plan: redirect("auto"),
+            plan: redirect(),
             prepare: Vec::new(),
             on: vec![format!("fentry {names}")],
             off: vec!["fentry-end".into()],
             toggle: Some(format!("toggle-fentry {names}")),
             visible: true,
-            expected: [
-                "applied, reverted",
-                "applied, reverted",
-                "applied; then applied; reverted",
-                "reverted",
-            ],
+            expected: UNDISTURBED,
         },
         Row {
             name: "module near the arena",
@@ -151,12 +139,7 @@ fn rows(behind: u64, release: &str) -> Vec<Row> {
             off: vec!["unload irqbypass".into()],
             toggle: Some(format!("toggle-module {module} irqbypass")),
             visible: true,
-            expected: [
-                "applied, reverted",
-                "applied, reverted",
-                "applied; then applied; reverted",
-                "reverted",
-            ],
+            expected: UNDISTURBED,
         },
     ]
 }
@@ -177,7 +160,7 @@ pub fn matrix(lab: &Lab, times: usize) -> Result<()> {
 pub fn matrix_on(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     let mut wrong = Vec::new();
     let mut vm = Vm::start(lab, setup)?;
-    vm.ask(&format!("mount tracefs {TRACING}"))?;
+    vm.mount_tracing()?;
     let release = vm.ask("cat /proc/sys/kernel/osrelease")?.0.concat().trim().to_owned();
     let behind = vm.behind_the_tracer(CALL)?;
     // xor eax, eax; add eax, 0; ret

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::lab::Lab;
 use crate::targets::both_kernels;
-use crate::vm::{Setup, Vm, read_guest_memory};
+use crate::vm::{SCHEDSTATS, Setup, Vm, read_guest_memory};
 
 /// Something that a guest can switch, and a plan that does the same.
 struct Switch {
@@ -36,7 +36,7 @@ fn switches(features: &str) -> Vec<Switch> {
         counted: false,
     };
     let mut switches = vec![
-        key("sched_schedstats", "/proc/sys/kernel/sched_schedstats", true, ("1", "0")),
+        key("sched_schedstats", SCHEDSTATS, true, ("1", "0")),
         Switch {
             counted: true,
             ..key("bpf_stats_enabled_key", "/proc/sys/kernel/bpf_stats_enabled", true, ("1", "0"))
@@ -246,7 +246,7 @@ fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
     let (mut outside, mut inside) = (start(lab, setup, "")?, start(lab, setup, "")?);
     for vm in [&mut outside, &mut inside] {
         vm.ask("mount debugfs /sys/kernel/debug")?;
-        vm.ask("mount tracefs /sys/kernel/tracing")?;
+        vm.mount_tracing()?;
         // With events this would switch others on.
         vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;
         // What was set before returns became jumps to a thunk is not what would be set now.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::guard::{guarded, pages_and_writes};
 use crate::lab::Lab;
 use crate::targets::both_kernels;
-use crate::vm::{Method, Setup, Vm, field, redirect_plan};
+use crate::vm::{Method, SCHEDSTATS, Setup, Vm, field, redirect_plan};
 
 /// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
 const NEIGHBOUR: &str = "sched_feat_keys";
@@ -32,7 +32,7 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     vm.hammer("getppid", 0, 1)?;
     let doors = doors(&vm)?;
     ensure!(doors >= DOORS, "only {doors} doors");
-    vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
+    vm.ask(&format!("toggle {SCHEDSTATS} 1 0"))?;
     let enabled = neighbour_is_enabled(&vm)?;
     let (mut tries, mut outcomes) = (Vec::new(), BTreeMap::new());
     for time in 0..times {
@@ -94,7 +94,7 @@ pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
         ensure!(shared > 0, "the keys have no page in common");
         vm.hammer("sched_yield", 0, 1)?;
         let before = pages_and_writes(&vm)?.1;
-        vm.ask("toggle /proc/sys/kernel/sched_schedstats 1 0")?;
+        vm.ask(&format!("toggle {SCHEDSTATS} 1 0"))?;
         let until = Instant::now() + time;
         let (mut programs, mut late, mut tries, mut round) = (0, 0, 0, 0);
         while Instant::now() < until {
@@ -147,14 +147,12 @@ fn doors(vm: &Vm) -> Result<usize> {
     Ok(steps.iter().filter(|step| step.as_str().is_some_and(|step| step.starts_with("open"))).count())
 }
 
-const TRACING: &str = "/sys/kernel/tracing";
-
 /// What makes the guest patch itself next to a function that is patched from outside: what to
 /// write where beforehand, and a file with two texts to write there in turn.
 type Row = (&'static str, &'static [(&'static str, &'static str)], &'static str, [&'static str; 2]);
 
 const ROWS: [Row; 5] = [
-    ("jump labels", &[], "/proc/sys/kernel/sched_schedstats", ["1", "0"]),
+    ("jump labels", &[], SCHEDSTATS, ["1", "0"]),
     (
         "function tracer",
         &[("/sys/kernel/tracing/set_ftrace_filter", "*sys_getppid")],
@@ -189,7 +187,7 @@ const ROWS: [Row; 5] = [
 pub fn beside(lab: &Lab, times: usize) -> Result<()> {
     for setup in both_kernels(lab, 4) {
         let mut vm = Vm::start(lab, &setup)?;
-        vm.ask(&format!("mount tracefs {TRACING}"))?;
+        vm.mount_tracing()?;
         vm.hammer("getppid", 0, 1)?;
         let (enabled, behind) = (neighbour_is_enabled(&vm)?, vm.behind_the_tracer("__x64_sys_getpid")?);
         for (row, before, file, [first, second]) in ROWS {

@@ -29,6 +29,11 @@ const KNOWN_ERRORS: [&str; 2] = [
     "RETBleed: WARNING: Spectre v2 mitigation leaves CPU vulnerable to RETBleed attacks, data leaks possible!",
 ];
 
+/// Where a guest has the files of its tracer, once they are mounted.
+pub const TRACING: &str = "/sys/kernel/tracing";
+/// The file by which a guest switches the static key `sched_schedstats`, and looks at it.
+pub const SCHEDSTATS: &str = "/proc/sys/kernel/sched_schedstats";
+
 /// How to start a VM.
 #[derive(Debug, Clone)]
 pub struct Setup {
@@ -188,6 +193,14 @@ impl Vm {
             Some(rest) => Ok((lines, rest.trim().to_owned())),
             None => bail!("{command}: {last}"),
         }
+    }
+
+    /// Mounts the files of the guest's tracer at [`TRACING`].
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub fn mount_tracing(&mut self) -> Result<()> {
+        self.ask(&format!("mount tracefs {TRACING}")).map(drop)
     }
 
     /// Makes every CPU hammer a system call.

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::addr::{Gva, VcpuId};
+use patcher::addr::VcpuId;
 use patcher::compile::Host;
 use patcher::interior;
 use patcher::kernel::KernelImage;
@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::control::wire::{
     ArenaInfo, Fits, GuardInfo, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
 };
-use crate::gate::{AtInit, Gate};
+use crate::gate::{self, AtInit};
 use crate::guard::Guard;
 use crate::kvm::Vm;
 use crate::layout::ARENA;
@@ -117,12 +117,12 @@ impl Controls {
 
     /// Tells where the kernel is and waits until that is dealt with.
     pub fn located(&self, found: Located) {
-        self.wait(|done| Message::Located(found, Box::new(move || done(()))));
+        self.wait(|done| Message::Located(found, done));
     }
 
     /// Tells of a write to the gate's page and waits until that is dealt with.
     pub fn protected_write(&self) {
-        self.wait(|done| Message::ProtectedWrite(Box::new(move || done(()))));
+        self.wait(Message::ProtectedWrite);
     }
 
     /// Tells that the guest changed the site of a patch.
@@ -131,15 +131,14 @@ impl Controls {
         let _ = self.0.send(Message::Touched);
     }
 
-    fn wait<T: Send + 'static>(
-        &self,
-        message: impl FnOnce(Box<dyn FnOnce(T) + Send>) -> Message,
-    ) -> Option<T> {
+    fn wait(&self, message: impl FnOnce(Box<dyn FnOnce() + Send>) -> Message) {
         let (sender, receiver) = mpsc::sync_channel(1);
         // The receiver is right here until an answer came; nobody else can miss it.
-        let done = Box::new(move |value| drop(sender.send(value)));
-        self.0.send(message(done)).ok()?;
-        receiver.recv().ok()
+        let done = Box::new(move || _ = sender.send(()));
+        if self.0.send(message(done)).is_ok() {
+            // If the controller ends without an answer there is nothing to wait for.
+            let _ = receiver.recv();
+        }
     }
 }
 
@@ -197,7 +196,8 @@ pub struct Controller {
     /// For tests: the step of the next program that is to fail.
     fail_at: usize,
     held_by: Option<String>,
-    gate: Gate,
+    /// What to do when the guest is about to start init.
+    at_init: Option<AtInit>,
     /// The guest changed sites of patches, and was not through yet when that was looked at.
     unsettled: bool,
     /// When that was last looked at.
@@ -228,7 +228,7 @@ impl Controller {
             patches: Vec::new(),
             fail_at: 0,
             held_by: None,
-            gate: Gate::new(at_init),
+            at_init,
             unsettled: false,
             settled: Instant::now(),
             started: Instant::now(),
@@ -351,16 +351,13 @@ impl Controller {
         if self.held_by.is_none() {
             self.rendezvous.release();
         }
-        let kernel = self.kernel().ok();
-        let symbol = |at: Gva| {
-            let kernel = kernel?.kernel();
-            let function = kernel.function_at(at)?;
-            Some(format!("{}+{:#x}", function.name, at.offset_from(function.start)?))
-        };
+        // Until the kernel is known nothing has a name.
+        let _ = self.kernel();
+        let scene = self.guard.scene();
         let line = |(vcpu, registers): &(VcpuId, Registers)| VcpuLine {
             vcpu: vcpu.0,
             rip: registers.rip(),
-            symbol: symbol(registers.rip()).filter(|_| registers.in_kernel()),
+            symbol: scene.and_then(|scene| scene.symbol_of(registers)),
             kernel: registers.in_kernel(),
             interrupts: registers.interrupts(),
         };
@@ -439,24 +436,26 @@ impl Controller {
 
     /// Makes the guest wait right before it starts init, if there is something to be done then.
     fn close_gate(&mut self) {
-        if !self.gate.is_wanted() && !self.config.guard {
+        if self.at_init.is_none() && !self.config.guard {
             return;
         }
-        let kernel = self.kernel().cloned().map_err(|refusal| refusal.to_string());
-        if let Err(why) = kernel.and_then(|kernel| self.gate.close(&kernel, &self.guard)) {
+        let page = self.kernel().map_err(|refusal| refusal.to_string()).and_then(gate::page);
+        let close = |page| self.guard.close_gate(page).map_err(|error| error.to_string());
+        if let Err(why) = page.and_then(close) {
             if self.config.guard {
                 eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
             }
-            self.at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}")));
+            self.settle_at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}")));
         }
     }
 
     /// Does what is to be done before init, and lets the vCPU at the gate go on.
     fn open_gate(&mut self) {
-        if !self.gate.arrive() {
+        // Another vCPU may have come before.
+        if !self.guard.is_gate_closed() {
             return;
         }
-        self.at_init(Self::apply);
+        self.settle_at_init(Self::apply);
         if self.config.guard
             && let Err(why) = self.guard_text()
         {
@@ -467,8 +466,8 @@ impl Controller {
         }
     }
 
-    fn at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {
-        if let Some(at_init) = self.gate.take() {
+    fn settle_at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {
+        if let Some(at_init) = self.at_init.take() {
             let answer = apply(self, &at_init.plan);
             (at_init.then)(answer);
         }

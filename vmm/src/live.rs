@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
 use patcher::kernel::Text;
+use patcher::kernel::live::read_u64;
 use patcher::program::Step;
 use patcher::quiesce::Condition;
 use patcher::resolve::ResolvedPlan;
@@ -109,15 +110,11 @@ impl<'m> Live<'m> {
     /// whether somebody had one.
     pub fn wait_while_patching(&self, locks: &[Gva]) -> bool {
         const PAUSE: Duration = Duration::from_micros(20);
-        let patching = !self.are_free(locks);
-        while !self.are_free(locks) && !self.expired() {
+        let patching = !are_free(self.kernel, locks);
+        while !are_free(self.kernel, locks) && !self.expired() {
             std::thread::sleep(PAUSE);
         }
         patching
-    }
-
-    fn are_free(&self, locks: &[Gva]) -> bool {
-        locks.iter().all(|lock| self.holds(*lock, &[0; 8]))
     }
 
     /// Whether memory holds these bytes.
@@ -134,7 +131,7 @@ impl<'m> Live<'m> {
     pub fn replaced(&self, plan: &ResolvedPlan) -> Result<Vec<Gva>, StepError> {
         let look = || {
             let replaced = plan.sites.iter().filter(|site| !self.holds(site.at, &site.old));
-            self.are_free(&plan.patchers.locks).then(|| replaced.map(|site| site.at).collect())
+            are_free(self.kernel, &plan.patchers.locks).then(|| replaced.map(|site| site.at).collect())
         };
         loop {
             let held = self.rendezvous.hold(PATIENCE).map_err(|e| StepError::Host { what: e.to_string() });
@@ -159,6 +156,11 @@ impl<'m> Live<'m> {
         self.fences.push(started.elapsed());
         result.map_err(|error| StepError::Host { what: error.to_string() })
     }
+}
+
+/// Whether nobody has these locks of the guest's.
+pub(crate) fn are_free(kernel: &GuestKernel, locks: &[Gva]) -> bool {
+    locks.iter().all(|lock| read_u64(kernel, *lock) == Ok(0))
 }
 
 impl Target for Live<'_> {

@@ -16,7 +16,7 @@ use patcher::kernel::{Kernel, KernelImage, Modules, Text};
 use patcher::refusal::Refusal;
 
 use crate::memory::GuestRam;
-use crate::paging::{Mapping, PageTables};
+use crate::paging::{Mapping, PageTables, Piece};
 
 const MSR_LSTAR: u32 = 0xc000_0082;
 /// Kernel text lies in the upper half.
@@ -146,17 +146,8 @@ impl GuestKernel {
     }
 
     /// The physical pieces of a range, all of them, or the first address that has none.
-    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Vec<(Gpa, usize)>, Gva> {
-        let mut pieces = Vec::new();
-        let mut done = 0;
-        while done < length {
-            let here = at.plus(done).ok_or(at)?;
-            let mapping = self.translate(here).ok_or(here)?;
-            let size = usize::try_from(mapping.left).unwrap_or(usize::MAX).min(length - done);
-            pieces.push((mapping.at, size));
-            done += size;
-        }
-        Ok(pieces)
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
+        self.tables.pieces_in(&self.ram, at, length)
     }
 
     /// Writes guest memory. Nothing is written unless the whole range is mapped.
@@ -176,12 +167,6 @@ impl GuestKernel {
 
 impl Text for GuestKernel {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
-        let mut rest = into;
-        for (piece, size) in self.pieces(at, rest.len())? {
-            let (now, later) = rest.split_at_mut(size);
-            self.ram.read(piece, now).map_err(|_| at)?;
-            rest = later;
-        }
-        Ok(())
+        self.tables.read_in(&self.ram, at, into)
     }
 }

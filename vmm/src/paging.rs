@@ -23,6 +23,9 @@ pub struct PageTables {
     pub levels: u8,
 }
 
+/// A piece of memory: where, and how many bytes.
+pub type Piece = (Gpa, usize);
+
 /// Where an address leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {
@@ -44,6 +47,38 @@ impl PageTables {
     #[must_use]
     pub fn translate_in(self, ram: &GuestRam, address: Gva) -> Option<Mapping> {
         self.translate(address, |entry| ram.load_u64(entry).ok())
+    }
+
+    /// The pieces of memory that a range leads to, all of them.
+    ///
+    /// # Errors
+    /// The first address that is not mapped.
+    pub fn pieces_in(self, ram: &GuestRam, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < length {
+            let here = at.plus(done).ok_or(at)?;
+            let mapping = self.translate_in(ram, here).ok_or(here)?;
+            let size = usize::try_from(mapping.left).unwrap_or(usize::MAX).min(length - done);
+            pieces.push((mapping.at, size));
+            done += size;
+        }
+        Ok(pieces)
+    }
+
+    /// Reads what a range leads to.
+    ///
+    /// # Errors
+    /// The first address that is not mapped, or `at` if a piece is not RAM; `into` may be
+    /// partly filled then.
+    pub fn read_in(self, ram: &GuestRam, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        let mut rest = into;
+        for (piece, size) in self.pieces_in(ram, at, rest.len())? {
+            let (now, later) = rest.split_at_mut(size);
+            ram.read(piece, now).map_err(|_| at)?;
+            rest = later;
+        }
+        Ok(())
     }
 
     /// Where the entry for `address` lies in the table of two-megabyte pages. `None` if the

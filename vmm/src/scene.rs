@@ -9,6 +9,7 @@ use patcher::kernel::Text;
 use patcher::kernel::live::read_u64;
 
 use crate::events::Who;
+use crate::live::are_free;
 use crate::locate::GuestKernel;
 use crate::standing::{PerCpu, Registers};
 
@@ -70,14 +71,18 @@ impl Scene {
     /// Where a vCPU stands, and what runs there.
     #[must_use]
     pub fn who(&self, vcpu: VcpuId, registers: &Registers) -> Who {
-        let rip = registers.rip();
-        let symbol = self.symbol(rip).filter(|_| registers.in_kernel());
-        Who { symbol, task: self.task_name(registers), ..Who::at(vcpu, rip) }
+        let (symbol, task) = (self.symbol_of(registers), self.task_name(registers));
+        Who { symbol, task, ..Who::at(vcpu, registers.rip()) }
+    }
+
+    /// Where a vCPU stands, if it is in the kernel.
+    #[must_use]
+    pub fn symbol_of(&self, registers: &Registers) -> Option<String> {
+        self.symbol(registers.rip()).filter(|_| registers.in_kernel())
     }
 
     /// An address as `function+0xoffset`.
-    #[must_use]
-    pub fn symbol(&self, at: Gva) -> Option<String> {
+    fn symbol(&self, at: Gva) -> Option<String> {
         let function = self.kernel.kernel().function_at(at)?;
         Some(format!("{}+{:#x}", function.name, at.offset_from(function.start)?))
     }
@@ -104,6 +109,6 @@ impl Scene {
     /// Whether nobody has the locks of the kernel's own patcher.
     #[must_use]
     pub fn is_calm(&self) -> bool {
-        self.locks.iter().all(|lock| read_u64(&self.kernel, *lock).is_ok_and(|owner| owner == 0))
+        are_free(&self.kernel, &self.locks)
     }
 }

@@ -15,9 +15,7 @@ use crate::lab::Lab;
 use crate::oracle::Places;
 use crate::targets::both_kernels;
 use crate::testbed::{BEGIN, FUNCTION};
-use crate::vm::{Method, Setup, Vm, field, read_guest_memory};
-
-const TRACING: &str = "/sys/kernel/tracing";
+use crate::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm, field, read_guest_memory};
 
 /// Adds `--guard`.
 #[must_use]
@@ -56,11 +54,11 @@ pub fn patches_itself(lab: &Lab, times: usize) -> Result<()> {
         let mut vm = Vm::start(lab, &guarded(setup))?;
         let (pages, before) = pages_and_writes(&vm)?;
         ensure!(pages > 1000, "{pages} pages are guarded");
-        vm.ask(&format!("mount tracefs {TRACING}"))?;
+        vm.mount_tracing()?;
         vm.hammer("getppid", 0, 1)?;
         for _ in 0..times {
             for value in ["1", "0"] {
-                vm.ask(&format!("write /proc/sys/kernel/sched_schedstats {value}"))?;
+                vm.ask(&format!("write {SCHEDSTATS} {value}"))?;
             }
         }
         let (_, after) = pages_and_writes(&vm)?;
@@ -80,7 +78,6 @@ pub fn patches_itself(lab: &Lab, times: usize) -> Result<()> {
 
 /// A key that the guest can switch and look at by a file.
 const KEY: &str = "sched_schedstats";
-const KEY_FILE: &str = "/proc/sys/kernel/sched_schedstats";
 
 fn key_plan(policy: Option<&str>) -> Value {
     json!({ "version": 1, "name": "key", "deadline_ms": 60_000, "on_guest_write": policy,
@@ -102,7 +99,7 @@ pub fn policies(lab: &Lab) -> Result<()> {
             ensure!(pages_and_writes(&vm)?.0 > 0, "{policy}: no page is guarded");
             ensure!(key(&mut vm)? == "1", "{policy}: the key is off");
             for _ in 0..3 {
-                vm.ask(&format!("write {KEY_FILE} 0")).with_context(context)?;
+                vm.ask(&format!("write {SCHEDSTATS} 0")).with_context(context)?;
                 let stays = policy != "yield";
                 // It is put back once the guest has let go of its locks.
                 eventually(&mut vm, |vm| Ok(key(vm)? == if stays { "1" } else { "0" }))
@@ -120,7 +117,7 @@ pub fn policies(lab: &Lab) -> Result<()> {
             ensure!(pages_and_writes(&vm)?.0 == 0, "{policy}: pages stay guarded");
             // The guest can go on from there.
             for value in ["1", "0"] {
-                vm.ask(&format!("write {KEY_FILE} {value}")).with_context(context)?;
+                vm.ask(&format!("write {SCHEDSTATS} {value}")).with_context(context)?;
                 ensure!(key(&mut vm)? == value, "{policy}: the guest can't switch it");
             }
             vm.expect_all(false)?;
@@ -134,7 +131,7 @@ pub fn policies(lab: &Lab) -> Result<()> {
 }
 
 fn key(vm: &mut Vm) -> Result<String> {
-    Ok(vm.ask(&format!("cat {KEY_FILE}"))?.0.concat().trim().to_owned())
+    Ok(vm.ask(&format!("cat {SCHEDSTATS}"))?.0.concat().trim().to_owned())
 }
 
 /// One line of the list of patches.
@@ -166,7 +163,7 @@ fn happened(vm: &Vm) -> Result<Value> {
 pub fn probes(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 4) {
         let mut vm = Vm::start(lab, &setup)?;
-        vm.ask(&format!("mount tracefs {TRACING}"))?;
+        vm.mount_tracing()?;
         vm.ask("write /proc/sys/debug/kprobes-optimization 0")?;
         let behind = vm.behind_the_tracer("__x64_sys_getppid")?;
         vm.hammer("getppid", 0, 1)?;
@@ -330,9 +327,9 @@ pub fn boots(lab: &Lab, times: usize) -> Result<()> {
 /// Has the guest patch itself to and fro by what its files offer, and sees that it did not
 /// mind.
 fn patch_itself(vm: &mut Vm) -> Result<()> {
-    vm.ask(&format!("mount tracefs {TRACING}"))?;
+    vm.mount_tracing()?;
     for (file, values) in [
-        (KEY_FILE.to_owned(), ["1", "0"]),
+        (SCHEDSTATS.to_owned(), ["1", "0"]),
         (format!("{TRACING}/events/sched/sched_switch/enable"), ["1", "0"]),
         (format!("{TRACING}/current_tracer"), ["function", "nop"]),
     ] {
@@ -400,7 +397,7 @@ impl Cost {
         let rested = pages_and_writes(vm)?.1;
         for value in ["1", "0"] {
             let started = Instant::now();
-            vm.ask(&format!("write {KEY_FILE} {value}"))?;
+            vm.ask(&format!("write {SCHEDSTATS} {value}"))?;
             self.switches.push(u64::try_from(started.elapsed().as_micros())?);
         }
         self.exits_at_rest += rested - start;

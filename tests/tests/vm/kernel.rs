@@ -110,7 +110,7 @@ const OWN: &str = "kvm:__tracepoint_kvm_userspace_exit+0x8";
 fn modules(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 2) {
         let mut vm = Vm::start(lab, &setup)?;
-        vm.ask("mount tracefs /sys/kernel/tracing")?;
+        vm.mount_tracing()?;
         vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;
         let before = jumps(&vm, SHARED)?.context("the kernel's own")?;
         ensure!(jumps(&vm, OWN)?.is_none(), "the module is not loaded");
@@ -189,7 +189,7 @@ fn traced(lab: &Lab) -> Result<()> {
     const FUNCTION: &str = "__x64_sys_getppid";
     for setup in both_kernels(lab, 2) {
         let mut vm = Vm::start(lab, &setup)?;
-        vm.ask("mount tracefs /sys/kernel/tracing")?;
+        vm.mount_tracing()?;
         vm.ask(&format!("write /sys/kernel/tracing/set_ftrace_filter {FUNCTION}"))?;
         let trace =
             |vm: &mut Vm, tracer: &str| vm.ask(&format!("write /sys/kernel/tracing/current_tracer {tracer}"));

@@ -187,13 +187,13 @@ impl Controller {
         }
         let resolved = asked.elapsed();
         let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
+        let pieces = plan.sites.iter().map(|site| kernel.pieces(site.at, site.old.len()));
+        let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten().collect());
+        let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
         let mut attempts = 0;
         let (target, end) = loop {
             attempts += 1;
-            let pieces = plan.sites.iter().map(|site| kernel.pieces(site.at, site.old.len()));
-            let pieces = pieces.filter_map(Result::ok).flatten().collect();
-            let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
-            let scope = self.guard.begin(split_at_pages(pieces), held);
+            let scope = self.guard.begin(pieces.clone(), held);
             let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
             let mut target = Live::new(&kernel, &self.rendezvous, until).behind(&self.guard);
             if self.config.fail_programs {

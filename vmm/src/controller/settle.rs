@@ -12,7 +12,6 @@ use patcher::resolve::{ResolvedPlan, Site, probed};
 
 use super::{Controller, PatchState, SETTLE_PAUSE};
 use crate::events::{Kind, News};
-use crate::guard::policy;
 use crate::locate::GuestKernel;
 use crate::scene::Scene;
 
@@ -70,7 +69,7 @@ impl Controller {
         let name = patch.plan.name.clone();
         let by_name = |(site, _): &Changed| patch.plan.sites[*site].at;
         let all: Vec<Gva> = changed.iter().map(by_name).collect();
-        let policy = policy(patch.plan.on_guest_write);
+        let policy = patch.plan.on_guest_write.unwrap_or_default();
         if policy == Policy::Yield {
             return self.give_up(index, &all, "was replaced by the guest");
         }

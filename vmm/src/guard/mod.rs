@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use patcher::addr::{Gpa, Gva, VcpuId};
-use patcher::guard::{Policy, is_done};
+use patcher::guard::is_done;
 use patcher::insn;
 use patcher::resolve::ResolvedPlan;
 
@@ -24,11 +24,9 @@ pub(crate) use self::watch::split_at_pages;
 use crate::events::{Events, Kind, News, Who};
 use crate::locate::GuestKernel;
 use crate::memory::{self, GuestRam, PAGE, PAGE_SIZE};
+use crate::paging::Piece;
 use crate::scene::Scene;
 use crate::standing::Registers;
-
-/// A piece of memory: where, and how many bytes.
-pub type Piece = (Gpa, usize);
 
 /// The guard of one VM.
 pub struct Guard {
@@ -365,6 +363,12 @@ impl Guard {
         }
     }
 
+    /// Whether the gate is closed.
+    #[must_use]
+    pub fn is_gate_closed(&self) -> bool {
+        self.lock().gate.is_some()
+    }
+
     /// Whether an address is on the gate's page, and that is closed.
     #[must_use]
     pub fn is_gate(&self, at: Gpa) -> bool {
@@ -487,11 +491,6 @@ fn one(page: u64) -> Range<Gpa> {
 
 fn overlap((at, length): Piece, (other, other_length): Piece) -> bool {
     at.0 < other.0 + other_length as u64 && other.0 < at.0 + length as u64
-}
-
-/// The policy of a patch whose plan has none.
-pub(crate) fn policy(of: Option<Policy>) -> Policy {
-    of.unwrap_or_default()
 }
 
 #[cfg(test)]

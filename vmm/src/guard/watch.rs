@@ -6,9 +6,9 @@ use patcher::addr::{Gpa, Gva};
 use patcher::guard::Policy;
 use patcher::resolve::Site;
 
-use super::{Piece, policy};
 use crate::locate::GuestKernel;
 use crate::memory::PAGE;
+use crate::paging::Piece;
 
 /// A site that is watched.
 #[derive(Debug)]
@@ -33,7 +33,13 @@ impl Watched {
         kernel: &GuestKernel,
     ) -> Result<Self, Gva> {
         let pieces = split_at_pages(kernel.pieces(site.at, site.old.len())?);
-        Ok(Self { patch, at: site.at, policy: policy(asked), pieces, is_guarded: asked.is_some() })
+        Ok(Self {
+            patch,
+            at: site.at,
+            policy: asked.unwrap_or_default(),
+            pieces,
+            is_guarded: asked.is_some(),
+        })
     }
 
     /// Whether the site is still where it was: a module may be gone, and its memory used for

@@ -6,8 +6,9 @@ use patcher::insn::MAX_LENGTH;
 use patcher::writes::{self, Store, Value};
 
 use super::Vcpu;
-use crate::guard::{Attempt, Lift, Piece, Write};
-use crate::paging::PageTables;
+use crate::guard::{Attempt, Lift, Write, split_at_pages};
+use crate::memory::PAGE;
+use crate::paging::{PageTables, Piece};
 use crate::standing::Registers;
 
 /// How often a vCPU may be stopped at the same write while nothing explains it: the page may
@@ -112,12 +113,7 @@ impl Vcpu {
             Value::Register(value) => value.to_le_bytes()[..store.width].to_vec(),
             Value::Memory(from) => {
                 let mut bytes = vec![0; store.width];
-                let mut rest = &mut bytes[..];
-                for (at, length) in self.pieces(&stopped.tables, from, store.width)? {
-                    let (here, behind) = rest.split_at_mut(length);
-                    self.vm.ram().read(at, here).ok()?;
-                    rest = behind;
-                }
+                stopped.tables.read_in(self.vm.ram(), from, &mut bytes).ok()?;
                 bytes
             }
         };
@@ -125,27 +121,20 @@ impl Vcpu {
     }
 
     fn pieces(&self, tables: &PageTables, at: Gva, length: usize) -> Option<Vec<Piece>> {
-        let (mut pieces, mut done) = (Vec::new(), 0);
-        while done < length {
-            let found = tables.translate_in(self.vm.ram(), at.plus(done)?)?;
-            let here = usize::try_from(found.left).unwrap_or(length).min(length - done);
-            if !self.vm.ram().contains(found.at) {
-                return None;
-            }
-            pieces.push((found.at, here));
-            done += here;
-        }
-        Some(crate::guard::split_at_pages(pieces))
+        let pieces = tables.pieces_in(self.vm.ram(), at, length).ok()?;
+        let is_ram = |(at, _): &Piece| self.vm.ram().contains(*at);
+        pieces.iter().all(is_ram).then(|| split_at_pages(pieces))
     }
 
     /// The bytes of the instruction that the vCPU is at, and some more.
     fn code(&self, tables: &PageTables, at: Gva) -> Vec<u8> {
-        let read = |at| {
-            let mut byte = [0];
-            self.vm.ram().read(tables.translate_in(self.vm.ram(), at)?.at, &mut byte).ok()?;
-            Some(byte[0])
-        };
-        (0..MAX_LENGTH).map_while(|offset| read(at.plus(offset)?)).collect()
+        let mut code = vec![0; MAX_LENGTH];
+        let on_page = usize::try_from(PAGE - at.0 % PAGE).unwrap_or(MAX_LENGTH);
+        // The next page may not be there; the instruction may end before it.
+        let is_there = |length: &usize| tables.read_in(self.vm.ram(), at, &mut code[..*length]).is_ok();
+        let length = [MAX_LENGTH, on_page.min(MAX_LENGTH)].into_iter().find(is_there);
+        code.truncate(length.unwrap_or(0));
+        code
     }
 }
 

@@ -1,4 +1,5 @@
-//! The distribution's stock kernel: fetched as a package, unpacked, cached.
+//! The distribution's stock kernel: fetched as a package, unpacked, cached. The packages with its
+//! headers lie beside it: an archive forgets those of an older kernel.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,10 @@ use crate::{AtPath, Error, cache, output_of};
 
 /// The kernels that the tests use, by the suite that has them: Linux 6.1 and 6.12.
 const SUITES: [&str; 2] = ["bookworm", "bookworm-backports"];
+/// Part of the cache key: raise it when an entry has something else in it.
+const CONTENT: u32 = 2;
+/// Where in an entry the packages with the headers are.
+const HEADERS: &str = "headers";
 /// The meta package that depends on the newest kernel for virtual machines.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 
@@ -21,6 +26,7 @@ pub struct Kernel {
     /// The bootable image.
     pub bzimage: PathBuf,
     modules: PathBuf,
+    headers: PathBuf,
 }
 
 impl Kernel {
@@ -41,7 +47,7 @@ impl Kernel {
     }
 
     fn of(suite: &str) -> Result<Self, Error> {
-        let folder = cache::entry(&format!("kernel-{suite}-cloud"), |into| fetch(suite, into))?;
+        let folder = cache::entry(&format!("kernel-{suite}-cloud-{CONTENT}"), |into| fetch(suite, into))?;
         Self::open(&folder)
     }
 
@@ -58,8 +64,17 @@ impl Kernel {
         Ok(Self {
             bzimage: boot.join(format!("vmlinuz-{release}")),
             modules: folder.join("lib/modules").join(&release).join("kernel"),
+            headers: folder.join(HEADERS),
             release,
         })
+    }
+
+    /// The packages with what a module is built against.
+    ///
+    /// # Errors
+    /// When the folder can't be read.
+    pub fn headers(&self) -> Result<Vec<PathBuf>, Error> {
+        packages_in(&self.headers)
     }
 
     /// The file of a kernel module, by its path below `kernel/` without `.ko`. The kernel
@@ -73,23 +88,37 @@ impl Kernel {
 
 fn fetch(suite: &str, into: &Path) -> Result<(), Error> {
     let step = Step::new(format!("Fetching the stock kernel ({suite}, {META_PACKAGE})"));
-    let work = into.join("apt");
+    let (work, headers) = (into.join("apt"), into.join(HEADERS));
     let apt = Apt::new(&work, suite, Kind::Binary)?;
-    let depends = output_of(apt.command("apt-cache").args(["depends", META_PACKAGE]))?;
-    let package = depends
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: linux-image-"))
-        .map(|rest| format!("linux-image-{rest}"))
-        .ok_or_else(|| Error::Archive(format!("{META_PACKAGE} depends on no kernel:\n{depends}")))?;
-    output_of(apt.command("apt-get").args(["-q", "download", &package]).current_dir(&work))?;
-    let deb = fs::read_dir(&work)
-        .at(&work)?
-        .flatten()
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|ext| ext == "deb"))
-        .ok_or_else(|| Error::Archive(format!("apt downloaded no file for {package}")))?;
-    output_of(Command::new("dpkg-deb").arg("-x").arg(deb).arg(into))?;
+    let image = only(depends(&apt, META_PACKAGE, "linux-image-")?, META_PACKAGE)?;
+    let release = image.trim_start_matches("linux-image-");
+    let own_headers = format!("linux-headers-{release}");
+    let mut with_headers = depends(&apt, &own_headers, "linux-headers-")?;
+    with_headers.extend(depends(&apt, &own_headers, "linux-kbuild-")?);
+    with_headers.push(own_headers);
+    fs::create_dir_all(&headers).at(&headers)?;
+    output_of(apt.command("apt-get").args(["-q", "download"]).args(&with_headers).current_dir(&headers))?;
+    output_of(apt.command("apt-get").args(["-q", "download", &image]).current_dir(&work))?;
+    output_of(Command::new("dpkg-deb").arg("-x").arg(only(packages_in(&work)?, &image)?).arg(into))?;
     fs::remove_dir_all(&work).at(&work)?;
     step.done();
     Ok(())
+}
+
+/// The packages that one depends on, by how their names begin.
+fn depends(apt: &Apt, package: &str, prefix: &str) -> Result<Vec<String>, Error> {
+    let listed = output_of(apt.command("apt-cache").args(["depends", package]))?;
+    let named = listed.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    Ok(named.filter(|name| name.starts_with(prefix)).map(str::to_owned).collect())
+}
+
+fn packages_in(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let paths = fs::read_dir(folder).at(folder)?.flatten().map(|entry| entry.path());
+    Ok(paths.filter(|path| path.extension().is_some_and(|ext| ext == "deb")).collect())
+}
+
+fn only<T>(mut found: Vec<T>, what: &str) -> Result<T, Error> {
+    let count = found.len();
+    let last = found.pop().filter(|_| count == 1);
+    last.ok_or_else(|| Error::Archive(format!("{what}: {count} packages of the kernel instead of one")))
 }

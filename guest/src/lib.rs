@@ -12,6 +12,7 @@ pub mod cache;
 pub mod initramfs;
 pub mod kallsyms;
 pub mod kernel;
+pub mod livepatch;
 pub mod locks;
 pub mod packages;
 pub mod progress;

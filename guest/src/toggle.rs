@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// Something to do.
 pub type Action = Box<dyn FnMut() -> io::Result<()> + Send>;
@@ -32,11 +33,11 @@ pub fn writes(path: &Path, texts: [String; 2]) -> io::Result<[Action; 2]> {
 }
 
 impl Toggle {
-    /// Starts to do the two in turn.
+    /// Starts to do the two in turn, with a pause behind each.
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn start(mut actions: [Action; 2]) -> io::Result<Self> {
+    pub fn start(mut actions: [Action; 2], pause: Duration) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = thread::Builder::new().name("toggle".into()).spawn(move || {
@@ -45,6 +46,7 @@ impl Toggle {
                 for action in &mut actions {
                     action()?;
                     done += 1;
+                    thread::sleep(pause);
                 }
             }
             Ok(done)

@@ -3,8 +3,11 @@
 //! Counts are kept per *epoch*. A worker looks for a new epoch before each call, so every
 //! call counted in an epoch began after the epoch was opened. That is what makes "nobody
 //! saw old code after `applied`" checkable without a clock.
+//!
+//! If asked to, workers look at the clock too: the longest time between two calls tells how long
+//! a CPU stood still, whoever made it stand.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -61,11 +64,19 @@ struct Worker {
     first: AtomicU64,
     second: AtomicU64,
     other: AtomicU64,
+    longest_gap_ns: AtomicU64,
+}
+
+/// What all workers look at.
+struct Orders {
+    epoch: AtomicU64,
+    /// Whether to look at the clock.
+    timed: AtomicBool,
 }
 
 /// Workers on every CPU, running until the guest ends.
 pub struct Hammer {
-    epoch: Arc<AtomicU64>,
+    orders: Arc<Orders>,
     workers: Vec<Arc<Worker>>,
 }
 
@@ -80,13 +91,13 @@ impl Hammer {
             let names: Vec<_> = CALLS.iter().map(|(name, _)| *name).collect();
             format!("the system call must be one of {}", names.join(", "))
         })?;
-        let epoch = Arc::new(AtomicU64::new(1));
+        let orders = Arc::new(Orders { epoch: AtomicU64::new(1), timed: AtomicBool::new(false) });
         let failed: Arc<OnceLock<String>> = Arc::default();
         let mut workers = Vec::new();
         for cpu in 0..cpus {
             let worker = Arc::new(Worker::default());
             workers.push(worker.clone());
-            let (epoch, failed) = (epoch.clone(), failed.clone());
+            let (orders, failed) = (orders.clone(), failed.clone());
             thread::Builder::new()
                 .name(format!("hammer{cpu}"))
                 .spawn(move || {
@@ -95,13 +106,13 @@ impl Hammer {
                     // The lowest priority: the thread that answers commands must get through.
                     let ready = sched_setaffinity(None, &set).and_then(|()| process::nice(19));
                     match ready {
-                        Ok(_) => worker.work(call, expected, &epoch),
+                        Ok(_) => worker.work(call, expected, &orders),
                         Err(errno) => _ = failed.set(format!("CPU {cpu}: {errno}")),
                     }
                 })
                 .map_err(|error| error.to_string())?;
         }
-        let hammer = Self { epoch, workers };
+        let hammer = Self { orders, workers };
         hammer.count();
         failed.get().map_or(Ok(hammer), |text| Err(text.clone()))
     }
@@ -109,13 +120,21 @@ impl Hammer {
     /// How many calls were made in the epoch that is open.
     #[must_use]
     pub fn calls(&self) -> u64 {
-        let epoch = self.epoch.load(Ordering::SeqCst);
+        let epoch = self.orders.epoch.load(Ordering::SeqCst);
         self.workers.iter().map(|worker| worker.calls_in(epoch)).sum()
+    }
+
+    /// The longest time between two calls of each CPU since this was last asked; from the first
+    /// time on it is looked at.
+    pub fn longest_gaps(&self) -> Vec<Duration> {
+        self.orders.timed.store(true, Ordering::SeqCst);
+        let take = |worker: &Arc<Worker>| worker.longest_gap_ns.swap(0, Ordering::SeqCst);
+        self.workers.iter().map(|worker| Duration::from_nanos(take(worker))).collect()
     }
 
     /// Opens an epoch, lets every worker make some calls in it, and returns what each saw.
     pub fn count(&self) -> Vec<Counts> {
-        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+        let epoch = self.orders.epoch.fetch_add(1, Ordering::SeqCst) + 1;
         let until = Instant::now() + COUNT_DEADLINE;
         while !self.workers.iter().all(|worker| worker.calls_in(epoch) >= ENOUGH_CALLS)
             && Instant::now() < until
@@ -127,10 +146,13 @@ impl Hammer {
 }
 
 impl Worker {
-    fn work(&self, call: fn() -> i64, [first, second]: [i64; 2], epoch: &AtomicU64) {
-        let mut mine = 0;
+    fn work(&self, call: fn() -> i64, [first, second]: [i64; 2], orders: &Orders) {
+        let (mut mine, mut last) = (0, None);
         loop {
-            let now = epoch.load(Ordering::SeqCst);
+            if orders.timed.load(Ordering::Relaxed) {
+                self.note_gap(&mut last);
+            }
+            let now = orders.epoch.load(Ordering::SeqCst);
             if now != mine {
                 mine = now;
                 for counter in [&self.first, &self.second, &self.other] {
@@ -147,6 +169,14 @@ impl Worker {
                 &self.other
             };
             counter.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn note_gap(&self, last: &mut Option<Instant>) {
+        let now = Instant::now();
+        if let Some(last) = last.replace(now) {
+            let gap = u64::try_from((now - last).as_nanos()).unwrap_or(u64::MAX);
+            self.longest_gap_ns.fetch_max(gap, Ordering::Relaxed);
         }
     }
 

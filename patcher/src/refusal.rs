@@ -132,6 +132,17 @@ pub enum Refusal {
     /// The guest's table of kprobes makes no sense.
     #[error("the guest's kprobes can't be read: a list does not end")]
     BadProbes,
+    /// A livepatch of the guest's own has replaced the function.
+    #[error(
+        "the guest has replaced the function at {function} by a livepatch of its own: nobody would execute what is changed in it"
+    )]
+    Livepatched {
+        /// Where the function begins.
+        function: Gva,
+    },
+    /// The guest's list of livepatches makes no sense.
+    #[error("the guest's livepatches can't be read: a list does not end")]
+    BadLivepatches,
     /// The guest is in the middle of changing it, or counts its users.
     #[error("{name} can't be changed now: {why}")]
     Busy {
@@ -346,6 +357,8 @@ impl Refusal {
             Self::BadModules { .. } => "bad_modules",
             Self::Probed { .. } => "probed",
             Self::BadProbes => "bad_probes",
+            Self::Livepatched { .. } => "livepatched",
+            Self::BadLivepatches => "bad_livepatches",
             Self::Busy { .. } => "busy",
             Self::NeedsOneVcpu { .. } => "needs_one_vcpu",
             Self::NeedsGroup { .. } => "needs_group",

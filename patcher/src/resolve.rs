@@ -17,6 +17,7 @@ use crate::guard::Policy;
 use crate::insn::{self, Insn};
 use crate::interior::{Sleepers, boundaries};
 use crate::kernel::live::read;
+use crate::kernel::livepatches::livepatched;
 use crate::kernel::probes::{among, probes};
 use crate::kernel::symbols::Function;
 use crate::kernel::{Kernel, Text};
@@ -175,6 +176,7 @@ pub fn resolve<'t>(
     }
     let resolver = Resolver {
         probes: probes(&kernel, text).map_err(|refusal| vec![refusal.at_root()])?,
+        livepatched: livepatched(&kernel, text).map_err(|refusal| vec![refusal.at_root()])?,
         kernel,
         text,
         vcpus,
@@ -312,6 +314,8 @@ struct Resolver<'a> {
     sleepers: Sleepers<'a>,
     /// Where the guest has kprobes.
     probes: Vec<Gva>,
+    /// Functions that the guest's own livepatches replace.
+    livepatched: Vec<Range<Gva>>,
     /// Whether instructions may have to be executed elsewhere.
     bypass: bool,
     /// Functions, by where they begin: plans of thousands of sites have many in one.
@@ -323,8 +327,10 @@ impl Resolver<'_> {
         let (kernel, text) = (&self.kernel, self.text);
         let one = |code| Expansion { code: vec![code], ..Expansion::default() };
         match patch {
-            Patch::Raw { at, expect, replace } => self.raw(at, expect, replace).map(one),
-            Patch::Redirect { from, to, keep_fentry } => self.redirect(from, to, *keep_fentry).map(one),
+            Patch::Raw { at, expect, replace } => self.executed(self.raw(at, expect, replace)?).map(one),
+            Patch::Redirect { from, to, keep_fentry } => {
+                self.executed(self.redirect(from, to, *keep_fentry)?).map(one)
+            }
             Patch::StaticKey { static_key, enable } => {
                 expand::static_key::expand(kernel, text, static_key, *enable)
             }
@@ -338,6 +344,14 @@ impl Resolver<'_> {
                 expand::smp_locks::expand(kernel, text, *smp_locks, self.vcpus, *force)
             }
             Patch::Paravirt { to } => expand::paravirt::expand(kernel, text, *to),
+        }
+    }
+
+    /// Code in a function that the guest replaced would be patched in vain.
+    fn executed(&self, code: Code) -> Result<Code, Refusal> {
+        match self.livepatched.iter().find(|function| function.contains(&code.at)) {
+            Some(function) => Err(Refusal::Livepatched { function: function.start }),
+            None => Ok(code),
         }
     }
 

@@ -14,7 +14,7 @@ use guest::initramfs::Initramfs;
 use guest::kernel::Kernel;
 use guest::rig::{Emulator, Rig, Stream};
 use guest::wire::Request;
-use guest::{cache, qemu};
+use guest::{cache, livepatch, qemu};
 
 const VMM: &str = "LAB_VMM";
 const KERNEL: &str = "LAB_KERNEL";
@@ -149,7 +149,8 @@ fn guest_initrd(binaries: &Binaries, kernels: &[&Kernel]) -> Result<PathBuf> {
     let partial = path.with_extension(std::process::id().to_string());
     let mut initramfs = Initramfs::default().file("init", &binaries.guest_init)?;
     for kernel in kernels {
-        for module in GUEST_MODULES.map(|path| kernel.module(path)) {
+        let modules = GUEST_MODULES.map(|path| kernel.module(path));
+        for module in modules.into_iter().chain([livepatch::module(kernel)?]) {
             let name = module.file_name().unwrap_or_default().to_string_lossy();
             initramfs = initramfs.file(&format!("modules/{}/{name}", kernel.release), &module)?;
         }

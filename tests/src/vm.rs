@@ -249,14 +249,19 @@ impl Vm {
     /// # Errors
     /// With the errors.
     pub fn expect_no_kernel_errors(&mut self) -> Result<()> {
-        let (lines, _) = self.ask("dmesg")?;
-        let errors: Vec<&str> = lines
-            .iter()
-            .filter_map(|line| line.strip_prefix("@dmesg "))
-            .filter(|line| !KNOWN_ERRORS.contains(line))
-            .collect();
+        let errors = self.kernel_errors()?;
         ensure!(errors.is_empty(), "the kernel log has errors:\n{}", errors.join("\n"));
         Ok(())
+    }
+
+    /// The errors that the guest's kernel logged since this was last asked.
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub fn kernel_errors(&mut self) -> Result<Vec<String>> {
+        let (lines, _) = self.ask("dmesg")?;
+        let errors = lines.iter().filter_map(|line| line.strip_prefix("@dmesg "));
+        Ok(errors.filter(|line| !KNOWN_ERRORS.contains(line)).map(str::to_owned).collect())
     }
 
     /// Sends a request to the control socket.
@@ -336,6 +341,15 @@ impl Vm {
         let code = self.wait()?;
         ensure!(code == 0, "powering off: exit code {code}: {}", self.errors());
         Ok(())
+    }
+
+    /// Waits for the answer to a command that was given by [`Vm::tell`].
+    ///
+    /// # Errors
+    /// As [`Vm::ask`].
+    pub fn answered(&mut self) -> Result<String> {
+        let (_, last) = self.answer()?;
+        last.strip_prefix("ok").map(|rest| rest.trim().to_owned()).with_context(|| last.clone())
     }
 
     /// Gives a command without waiting for its answer.

@@ -177,6 +177,8 @@ struct Applied {
     report: Report,
     /// How many sites the guest has replaced.
     superseded: usize,
+    /// How many lay in functions that the guest livepatches, when that was last looked at.
+    livepatched: usize,
 }
 
 /// The controller's state.
@@ -310,7 +312,10 @@ impl Controller {
                 Ok(targets) => Answer::Targets(Box::new(targets)),
                 Err(refusal) => refused(refusal),
             },
-            Command::List => Answer::Patches(self.patches.iter().map(Applied::summary).collect()),
+            Command::List => {
+                self.look_for_livepatches();
+                Answer::Patches(self.patches.iter().map(Applied::summary).collect())
+            }
             Command::Show(name) => match self.find(&name) {
                 Ok(index) => Answer::Report(Box::new(self.patches[index].report.clone())),
                 Err(refusal) => refused(refusal),
@@ -481,6 +486,7 @@ impl Applied {
             state: self.state,
             sites: self.plan.sites.len(),
             superseded: self.superseded,
+            livepatched: if self.state == PatchState::Applied { self.livepatched } else { 0 },
             on_guest_write: self.plan.on_guest_write,
             strategy: self.report.strategy,
         }

@@ -122,6 +122,13 @@ fn list(out: &mut String, patches: &[Value]) -> std::fmt::Result {
     for patch in patches {
         let (name, state, strategy) = (text(patch, "name"), text(patch, "state"), text(patch, "strategy"));
         writeln!(out, "{name:<32} {state:<10} {strategy:<11} {:>5}", patch["sites"])?;
+        if patch["livepatched"].as_u64().is_some_and(|count| count > 0) {
+            writeln!(
+                out,
+                "  {} of them not executed: the guest livepatches their functions",
+                patch["livepatched"]
+            )?;
+        }
     }
     Ok(())
 }

@@ -5,6 +5,9 @@
 //!
 //! ```text
 //! hammer CALL A B    all CPUs hammer the system call; results must be A or B
+//! timed COMMAND      how long a command takes
+//! exits N            leaves the guest so many times; in how long
+//! gaps               how long each CPU of the workload made no call at most, since last asked
 //! count              what every CPU saw in calls begun after this command
 //! calls-in MS        how many calls they made in so many milliseconds
 //! nmis MS            from now on every CPU gets an NMI so often, and tells where it is
@@ -12,10 +15,14 @@
 //! locks-in MS        how many times they had it in so many milliseconds
 //! locks-end          ends that; what was added under the lock, and what is the sum
 //! toggle PATH A B    from now on A and B are written to a file in turn
+//! toggle-every MS PATH A B  the same, with a pause behind each
 //! toggle-fentry NAMES  from now on a BPF program is put at a function's entry and taken away
 //! toggle-module PATH NAME  from now on a module is loaded and unloaded
+//! toggle-livepatch PATH  from now on the livepatch module is put in force and taken away
 //! toggle-end         ends that; how often it was done
 //! fentry NAMES       puts a BPF program at a function's entry; fentry-end takes it away
+//! livepatch PATH     loads the livepatch module, until it is in force in all tasks; in how long
+//! livepatch-end      takes it out of force and unloads it; in how long
 //! probed             where in init's file `probed` begins, which can be hammered
 //! dmesg              the errors that the kernel logged since it was last asked
 //! cat PATH           prints a file
@@ -29,21 +36,22 @@
 //! poweroff | reboot
 //! ```
 
+use std::arch::x86_64::__cpuid;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use guest::bpf::Fentry;
-use guest::kallsyms;
 use guest::locks::Locks;
 use guest::toggle::{self, Action, Toggle};
 use guest::workload::{Hammer, probed};
+use guest::{kallsyms, livepatch};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
@@ -104,6 +112,50 @@ fn load(path: &str) -> io::Result<()> {
 
 fn unload(name: &str) -> io::Result<()> {
     Ok(rustix::system::delete_module(&CString::new(name).map_err(io::Error::other)?, 0)?)
+}
+
+/// What the kernel tells about the livepatch module
+/// (Documentation/ABI/testing/sysfs-kernel-livepatch).
+fn livepatch_file(name: &str) -> PathBuf {
+    Path::new("/sys/kernel/livepatch").join(livepatch::NAME).join(name)
+}
+
+/// Waits until something is so; what takes a minute does not come.
+fn wait_until(mut is_so: impl FnMut() -> io::Result<bool>) -> io::Result<()> {
+    let until = Instant::now() + Duration::from_secs(60);
+    while !is_so()? {
+        if Instant::now() > until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// Puts the livepatch module in force, in all tasks.
+fn livepatch(path: &str) -> io::Result<Duration> {
+    let started = Instant::now();
+    load(path)?;
+    let transition = livepatch_file("transition");
+    wait_until(|| Ok(fs::read_to_string(&transition)?.trim() == "0"))?;
+    Ok(started.elapsed())
+}
+
+/// Takes it out of force in all tasks, and away.
+fn livepatch_end() -> io::Result<Duration> {
+    let started = Instant::now();
+    fs::write(livepatch_file("enabled"), "0")?;
+    wait_until(|| Ok(!livepatch_file("enabled").exists()))?;
+    let ended = started.elapsed();
+    wait_until(|| match unload(livepatch::NAME) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        result => result.map(|()| true),
+    })?;
+    Ok(ended)
+}
+
+fn writes(path: &str, first: &str, second: &str) -> io::Result<[Action; 2]> {
+    toggle::writes(Path::new(path), [first, second].map(str::to_owned))
 }
 
 /// Puts a BPF program at a function's entry, and takes it away.
@@ -187,21 +239,17 @@ impl Init {
                 });
                 Ok(String::new())
             }
-            ["toggle", path, first, second] => {
-                let texts = [first, second].map(str::to_owned);
-                self.toggle = Some(Toggle::start(toggle::writes(Path::new(path), texts)?)?);
-                Ok(String::new())
+            ["toggle", path, first, second] => self.toggle(writes(path, first, second)?, 0),
+            ["toggle-every", period, path, first, second] => {
+                let period = period.parse().map_err(io::Error::other)?;
+                self.toggle(writes(path, first, second)?, period)
             }
-            ["toggle-fentry", ref names @ ..] => {
-                self.toggle = Some(Toggle::start(fentry(names))?);
-                Ok(String::new())
-            }
+            ["toggle-fentry", ref names @ ..] => self.toggle(fentry(names), 0),
             ["toggle-module", path, name] => {
                 let (path, name) = (path.to_owned(), name.to_owned());
                 let there: Action = Box::new(move || load(&path));
                 let away: Action = Box::new(move || unload(&name));
-                self.toggle = Some(Toggle::start([there, away])?);
-                Ok(String::new())
+                self.toggle([there, away], 0)
             }
             ["fentry", ref names @ ..] => {
                 let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
@@ -212,6 +260,13 @@ impl Init {
                 self.fentry = None;
                 Ok(String::new())
             }
+            ["toggle-livepatch", path] => {
+                let path = path.to_owned();
+                let there: Action = Box::new(move || livepatch(&path).map(drop));
+                self.toggle([there, Box::new(|| livepatch_end().map(drop))], 0)
+            }
+            ["livepatch", path] => Ok(format!("us={}", livepatch(path)?.as_micros())),
+            ["livepatch-end"] => Ok(format!("us={}", livepatch_end()?.as_micros())),
             ["toggle-end"] => {
                 let toggle = self.toggle.take().ok_or_else(|| io::Error::other("nothing is toggled"))?;
                 Ok(format!("written={}", toggle.end()?))
@@ -233,6 +288,21 @@ impl Init {
                 Ok(format!("added={} sum={} clashes={}", outcome.added, outcome.sum, outcome.clashes))
             }
             ["count"] => self.count(),
+            ["gaps"] => self.gaps(),
+            ["exits", count] => {
+                let count: u32 = count.parse().map_err(io::Error::other)?;
+                let started = Instant::now();
+                for _ in 0..count {
+                    // KVM answers it, outside the guest.
+                    std::hint::black_box(__cpuid(0));
+                }
+                Ok(format!("ns={}", started.elapsed().as_nanos()))
+            }
+            ["timed", ..] => {
+                let started = Instant::now();
+                let rest = self.obey(line.trim_start().trim_start_matches("timed"))?;
+                Ok(format!("us={} {rest}", started.elapsed().as_micros()))
+            }
             ["dmesg"] => self.dmesg(),
             ["cat", path] => {
                 let text = fs::read_to_string(path)?;
@@ -273,6 +343,20 @@ impl Init {
             ["reboot"] => Ok(reboot(RebootCommand::Restart).map(|()| String::new())?),
             [other, ..] => Err(io::Error::other(format!("unknown or incomplete command {other}"))),
         }
+    }
+
+    fn toggle(&mut self, actions: [Action; 2], pause_ms: u64) -> io::Result<String> {
+        self.toggle = Some(Toggle::start(actions, Duration::from_millis(pause_ms))?);
+        Ok(String::new())
+    }
+
+    /// Tells how long each CPU of the workload stood still at most since it was last asked.
+    fn gaps(&mut self) -> io::Result<String> {
+        let hammer = self.hammer.as_ref().ok_or_else(|| io::Error::other("nothing is hammered"))?;
+        for (cpu, gap) in hammer.longest_gaps().iter().enumerate() {
+            self.say(&format!("@gap cpu={cpu} us={}", gap.as_micros()))?;
+        }
+        Ok(String::new())
     }
 
     fn count(&mut self) -> io::Result<String> {

@@ -27,6 +27,7 @@ fn serve() -> io::Result<()> {
     for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/tmp")] {
         mount(kind, at, kind, MountFlags::empty(), None)?;
     }
+    mount("debugfs", "/sys/kernel/debug", "debugfs", MountFlags::empty(), None)?;
     mount("devtmpfs", "/dev", "devtmpfs", MountFlags::empty(), None)?;
     fs::create_dir_all("/dev/pts")?;
     mount("devpts", "/dev/pts", "devpts", MountFlags::empty(), None)?;

@@ -10,6 +10,7 @@ mod btf;
 pub mod image;
 mod kallsyms;
 pub mod live;
+pub mod livepatches;
 pub mod lock_ops;
 mod lzop;
 pub mod module;

@@ -13,6 +13,8 @@ pub struct Offsets {
     pub task_comm: Option<u64>,
     /// `struct kprobe`.
     pub probe: Option<ProbeOffsets>,
+    /// `struct klp_ops` and `struct klp_func`.
+    pub livepatch: Option<LivepatchOffsets>,
     /// `struct module`.
     pub module: Option<ModuleOffsets>,
 }
@@ -24,6 +26,22 @@ pub struct ProbeOffsets {
     pub node: u64,
     /// `addr`.
     pub address: u64,
+}
+
+/// What a livepatch of the guest's own is made of (include/linux/livepatch.h,
+/// kernel/livepatch/patch.h).
+#[derive(Debug, Clone, Copy)]
+pub struct LivepatchOffsets {
+    /// `struct klp_ops`, `node`: the next function.
+    pub node: u64,
+    /// `struct klp_ops`, `func_stack`: what replaces it.
+    pub stack: u64,
+    /// `struct klp_func`, `stack_node`.
+    pub stack_node: u64,
+    /// `struct klp_func`, `old_func`: where the replaced function begins.
+    pub old: u64,
+    /// `struct klp_func`, `old_size`.
+    pub old_size: u64,
 }
 
 /// `struct module` and what belongs to it (include/linux/module.h).
@@ -57,6 +75,7 @@ impl Offsets {
             mutex_owner: btf.offset("mutex", "owner").map(u64::from),
             task_comm: btf.offset("task_struct", "comm").map(u64::from),
             probe: ProbeOffsets::read(btf),
+            livepatch: LivepatchOffsets::read(btf),
             module: ModuleOffsets::read(btf),
         }
     }
@@ -66,6 +85,20 @@ impl ProbeOffsets {
     fn read(btf: &Btf<'_>) -> Option<Self> {
         let of = |member| btf.offset("kprobe", member).map(u64::from);
         Some(Self { node: of("hlist")?, address: of("addr")? })
+    }
+}
+
+impl LivepatchOffsets {
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        let ops = |member| btf.offset("klp_ops", member).map(u64::from);
+        let func = |member| btf.offset("klp_func", member).map(u64::from);
+        Some(Self {
+            node: ops("node")?,
+            stack: ops("func_stack")?,
+            stack_node: func("stack_node")?,
+            old: func("old_func")?,
+            old_size: func("old_size")?,
+        })
     }
 }
 

@@ -57,7 +57,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// Those whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 9] = [
+pub(crate) const STRUCTURES: [Structure; 11] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -79,6 +79,8 @@ pub(crate) const STRUCTURES: [Structure; 9] = [
     ("mutex", 32, &[("owner", 0)]),
     ("task_struct", 64, &[("comm", 16)]),
     ("kprobe", 64, &[("hlist", 0), ("addr", 40)]),
+    ("klp_ops", 64, &[("node", 0), ("func_stack", 16)]),
+    ("klp_func", 64, &[("old_func", 16), ("old_size", 24), ("stack_node", 40)]),
     ("module_memory", 16, &[("base", 0), ("size", 8)]),
     ("mod_kallsyms", 32, &[("symtab", 0), ("num_symtab", 8), ("strtab", 16), ("typetab", 24)]),
     ("paravirt_patch_template", 64, &[("lock", 16)]),
@@ -188,6 +190,9 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
     k.put("modules", b'D', &[0; 16]);
     k.put("text_mutex", b'D', &[0; 32]);
     k.put("kprobe_table", b'd', &[0; 512]);
+    k.align();
+    let livepatches = k.here().to_le_bytes();
+    k.put("klp_ops", b'd', &[livepatches, livepatches].concat());
     k.put("boot_cpu_data", b'D', &[0; 256]);
     k.put("pv_ops", b'D', &[0; 64]);
     k.table("__start___jump_table", "__stop___jump_table", move |at| {

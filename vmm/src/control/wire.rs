@@ -181,6 +181,9 @@ pub struct PatchSummary {
     pub sites: usize,
     /// At how many of them the guest has replaced it.
     pub superseded: usize,
+    /// How many of them lie in functions that livepatches of the guest's own replace: what was
+    /// changed there is not executed.
+    pub livepatched: usize,
     /// What its plan says about writes of the guest's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_guest_write: Option<Policy>,

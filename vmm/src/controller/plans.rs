@@ -95,7 +95,8 @@ impl Controller {
             // A name may be used again after its patch was reverted.
             self.patches.retain(|patch| patch.plan.name != plan.name);
             self.watch(&plan);
-            self.patches.push(Applied { plan, state: report.state, report: report.clone(), superseded: 0 });
+            let (state, report) = (report.state, report.clone());
+            self.patches.push(Applied { plan, state, report, superseded: 0, livepatched: 0 });
         }
         Answer::Report(Box::new(report))
     }

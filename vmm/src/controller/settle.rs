@@ -7,6 +7,7 @@ use patcher::expand::Datum;
 use patcher::guard::{Policy, stands};
 use patcher::insn;
 use patcher::kernel::live::read;
+use patcher::kernel::livepatches::livepatched;
 use patcher::refusal::Refused;
 use patcher::resolve::{ResolvedPlan, Site, probed};
 
@@ -44,6 +45,9 @@ impl Controller {
             return;
         }
         (self.unsettled, self.settled) = (false, Instant::now());
+        if self.guard.take_beside() {
+            self.look_for_livepatches();
+        }
         for name in self.guard.take_touched() {
             let Ok(index) = self.find(&name) else { continue };
             let Some(kernel) =
@@ -60,6 +64,29 @@ impl Controller {
             } else if !changed.is_empty() {
                 self.decide(index, changed);
             }
+        }
+    }
+
+    /// Looks which patches lie in functions that livepatches of the guest's own replace, and tells
+    /// what changed. Their code stays as it is: it is theirs again when the livepatch is gone.
+    pub(super) fn look_for_livepatches(&mut self) {
+        let Some(kernel) = &self.kernel else { return };
+        // If the list can't be read it is being changed: that will be seen the next time.
+        let Ok(functions) = livepatched(&kernel.kernel(), kernel) else { return };
+        let is_in_vain = |site: &&Site| functions.iter().any(|function| function.contains(&site.at));
+        let mut news = Vec::new();
+        for patch in self.patches.iter_mut().filter(|patch| patch.state == PatchState::Applied) {
+            let sites = patch.plan.sites.iter().filter(is_in_vain).count();
+            if sites != std::mem::replace(&mut patch.livepatched, sites) {
+                let what = match sites {
+                    0 => "in no function that the guest livepatches any more".to_owned(),
+                    sites => format!("not executed at {sites} sites: the guest livepatches their functions"),
+                };
+                news.push((patch.plan.name.clone(), what));
+            }
+        }
+        for (name, what) in news {
+            self.tell_conflict(&name, what);
         }
     }
 

@@ -57,6 +57,8 @@ struct State {
     watched: BTreeMap<u64, Vec<Arc<Watched>>>,
     /// Patches whose sites were written to.
     touched: BTreeSet<Arc<str>>,
+    /// Something on the page of a site was written to.
+    beside: bool,
     /// The page of the gate before init, while that is closed.
     gate: Option<u64>,
 }
@@ -241,6 +243,12 @@ impl Guard {
         }
     }
 
+    /// Whether anything on the pages of sites was written to since this was last asked: the guest
+    /// may lead its vCPUs past a site by what it writes beside it.
+    pub fn take_beside(&self) -> bool {
+        std::mem::take(&mut self.lock().beside)
+    }
+
     /// Patches whose sites were written to since this was last asked.
     pub fn take_touched(&self) -> Vec<Arc<str>> {
         std::mem::take(&mut self.lock().touched).into_iter().collect()
@@ -333,8 +341,10 @@ impl Guard {
             self.perform(write)?;
         }
         self.hits.fetch_add(1, SeqCst);
-        let untold = state.touched.is_empty() && !touched.is_empty();
+        let was_told = !state.touched.is_empty() || state.beside;
         state.touched.extend(touched.iter().map(|site| site.patch.clone()));
+        state.beside |= write.pieces.iter().any(|(at, _)| state.watched.contains_key(&(at.0 & !(PAGE - 1))));
+        let untold = !was_told && (!state.touched.is_empty() || state.beside);
         drop(state);
         let kind = if by_patcher { Kind::GuestWrite } else { Kind::UnexpectedWrite };
         self.events.tell(kind, || self.news(write, here.last().map(|site| &***site), done));

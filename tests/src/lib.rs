@@ -6,6 +6,7 @@ pub mod guard;
 pub mod lab;
 pub mod matrix;
 pub mod oracle;
+pub mod overcommit;
 pub mod selfpatching;
 pub mod signal;
 pub mod spinlocks;

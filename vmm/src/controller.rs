@@ -79,8 +79,8 @@ pub enum Answer {
     Info(Box<Info>),
     /// Where the vCPUs stand.
     Vcpus(Vec<VcpuLine>),
-    /// Done, with nothing to tell.
-    Done,
+    /// Done, with nothing to tell but how long it took from the request on.
+    Done(Duration),
     /// What a program did.
     Report(Box<Report>),
     /// A plan fits the guest.
@@ -98,7 +98,8 @@ pub enum Answer {
 }
 
 enum Message {
-    Command(Command, Box<dyn FnOnce(Answer) + Send>),
+    /// A command, when it was given, and who waits for the answer.
+    Command(Command, Instant, Box<dyn FnOnce(Answer) + Send>),
     Located(Located, Box<dyn FnOnce() + Send>),
     ProtectedWrite(Box<dyn FnOnce() + Send>),
     Touched,
@@ -112,7 +113,7 @@ impl Controls {
     /// Gives a command; `reply` is called with the answer, on the controller's thread.
     /// Returns `false` when the controller has ended.
     pub fn give(&self, command: Command, reply: impl FnOnce(Answer) + Send + 'static) -> bool {
-        self.0.send(Message::Command(command, Box::new(reply))).is_ok()
+        self.0.send(Message::Command(command, Instant::now(), Box::new(reply))).is_ok()
     }
 
     /// Tells where the kernel is and waits until that is dealt with.
@@ -250,7 +251,7 @@ impl Controller {
     fn serve(mut self, messages: &Receiver<Message>) {
         while let Some(message) = self.next(messages) {
             match message {
-                Message::Command(command, reply) => reply(self.obey(command)),
+                Message::Command(command, asked, reply) => reply(self.obey(command, asked)),
                 Message::Located(found, done) => {
                     self.located = Some(found);
                     self.close_gate();
@@ -278,7 +279,7 @@ impl Controller {
         messages.recv().ok()
     }
 
-    fn obey(&mut self, command: Command) -> Answer {
+    fn obey(&mut self, command: Command, asked: Instant) -> Answer {
         match command {
             Command::Info => Answer::Info(Box::new(self.info())),
             Command::Vcpus => match self.vcpus() {
@@ -286,15 +287,18 @@ impl Controller {
                 Err(error) => Answer::Failed(error.to_string()),
             },
             Command::Pause => match self.rendezvous.pause(PAUSE_PATIENCE) {
-                Ok(()) => Answer::Done,
+                Ok(()) => Answer::Done(asked.elapsed()),
                 Err(error) => Answer::Failed(error.to_string()),
             },
             Command::Resume => {
                 self.rendezvous.resume();
-                Answer::Done
+                Answer::Done(asked.elapsed())
             }
-            Command::RemoveArena => self.remove_arena(),
-            Command::Apply(json) => self.apply(&json),
+            Command::RemoveArena => match self.remove_arena() {
+                Ok(()) => Answer::Done(asked.elapsed()),
+                Err(answer) => answer,
+            },
+            Command::Apply(json) => self.apply(&json, asked),
             Command::Check(json) => match self.prepare(&json) {
                 Ok((_, program)) => Answer::Fits(Box::new(Fits {
                     state: "fits",
@@ -320,7 +324,7 @@ impl Controller {
                 Ok(index) => Answer::Report(Box::new(self.patches[index].report.clone())),
                 Err(refusal) => refused(refusal),
             },
-            Command::Revert(name) => self.revert(&name),
+            Command::Revert(name) => self.revert(&name, asked),
         }
     }
 
@@ -414,12 +418,12 @@ impl Controller {
     }
 
     /// Removes the arena once nobody is in a copy or may come back to one.
-    fn remove_arena(&mut self) -> Answer {
-        let Some(mut arena) = self.arena.take().filter(GuestArena::is_mapped) else { return Answer::Done };
+    fn remove_arena(&mut self) -> Result<(), Answer> {
+        let Some(mut arena) = self.arena.take().filter(GuestArena::is_mapped) else { return Ok(()) };
         let removed = self.unmap(&mut arena);
         // If it had to stay, the copies stay too; otherwise it begins anew.
         self.arena = Some(arena).filter(GuestArena::is_mapped);
-        removed.err().unwrap_or(Answer::Done)
+        removed
     }
 
     fn unmap(&mut self, arena: &mut GuestArena) -> Result<(), Answer> {
@@ -460,7 +464,7 @@ impl Controller {
         if !self.guard.is_gate_closed() {
             return;
         }
-        self.settle_at_init(Self::apply);
+        self.settle_at_init(|controller, plan| controller.apply(plan, Instant::now()));
         if self.config.guard
             && let Err(why) = self.guard_text()
         {

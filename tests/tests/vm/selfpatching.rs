@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tests::matrix::matrix_on;
-use tests::selfpatching::{beside, contended, same_page};
+use tests::selfpatching::{contended, same_page};
 use tests::targets::both_kernels;
 
 use super::Test;
@@ -13,5 +13,4 @@ pub(crate) const TESTS: &[Test] = &[
     ("selfpatching::the_matrix_on_6_1", |lab| matrix_on(lab, &both_kernels(lab, 4)[0], 3)),
     ("selfpatching::the_matrix_on_6_12", |lab| matrix_on(lab, &both_kernels(lab, 4)[1], 3)),
     ("selfpatching::on_the_same_page", |lab| same_page(lab, Duration::from_secs(20))),
-    ("selfpatching::in_every_way_beside_our_sites", |lab| beside(lab, 4)),
 ];

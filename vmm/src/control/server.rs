@@ -328,7 +328,10 @@ async fn body(request: Request<Incoming>) -> Result<Vec<u8>, Reply> {
 fn reply(answer: Answer) -> Reply {
     match answer {
         Answer::Info(info) => json(StatusCode::OK, &info),
-        Answer::Done => json(StatusCode::OK, &serde_json::json!({ "state": "done" })),
+        Answer::Done(took) => {
+            let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+            json(StatusCode::OK, &serde_json::json!({ "state": "done", "took_us": took_us }))
+        }
         Answer::Report(report) => json(status(&report), &report),
         Answer::Fits(fits) => json(StatusCode::OK, &fits),
         Answer::Program(program) => json(StatusCode::OK, &program),

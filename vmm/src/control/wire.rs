@@ -156,7 +156,7 @@ pub struct Report {
 /// How long things took, in microseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Timing {
-    /// From taking the request to its end.
+    /// From when the request was there, whole, to its end.
     pub total_us: u64,
     /// Of that, the program.
     pub program_us: u64,

@@ -80,8 +80,7 @@ impl Controller {
         compile(plan, self.host, arena)
     }
 
-    pub(super) fn apply(&mut self, json: &[u8]) -> Answer {
-        let asked = Instant::now();
+    pub(super) fn apply(&mut self, json: &[u8], asked: Instant) -> Answer {
         let (plan, program) = match self.prepare(json) {
             Ok(prepared) => prepared,
             Err(refused) => return Answer::Refused(Refusals::new(refused)),
@@ -101,8 +100,7 @@ impl Controller {
         Answer::Report(Box::new(report))
     }
 
-    pub(super) fn revert(&mut self, name: &str) -> Answer {
-        let asked = Instant::now();
+    pub(super) fn revert(&mut self, name: &str, asked: Instant) -> Answer {
         let root = |refusal: Refusal| vec![refusal.at_root()];
         let found = self.not_held().and_then(|()| self.find(name)).map_err(root);
         let reverted = found.and_then(|index| {
@@ -151,7 +149,7 @@ impl Controller {
     /// Reverts a patch, or what the guest has left of it.
     fn run_back(&mut self, mut back: ResolvedPlan, asked: Instant) -> Result<Report, Vec<Refused>> {
         let root = |refusal: Refusal| vec![refusal.at_root()];
-        let until = asked + Duration::from_millis(back.deadline_ms);
+        let until = Instant::now() + Duration::from_millis(back.deadline_ms);
         let (mut superseded, mut again) = (0, AGAIN);
         loop {
             let program = self.compile(&back)?;

@@ -1,0 +1,194 @@
+//! What must hold: ratios between figures of the same run.
+
+use serde::Serialize;
+
+use super::cases::{HOGS, Host, Method, VCPUS, Work};
+use super::record::{Cell, Line, Sample, Spread};
+
+/// A bar, and what was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Bar {
+    /// What must hold.
+    pub claim: &'static str,
+    /// Where it was looked at.
+    pub on: String,
+    /// The figures.
+    pub found: String,
+    /// Whether it holds.
+    pub holds: bool,
+}
+
+/// Every bar that these cells have figures for.
+#[must_use]
+pub fn bars(cells: &[Cell], lines: &[Line]) -> Vec<Bar> {
+    let mut bars = Vec::new();
+    flat(cells, &mut bars);
+    for vcpus in VCPUS {
+        for vms in [1, 2] {
+            faster(cells, Host { vcpus, busy: true, hogs: HOGS, vms }, &mut bars);
+        }
+    }
+    for cell in cells
+        .iter()
+        .filter(|cell| cell.work == Work::Key && cell.method == Method::Breakpoint && cell.host.busy)
+    {
+        key(cells, cell, &mut bars);
+    }
+    for cell in cells.iter().filter(|cell| cell.work == Work::ManySites) {
+        let one = find(cells, cell.host, Work::OneSite, cell.method);
+        ratio(
+            "4,096 sites take at most 20 times as long as one",
+            format!("{}: {}, medians", cell.host, cell.method),
+            (
+                cell.applied().map(|spread| spread.median),
+                one.and_then(Cell::applied).map(|spread| spread.median),
+            ),
+            |many, one| many <= 20 * one,
+            &mut bars,
+        );
+    }
+    firecracker(cells, lines, &mut bars);
+    bars
+}
+
+fn find(cells: &[Cell], host: Host, work: Work, method: Method) -> Option<&Cell> {
+    cells.iter().find(|cell| (cell.host, cell.work, cell.method) == (host, work, method))
+}
+
+fn ratio(
+    claim: &'static str,
+    on: String,
+    figures: (Option<u64>, Option<u64>),
+    holds: fn(u64, u64) -> bool,
+    bars: &mut Vec<Bar>,
+) {
+    if let (Some(one), Some(other)) = figures {
+        bars.push(Bar { claim, on, found: format!("{one} us and {other} us"), holds: holds(one, other) });
+    }
+}
+
+/// Neither holds nor fences depend on the number of vCPUs.
+fn flat(cells: &[Cell], bars: &mut Vec<Bar>) {
+    let host = |vcpus| Host { vcpus, busy: true, hogs: HOGS, vms: 1 };
+    let [few, .., many] = VCPUS.map(host);
+    let of = |host, method, what: fn(&Sample) -> Option<u64>| {
+        find(cells, host, Work::OneSite, method)?.of(what).map(|spread| spread.p90)
+    };
+    let at_most_twice = |many, few| many <= 2 * few;
+    for (claim, method, what) in [
+        (
+            "hold is flat: p90 with 32 vCPUs at most twice that with 2",
+            Method::Hold,
+            (|sample| Some(sample.applied)) as fn(&Sample) -> Option<u64>,
+        ),
+        ("fences are flat: p90 with 32 vCPUs at most twice that with 2", Method::Breakpoint, |sample| {
+            sample.fence
+        }),
+    ] {
+        let figures = (of(many, method, what), of(few, method, what));
+        ratio(claim, format!("busy, {HOGS} hogs"), figures, at_most_twice, bars);
+    }
+}
+
+/// A hold does not wait for preempted vCPUs; others do.
+fn faster(cells: &[Cell], host: Host, bars: &mut Vec<Bar>) {
+    let p90 = |method| find(cells, host, Work::OneSite, method)?.applied().map(|spread: Spread| spread.p90);
+    ratio(
+        "hold: p90 at least 10 times below that of a signal-and-wait pause",
+        host.to_string(),
+        (p90(Method::Hold), p90(Method::Pause)),
+        |hold, pause| 10 * hold <= pause,
+        bars,
+    );
+    ratio(
+        "hold: p90 at least 20 times below that of the guest's stop_machine",
+        host.to_string(),
+        (p90(Method::Hold), p90(Method::StopMachine)),
+        |hold, stop| 20 * hold <= stop,
+        bars,
+    );
+}
+
+/// A key with many sites.
+fn key(cells: &[Cell], ours: &Cell, bars: &mut Vec<Bar>) {
+    let theirs = find(cells, ours.host, Work::Key, Method::TextPoke);
+    let median = |cell: &Cell| cell.applied().map(|spread| spread.median);
+    ratio(
+        "breakpoint on the many-site key at least 10 times faster than the guest's own text_poke",
+        format!("{}, medians", ours.host),
+        (median(ours), theirs.and_then(median)),
+        |ours, theirs| 10 * ours <= theirs,
+        bars,
+    );
+    let without_traps = || ours.samples.iter().filter(|sample| sample.traps == 0);
+    let longest = |what: fn(&Sample) -> Option<u64>| without_traps().filter_map(what).max();
+    ratio(
+        "no vCPU that hits no site stalls longer than one fence",
+        format!("{}, {} changes without a trap", ours.host, without_traps().count()),
+        (longest(|sample| sample.stall), longest(|sample| sample.fence)),
+        |stall, fence| stall <= fence,
+        bars,
+    );
+}
+
+/// Firecracker 1.17 on the same rig.
+fn firecracker(cells: &[Cell], lines: &[Line], bars: &mut Vec<Bar>) {
+    for (vcpus, limit_ms) in [("4 vCPUs: from start", 3500), ("8 vCPUs: from start", 4000)] {
+        let line = lines.iter().find(|line| line.name.starts_with(vcpus));
+        if let Some(median) = line.and_then(|line| Spread::of(line.values.iter().copied())).map(|s| s.median)
+        {
+            bars.push(Bar {
+                claim: "a guest is up sooner than with Firecracker 1.17 (3.5 s, 4.0 s)",
+                on: vcpus.split(':').next().unwrap_or(vcpus).to_owned(),
+                found: format!("{median} ms"),
+                holds: median < limit_ms,
+            });
+        }
+    }
+    let host = Host { vcpus: 8, busy: true, hogs: HOGS, vms: 1 };
+    if let Some(pause) = find(cells, host, Work::OneSite, Method::Pause).and_then(Cell::applied) {
+        bars.push(Bar {
+            claim: "pausing is faster than with Firecracker 1.17 (median 11.6 ms, p90 15.5 ms)",
+            on: host.to_string(),
+            found: format!("median {} us, p90 {} us", pause.median, pause.p90),
+            holds: pause.median < 11_600 && pause.p90 < 15_500,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cell(vcpus: u8, work: Work, method: Method, applied: u64) -> Cell {
+        let host = Host { vcpus, busy: true, hogs: HOGS, vms: 1 };
+        let sample = Sample { applied, stall: Some(5), fence: Some(applied), ..Sample::default() };
+        Cell {
+            host,
+            work,
+            method,
+            samples: vec![sample; 30],
+            failures: Vec::new(),
+            kernel_errors: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn bars_hold_or_not() {
+        use Method::{Breakpoint, Hold, Pause, StopMachine, TextPoke};
+        let cells = |slow: u64| {
+            vec![
+                cell(2, Work::OneSite, Hold, 100),
+                cell(32, Work::OneSite, Hold, 200 + slow),
+                cell(32, Work::OneSite, Pause, 2000),
+                cell(32, Work::OneSite, StopMachine, 4000),
+                cell(32, Work::ManySites, Hold, 4000),
+                cell(8, Work::Key, Breakpoint, 100 + slow),
+                cell(8, Work::Key, TextPoke, 1000),
+            ]
+        };
+        let verdicts = |slow| bars(&cells(slow), &[]).iter().map(|bar| bar.holds).collect::<Vec<_>>();
+        assert_eq!(verdicts(0), [true; 6]);
+        assert_eq!(verdicts(1), [false, false, false, false, true, true]);
+    }
+}

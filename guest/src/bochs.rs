@@ -1,28 +1,23 @@
 //! The rig's second emulator: Bochs, with VMX and EPT, from the distribution's package. Slow,
 //! but an Intel processor, and written by others.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::kernel::Kernel;
 use crate::progress::Step;
 use crate::{AtPath, Error, output_of, packages};
 
-const PACKAGES: &[&str] = &[
-    "bochs",
-    "bochs-term",
-    "bochsbios",
-    "vgabios",
-    "grub-common",
-    "grub-pc-bin",
-    "xorriso",
-    "mtools",
-    "bsdutils",
-];
+const PACKAGES: &[&str] =
+    &["bochs", "bochs-term", "bochsbios", "vgabios", "grub-common", "grub-pc-bin", "xorriso", "mtools"];
 const MEMORY_MIB: &str = "2048";
 /// How long Bochs may take until it connects to its second serial line.
 const CONNECT: Duration = Duration::from_secs(60);
@@ -72,7 +67,7 @@ pub(crate) fn machine(
          com1: enabled=1, mode=file, dev=\"{}\"\n\
          com2: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
          log: {}\n\
-         panic: action=fatal\nerror: action=report\ninfo: action=ignore\ndebug: action=ignore\n\
+         panic: action=fatal\nerror: action=ignore\ninfo: action=ignore\ndebug: action=ignore\n\
          clock: sync=none\nsound: waveoutdrv=dummy\nspeaker: enabled=0\n",
         at("disc.iso"),
         at("console"),
@@ -81,12 +76,23 @@ pub(crate) fn machine(
     fs::write(folder.join("settings"), settings).at(folder)?;
     // The package has the debugger compiled in, which waits for a command to go on.
     fs::write(folder.join("go"), "c\n").at(folder)?;
-    // It draws on a terminal, and this process may have none.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "script", "-qec"]);
-    command.arg(format!("exec bochs -q -f '{}' -rc '{}'", at("settings"), at("go"))).arg("/dev/null");
-    command.env("TERM", "xterm");
+    command.args(["--pdeathsig", "KILL", "bochs", "-q", "-f", &at("settings"), "-rc", &at("go")]);
+    let terminal = terminal().at("a pseudo-terminal")?;
+    command.env("TERM", "xterm").stdin(terminal.try_clone().at("a pseudo-terminal")?).stdout(terminal);
     Ok((command, wire))
+}
+
+/// A terminal that nobody looks at: Bochs has to draw on one.
+fn terminal() -> io::Result<File> {
+    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+    grantpt(&person)?;
+    unlockpt(&person)?;
+    let path = ptsname(&person, Vec::new())?.into_string().map_err(io::Error::other)?;
+    let terminal = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path)?;
+    // Until Bochs has ended, which is an error to read.
+    thread::spawn(move || io::copy(&mut File::from(person), &mut io::sink()));
+    Ok(terminal)
 }
 
 /// The second serial line, once the machine was started.
@@ -102,7 +108,7 @@ pub(crate) fn accept(listener: &TcpListener) -> Result<TcpStream, Error> {
                 return Ok(wire);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
-                std::thread::sleep(Duration::from_millis(50));
+                thread::sleep(Duration::from_millis(50));
             }
             Err(error) => return Err(error).at(at),
         }

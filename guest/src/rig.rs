@@ -96,8 +96,7 @@ impl Rig {
                 (command, None, BOOT_DEADLINE)
             }
             Emulator::Bochs => {
-                let (mut command, wire) = bochs::machine(kernel, &initrd, &folder)?;
-                command.stdin(Stdio::null()).stdout(Stdio::null());
+                let (command, wire) = bochs::machine(kernel, &initrd, &folder)?;
                 (command, Some(wire), BOCHS_BOOT_DEADLINE)
             }
         };

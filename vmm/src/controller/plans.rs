@@ -24,7 +24,7 @@ use crate::live::Live;
 const LOOK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How often a patch is reverted again that the guest changed meanwhile.
-const AGAIN: usize = 3;
+const AGAIN: usize = 10;
 
 impl Controller {
     fn resolve(&mut self, json: &[u8]) -> Result<ResolvedPlan, Vec<Refused>> {

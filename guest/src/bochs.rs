@@ -1,7 +1,7 @@
 //! The rig's second emulator: Bochs, with VMX and EPT, from the distribution's package. Slow,
 //! but an Intel processor, and written by others.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,8 +9,6 @@ use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::kernel::Kernel;
 use crate::progress::Step;
@@ -78,21 +76,30 @@ pub(crate) fn machine(
     fs::write(folder.join("go"), "c\n").at(folder)?;
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "bochs", "-q", "-f", &at("settings"), "-rc", &at("go")]);
-    let terminal = terminal().at("a pseudo-terminal")?;
-    command.env("TERM", "xterm").stdin(terminal.try_clone().at("a pseudo-terminal")?).stdout(terminal);
+    command.env("TERM", "xterm");
     Ok((command, wire))
 }
 
-/// A terminal that nobody looks at: Bochs has to draw on one.
-fn terminal() -> io::Result<File> {
-    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
-    grantpt(&person)?;
-    unlockpt(&person)?;
-    let path = ptsname(&person, Vec::new())?.into_string().map_err(io::Error::other)?;
-    let terminal = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path)?;
-    // Until Bochs has ended, which is an error to read.
-    thread::spawn(move || io::copy(&mut File::from(person), &mut io::sink()));
-    Ok(terminal)
+/// Looks at the screen of a Bochs that was started: it draws on a pseudo-terminal that it makes,
+/// and waits for ever once that is full.
+pub(crate) fn watch_screen(pid: u32) {
+    thread::spawn(move || {
+        let terminal = |path: &Path| {
+            let about = fs::read_to_string(path).ok()?;
+            about.lines().find_map(|line| line.strip_prefix("tty-index:"))?.trim().parse::<u32>().ok()
+        };
+        // Until there is one, or Bochs has ended.
+        while let Ok(open) = fs::read_dir(format!("/proc/{pid}/fdinfo")) {
+            if let Some(number) = open.flatten().find_map(|file| terminal(&file.path())) {
+                let mut options = OpenOptions::new();
+                let screen =
+                    options.read(true).custom_flags(libc::O_NOCTTY).open(format!("/dev/pts/{number}"));
+                return screen.and_then(|mut screen| io::copy(&mut screen, &mut io::sink()));
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(0)
+    });
 }
 
 /// The second serial line, once the machine was started.

@@ -96,7 +96,8 @@ impl Rig {
                 (command, None, BOOT_DEADLINE)
             }
             Emulator::Bochs => {
-                let (command, wire) = bochs::machine(kernel, &initrd, &folder)?;
+                let (mut command, wire) = bochs::machine(kernel, &initrd, &folder)?;
+                command.stdin(Stdio::null()).stdout(Stdio::null());
                 (command, Some(wire), BOCHS_BOOT_DEADLINE)
             }
         };
@@ -107,6 +108,7 @@ impl Rig {
             })?;
         let (requests, replies): (Box<dyn Write + Send>, Box<dyn Read + Send>) = match wire {
             Some(wire) => {
+                bochs::watch_screen(child.id());
                 let wire = bochs::accept(&wire)?;
                 (Box::new(wire.try_clone().at("the rig's serial line")?), Box::new(wire))
             }

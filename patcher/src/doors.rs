@@ -91,10 +91,8 @@ fn door(kernel: &Kernel<'_>, text: &dyn Text, sites: &[Site], name: &str) -> Opt
     let marker = insn::marker(&code);
     let at = insn::decode(&code[marker..], entry.plus(marker)?).find(|insn| !kernel.is_fentry(insn.at))?.at;
     let byte = code[at.offset_from(entry)?];
-    let (tables, linked) = (kernel.image.tables(), kernel.linked(at));
     let taken = byte == INT3
-        || tables.jump_entries.iter().flatten().any(|entry| entry.code == linked)
-        || tables.static_call_sites.iter().flatten().any(|site| site.code == linked)
+        || kernel.image.tables().is_switched(kernel.linked(at))
         || sites.iter().any(|site| site.at <= at && at < site.end());
     (!taken).then_some((at, byte))
 }

@@ -16,7 +16,7 @@ use patcher::kernel::{Kernel, KernelImage, Modules, Text};
 use patcher::refusal::Refusal;
 
 use crate::memory::GuestRam;
-use crate::paging::{Mapping, PageTables, Piece};
+use crate::paging::{LastLarge, Mapping, PageTables, Piece, pieces};
 
 const MSR_LSTAR: u32 = 0xc000_0082;
 /// Kernel text lies in the upper half.
@@ -135,6 +135,57 @@ impl GuestKernel {
         replaced.map_err(|_| format!("the page-table entry at {at} was changed by somebody else"))
     }
 
+    /// The physical pieces of a range, all of them, or the first address that has none.
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
+        self.tables.pieces_in(&self.ram, at, length)
+    }
+}
+
+impl Text for GuestKernel {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        self.tables.read_in(&self.ram, at, into)
+    }
+}
+
+/// The kernel's memory for somebody who goes from site to site: where its text is mapped is looked
+/// up once, until that is to be forgotten.
+#[derive(Debug)]
+pub struct Sites<'k> {
+    kernel: &'k GuestKernel,
+    last: LastLarge,
+}
+
+impl<'k> Sites<'k> {
+    /// Knows nothing yet.
+    #[must_use]
+    pub fn of(kernel: &'k GuestKernel) -> Self {
+        Self { kernel, last: LastLarge::default() }
+    }
+
+    /// Looks up anew from here on.
+    pub fn forget(&self) {
+        self.last.forget();
+    }
+
+    fn translate(&self, at: Gva) -> Option<Mapping> {
+        self.last.translate(at, |at| self.kernel.translate(at))
+    }
+
+    /// Whether memory holds these bytes; what else it holds, if not.
+    ///
+    /// # Errors
+    /// The first address that is not mapped, or is not RAM.
+    pub fn compare(&self, at: Gva, bytes: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
+        let mut found = vec![0; bytes.len()];
+        let mut rest = &mut found[..];
+        for (piece, size) in pieces(at, bytes.len(), |at| self.translate(at))? {
+            let (now, later) = rest.split_at_mut(size);
+            self.kernel.ram.read(piece, now).map_err(|_| at)?;
+            rest = later;
+        }
+        Ok(if found == bytes { Ok(()) } else { Err(found) })
+    }
+
     /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).
     ///
     /// # Errors
@@ -142,12 +193,7 @@ impl GuestKernel {
     /// not RAM. Nothing was written then.
     pub fn exchange(&self, at: Gva, old: &[u8], new: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
         let mapping = self.translate(at).ok_or(at)?;
-        self.ram.exchange(mapping.at, old, new).map_err(|_| at)
-    }
-
-    /// The physical pieces of a range, all of them, or the first address that has none.
-    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
-        self.tables.pieces_in(&self.ram, at, length)
+        self.kernel.ram.exchange(mapping.at, old, new).map_err(|_| at)
     }
 
     /// Writes guest memory. Nothing is written unless the whole range is mapped.
@@ -156,17 +202,11 @@ impl GuestKernel {
     /// The first address that is not mapped, or is not RAM.
     pub fn write(&self, at: Gva, bytes: &[u8]) -> Result<(), Gva> {
         let mut rest = bytes;
-        for (piece, size) in self.pieces(at, bytes.len())? {
+        for (piece, size) in pieces(at, bytes.len(), |at| self.translate(at))? {
             let (now, later) = rest.split_at(size);
-            self.ram.write(piece, now).map_err(|_| at)?;
+            self.kernel.ram.write(piece, now).map_err(|_| at)?;
             rest = later;
         }
         Ok(())
-    }
-}
-
-impl Text for GuestKernel {
-    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
-        self.tables.read_in(&self.ram, at, into)
     }
 }

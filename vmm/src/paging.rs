@@ -3,6 +3,8 @@
 //! The guest's memory is not trusted: whatever the tables hold, a walk ends after as many
 //! loads as there are levels.
 
+use std::cell::Cell;
+
 use kvm_bindings::kvm_sregs;
 use patcher::addr::{Gpa, Gva};
 
@@ -33,6 +35,8 @@ pub struct Mapping {
     pub at: Gpa,
     /// Bytes from there to the end of the page.
     pub left: u64,
+    /// Bytes of the page.
+    pub size: u64,
 }
 
 impl PageTables {
@@ -54,16 +58,7 @@ impl PageTables {
     /// # Errors
     /// The first address that is not mapped.
     pub fn pieces_in(self, ram: &GuestRam, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
-        let mut pieces = Vec::new();
-        let mut done = 0;
-        while done < length {
-            let here = at.plus(done).ok_or(at)?;
-            let mapping = self.translate_in(ram, here).ok_or(here)?;
-            let size = usize::try_from(mapping.left).unwrap_or(usize::MAX).min(length - done);
-            pieces.push((mapping.at, size));
-            done += size;
-        }
-        Ok(pieces)
+        pieces(at, length, |at| self.translate_in(ram, at))
     }
 
     /// Reads what a range leads to.
@@ -123,11 +118,60 @@ impl PageTables {
                 let size = 1 << shift;
                 let base = entry & ADDRESS & !(size - 1);
                 let offset = address.0 & (size - 1);
-                return Some(Mapping { at: Gpa(base + offset), left: size - offset });
+                return Some(Mapping { at: Gpa(base + offset), left: size - offset, size });
             }
             table = entry & ADDRESS;
         }
         None
+    }
+}
+
+/// The pieces of memory that a range leads to, all of them.
+///
+/// # Errors
+/// The first address that is not mapped.
+pub fn pieces(at: Gva, length: usize, translate: impl Fn(Gva) -> Option<Mapping>) -> Result<Vec<Piece>, Gva> {
+    let mut pieces = Vec::new();
+    let mut done = 0;
+    while done < length {
+        let here = at.plus(done).ok_or(at)?;
+        let mapping = translate(here).ok_or(here)?;
+        let size = usize::try_from(mapping.left).unwrap_or(usize::MAX).min(length - done);
+        pieces.push((mapping.at, size));
+        done += size;
+    }
+    Ok(pieces)
+}
+
+/// The large page that was translated last. Kernels map their own text by those, and do not move
+/// them.
+#[derive(Debug, Default)]
+pub struct LastLarge(Cell<Option<(Gva, Mapping)>>);
+
+/// The least size of a large page.
+const LARGE_SIZE: u64 = 2 << 20;
+
+impl LastLarge {
+    /// Translates an address: without the tables, if it is on that page.
+    pub fn translate(&self, at: Gva, walk: impl FnOnce(Gva) -> Option<Mapping>) -> Option<Mapping> {
+        let known = self.0.get().filter(|(start, page)| (start.0..start.0 + page.size).contains(&at.0));
+        if let Some((start, page)) = known {
+            let offset = at.0 - start.0;
+            return Some(Mapping { at: Gpa(page.at.0 + offset), left: page.size - offset, size: page.size });
+        }
+        let found = walk(at)?;
+        let offset = found.size - found.left;
+        // The last page of the address space would end where it begins.
+        if found.size >= LARGE_SIZE && at.0 < u64::MAX - found.size {
+            let page = Mapping { at: Gpa(found.at.0 - offset), left: found.size, size: found.size };
+            self.0.set(Some((Gva(at.0 - offset), page)));
+        }
+        Some(found)
+    }
+
+    /// Forgets it.
+    pub fn forget(&self) {
+        self.0.set(None);
     }
 }
 
@@ -150,17 +194,17 @@ mod tests {
         let pml4 = (0x1000 + 8 * 511, 0x2003);
         assert_eq!(
             walk(FOUR, &[pml4, (0x2000 + 8 * 510, 0x4000_0083)], KERNEL),
-            Some(Mapping { at: Gpa(0x4123_4567), left: 0x4000_0000 - 0x0123_4567 })
+            Some(Mapping { at: Gpa(0x4123_4567), left: 0x4000_0000 - 0x0123_4567, size: 0x4000_0000 })
         );
         let pdpt = (0x2000 + 8 * 510, 0x3003);
         assert_eq!(
             walk(FOUR, &[pml4, pdpt, (0x3000 + 8 * 9, 0x0060_0083)], KERNEL),
-            Some(Mapping { at: Gpa(0x0063_4567), left: 0x20_0000 - 0x3_4567 })
+            Some(Mapping { at: Gpa(0x0063_4567), left: 0x20_0000 - 0x3_4567, size: 0x20_0000 })
         );
         let directory = (0x3000 + 8 * 9, 0x4003);
         assert_eq!(
             walk(FOUR, &[pml4, pdpt, directory, (0x4000 + 8 * 0x34, 0x8000_0000_0000_9003)], KERNEL),
-            Some(Mapping { at: Gpa(0x9567), left: 0x1000 - 0x567 })
+            Some(Mapping { at: Gpa(0x9567), left: 0x1000 - 0x567, size: 0x1000 })
         );
         let five = PageTables { root: Gpa(0x7000), levels: 5 };
         let top = (0x7000 + 8 * 511, 0x1003);
@@ -168,6 +212,29 @@ mod tests {
             walk(five, &[top, pml4, (0x2000 + 8 * 510, 0x4000_0083)], KERNEL).map(|m| m.at),
             Some(Gpa(0x4123_4567))
         );
+    }
+
+    #[test]
+    fn a_large_page_is_walked_to_once() {
+        let last = LastLarge::default();
+        let page = |at: Gva, size: u64| {
+            let offset = at.0 % size;
+            Some(Mapping { at: Gpa(0x800_0000 + offset), left: size - offset, size })
+        };
+        let large = |at: Gva| page(at, 2 << 20);
+        let start = KERNEL & !((2 << 20) - 1);
+        assert_eq!(last.translate(Gva(KERNEL), large), large(Gva(KERNEL)));
+        for known in [start, KERNEL + 1, start + (2 << 20) - 1] {
+            assert_eq!(last.translate(Gva(known), |_| None), large(Gva(known)));
+        }
+        for other in [start - 1, start + (2 << 20)] {
+            assert_eq!(last.translate(Gva(other), |_| None), None);
+        }
+        last.forget();
+        assert_eq!(last.translate(Gva(KERNEL), |_| None), None);
+        let small = |at: Gva| page(at, 4096);
+        assert_eq!(last.translate(Gva(KERNEL), small), small(Gva(KERNEL)));
+        assert_eq!(last.translate(Gva(KERNEL), |_| None), None, "a small page is not remembered");
     }
 
     #[test]

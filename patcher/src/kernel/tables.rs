@@ -88,6 +88,8 @@ pub struct Tables {
     pub exceptions: Option<Vec<Gva>>,
     /// Names of the processor's features, by number (`x86_cap_flags`).
     pub features: Vec<(u16, String)>,
+    /// Where static keys' jumps and static calls are, sorted.
+    switched: Vec<Gva>,
     /// The first word of every static key and static call's key, where it is not zero.
     initial: BTreeMap<Gva, u64>,
 }
@@ -125,13 +127,23 @@ impl Tables {
             exceptions: find("__start___ex_table", "__stop___ex_table", "__ex_table")
                 .map(|table| exceptions(table.at, table.bytes)),
             features: features(vmlinux, symbols),
+            switched: Vec::new(),
             initial: BTreeMap::new(),
         };
+        let jumps = tables.jump_entries.iter().flatten().map(|entry| entry.code);
+        tables.switched =
+            sorted(jumps.chain(tables.static_call_sites.iter().flatten().map(|site| site.code)));
         let keys = tables.jump_entries.iter().flatten().map(|entry| entry.key);
         let calls = symbols.iter().filter(|(.., name)| name.starts_with(CALL_KEY)).map(|(at, ..)| at);
         let first = |at| Some((at, u64::from_le_bytes(vmlinux.bytes(at, 8)?.try_into().ok()?)));
         tables.initial = keys.chain(calls).filter_map(first).filter(|(_, word)| *word != 0).collect();
         tables
+    }
+
+    /// Whether a static key's jump or a static call is there.
+    #[must_use]
+    pub fn is_switched(&self, at: Gva) -> bool {
+        self.switched.binary_search(&at).is_ok()
     }
 
     /// What a static key or a static call's key begins with in the image.

@@ -28,11 +28,16 @@ impl Controller {
         self.guard.guard_text(&text).map_err(|error| error.to_string())
     }
 
-    /// Has the guard look after a patch that was applied.
+    /// Has the guard look after a patch that was applied, and looks at it once: its program ended
+    /// before anybody watched.
     pub(super) fn watch(&mut self, plan: &ResolvedPlan) {
         let Some(kernel) = &self.kernel else { return };
         if let Err(error) = self.guard.watch(plan, kernel) {
             self.tell_conflict(&plan.name, format!("its pages are not all guarded: {error}"));
+        }
+        if self.config.guard || plan.on_guest_write.is_some() {
+            self.guard.touch(&plan.name);
+            self.unsettled = true;
         }
     }
 
@@ -45,10 +50,11 @@ impl Controller {
             return;
         }
         (self.unsettled, self.settled) = (false, Instant::now());
-        if self.guard.take_beside() {
+        let news = self.guard.take_news();
+        if news.beside {
             self.look_for_livepatches();
         }
-        for name in self.guard.take_touched() {
+        for name in news.touched {
             let Ok(index) = self.find(&name) else { continue };
             let Some(kernel) =
                 self.kernel.clone().filter(|_| self.patches[index].state == PatchState::Applied)

@@ -92,6 +92,15 @@ pub enum Attempt {
     InFlight,
 }
 
+/// What the guest wrote to, for whoever looks after the patches.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct GuestWrites {
+    /// Something on the page of a site: the guest may lead its vCPUs past the site by that.
+    pub beside: bool,
+    /// Sites of these patches.
+    pub touched: Vec<Arc<str>>,
+}
+
 /// What became of a page that a vCPU writes to in a way that is not known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lift {
@@ -243,15 +252,14 @@ impl Guard {
         }
     }
 
-    /// Whether anything on the pages of sites was written to since this was last asked: the guest
-    /// may lead its vCPUs past a site by what it writes beside it.
-    pub fn take_beside(&self) -> bool {
-        std::mem::take(&mut self.lock().beside)
-    }
-
-    /// Patches whose sites were written to since this was last asked.
-    pub fn take_touched(&self) -> Vec<Arc<str>> {
-        std::mem::take(&mut self.lock().touched).into_iter().collect()
+    /// What the guest wrote to since this was last asked. Taken at once: whoever writes next is the
+    /// first again, and tells.
+    pub fn take_news(&self) -> GuestWrites {
+        let mut state = self.lock();
+        GuestWrites {
+            beside: std::mem::take(&mut state.beside),
+            touched: std::mem::take(&mut state.touched).into_iter().collect(),
+        }
     }
 
     /// Guards the bytes that a program is about to change until the returned scope ends. Who
@@ -505,6 +513,8 @@ fn overlap((at, length): Piece, (other, other_length): Piece) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use patcher::guard::Policy;
+
     use super::*;
 
     const PAGES: u64 = 32;
@@ -586,6 +596,30 @@ mod tests {
         drop(scope);
         assert!(guard.begin(vec![(Gpa(0), 1), (Gpa(2 * PAGES * PAGE), 1)], false).is_err());
         assert!(!is_guarded(0), "nothing stays of what failed");
+    }
+
+    #[test]
+    fn who_writes_first_since_the_last_look_tells() {
+        let guard = guard();
+        guard.guard_text(&(Gpa(0)..Gpa(PAGE))).expect("guarded");
+        let site = Watched {
+            patch: "p".into(),
+            at: Gva(0),
+            policy: Policy::Yield,
+            pieces: vec![(Gpa(100), 5)],
+            is_guarded: true,
+        };
+        guard.lock().watched.insert(0, vec![Arc::new(site)]);
+        let touched = |at: u64| match attempt(&guard, &[(Gpa(at), 1)], &[7]) {
+            Attempt::Done { touched } => touched,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(guard.take_news(), GuestWrites::default());
+        for _ in 0..2 {
+            assert_eq!([touched(50), touched(104), touched(50)], [true, false, false]);
+            assert_eq!(guard.take_news(), GuestWrites { beside: true, touched: vec!["p".into()] });
+        }
+        assert_eq!([touched(104), touched(104)], [true, false]);
     }
 
     #[test]

@@ -57,16 +57,16 @@ pub struct Host {
 pub fn compile(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program, Vec<Refused>> {
     let program = one_way(plan, host, arena)?;
     // Nothing is applied that could not be reverted.
-    one_way(&plan.reversed(), host, arena)?;
+    let strategy = fitting(plan, plan.strategy_back(), host, |site| &site.new_inside)?.0;
+    if strategy == Strategy::Bypass {
+        // The copies that it takes are of other instructions.
+        one_way(&plan.reversed(), host, arena)?;
+    }
     Ok(program)
 }
 
 fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program, Vec<Refused>> {
-    let (strategy, reason) = choose(plan, host);
-    let wrong: Vec<Refused> = plan.sites.iter().filter_map(|site| misfit(plan, strategy, site)).collect();
-    if !wrong.is_empty() {
-        return Err(wrong);
-    }
+    let (strategy, reason) = fitting(plan, plan.strategy, host, |site| &site.old_inside)?;
     let (mut copies, mut doors) = (Vec::new(), Vec::new());
     let steps = match strategy {
         Strategy::Hold => stopped(Step::Hold, plan, &[]),
@@ -88,10 +88,26 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
     Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, doors, locks, steps })
 }
 
-fn choose(plan: &ResolvedPlan, host: Host) -> (Strategy, &'static str) {
-    let inside = plan.sites.iter().any(|site| !site.old_inside.is_empty());
-    match plan.strategy {
-        Strategy::Auto if inside => {
+/// Where a vCPU may stand inside a site before it is changed.
+type Inside = fn(&Site) -> &[Gva];
+
+/// The strategy for a plan that asks for `wanted`, and why. The sites must fit it.
+fn fitting(
+    plan: &ResolvedPlan,
+    wanted: Strategy,
+    host: Host,
+    inside: Inside,
+) -> Result<(Strategy, &'static str), Vec<Refused>> {
+    let (strategy, reason) = choose(plan, wanted, host, inside);
+    let misfit = |site| misfit(plan, strategy, site, inside);
+    let wrong: Vec<Refused> = plan.sites.iter().filter_map(misfit).collect();
+    if wrong.is_empty() { Ok((strategy, reason)) } else { Err(wrong) }
+}
+
+fn choose(plan: &ResolvedPlan, wanted: Strategy, host: Host, inside: Inside) -> (Strategy, &'static str) {
+    let several = plan.sites.iter().any(|site| !inside(site).is_empty());
+    match wanted {
+        Strategy::Auto if several => {
             (Strategy::Inspect, "a vCPU may stand inside a site of several instructions")
         }
         Strategy::Auto if plan.is_conditional() => {
@@ -109,12 +125,12 @@ fn choose(plan: &ResolvedPlan, host: Host) -> (Strategy, &'static str) {
 }
 
 /// Why a site can't be changed by a strategy.
-fn misfit(plan: &ResolvedPlan, strategy: Strategy, site: &Site) -> Option<Refused> {
+fn misfit(plan: &ResolvedPlan, strategy: Strategy, site: &Site, inside: Inside) -> Option<Refused> {
     let at = site.at;
     let refusal = match strategy {
         Strategy::Inspect => return None,
-        _ if plan.is_conditional() || !site.old_inside.is_empty() => {
-            Refusal::MultiInstruction { at, instructions: site.old_inside.len() + 1 }
+        _ if plan.is_conditional() || !inside(site).is_empty() => {
+            Refusal::MultiInstruction { at, instructions: inside(site).len() + 1 }
         }
         Strategy::Store if !site.is_one_store() => Refusal::NotOneStore { at, bytes: site.old.len() },
         _ => return None,
@@ -132,8 +148,12 @@ fn condition(plan: &ResolvedPlan) -> Condition {
     }
 }
 
-fn step(step: Step, undo: impl Into<Vec<Step>>) -> Reversible {
-    Reversible { step, undo: undo.into() }
+fn step(step: Step, undo: impl IntoIterator<Item = Step>) -> Reversible {
+    Reversible { step, undo: undo.into_iter().collect() }
+}
+
+fn check(at: Gva, bytes: &[u8]) -> Step {
+    Step::Check { at, bytes: bytes.into() }
 }
 
 fn fence() -> Reversible {
@@ -143,33 +163,32 @@ fn fence() -> Reversible {
 /// Comparing the old bytes comes right before the first write to a site, so on the way back
 /// it comes right after the last and proves that the site is as it was.
 fn check_old(site: &Site) -> Reversible {
-    let check = Step::Check { at: site.at, bytes: site.old.clone() };
-    step(check.clone(), [check])
+    step(check(site.at, &site.old), [check(site.at, &site.old)])
 }
 
 fn check_new(site: &Site) -> Reversible {
-    step(Step::Check { at: site.at, bytes: site.new.clone() }, [])
+    step(check(site.at, &site.new), [])
 }
 
 fn write(at: Gva, new: &[u8], old: &[u8]) -> Reversible {
-    let to = |bytes: &[u8]| Step::Write { at, bytes: bytes.to_vec() };
+    let to = |bytes: &[u8]| Step::Write { at, bytes: bytes.into() };
     step(to(new), [to(old)])
 }
 
 /// The kernel's own word for the state of the sites, which somebody may have changed.
 fn check_word(datum: &Datum) -> Reversible {
-    step(Step::Check { at: datum.at, bytes: datum.old.clone() }, [])
+    step(check(datum.at, &datum.old), [])
 }
 
 /// Replaces it in one access: the guest counts there, too.
 fn store_word(datum: &Datum) -> Reversible {
-    let over = |old: &[u8], new: &[u8]| Step::Store { at: datum.at, old: old.to_vec(), new: new.to_vec() };
+    let over = |old: &[u8], new: &[u8]| Step::Store { at: datum.at, old: old.into(), new: new.into() };
     step(over(&datum.old, &datum.new), [over(&datum.new, &datum.old)])
 }
 
 /// The guest does not patch itself: nobody has the lock.
 fn check_free(lock: &Gva) -> Reversible {
-    step(Step::Check { at: *lock, bytes: vec![0; 8] }, [])
+    step(check(*lock, &[0; 8]), [])
 }
 
 fn stopped(stop: Step, plan: &ResolvedPlan, doors: &[Door]) -> Vec<Reversible> {
@@ -206,9 +225,9 @@ fn waits((at, _): &Door) -> (Gva, Way) {
 
 /// From the fence on, nobody passes.
 fn shut(doors: &[Door]) -> Vec<Reversible> {
-    let check = |(at, byte): &Door| step(Step::Check { at: *at, bytes: vec![*byte] }, []);
+    let is_open = |(at, byte): &Door| step(check(*at, &[*byte]), []);
     let shut = |(at, byte): &Door| write(*at, &[INT3], &[*byte]);
-    let mut steps: Vec<Reversible> = doors.iter().flat_map(|door| [check(door), shut(door)]).collect();
+    let mut steps: Vec<Reversible> = doors.iter().flat_map(|door| [is_open(door), shut(door)]).collect();
     if !doors.is_empty() {
         steps.push(fence());
     }
@@ -227,12 +246,12 @@ fn open_traps(ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
 
 fn store(plan: &ResolvedPlan) -> Vec<Reversible> {
     let (sites, data) = (&plan.sites, &plan.data);
-    let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.to_vec(), new: new.to_vec() };
+    let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.into(), new: new.into() };
     let mut steps: Vec<Reversible> = plan.patchers.locks.iter().map(check_free).collect();
     for (i, site) in sites.iter().enumerate() {
         // On the way back the fence comes last: nobody executes new code after it.
-        let undo = if i == 0 { vec![Step::Fence] } else { vec![] };
-        steps.push(step(Step::Check { at: site.at, bytes: site.old.clone() }, undo));
+        let undo = (i == 0).then_some(Step::Fence);
+        steps.push(step(check(site.at, &site.old), undo));
     }
     steps.extend(data.iter().map(check_word));
     steps.extend(
@@ -273,8 +292,8 @@ fn bypass(
         match copy {
             Ok(copy) => {
                 // Nothing leads to a copy unless a table says so, so it needs no undo.
-                steps.push(step(Step::Write { at: copy.at, bytes: copy.code.clone() }, []));
-                steps.push(step(Step::Check { at: copy.at, bytes: copy.code.clone() }, []));
+                steps.push(step(Step::Write { at: copy.at, bytes: copy.code.as_slice().into() }, []));
+                steps.push(step(check(copy.at, &copy.code), []));
                 ways.push((site.at, Way::Copy(copy.at)));
                 copies.push(copy);
             }

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
+use smallvec::SmallVec;
 
 use crate::addr::Gva;
 use crate::arena::Copy;
@@ -16,6 +17,10 @@ use crate::resolve::Site;
 use crate::session::Failure;
 use crate::target::StepError;
 use crate::trap::TrapTable;
+
+/// Bytes of an instruction, or of several. Programs of thousands of sites have tens of thousands
+/// of these, nearly all of them short.
+pub type Bytes = SmallVec<[u8; 16]>;
 
 /// One thing to do to the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,14 +34,14 @@ pub enum Step {
         /// Where.
         at: Gva,
         /// What must be there.
-        bytes: Vec<u8>,
+        bytes: Bytes,
     },
     /// Write guest memory. One byte is one store; see [`crate::target`] for longer ones.
     Write {
         /// Where.
         at: Gva,
         /// What.
-        bytes: Vec<u8>,
+        bytes: Bytes,
     },
     /// Replace guest memory by one atomic access to the aligned eight bytes around it, whose
     /// other bytes stay what they are.
@@ -44,9 +49,9 @@ pub enum Step {
         /// Where.
         at: Gva,
         /// What must be there.
-        old: Vec<u8>,
+        old: Bytes,
         /// What to put there, of the same length.
-        new: Vec<u8>,
+        new: Bytes,
     },
     /// Every vCPU that was in guest mode has left it, and every vCPU executes a serializing
     /// instruction before its next guest instruction.
@@ -111,7 +116,7 @@ pub struct Reversible {
     /// The step.
     pub step: Step,
     /// Its undo.
-    pub undo: Vec<Step>,
+    pub undo: SmallVec<[Step; 1]>,
 }
 
 /// The whole way from old to new.

@@ -14,7 +14,7 @@ use crate::addr::Gva;
 use crate::doors::{self, Door, Patchers};
 use crate::expand::{self, Code, Datum, Expansion, Needs};
 use crate::guard::Policy;
-use crate::insn::{self, Insn};
+use crate::insn;
 use crate::interior::{Sleepers, boundaries};
 use crate::kernel::live::read;
 use crate::kernel::livepatches::livepatched;
@@ -143,10 +143,24 @@ impl ResolvedPlan {
     /// the new code has instructions inside that the old one had not, the strategy is free.
     #[must_use]
     pub fn reversed(&self) -> Self {
-        let inside = self.sites.iter().any(|site| !site.new_inside.is_empty());
-        let strategy = if inside { Strategy::Auto } else { self.strategy };
         let sites = self.sites.iter().map(Site::reversed).collect();
-        Self { strategy, sites, data: self.data.iter().map(Datum::reversed).collect(), ..self.clone() }
+        let data = self.data.iter().map(Datum::reversed).collect();
+        Self {
+            name: self.name.clone(),
+            strategy: self.strategy_back(),
+            sites,
+            data,
+            outside: self.outside.clone(),
+            doors: self.doors.clone(),
+            patchers: self.patchers.clone(),
+            ..*self
+        }
+    }
+
+    /// The strategy that the undoing plan asks for.
+    pub(crate) fn strategy_back(&self) -> Strategy {
+        let inside = self.sites.iter().any(|site| !site.new_inside.is_empty());
+        if inside { Strategy::Auto } else { self.strategy }
     }
 
     /// Whether it says where the vCPUs may not stand.
@@ -182,7 +196,7 @@ pub fn resolve<'t>(
         vcpus,
         sleepers: Sleepers::new(kernel, text),
         bypass: plan.strategy == Strategy::Bypass,
-        decoded: RefCell::default(),
+        shapes: RefCell::default(),
     };
     let mut sites: Vec<Site> = Vec::new();
     let (mut data, mut needs) = (Vec::new(), Needs::Nothing);
@@ -319,7 +333,7 @@ struct Resolver<'a> {
     /// Whether instructions may have to be executed elsewhere.
     bypass: bool,
     /// Functions, by where they begin: plans of thousands of sites have many in one.
-    decoded: RefCell<HashMap<Gva, Rc<Vec<Insn>>>>,
+    shapes: RefCell<HashMap<Gva, Rc<Shape>>>,
 }
 
 impl Resolver<'_> {
@@ -411,11 +425,11 @@ impl Resolver<'_> {
         }
         // What is there may be its breakpoint, and not what the function is made of.
         unprobed(&self.probes, at, end)?;
-        let insns = self.decode(&function)?;
-        boundary(&insns, at, &function)?;
-        boundary(&insns, end, &function)?;
-        if let Some(from) = insns.iter().find(|insn| insn.branch.is_some_and(|to| at < to && to < end)) {
-            return Err(Refusal::BranchIntoSite { from: from.at, to: from.branch.unwrap_or(at) });
+        let shape = self.shape(&function)?;
+        shape.boundary(at, &function)?;
+        shape.boundary(end, &function)?;
+        if let Some(&(from, to)) = shape.branches.iter().find(|(_, to)| at < *to && *to < end) {
+            return Err(Refusal::BranchIntoSite { from, to });
         }
         if insn::count(&new, at).is_none() {
             return Err(Refusal::ReplacementUndecodable { bytes: new });
@@ -437,18 +451,59 @@ impl Resolver<'_> {
         Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })
     }
 
-    fn decode(&self, function: &Function<'_>) -> Result<Rc<Vec<Insn>>, Refusal> {
-        if let Some(insns) = self.decoded.borrow().get(&function.start) {
-            return Ok(insns.clone());
+    fn shape(&self, function: &Function<'_>) -> Result<Rc<Shape>, Refusal> {
+        if let Some(shape) = self.shapes.borrow().get(&function.start) {
+            return Ok(shape.clone());
         }
         let size = function.end.offset_from(function.start).unwrap_or(0);
         if size > MAX_FUNCTION {
             return Err(Refusal::NotText { at: function.start });
         }
         let code = read(self.text, function.start, size)?;
-        let insns = Rc::new(insn::decode(&code, function.start).collect::<Vec<_>>());
-        self.decoded.borrow_mut().insert(function.start, insns.clone());
-        Ok(insns)
+        let shape = Rc::new(Shape::of(&code, function.start));
+        self.shapes.borrow_mut().insert(function.start, shape.clone());
+        Ok(shape)
+    }
+}
+
+/// What a function is made of, as far as sites are concerned.
+struct Shape {
+    /// Where its instructions begin, and the last one ends.
+    boundaries: Vec<Gva>,
+    /// Branches to places inside it: from where to where.
+    branches: Vec<(Gva, Gva)>,
+}
+
+impl Shape {
+    fn of(code: &[u8], start: Gva) -> Self {
+        /// Most functions have longer instructions on average, in bytes.
+        const TYPICAL: usize = 3;
+        let end = start.0.saturating_add(code.len() as u64);
+        let mut shape = Self { boundaries: Vec::with_capacity(code.len() / TYPICAL), branches: Vec::new() };
+        let mut decoded_to = start;
+        for insn in insn::decode(code, start) {
+            shape.boundaries.push(insn.at);
+            decoded_to = Gva(insn.at.0.saturating_add(insn.len as u64));
+            let inside = insn.branch.filter(|to| start < *to && to.0 < end);
+            shape.branches.extend(inside.map(|to| (insn.at, to)));
+        }
+        shape.boundaries.push(decoded_to);
+        shape
+    }
+
+    /// Checks that `at` is where an instruction begins, or the last one ends.
+    fn boundary(&self, at: Gva, function: &Function<'_>) -> Result<(), Refusal> {
+        match self.boundaries.binary_search(&at) {
+            Ok(_) => Ok(()),
+            Err(behind) if behind == self.boundaries.len() => {
+                let at = self.boundaries.last().copied().unwrap_or(function.start);
+                Err(Refusal::Undecodable { function: function.name.to_owned(), at })
+            }
+            Err(behind) => {
+                let begins = self.boundaries[..behind].last().copied().unwrap_or(function.start);
+                Err(Refusal::InsideInstruction { at, begins })
+            }
+        }
     }
 }
 
@@ -457,16 +512,3 @@ const JMP_REL32: usize = 5;
 const FENTRY: usize = 5;
 /// Opcode of `call rel32`.
 const CALL: u8 = 0xe8;
-
-/// Checks that `at` is where an instruction begins, or the function ends.
-fn boundary(insns: &[Insn], at: Gva, function: &Function<'_>) -> Result<(), Refusal> {
-    let decoded_to =
-        insns.last().map_or(function.start, |last| Gva(last.at.0.saturating_add(last.len as u64)));
-    if at > decoded_to {
-        return Err(Refusal::Undecodable { function: function.name.to_owned(), at: decoded_to });
-    }
-    match insns.iter().find(|insn| insn.at < at && at < Gva(insn.at.0.saturating_add(insn.len as u64))) {
-        Some(insn) => Err(Refusal::InsideInstruction { at, begins: insn.at }),
-        None => Ok(()),
-    }
-}

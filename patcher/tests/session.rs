@@ -60,7 +60,7 @@ impl Target for Memory {
             Step::Open { at, byte } => self.slice(*at, 1)[0] = *byte,
             Step::Store { at, old, new } => {
                 let found = self.slice(*at, old.len()).to_vec();
-                if found != *old {
+                if *found != **old {
                     self.failed = true;
                     return Err(StepError::Mismatch { found });
                 }
@@ -68,7 +68,7 @@ impl Target for Memory {
             }
             Step::Check { at, bytes } => {
                 let found = self.slice(*at, bytes.len()).to_vec();
-                if found != *bytes {
+                if *found != **bytes {
                     self.failed = true;
                     return Err(StepError::Mismatch { found });
                 }

@@ -30,7 +30,8 @@ use crate::guard::Guard;
 use crate::kvm::Vm;
 use crate::layout::ARENA;
 use crate::live::Live;
-use crate::locate::{GuestKernel, Located};
+use crate::locate::{GuestKernel, Located, Mapped};
+use crate::priority;
 use crate::rendezvous::{FenceError, Rendezvous};
 use crate::standing::Registers;
 
@@ -244,7 +245,12 @@ impl Controller {
     /// When the system has no thread left.
     pub fn spawn(self) -> std::io::Result<(Controls, JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel();
-        let thread = thread::Builder::new().name("controller".into()).spawn(move || self.serve(&receiver))?;
+        let serve = move || {
+            // Where it may not, it takes its turn.
+            let _ = priority::raise();
+            self.serve(&receiver);
+        };
+        let thread = thread::Builder::new().name("controller".into()).spawn(serve)?;
         Ok((Controls(sender), thread))
     }
 
@@ -403,11 +409,11 @@ impl Controller {
 
     fn targets(&mut self) -> Result<Targets, Refusal> {
         let kernel = self.kernel()?.with_modules();
-        targets::list(self.guest(&kernel))
+        targets::list(self.guest(&Mapped::of(&kernel)))
     }
 
-    fn guest<'k>(&self, kernel: &'k GuestKernel) -> Guest<'k> {
-        Guest { kernel: kernel.kernel(), text: kernel, vcpus: usize::from(self.config.cpus) }
+    fn guest<'k>(&self, memory: &'k Mapped<'k>) -> Guest<'k> {
+        Guest { kernel: memory.kernel().kernel(), text: memory, vcpus: usize::from(self.config.cpus) }
     }
 
     fn not_held(&self) -> Result<(), Refusal> {

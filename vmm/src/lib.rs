@@ -31,6 +31,7 @@ pub mod membarrier;
 pub mod memory;
 pub mod monitor;
 pub mod paging;
+pub mod priority;
 pub mod render;
 pub mod rendezvous;
 pub mod scene;

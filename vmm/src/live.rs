@@ -11,7 +11,7 @@ use patcher::resolve::ResolvedPlan;
 use patcher::target::{StepError, Target};
 
 use crate::guard::Guard;
-use crate::locate::{GuestKernel, Sites};
+use crate::locate::{GuestKernel, Mapped};
 use crate::rendezvous::{FenceError, Rendezvous};
 use crate::standing;
 
@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// A running guest as the target of one program.
 pub struct Live<'m> {
     kernel: &'m GuestKernel,
-    sites: Sites<'m>,
+    memory: Mapped<'m>,
     rendezvous: &'m Rendezvous,
     until: Instant,
     fences: Vec<Duration>,
@@ -41,7 +41,7 @@ impl<'m> Live<'m> {
         rendezvous.reset_counters();
         Self {
             kernel,
-            sites: Sites::of(kernel),
+            memory: Mapped::of(kernel),
             rendezvous,
             until,
             fences: Vec::new(),
@@ -140,9 +140,9 @@ impl<'m> Live<'m> {
     /// As [`Step::Hold`], or [`StepError::Deadline`].
     pub fn replaced(&self, plan: &ResolvedPlan) -> Result<Vec<Gva>, StepError> {
         let look = || {
-            self.sites.forget();
+            self.memory.forget();
             let replaced =
-                plan.sites.iter().filter(|site| self.sites.compare(site.at, &site.old) != Ok(Ok(())));
+                plan.sites.iter().filter(|site| self.memory.compare(site.at, &site.old) != Ok(Ok(())));
             are_free(self.kernel, &plan.patchers.locks).then(|| replaced.map(|site| site.at).collect())
         };
         loop {
@@ -162,7 +162,7 @@ impl<'m> Live<'m> {
         &mut self,
         fence: impl FnOnce(&Rendezvous, Duration) -> Result<T, FenceError>,
     ) -> Result<T, StepError> {
-        self.sites.forget();
+        self.memory.forget();
         self.asked.set(0);
         let started = Instant::now();
         let patience = self.until.saturating_duration_since(started).max(PATIENCE);
@@ -184,7 +184,7 @@ impl Target for Live<'_> {
             Some(0) if !step.is_closing() => {
                 self.until_failure = None;
                 if let Step::Write { at, bytes } = step {
-                    self.sites.write(*at, &bytes[..bytes.len() / 2]).map_err(unmapped)?;
+                    self.memory.write(*at, &bytes[..bytes.len() / 2]).map_err(unmapped)?;
                 }
                 return Err(StepError::Host { what: "it was made to fail".into() });
             }
@@ -197,18 +197,18 @@ impl Target for Live<'_> {
             Step::Release => self.rendezvous.release(),
             Step::Arm => self.timed(Rendezvous::arm)?,
             Step::Fence => self.timed(Rendezvous::fence)?,
-            Step::Open { at, byte } => self.sites.write(*at, &[*byte]).map_err(unmapped)?,
+            Step::Open { at, byte } => self.memory.write(*at, &[*byte]).map_err(unmapped)?,
             // vCPUs that were kicked come out when the host lets them run.
             Step::Drain => while self.timed(Rendezvous::fence).is_err() {},
             Step::Hold => self.timed(Rendezvous::hold)?,
             Step::Inspect(condition) => self.inspect(condition)?,
             Step::Store { at, old, new } => {
-                let done = self.sites.exchange(*at, old, new).map_err(unmapped)?;
+                let done = self.memory.exchange(*at, old, new).map_err(unmapped)?;
                 done.map_err(|found| StepError::Mismatch { found })?;
             }
-            Step::Write { at, bytes } => self.sites.write(*at, bytes).map_err(unmapped)?,
+            Step::Write { at, bytes } => self.memory.write(*at, bytes).map_err(unmapped)?,
             Step::Check { at, bytes } => {
-                let same = self.sites.compare(*at, bytes).map_err(unmapped)?;
+                let same = self.memory.compare(*at, bytes).map_err(unmapped)?;
                 same.map_err(|found| StepError::Mismatch { found })?;
             }
         }

@@ -13,10 +13,12 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gpa, Gva};
 use patcher::kernel::{Kernel, KernelImage, Modules, Text};
+use patcher::program::Bytes;
 use patcher::refusal::Refusal;
+use smallvec::smallvec;
 
 use crate::memory::GuestRam;
-use crate::paging::{LastLarge, Mapping, PageTables, Piece, pieces};
+use crate::paging::{self, LargePages, Mapping, PageTables, Pieces};
 
 const MSR_LSTAR: u32 = 0xc000_0082;
 /// Kernel text lies in the upper half.
@@ -102,7 +104,7 @@ impl GuestKernel {
     /// The same with the modules that are loaded now.
     #[must_use]
     pub fn with_modules(&self) -> Self {
-        let modules = Arc::new(Modules::read(&self.image, self.slide, self));
+        let modules = Arc::new(Modules::read(&self.image, self.slide, &Mapped::of(self)));
         Self { modules, ..self.clone() }
     }
 
@@ -136,7 +138,7 @@ impl GuestKernel {
     }
 
     /// The physical pieces of a range, all of them, or the first address that has none.
-    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Pieces, Gva> {
         self.tables.pieces_in(&self.ram, at, length)
     }
 }
@@ -147,28 +149,39 @@ impl Text for GuestKernel {
     }
 }
 
-/// The kernel's memory for somebody who goes from site to site: where its text is mapped is looked
-/// up once, until that is to be forgotten.
+/// The kernel's memory for somebody who goes from place to place: where its text and data are mapped
+/// is looked up once, until that is to be forgotten.
 #[derive(Debug)]
-pub struct Sites<'k> {
+pub struct Mapped<'k> {
     kernel: &'k GuestKernel,
-    last: LastLarge,
+    pages: LargePages,
 }
 
-impl<'k> Sites<'k> {
+impl<'k> Mapped<'k> {
     /// Knows nothing yet.
     #[must_use]
     pub fn of(kernel: &'k GuestKernel) -> Self {
-        Self { kernel, last: LastLarge::default() }
+        Self { kernel, pages: LargePages::default() }
+    }
+
+    /// Whose memory it is.
+    #[must_use]
+    pub fn kernel(&self) -> &'k GuestKernel {
+        self.kernel
     }
 
     /// Looks up anew from here on.
     pub fn forget(&self) {
-        self.last.forget();
+        self.pages.forget();
     }
 
     fn translate(&self, at: Gva) -> Option<Mapping> {
-        self.last.translate(at, |at| self.kernel.translate(at))
+        self.pages.translate(at, |at| self.kernel.translate(at))
+    }
+
+    /// The physical pieces of a range, all of them, or the first address that has none.
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Pieces, Gva> {
+        paging::pieces(at, length, |at| self.translate(at))
     }
 
     /// Whether memory holds these bytes; what else it holds, if not.
@@ -176,14 +189,9 @@ impl<'k> Sites<'k> {
     /// # Errors
     /// The first address that is not mapped, or is not RAM.
     pub fn compare(&self, at: Gva, bytes: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
-        let mut found = vec![0; bytes.len()];
-        let mut rest = &mut found[..];
-        for (piece, size) in pieces(at, bytes.len(), |at| self.translate(at))? {
-            let (now, later) = rest.split_at_mut(size);
-            self.kernel.ram.read(piece, now).map_err(|_| at)?;
-            rest = later;
-        }
-        Ok(if found == bytes { Ok(()) } else { Err(found) })
+        let mut found: Bytes = smallvec![0; bytes.len()];
+        self.read(at, &mut found)?;
+        Ok(if *found == *bytes { Ok(()) } else { Err(found.into_vec()) })
     }
 
     /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).
@@ -202,11 +210,17 @@ impl<'k> Sites<'k> {
     /// The first address that is not mapped, or is not RAM.
     pub fn write(&self, at: Gva, bytes: &[u8]) -> Result<(), Gva> {
         let mut rest = bytes;
-        for (piece, size) in pieces(at, bytes.len(), |at| self.translate(at))? {
+        for (piece, size) in self.pieces(at, bytes.len())? {
             let (now, later) = rest.split_at(size);
             self.kernel.ram.write(piece, now).map_err(|_| at)?;
             rest = later;
         }
         Ok(())
+    }
+}
+
+impl Text for Mapped<'_> {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        paging::read(&self.kernel.ram, at, into, |at| self.translate(at))
     }
 }

@@ -18,6 +18,7 @@ use crate::devices::{Input, Line, Ports};
 use crate::gate::AtInit;
 use crate::locate::Located;
 use crate::machine::{self, Machine};
+use crate::priority;
 use crate::signals::Signals;
 use crate::terminal::{Keys, Raw};
 use crate::vcpu::{Ending, Listener};
@@ -103,6 +104,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     if let Err(error) = &started {
         ends.end(Ending::Failed(error.to_string()));
     }
+    // From here on this thread only passes things on. Where it may not go first, it takes its turn.
+    let _ = priority::raise();
     let ending = loop {
         if let Some(ending) = ends.ending() {
             break ending;

@@ -7,6 +7,7 @@ use std::cell::Cell;
 
 use kvm_bindings::kvm_sregs;
 use patcher::addr::{Gpa, Gva};
+use smallvec::SmallVec;
 
 use crate::memory::GuestRam;
 
@@ -27,6 +28,8 @@ pub struct PageTables {
 
 /// A piece of memory: where, and how many bytes.
 pub type Piece = (Gpa, usize);
+/// The pieces of a range; most ranges are in one.
+pub type Pieces = SmallVec<[Piece; 2]>;
 
 /// Where an address leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +60,7 @@ impl PageTables {
     ///
     /// # Errors
     /// The first address that is not mapped.
-    pub fn pieces_in(self, ram: &GuestRam, at: Gva, length: usize) -> Result<Vec<Piece>, Gva> {
+    pub fn pieces_in(self, ram: &GuestRam, at: Gva, length: usize) -> Result<Pieces, Gva> {
         pieces(at, length, |at| self.translate_in(ram, at))
     }
 
@@ -67,13 +70,7 @@ impl PageTables {
     /// The first address that is not mapped, or `at` if a piece is not RAM; `into` may be
     /// partly filled then.
     pub fn read_in(self, ram: &GuestRam, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
-        let mut rest = into;
-        for (piece, size) in self.pieces_in(ram, at, rest.len())? {
-            let (now, later) = rest.split_at_mut(size);
-            ram.read(piece, now).map_err(|_| at)?;
-            rest = later;
-        }
-        Ok(())
+        read(ram, at, into, |at| self.translate_in(ram, at))
     }
 
     /// Where the entry for `address` lies in the table of two-megabyte pages. `None` if the
@@ -130,8 +127,8 @@ impl PageTables {
 ///
 /// # Errors
 /// The first address that is not mapped.
-pub fn pieces(at: Gva, length: usize, translate: impl Fn(Gva) -> Option<Mapping>) -> Result<Vec<Piece>, Gva> {
-    let mut pieces = Vec::new();
+pub fn pieces(at: Gva, length: usize, translate: impl Fn(Gva) -> Option<Mapping>) -> Result<Pieces, Gva> {
+    let mut pieces = Pieces::new();
     let mut done = 0;
     while done < length {
         let here = at.plus(done).ok_or(at)?;
@@ -143,19 +140,47 @@ pub fn pieces(at: Gva, length: usize, translate: impl Fn(Gva) -> Option<Mapping>
     Ok(pieces)
 }
 
-/// The large page that was translated last. Kernels map their own text by those, and do not move
-/// them.
+/// Reads what a range leads to.
+///
+/// # Errors
+/// As [`PageTables::read_in`].
+pub fn read(
+    ram: &GuestRam,
+    at: Gva,
+    into: &mut [u8],
+    translate: impl Fn(Gva) -> Option<Mapping>,
+) -> Result<(), Gva> {
+    let mut done = 0;
+    while done < into.len() {
+        let here = at.plus(done).ok_or(at)?;
+        let mapping = translate(here).ok_or(here)?;
+        let size = usize::try_from(mapping.left).unwrap_or(usize::MAX).min(into.len() - done);
+        ram.read(mapping.at, &mut into[done..done + size]).map_err(|_| at)?;
+        done += size;
+    }
+    Ok(())
+}
+
+/// Large pages that were translated before. Kernels map their own text and data by those, and do not
+/// move them.
 #[derive(Debug, Default)]
-pub struct LastLarge(Cell<Option<(Gva, Mapping)>>);
+pub struct LargePages {
+    known: [Cell<Option<(Gva, Mapping)>>; KNOWN],
+    /// Which is forgotten for the next.
+    oldest: Cell<usize>,
+}
+
+/// How many pages are known at a time: a kernel's text and data are on about as many.
+const KNOWN: usize = 16;
 
 /// The least size of a large page.
 const LARGE_SIZE: u64 = 2 << 20;
 
-impl LastLarge {
-    /// Translates an address: without the tables, if it is on that page.
+impl LargePages {
+    /// Translates an address: without the tables, if it is on a page that is known.
     pub fn translate(&self, at: Gva, walk: impl FnOnce(Gva) -> Option<Mapping>) -> Option<Mapping> {
-        let known = self.0.get().filter(|(start, page)| (start.0..start.0 + page.size).contains(&at.0));
-        if let Some((start, page)) = known {
+        let is_on = |(start, page): &(Gva, Mapping)| (start.0..start.0 + page.size).contains(&at.0);
+        if let Some((start, page)) = self.known.iter().filter_map(Cell::get).find(is_on) {
             let offset = at.0 - start.0;
             return Some(Mapping { at: Gpa(page.at.0 + offset), left: page.size - offset, size: page.size });
         }
@@ -164,14 +189,18 @@ impl LastLarge {
         // The last page of the address space would end where it begins.
         if found.size >= LARGE_SIZE && at.0 < u64::MAX - found.size {
             let page = Mapping { at: Gpa(found.at.0 - offset), left: found.size, size: found.size };
-            self.0.set(Some((Gva(at.0 - offset), page)));
+            let oldest = self.oldest.get();
+            self.known[oldest].set(Some((Gva(at.0 - offset), page)));
+            self.oldest.set((oldest + 1) % KNOWN);
         }
         Some(found)
     }
 
-    /// Forgets it.
+    /// Forgets them.
     pub fn forget(&self) {
-        self.0.set(None);
+        for page in &self.known {
+            page.set(None);
+        }
     }
 }
 
@@ -216,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_large_page_is_walked_to_once() {
-        let last = LastLarge::default();
+        let last = LargePages::default();
         let page = |at: Gva, size: u64| {
             let offset = at.0 % size;
             Some(Mapping { at: Gpa(0x800_0000 + offset), left: size - offset, size })
@@ -230,6 +259,13 @@ mod tests {
         for other in [start - 1, start + (2 << 20)] {
             assert_eq!(last.translate(Gva(other), |_| None), None);
         }
+        for others in 1..KNOWN as u64 {
+            last.translate(Gva(start - others * (2 << 20)), large);
+        }
+        assert_eq!(last.translate(Gva(KERNEL), |_| None), large(Gva(KERNEL)), "so many are known");
+        last.translate(Gva(start + (2 << 20)), large);
+        assert_eq!(last.translate(Gva(KERNEL), |_| None), None, "the oldest is forgotten");
+        last.translate(Gva(KERNEL), large);
         last.forget();
         assert_eq!(last.translate(Gva(KERNEL), |_| None), None);
         let small = |at: Gva| page(at, 4096);

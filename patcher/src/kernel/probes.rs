@@ -2,13 +2,13 @@
 //! hash table by address). Guest memory is not trusted: the lists are walked so far and no
 //! further.
 
-use super::live::{Kernel, Text, read_u64};
+use super::live::{Kernel, Text, read, read_u64};
 use super::offsets::ProbeOffsets;
 use crate::addr::Gva;
 use crate::refusal::Refusal;
 
 /// `KPROBE_TABLE_SIZE`.
-const BUCKETS: u64 = 64;
+const BUCKETS: usize = 64;
 const MOST_PROBES: usize = 1 << 16;
 
 /// Where they are, sorted. None if the kernel does not describe them, or has none.
@@ -21,9 +21,9 @@ pub fn probes(kernel: &Kernel<'_>, text: &dyn Text) -> Result<Vec<Gva>, Refusal>
     };
     let ProbeOffsets { node, address } = offsets;
     let mut found = Vec::new();
-    for bucket in 0..BUCKETS {
+    for bucket in read(text, table, 8 * BUCKETS)?.as_chunks().0 {
         // `struct hlist_head` and `struct hlist_node` both begin with the pointer to the next.
-        let mut next = read_u64(text, Gva(table.0.wrapping_add(8 * bucket)))?;
+        let mut next = u64::from_le_bytes(*bucket);
         while next != 0 {
             if found.len() == MOST_PROBES {
                 return Err(Refusal::BadProbes);

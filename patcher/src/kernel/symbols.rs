@@ -1,5 +1,7 @@
 //! A symbol table: by name, and by address.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use crate::addr::Gva;
 
 /// Symbols at their link-time addresses.
@@ -8,8 +10,8 @@ pub struct Symbols {
     names: String,
     /// Sorted by address.
     entries: Vec<Entry>,
-    /// Indices into `entries`, sorted by name.
-    by_name: Vec<u32>,
+    /// Sorted: every name's hash in the upper half, the index into `entries` in the lower one.
+    by_name: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +27,15 @@ struct Entry {
 const MOST_ALIASES: usize = 64;
 /// How far a function is looked for among symbols of other kinds.
 const MOST_OTHERS: usize = 4096;
+
+/// The part of a word in `by_name` that is a hash.
+const HASH: u64 = !(u32::MAX as u64);
+
+fn hash(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish() & HASH
+}
 
 /// The answer to a name.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,15 +62,11 @@ impl Symbols {
         }
         table.names.shrink_to_fit();
         table.entries.sort_by_key(|entry| entry.address);
-        table.by_name = (0..u32::try_from(table.entries.len()).ok()?).collect();
-        let mut by_name = std::mem::take(&mut table.by_name);
-        by_name.sort_by_key(|&index| table.name(index));
-        table.by_name = by_name;
+        let entries = (0..u32::try_from(table.entries.len()).ok()?).zip(&table.entries);
+        table.by_name =
+            entries.map(|(index, entry)| hash(table.entry_name(entry)) | u64::from(index)).collect();
+        table.by_name.sort_unstable();
         Some(table)
-    }
-
-    fn name(&self, index: u32) -> &str {
-        self.entry_name(&self.entries[index as usize])
     }
 
     fn entry_name(&self, entry: &Entry) -> &str {
@@ -79,10 +86,15 @@ impl Symbols {
     }
 
     /// Where the symbols of this name are, in order.
-    fn named(&self, name: &str) -> impl DoubleEndedIterator<Item = Gva> {
-        let from = self.by_name.partition_point(|&index| self.name(index) < name);
-        let length = self.by_name[from..].partition_point(|&index| self.name(index) == name);
-        self.by_name[from..from + length].iter().map(|&index| Gva(self.entries[index as usize].address))
+    fn named<'a>(&'a self, name: &'a str) -> impl DoubleEndedIterator<Item = Gva> {
+        let hash = hash(name);
+        let from = self.by_name.partition_point(|found| *found < hash);
+        let length = self.by_name[from..].partition_point(|found| found & HASH == hash);
+        let entries = self.by_name[from..from + length].iter().filter_map(|found| {
+            let index = usize::try_from(found & !HASH).ok()?;
+            self.entries.get(index)
+        });
+        entries.filter(move |entry| self.entry_name(entry) == name).map(|entry| Gva(entry.address))
     }
 
     /// Finds a symbol by its exact name.

@@ -105,7 +105,7 @@ fn perform(memory: &mut [u8], step: &Step, part: Option<usize>) -> Result<(), St
         Step::Open { at, byte } => memory[usize::try_from(at.0).expect("small")] = *byte,
         Step::Check { at, bytes } | Step::Store { at, old: bytes, .. } => {
             let found = memory[range(*at, bytes.len())].to_vec();
-            if found != *bytes {
+            if *found != **bytes {
                 return Err(StepError::Mismatch { found });
             }
             if let (Step::Store { at, new, .. }, None) = (step, part) {

@@ -7,6 +7,7 @@ use guest::livepatch;
 use serde_json::{Value, json};
 
 use super::cases::{Host, MANY, Method, Work};
+use super::parts::Effort;
 use super::record::{Cell, Sample};
 use crate::campaigns::{entries_plan, replace_function};
 use crate::lab::Lab;
@@ -17,6 +18,9 @@ use crate::vm::{self, SCHEDSTATS, Vm, field, redirect_plan};
 /// (kernel/time/timekeeping.c, `timekeeping_notify`).
 const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 const CLOCKS: &str = "/sys/devices/system/clocksource/clocksource0/available_clocksource";
+
+/// So many changes there and back are made in any case.
+const FEWEST: usize = 2;
 
 /// A guest that is patched.
 pub(super) struct Bench<'l> {
@@ -43,7 +47,7 @@ impl<'l> Bench<'l> {
     }
 
     /// Does the work so many times, and looks what it does to the guest.
-    pub(super) fn cell(&mut self, work: Work, method: Method, times: usize) -> Result<Cell> {
+    pub(super) fn cell(&mut self, work: Work, method: Method, effort: Effort) -> Result<Cell> {
         let mut cell = Cell {
             host: self.host,
             work,
@@ -54,7 +58,13 @@ impl<'l> Bench<'l> {
         };
         self.vm.kernel_errors()?;
         let flip = self.flip(work, method)?;
-        while cell.samples.len() + cell.failures.len() < times {
+        let started = Instant::now();
+        let is_enough = |cell: &Cell| {
+            let done = cell.samples.len() + cell.failures.len();
+            let is_late = || effort.patience.is_some_and(|patience| started.elapsed() > patience);
+            done >= effort.times || done >= FEWEST && is_late()
+        };
+        while !is_enough(&cell) {
             for direction in 0..2 {
                 self.gap()?;
                 match self.once(&flip, direction)? {

@@ -35,6 +35,8 @@ pub enum Part {
 pub struct Effort {
     /// How many times everything is done.
     pub times: usize,
+    /// How long one method at one work may take before fewer times are enough, if they ever are.
+    pub patience: Option<Duration>,
     /// How long throughput is looked at, each time.
     pub look: Duration,
     /// How many times.
@@ -46,7 +48,7 @@ impl Effort {
     #[must_use]
     pub fn new(quick: bool) -> Self {
         let (look, looks) = if quick { (Duration::from_secs(1), 3) } else { (Duration::from_secs(3), 10) };
-        Self { times: 30, look, looks }
+        Self { times: 30, patience: quick.then_some(Duration::from_secs(4)), look, looks }
     }
 }
 
@@ -94,7 +96,7 @@ fn all_methods(lab: &Lab, host: Host, effort: Effort, sink: &mut Sink<'_>) -> Re
     for work in WORKS {
         for method in work.methods() {
             let cell =
-                bench.cell(work, *method, effort.times).with_context(|| format!("{work} by {method}"))?;
+                bench.cell(work, *method, effort).with_context(|| format!("{work} by {method}"))?;
             sink(Record::Cell(cell))?;
         }
     }

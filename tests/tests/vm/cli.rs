@@ -124,7 +124,7 @@ fn doctor(lab: &Lab) -> Result<()> {
     let findings: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
     ensure!(code == 0 && findings["usable"] == true, "{text}");
     let probes = findings["probes"].as_array().context("probes")?;
-    ensure!(probes.len() >= 7 && probes.iter().all(|row| row["ok"] == true), "{text}");
+    ensure!(probes.len() >= 8 && probes.iter().all(|row| row["ok"] == true), "{text}");
     Ok(())
 }
 

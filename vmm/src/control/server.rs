@@ -32,6 +32,7 @@ use tokio::time::timeout;
 use super::wire::{Happened, PatchState, Report, Trouble};
 use crate::controller::{Answer, Command, Controls};
 use crate::events::Events;
+use crate::priority;
 
 /// Connections served at the same time; more wait.
 const MAX_CONNECTIONS: usize = 16;
@@ -144,6 +145,8 @@ pub fn start(controls: Controls, events: Arc<Events>) -> io::Result<Connections>
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let vm = Vm { controls, events, followers: Arc::new(Semaphore::new(MAX_FOLLOWERS)) };
     thread::Builder::new().name("api".into()).spawn(move || {
+        // Where it may not, it takes its turn.
+        let _ = priority::raise();
         runtime.block_on(async {
             while let Some(stream) = receiver.recv().await {
                 let Ok(slot) = slots.clone().acquire_owned().await else { break };

@@ -19,6 +19,7 @@ use crate::control::wire::{PatchState, Refusals, Report, Timing};
 use crate::events::{Kind, News};
 use crate::guard::split_at_pages;
 use crate::live::Live;
+use crate::locate::Mapped;
 
 /// How long a plan that does not fit is looked at again while the guest patches itself.
 const LOOK_PATIENCE: Duration = Duration::from_millis(500);
@@ -42,7 +43,7 @@ impl Controller {
             .iter()
             .filter(|patch| in_use(patch))
             .flat_map(|patch| patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site)));
-        resolve(&plan, self.guest(&kernel), taken)
+        resolve(&plan, self.guest(&Mapped::of(&kernel)), taken)
     }
 
     /// Resolves and compiles a plan. Nothing is written.
@@ -111,7 +112,7 @@ impl Controller {
                 return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
             }
             let kernel = self.kernel().map_err(root)?.clone();
-            let probed = probed(self.guest(&kernel), &self.patches[index].plan.sites);
+            let probed = probed(self.guest(&Mapped::of(&kernel)), &self.patches[index].plan.sites);
             if !probed.is_empty() {
                 return Err(probed);
             }
@@ -186,8 +187,9 @@ impl Controller {
         }
         let resolved = asked.elapsed();
         let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
-        let pieces = plan.sites.iter().map(|site| kernel.pieces(site.at, site.old.len()));
-        let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten().collect());
+        let places = Mapped::of(&kernel);
+        let pieces = plan.sites.iter().map(|site| places.pieces(site.at, site.old.len()));
+        let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten());
         let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
         let mut attempts = 0;
         let (target, end) = loop {

@@ -13,7 +13,7 @@ use patcher::resolve::{ResolvedPlan, Site, probed};
 
 use super::{Controller, PatchState, SETTLE_PAUSE};
 use crate::events::{Kind, News};
-use crate::locate::GuestKernel;
+use crate::locate::{GuestKernel, Mapped};
 use crate::scene::Scene;
 
 /// A site that is not as its patch left it: which one of the plan's, and what is there.
@@ -139,7 +139,7 @@ impl Controller {
             (old != datum.new).then(|| Datum { at: datum.at, old, new: datum.new.clone() })
         };
         let plan = ResolvedPlan { sites, data: whole.data.iter().filter_map(word).collect(), ..whole };
-        let probed = probed(self.guest(&kernel), &plan.sites);
+        let probed = probed(self.guest(&Mapped::of(&kernel)), &plan.sites);
         if !probed.is_empty() {
             return Err(reasons(probed));
         }

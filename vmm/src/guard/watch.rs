@@ -58,7 +58,7 @@ impl Watched {
 }
 
 /// Pieces may be as long as a large page; a guard knows small ones.
-pub(crate) fn split_at_pages(pieces: Vec<Piece>) -> Vec<Piece> {
+pub(crate) fn split_at_pages(pieces: impl IntoIterator<Item = Piece>) -> Vec<Piece> {
     let mut small = Vec::new();
     for (at, length) in pieces {
         let (mut at, mut left) = (at.0, length as u64);

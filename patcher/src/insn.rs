@@ -13,6 +13,8 @@ pub const INT3: u8 = 0xcc;
 const ENDBR64: [u8; MARKER] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// Its length, in bytes.
 pub(crate) const MARKER: usize = 4;
+/// The call of the tracer, or the no-operation in its place, in bytes.
+pub(crate) const FENTRY: usize = 5;
 /// Longest instruction, in bytes (SDM volume 2, 2.3.11).
 pub const MAX_LENGTH: usize = 15;
 

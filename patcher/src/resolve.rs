@@ -385,14 +385,14 @@ impl Resolver<'_> {
 
     fn redirect(&self, from: &str, to: &str, keep_fentry: bool) -> Result<Code, Refusal> {
         let (from, to) = (self.kernel.address(from)?, self.kernel.address(to)?);
-        let entry = read(self.text, from, insn::MARKER + FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
+        let entry = read(self.text, from, insn::MARKER + insn::FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
         let mut skip = insn::marker(&entry);
         // The guest checks what it left where it calls the tracer, and gives up on tracing
         // altogether if that is something else.
         let is_fentry = from.plus(skip).is_some_and(|at| self.kernel.is_fentry(at));
         let in_use = entry[skip] == CALL;
         if is_fentry && (keep_fentry || in_use) {
-            skip += FENTRY;
+            skip += insn::FENTRY;
         }
         let at = from.plus(skip).ok_or(Refusal::Unmapped { at: from })?;
         let mut length = 0;
@@ -508,7 +508,5 @@ impl Shape {
 }
 
 const JMP_REL32: usize = 5;
-/// The call of the tracer, or the no-operation in its place.
-const FENTRY: usize = 5;
 /// Opcode of `call rel32`.
 const CALL: u8 = 0xe8;

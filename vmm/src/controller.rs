@@ -5,7 +5,7 @@ mod plans;
 mod settle;
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -146,7 +146,8 @@ impl Controls {
 
 /// The kernel image, read from its file when first needed, by whoever needs it first.
 pub struct Image {
-    file: Vec<u8>,
+    /// Empty, once it was read: it is as large as all that is known of it.
+    file: Mutex<Vec<u8>>,
     parsed: OnceLock<Result<Arc<KernelImage>, String>>,
 }
 
@@ -154,13 +155,7 @@ impl Image {
     /// Takes the content of a kernel file.
     #[must_use]
     pub fn new(file: Vec<u8>) -> Self {
-        Self { file, parsed: OnceLock::new() }
-    }
-
-    /// The file's content.
-    #[must_use]
-    pub fn file(&self) -> &[u8] {
-        &self.file
+        Self { file: Mutex::new(file), parsed: OnceLock::new() }
     }
 
     /// What is known of the kernel.
@@ -168,7 +163,10 @@ impl Image {
     /// # Errors
     /// Why it can't be read.
     pub fn parsed(&self) -> Result<Arc<KernelImage>, String> {
-        let parse = || KernelImage::parse(&self.file).map(Arc::new).map_err(|e| e.to_string());
+        let parse = || {
+            let file = std::mem::take(&mut *self.file.lock().unwrap_or_else(PoisonError::into_inner));
+            KernelImage::parse(&file).map(Arc::new).map_err(|e| e.to_string())
+        };
         self.parsed.get_or_init(parse).clone()
     }
 }

@@ -63,11 +63,12 @@ pub struct Options {
 pub fn run(options: Options) -> Result<Ending, Error> {
     let Options { config, socket, at_init } = options;
     let signals = Signals::new()?;
-    let image = Arc::new(Image::new(kernel::read(&config.kernel).map_err(machine::Error::Boot)?));
+    let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     let socket = socket.map(|path| Socket::bind(&path)).transpose()?;
     let drained = Line::new()?;
     let on_drained = drained.event().try_clone()?;
-    let mut machine = Machine::build(&config, image.file(), Box::new(io::stdout()), drained)?;
+    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained)?;
+    let image = Arc::new(Image::new(file));
 
     if at_init.is_some() {
         // The kernel must be known before it runs: it is looked for while it boots.

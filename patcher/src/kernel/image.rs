@@ -1,6 +1,7 @@
 //! The image as a whole.
 
 use super::btf::Btf;
+use super::landmarks::Landmarks;
 use super::lock_ops::LockOps;
 use super::offsets::Offsets;
 use super::symbols::Symbols;
@@ -67,6 +68,7 @@ pub struct KernelImage {
     tables: Tables,
     offsets: Offsets,
     lock_ops: Option<LockOps>,
+    landmarks: Landmarks,
     text_base: Gva,
 }
 
@@ -83,20 +85,22 @@ impl KernelImage {
             .segments()
             .find_map(|segment| kallsyms::read(segment.bytes, |address| address == text_base.0))
             .ok_or(Error::NoSymbols)?;
-        let symbols =
-            Symbols::new(found.iter().map(|(address, kind, name)| (*address, *kind, name.as_str())))
-                .ok_or(Error::NoSymbols)?;
+        let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
+        drop(found);
         let release = payload::header_release(file)
             .map(str::to_owned)
             .or_else(|| banner_release(&symbols, &vmlinux))
             .ok_or(Error::NoRelease)?;
         let btf = types(&symbols, &vmlinux);
+        let tables = Tables::read(&vmlinux, &symbols);
+        let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
         Ok(Self {
             release,
             build_id: build_id(&symbols, &vmlinux),
             compression: unpacked.as_ref().map(|(method, _)| *method),
-            tables: Tables::read(&vmlinux, &symbols),
-            offsets: btf.as_ref().map(Offsets::read).unwrap_or_default(),
+            landmarks: Landmarks::read(&vmlinux, &symbols, &tables, &offsets),
+            tables,
+            offsets,
             lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
             symbols,
             text_base,
@@ -106,8 +110,17 @@ impl KernelImage {
     /// An image that is known already, without tables.
     #[must_use]
     pub fn from_parts(release: String, symbols: Symbols, text_base: Gva) -> Self {
-        let (build_id, compression, tables, offsets) = (None, None, Tables::default(), Offsets::default());
-        Self { release, build_id, compression, symbols, tables, offsets, lock_ops: None, text_base }
+        Self {
+            release,
+            build_id: None,
+            compression: None,
+            symbols,
+            tables: Tables::default(),
+            offsets: Offsets::default(),
+            lock_ops: None,
+            landmarks: Landmarks::default(),
+            text_base,
+        }
     }
 
     /// What `uname -r` says in this kernel.
@@ -150,6 +163,12 @@ impl KernelImage {
     #[must_use]
     pub fn lock_ops(&self) -> Option<&LockOps> {
         self.lock_ops.as_ref()
+    }
+
+    /// What every plan looks up.
+    #[must_use]
+    pub fn landmarks(&self) -> &Landmarks {
+        &self.landmarks
     }
 
     /// Where `_text` was linked.

@@ -10,8 +10,26 @@
 //! since 6.4:  num_syms  names  markers  token_table  token_index  offsets  relative_base  [seqs]
 //! ```
 
-/// What kallsyms says of one symbol.
-pub(super) type Symbol = (u64, u8, String);
+/// What kallsyms says. There are a hundred thousand names: one piece of memory for all is given back
+/// as a whole.
+#[derive(Debug, PartialEq)]
+pub(super) struct Kallsyms {
+    /// All names, each behind its type letter.
+    names: String,
+    /// Of each symbol: its address, and where its name ends.
+    symbols: Vec<(u64, usize)>,
+}
+
+impl Kallsyms {
+    /// Address, type letter and name of each symbol.
+    pub(super) fn symbols(&self) -> impl Iterator<Item = (u64, u8, &str)> {
+        let mut start = 0;
+        self.symbols.iter().filter_map(move |&(address, end)| {
+            let text = self.names.get(std::mem::replace(&mut start, end)..end)?;
+            Some((address, *text.as_bytes().first()?, text.get(1..)?))
+        })
+    }
+}
 
 /// Every 256th name has a marker.
 const NAMES_PER_MARKER: usize = 256;
@@ -20,7 +38,7 @@ const COUNT_RANGE: std::ops::Range<usize> = 1_000..4_000_000;
 
 /// Finds and decodes kallsyms in a piece of read-only data. `is_text_base` tells whether an
 /// address is the kernel's link-time base; it decides how offsets are encoded.
-pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Vec<Symbol>> {
+pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Kallsyms> {
     let needle: Vec<u8> = (b'0'..=b'9').flat_map(|digit| [digit, 0]).collect();
     let mut from = 0;
     while let Some(found) = memchr::memmem::find(&data[from..], &needle) {
@@ -78,8 +96,8 @@ impl<'a> Tokens<'a> {
         Some(Self { start, end: index + 512, tokens })
     }
 
-    /// Decodes the name at `at`; returns it, type letter first, and where the next begins.
-    fn name(&self, data: &[u8], at: usize) -> Option<(Vec<u8>, usize)> {
+    /// Decodes the name at `at`, type letter first; returns where the next begins.
+    fn name(&self, data: &[u8], at: usize, into: &mut Vec<u8>) -> Option<usize> {
         // Since 6.1 a set top bit means that a second byte holds the upper bits.
         let first = usize::from(*data.get(at)?);
         let (length, at) = if first & 0x80 == 0 {
@@ -87,22 +105,25 @@ impl<'a> Tokens<'a> {
         } else {
             (first & 0x7f | usize::from(*data.get(at + 1)?) << 7, at + 2)
         };
-        let mut name = Vec::new();
         for &token in data.get(at..at + length)? {
-            name.extend(self.tokens[usize::from(token)]);
+            into.extend(self.tokens[usize::from(token)]);
         }
-        (length > 0).then_some((name, at + length))
+        (length > 0).then_some(at + length)
     }
 
-    fn symbols(&self, data: &[u8], is_text_base: &impl Fn(u64) -> bool) -> Option<Vec<Symbol>> {
+    fn symbols(&self, data: &[u8], is_text_base: &impl Fn(u64) -> bool) -> Option<Kallsyms> {
         let (count_at, count) = self.count(data)?;
-        let mut names = Vec::with_capacity(count);
-        let mut at = count_at + 8;
-        for _ in 0..count {
-            let (name, next) = self.name(data, at)?;
-            names.push(name);
-            at = next;
+        let (mut names, mut ends) = (Vec::new(), Vec::with_capacity(count));
+        let (mut at, mut text) = (count_at + 8, None);
+        for i in 0..count {
+            let start = names.len();
+            at = self.name(data, at, &mut names)?;
+            ends.push(names.len());
+            if text.is_none() && names[start..] == *b"T_text" {
+                text = Some(i);
+            }
         }
+        let (names, text) = (String::from_utf8(names).ok()?, text?);
         let offsets_size = (4 * count).next_multiple_of(8);
         let old = || {
             let base_at = count_at.checked_sub(8)?;
@@ -112,24 +133,18 @@ impl<'a> Tokens<'a> {
             let offsets_at = self.end.next_multiple_of(8);
             Some((offsets_at, offsets_at + offsets_size))
         };
-        [old(), new()].into_iter().flatten().find_map(|(offsets_at, base_at)| {
-            let base = u64_at(data, base_at)?;
-            [absolute_percpu, base_relative].into_iter().find_map(|decode| {
-                let address = |i: usize| Some(decode(base, u32_at(data, offsets_at + 4 * i)?));
-                let text = names.iter().position(|name| name == b"T_text")?;
-                if !is_text_base(address(text)?) {
-                    return None;
-                }
-                names
-                    .iter()
-                    .enumerate()
-                    .map(|(i, name)| {
-                        let (kind, name) = name.split_first()?;
-                        Some((address(i)?, *kind, String::from_utf8(name.to_vec()).ok()?))
-                    })
-                    .collect()
-            })
-        })
+        let symbols: Vec<(u64, usize)> =
+            [old(), new()].into_iter().flatten().find_map(|(offsets_at, base_at)| {
+                let base = u64_at(data, base_at)?;
+                [absolute_percpu, base_relative].into_iter().find_map(|decode| {
+                    let address = |i: usize| Some(decode(base, u32_at(data, offsets_at + 4 * i)?));
+                    if !is_text_base(address(text)?) {
+                        return None;
+                    }
+                    ends.iter().enumerate().map(|(i, end)| Some((address(i)?, *end))).collect()
+                })
+            })?;
+        Some(Kallsyms { names, symbols })
     }
 
     /// Finds `num_syms`: a plausible count, followed by that many names, followed by markers
@@ -147,13 +162,14 @@ impl<'a> Tokens<'a> {
 
     fn names_agree(&self, data: &[u8], names: usize, count: usize) -> bool {
         let mut at = names;
-        let mut marks = Vec::new();
+        let (mut marks, mut name) = (Vec::new(), Vec::new());
         for i in 0..count {
             if i.is_multiple_of(NAMES_PER_MARKER) {
                 marks.push(at - names);
             }
-            match self.name(data, at) {
-                Some((_, next)) if next <= self.start => at = next,
+            name.clear();
+            match self.name(data, at, &mut name) {
+                Some(next) if next <= self.start => at = next,
                 _ => return false,
             }
         }

@@ -161,8 +161,7 @@ impl<'a> Kernel<'a> {
     /// Whether the five bytes at an address are where a function calls the tracer, or could.
     #[must_use]
     pub fn is_fentry(&self, at: Gva) -> bool {
-        let locations = self.image.tables().mcount_locations.as_ref();
-        locations.is_some_and(|locations| locations.binary_search(&self.linked(at)).is_ok())
+        self.image.tables().is_fentry(self.linked(at))
     }
 
     /// Whether the kernel expects the instruction at an address to fault. Yes, if that can't be

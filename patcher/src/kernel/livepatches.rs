@@ -16,9 +16,12 @@ const MOST_FUNCTIONS: usize = 1 << 16;
 /// # Errors
 /// [`Refusal::Unmapped`]; [`Refusal::BadLivepatches`] when the list does not end.
 pub fn livepatched(kernel: &Kernel<'_>, text: &dyn Text) -> Result<Vec<Range<Gva>>, Refusal> {
-    let (Some(offsets), Ok(list)) = (kernel.image.offsets().livepatch, kernel.symbol("klp_ops")) else {
+    let (Some(offsets), Some(list)) =
+        (kernel.image.offsets().livepatch, kernel.image.landmarks().livepatches)
+    else {
         return Ok(Vec::new());
     };
+    let list = kernel.live(list);
     let LivepatchOffsets { node, stack, stack_node, old, old_size } = offsets;
     let read = |at: u64, offset: u64| read_u64(text, Gva(at.wrapping_add(offset)));
     let mut found = Vec::new();

@@ -9,6 +9,7 @@
 mod btf;
 pub mod image;
 mod kallsyms;
+pub mod landmarks;
 pub mod live;
 pub mod livepatches;
 pub mod lock_ops;

@@ -16,9 +16,10 @@ const MOST_PROBES: usize = 1 << 16;
 /// # Errors
 /// [`Refusal::Unmapped`]; [`Refusal::BadProbes`] when the lists do not end.
 pub fn probes(kernel: &Kernel<'_>, text: &dyn Text) -> Result<Vec<Gva>, Refusal> {
-    let (Some(offsets), Ok(table)) = (kernel.image.offsets().probe, kernel.symbol("kprobe_table")) else {
+    let (Some(offsets), Some(table)) = (kernel.image.offsets().probe, kernel.image.landmarks().probes) else {
         return Ok(Vec::new());
     };
+    let table = kernel.live(table);
     let ProbeOffsets { node, address } = offsets;
     let mut found = Vec::new();
     for bucket in read(text, table, 8 * BUCKETS)?.as_chunks().0 {

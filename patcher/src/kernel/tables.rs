@@ -140,6 +140,12 @@ impl Tables {
         tables
     }
 
+    /// Whether a function calls the tracer there, or could.
+    #[must_use]
+    pub fn is_fentry(&self, at: Gva) -> bool {
+        self.mcount_locations.as_ref().is_some_and(|locations| locations.binary_search(&at).is_ok())
+    }
+
     /// Whether a static key's jump or a static call is there.
     #[must_use]
     pub fn is_switched(&self, at: Gva) -> bool {

@@ -5,6 +5,9 @@ use serde::Serialize;
 use super::cases::{HOGS, Host, Method, VCPUS, Work};
 use super::record::{Cell, Line, Sample, Spread};
 
+/// How many CPUs the host has.
+const HOST_CPUS: u8 = 2;
+
 /// A bar, and what was measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Bar {
@@ -120,6 +123,11 @@ fn key(cells: &[Cell], ours: &Cell, bars: &mut Vec<Bar>) {
         |ours, theirs| 10 * ours <= theirs,
         bars,
     );
+    if ours.host.vcpus > HOST_CPUS || ours.host.hogs > 0 {
+        // Who came out for a moment may find that the host has given its CPU to somebody else: that is
+        // the host's time slice, not ours.
+        return;
+    }
     let without_traps = || ours.samples.iter().filter(|sample| sample.traps == 0);
     let longest = |what: fn(&Sample) -> Option<u64>| without_traps().filter_map(what).max();
     ratio(

@@ -95,8 +95,7 @@ fn all_methods(lab: &Lab, host: Host, effort: Effort, sink: &mut Sink<'_>) -> Re
     let mut bench = Bench::new(lab, host, vm);
     for work in WORKS {
         for method in work.methods() {
-            let cell =
-                bench.cell(work, *method, effort).with_context(|| format!("{work} by {method}"))?;
+            let cell = bench.cell(work, *method, effort).with_context(|| format!("{work} by {method}"))?;
             sink(Record::Cell(cell))?;
         }
     }

@@ -52,7 +52,10 @@ pub enum Command {
     /// Tell where the vCPUs stand.
     Vcpus,
     /// Keep the vCPUs out of the guest.
-    Pause,
+    Pause {
+        /// Whether the host is to run them before others until they are out.
+        hurry: bool,
+    },
     /// Let them in again.
     Resume,
     /// Take the arena out of the guest's page tables.
@@ -290,7 +293,7 @@ impl Controller {
                 Ok(vcpus) => Answer::Vcpus(vcpus),
                 Err(error) => Answer::Failed(error.to_string()),
             },
-            Command::Pause => match self.rendezvous.pause(PAUSE_PATIENCE) {
+            Command::Pause { hurry } => match self.rendezvous.pause(PAUSE_PATIENCE, hurry) {
                 Ok(()) => Answer::Done(asked.elapsed()),
                 Err(error) => Answer::Failed(error.to_string()),
             },

@@ -1,6 +1,7 @@
 //! Gets a vCPU thread out of `KVM_RUN`: the `immediate_exit` byte and a signal.
 //!
-//! Unsafe code: a second mapping of the vCPU's `kvm_run` page, and `tgkill`. Invariants: the
+//! Unsafe code: a second mapping of the vCPU's `kvm_run` page, `tgkill`, and the calls that read and
+//! set a thread's scheduling policy, which take integers and one structure of ours. Invariants: the
 //! mapping lives as long as the [`Kick`]; only the byte `immediate_exit` is accessed, always
 //! as an atomic; the kernel reads that byte with `READ_ONCE` and never writes it
 //! (KVM API 5, `immediate_exit`).
@@ -9,6 +10,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
 use kvm_bindings::kvm_run;
@@ -101,9 +103,49 @@ impl Kick {
         }
     }
 
+    /// Has the host run the thread before all that share the CPUs, until what is returned is
+    /// dropped: a kick makes a vCPU come out when it runs next, and on a busy host it waits for that
+    /// for tens of milliseconds. `None`, and nothing has changed, if it shares no CPU time, or if this
+    /// process may not (sched(7): `CAP_SYS_NICE`, or `RLIMIT_RTPRIO`).
+    #[must_use]
+    pub fn hurry(self: &Arc<Self>) -> Option<Hurried> {
+        let shared = [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE];
+        let thread = self.thread.load(Ordering::SeqCst);
+        // SAFETY: it takes an integer; a thread that has ended gives ESRCH.
+        let policy = unsafe { libc::sched_getscheduler(thread) };
+        if thread == 0 || !shared.contains(&policy) || !set_policy(thread, libc::SCHED_FIFO, 1) {
+            return None;
+        }
+        Some(Hurried { kick: self.clone(), policy })
+    }
+
     /// To be called by the vCPU's thread when it ends: its id may be reused from then on.
     pub fn disown(&self) {
         self.thread.store(0, Ordering::SeqCst);
+    }
+}
+
+/// Sets how the host schedules a thread; its nice value stays. Returns whether it did.
+fn set_policy(thread: i32, policy: libc::c_int, priority: libc::c_int) -> bool {
+    let parameters = libc::sched_param { sched_priority: priority };
+    // SAFETY: the structure lives for the call, which reads it. A thread that has ended gives ESRCH.
+    unsafe { libc::sched_setscheduler(thread, policy, &raw const parameters) == 0 }
+}
+
+/// A vCPU's thread that the host runs before others.
+#[derive(Debug)]
+pub struct Hurried {
+    kick: Arc<Kick>,
+    /// How it was scheduled before.
+    policy: libc::c_int,
+}
+
+impl Drop for Hurried {
+    fn drop(&mut self) {
+        let thread = self.kick.thread.load(Ordering::SeqCst);
+        if thread != 0 {
+            set_policy(thread, self.policy, 0);
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use patcher::addr::VcpuId;
 use patcher::trap::TrapTable;
 
-use crate::kick::Kick;
+use crate::kick::{Hurried, Kick};
 use crate::membarrier::Membarrier;
 use crate::standing::Registers;
 
@@ -336,6 +336,7 @@ impl Rendezvous {
         self.request(HOLD, patience)?;
         // Those that wait for something else must tell, too.
         self.wake();
+        let mut hurried = None;
         vcpus
             .iter()
             .map(|&vcpu| {
@@ -348,6 +349,7 @@ impl Rendezvous {
                     if Instant::now() > until {
                         return Err(Late { vcpu }.into());
                     }
+                    hurried.get_or_insert_with(|| self.hurry(&self.inside()));
                     std::thread::sleep(POLL);
                 }
             })
@@ -373,13 +375,24 @@ impl Rendezvous {
     }
 
     /// Pauses the VM for the user. Holds come and go without ending it. Returns when every
-    /// vCPU is out of `KVM_RUN`, so it does wait for preempted ones.
+    /// vCPU is out of `KVM_RUN`, so it does wait for preempted ones; if they are to `hurry`, the
+    /// host runs them before others until they are out.
     ///
     /// # Errors
     /// As [`Rendezvous::fence`]; the pause stays requested.
-    pub fn pause(&self, patience: Duration) -> Result<(), FenceError> {
+    pub fn pause(&self, patience: Duration, hurry: bool) -> Result<(), FenceError> {
         self.request(PAUSE, patience)?;
-        Ok(self.wait_until_left(&self.inside(), patience)?)
+        let inside = self.inside();
+        let hurried = if hurry { self.hurry(&inside) } else { Vec::new() };
+        let left = self.wait_until_left(&inside, patience);
+        drop(hurried);
+        Ok(left?)
+    }
+
+    /// Has the host run these vCPUs, if they are still in the guest, before others.
+    fn hurry(&self, inside: &[(VcpuId, u64)]) -> Vec<Hurried> {
+        let still = |(vcpu, passes): &&(VcpuId, u64)| self.ports[vcpu.0].passes.load(SeqCst) == *passes;
+        inside.iter().filter(still).filter_map(|(vcpu, _)| self.ports[vcpu.0].kick.hurry()).collect()
     }
 
     /// Ends a pause. Does nothing without one.

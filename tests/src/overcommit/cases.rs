@@ -88,6 +88,8 @@ pub enum Method {
     /// Every vCPU is signalled and waited for, then let go on: the pause of any monitor. Nothing
     /// is written, which would take microseconds.
     Pause,
+    /// Ours: the same, but the host runs those who are waited for before others.
+    HurriedPause,
     /// The guest's own `text_poke`, by its own file for the key.
     TextPoke,
     /// The guest's own `stop_machine`, by switching its clock source.
@@ -104,6 +106,7 @@ impl fmt::Display for Method {
             Self::Bypass => "bypass",
             Self::Hold => "hold",
             Self::Pause => "signal-and-wait pause",
+            Self::HurriedPause => "our pause",
             Self::TextPoke => "guest text_poke",
             Self::StopMachine => "guest stop_machine",
             Self::Livepatch => "guest livepatch",
@@ -115,9 +118,11 @@ impl Work {
     /// By which methods it is done.
     #[must_use]
     pub fn methods(self) -> &'static [Method] {
-        use Method::{Breakpoint, Bypass, Hold, Livepatch, Pause, StopMachine, Store, TextPoke};
+        use Method::{
+            Breakpoint, Bypass, Hold, HurriedPause, Livepatch, Pause, StopMachine, Store, TextPoke,
+        };
         match self {
-            Self::OneSite => &[Store, Breakpoint, Bypass, Hold, Pause, StopMachine, Livepatch],
+            Self::OneSite => &[Store, Breakpoint, Bypass, Hold, HurriedPause, Pause, StopMachine, Livepatch],
             Self::Key => &[Breakpoint, Bypass, Hold, TextPoke],
             Self::ManySites => &[Breakpoint, Hold],
         }

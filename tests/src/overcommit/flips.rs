@@ -37,8 +37,8 @@ enum Flip {
     Plan(Value),
     /// By commands to the guest, which say how long they took.
     Guest([String; 2]),
-    /// By pausing and resuming.
-    Pause,
+    /// By pausing, as this asks for, and resuming.
+    Pause(&'static str),
 }
 
 impl<'l> Bench<'l> {
@@ -91,7 +91,8 @@ impl<'l> Bench<'l> {
     fn flip(&mut self, work: Work, method: Method) -> Result<Flip> {
         let strategy = method.to_string();
         Ok(match (work, method) {
-            (_, Method::Pause) => Flip::Pause,
+            (_, Method::Pause) => Flip::Pause("/vm/pause?hurry=false"),
+            (_, Method::HurriedPause) => Flip::Pause("/vm/pause"),
             (_, Method::TextPoke) => {
                 Flip::Guest(["1", "0"].map(|value| format!("timed write {SCHEDSTATS} {value}")))
             }
@@ -155,8 +156,8 @@ impl<'l> Bench<'l> {
                 Ok((_, answer)) => Ok(Sample { applied: field(&answer, "us")?, ..Sample::default() }),
                 Err(error) => Err(error.to_string()),
             },
-            Flip::Pause => {
-                let (status, answer) = self.vm.request(vm::Method::PUT, "/vm/pause", b"")?;
+            Flip::Pause(uri) => {
+                let (status, answer) = self.vm.request(vm::Method::PUT, uri, b"")?;
                 let client = Some(micros(started.elapsed()));
                 self.vm.request(vm::Method::PUT, "/vm/resume", b"")?;
                 // Who was stopped first stood until all were, and were let go.

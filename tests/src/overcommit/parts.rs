@@ -212,7 +212,7 @@ fn throughput(lab: &Lab, host: Host, effort: Effort, sink: &mut Sink<'_>) -> Res
 /// One change of ours, there if the number is even, or back.
 fn change(vm: &Vm, method: Method, number: u32) -> Result<()> {
     if method == Method::Pause {
-        vm.request(vm::Method::PUT, "/vm/pause", b"")?;
+        vm.request(vm::Method::PUT, "/vm/pause?hurry=false", b"")?;
         vm.request(vm::Method::PUT, "/vm/resume", b"")?;
         return Ok(());
     }
@@ -332,7 +332,7 @@ fn calibration(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
         };
         fences.push(report["timing"]["longest_fence_us"].as_u64().context("a fence")?);
         let started = Instant::now();
-        vm.request(vm::Method::PUT, "/vm/pause", b"")?;
+        vm.request(vm::Method::PUT, "/vm/pause?hurry=false", b"")?;
         kicks.push(micros(started.elapsed()));
         vm.request(vm::Method::PUT, "/vm/resume", b"")?;
     }

@@ -70,6 +70,7 @@ fn broken_clients(lab: &Lab) -> Result<()> {
         (Method::GET, "/nothing/here", 404),
         (Method::DELETE, "/vm", 405),
         (Method::GET, "/vm/pause", 405),
+        (Method::PUT, "/vm/pause?fast", 400),
     ] {
         let (status, answer) = vm.request(method, uri, b"")?;
         ensure!(status == expected && answer["error"].is_string(), "{uri}: {status} {answer:#}");

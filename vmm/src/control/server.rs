@@ -269,7 +269,14 @@ async fn answer(request: Request<Incoming>, vm: Vm) -> Reply {
     let command = match (&method, &parts[..]) {
         (&Method::GET, ["vm"]) => Command::Info,
         (&Method::GET, ["vm", "vcpus"]) => Command::Vcpus,
-        (&Method::PUT | &Method::POST, ["vm", "pause"]) => Command::Pause,
+        (&Method::PUT | &Method::POST, ["vm", "pause"]) => match request.uri().query() {
+            None => Command::Pause { hurry: true },
+            Some("hurry=false") => Command::Pause { hurry: false },
+            Some(other) => {
+                let what = format!("?{other} does not go with /{path}: there is hurry=false");
+                return trouble(StatusCode::BAD_REQUEST, &what);
+            }
+        },
         (&Method::PUT | &Method::POST, ["vm", "resume"]) => Command::Resume,
         (&Method::DELETE, ["vm", "arena"]) => Command::RemoveArena,
         (&Method::GET, ["events"]) => return json(StatusCode::OK, &Happened { events: vm.events.since(0) }),

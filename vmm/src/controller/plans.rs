@@ -192,7 +192,7 @@ impl Controller {
         let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten());
         let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
         let mut attempts = 0;
-        let (target, end) = loop {
+        let (target, end, total) = loop {
             attempts += 1;
             let scope = self.guard.begin(pieces.clone(), held);
             let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
@@ -201,15 +201,16 @@ impl Controller {
                 target.fail_at(self.fail_at);
             }
             let end = drive(&program, &mut target);
+            let total = asked.elapsed();
+            // The change is in force. Letting go of its pages may take its time.
             drop(scope);
             self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
             match &end {
                 End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
-                _ => break (target, end),
+                _ => break (target, end, total),
             }
             target.wait_while_patching(&program.locks);
         };
-        let total = asked.elapsed();
         let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
         let counters = self.rendezvous.counters();
         let found_other = matches!(&end, End::RolledBack { failure }

@@ -41,10 +41,10 @@ pub fn bars(cells: &[Cell], lines: &[Line]) -> Vec<Bar> {
         let one = find(cells, cell.host, Work::OneSite, cell.method);
         ratio(
             "4,096 sites take at most 20 times as long as one",
-            format!("{}: {}, medians", cell.host, cell.method),
+            format!("{}: {}, medians of the way there", cell.host, cell.method),
             (
-                cell.applied().map(|spread| spread.median),
-                one.and_then(Cell::applied).map(|spread| spread.median),
+                cell.applied_there().map(|spread| spread.median),
+                one.and_then(Cell::applied_there).map(|spread| spread.median),
             ),
             |many, one| many <= 20 * one,
             &mut bars,
@@ -115,10 +115,10 @@ fn faster(cells: &[Cell], host: Host, bars: &mut Vec<Bar>) {
 /// A key with many sites.
 fn key(cells: &[Cell], ours: &Cell, bars: &mut Vec<Bar>) {
     let theirs = find(cells, ours.host, Work::Key, Method::TextPoke);
-    let median = |cell: &Cell| cell.applied().map(|spread| spread.median);
+    let median = |cell: &Cell| cell.applied_there().map(|spread| spread.median);
     ratio(
         "breakpoint on the many-site key at least 10 times faster than the guest's own text_poke",
-        format!("{}, medians", ours.host),
+        format!("{}, medians of the way there", ours.host),
         (median(ours), theirs.and_then(median)),
         |ours, theirs| 10 * ours <= theirs,
         bars,

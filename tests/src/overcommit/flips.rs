@@ -68,7 +68,9 @@ impl<'l> Bench<'l> {
             for direction in 0..2 {
                 self.gap()?;
                 match self.once(&flip, direction)? {
-                    Ok(sample) => cell.samples.push(Sample { gap: self.gap()?, ..sample }),
+                    Ok(sample) => {
+                        cell.samples.push(Sample { gap: self.gap()?, back: direction == 1, ..sample });
+                    }
                     Err(failure) => {
                         cell.failures.push(failure);
                         if direction == 0 {
@@ -194,6 +196,7 @@ fn sample(client: u64, report: &Value) -> Sample {
         program: timing["program_us"].as_u64(),
         stall: timing["longest_stall_us"].as_u64(),
         gap: None,
+        back: false,
         fence: timing["longest_fence_us"].as_u64(),
         traps: report["traps"].as_u64().unwrap_or(0),
     }

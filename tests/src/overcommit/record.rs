@@ -74,6 +74,8 @@ pub struct Sample {
     pub fence: Option<u64>,
     /// Traps that were taken.
     pub traps: u64,
+    /// Whether it was the way back, which needs fewer checks.
+    pub back: bool,
 }
 
 /// Something that was measured many times.
@@ -121,6 +123,12 @@ impl Cell {
     #[must_use]
     pub fn applied(&self) -> Option<Spread> {
         Spread::of(self.samples.iter().map(|sample| sample.applied))
+    }
+
+    /// The same, of the way there only.
+    #[must_use]
+    pub fn applied_there(&self) -> Option<Spread> {
+        Spread::of(self.samples.iter().filter(|sample| !sample.back).map(|sample| sample.applied))
     }
 
     /// Something of each sample that has it.

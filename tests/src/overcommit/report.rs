@@ -12,7 +12,7 @@ use super::record::{Cell, Head, Line, Record, Sample, Spread};
 const LEGEND: &str = "\
 Times are in microseconds unless a unit is given; percentiles are values that were measured. *Applied* is from when the
 request was there until the change was in force: as the monitor sees it, or, for the guest's own methods, the process in
-the guest that asks for it. *Client*: until whoever asked the monitor had its whole answer. *Program*: without the checks
+the guest that asks for it. Half of the changes are the way there, half the way back, which needs fewer checks. *Client*: until whoever asked the monitor had its whole answer. *Program*: without the checks
 before it. *Stall*: the longest time that the monitor kept a vCPU from running. *Gap*: the longest time that a CPU of the
 workload made no call, whoever kept it from that: the host's scheduler too. Failures stay in the table.
 ";
@@ -94,9 +94,9 @@ impl Run {
             writeln!(out, "\n### {host}\n")?;
             writeln!(
                 out,
-                "| work | method | applied median | p90 | p99 | max | n | failed | client p90 | program p90 | stall p90 | stall max | gap median | gap max | traps | kernel errors |"
+                "| work | method | applied median | p90 | p99 | max | n | there median | failed | client p90 | program p90 | stall p90 | stall max | gap median | gap max | traps | kernel errors |"
             )?;
-            writeln!(out, "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")?;
+            writeln!(out, "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")?;
             for cell in cells {
                 row(out, cell)?;
             }
@@ -159,7 +159,7 @@ fn row(out: &mut String, cell: &Cell) -> std::fmt::Result {
     let traps: u64 = cell.samples.iter().map(|sample| sample.traps).sum();
     writeln!(
         out,
-        "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {traps} | {} |",
+        "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {traps} | {} |",
         cell.work,
         cell.method,
         text(applied.map(|s| s.median)),
@@ -167,6 +167,7 @@ fn row(out: &mut String, cell: &Cell) -> std::fmt::Result {
         text(applied.map(|s| s.p99)),
         text(applied.map(|s| s.max)),
         cell.samples.len(),
+        text(cell.applied_there().map(|s| s.median)),
         cell.failures.len(),
         text(client.map(|s| s.p90)),
         text(of(|s| s.program).map(|s| s.p90)),

@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("engine::requests_at_once_never_interleave", at_once),
     ("engine::a_reboot_while_patching", reboot),
     ("engine::a_condition_that_never_holds", never_quiesced),
+    ("engine::vcpus_share_and_their_monitor_goes_first", who_goes_first),
 ];
 
 const STRATEGIES: [&str; 5] = ["store", "breakpoint", "bypass", "hold", "inspect"];
@@ -105,6 +106,53 @@ fn any_step_fails(lab: &Lab) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The policy of threads that share the CPUs (sched(7)).
+const SCHED_OTHER: i32 = 0;
+
+/// How the host schedules a monitor's threads: name, nice value and policy (proc(5), `stat`).
+fn scheduling(vm: &Vm) -> Result<Vec<(String, i32, i32)>> {
+    const NICE: usize = 16;
+    const POLICY: usize = 38;
+    let mut threads = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{}/task", vm.pid()))? {
+        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+        let (name, rest) = stat.rsplit_once(") ").with_context(|| stat.clone())?;
+        let name = name.split_once('(').context("a name")?.1.to_owned();
+        // The field behind the name is the third.
+        let fields: Vec<&str> = rest.split(' ').collect();
+        threads.push((name, fields[NICE].parse()?, fields[POLICY].parse()?));
+    }
+    Ok(threads)
+}
+
+fn who_goes_first(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    // With all of them busy, and the host's CPUs too few, some must be waited for.
+    vm.hammer("getppid", 0, 1)?;
+    let expect = |when: &str| {
+        let threads = scheduling(&vm)?;
+        let vcpus = || threads.iter().filter(|(name, ..)| name.starts_with("vcpu"));
+        let share = vcpus().all(|(_, nice, policy)| (*nice, *policy) == (0, SCHED_OTHER));
+        ensure!(vcpus().count() == 4 && share, "{when}: {threads:?}");
+        for name in ["controller", "api"] {
+            let nice = threads.iter().find(|(found, ..)| found == name).map(|(_, nice, _)| *nice);
+            // Elsewhere this user may not be allowed to.
+            ensure!(nice == Some(-20) || !lab.in_rig, "{when}: {threads:?}");
+        }
+        Ok(())
+    };
+    expect("at first")?;
+    for _ in 0..10 {
+        vm.request(Method::PUT, "/vm/pause", b"")?;
+        expect("paused")?;
+        vm.request(Method::PUT, "/vm/resume", b"")?;
+        vm.apply(&redirect_plan("flip", Some("inspect")))?;
+        vm.revert("flip")?;
+        expect("patched")?;
+    }
+    vm.power_off()
 }
 
 fn failures_under_load(lab: &Lab) -> Result<()> {

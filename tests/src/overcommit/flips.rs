@@ -58,6 +58,7 @@ impl<'l> Bench<'l> {
         };
         self.vm.kernel_errors()?;
         let flip = self.flip(work, method)?;
+        self.gap()?;
         let started = Instant::now();
         let is_enough = |cell: &Cell| {
             let done = cell.samples.len() + cell.failures.len();
@@ -66,7 +67,6 @@ impl<'l> Bench<'l> {
         };
         while !is_enough(&cell) {
             for direction in 0..2 {
-                self.gap()?;
                 match self.once(&flip, direction)? {
                     Ok(sample) => {
                         cell.samples.push(Sample { gap: self.gap()?, back: direction == 1, ..sample });
@@ -76,6 +76,7 @@ impl<'l> Bench<'l> {
                         if direction == 0 {
                             // Something of it may be there.
                             let _ = self.once(&flip, 1)?;
+                            self.gap()?;
                             break;
                         }
                     }

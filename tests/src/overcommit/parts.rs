@@ -69,7 +69,7 @@ impl Part {
         match self {
             Self::Host(host) => host.to_string(),
             Self::Throughput(host) => format!("throughput: {host}"),
-            Self::AtRest => "at rest".into(),
+            Self::AtRest => AT_REST.into(),
             Self::Boot => "boot and size".into(),
             Self::Calibration => "calibration".into(),
         }
@@ -223,6 +223,13 @@ fn change(vm: &Vm, method: Method, number: u32) -> Result<()> {
     }
 }
 
+/// Under what it is kept how a guest with a patch compares to one without: the table, its rows
+/// (A, A again, B) and units.
+pub(super) const AT_REST: &str = "at rest";
+pub(super) const RESTING: [&str; 3] = ["nothing patched (A)", "nothing patched (A again)", "patched (B)"];
+pub(super) const CALLS: &str = "calls/s";
+pub(super) const EXITS: &str = "exits/s";
+
 /// How many calls the guest makes with a patch in force and without one, in turn, the monitor
 /// being idle; and how often its vCPUs leave the guest meanwhile.
 fn at_rest(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
@@ -233,11 +240,10 @@ fn at_rest(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
     let plan = json!({ "version": 1, "name": "rest", "strategy": "breakpoint", "deadline_ms": 60_000,
         "patches": [{ "at": format!("__x64_sys_getppid+{fentry:#x}"),
             "expect": "0f1f440000", "replace": "0f1f440001" }] });
-    let names = ["nothing patched (A)", "nothing patched (A again)", "patched (B)"];
-    let mut calls = vec![Vec::new(); names.len()];
-    let mut exits = vec![Vec::new(); names.len()];
+    let mut calls = vec![Vec::new(); RESTING.len()];
+    let mut exits = vec![Vec::new(); RESTING.len()];
     for _ in 0..effort.looks {
-        for index in 0..names.len() {
+        for index in 0..RESTING.len() {
             if index == 2 {
                 vm.apply(&plan)?;
             }
@@ -251,10 +257,10 @@ fn at_rest(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
             }
         }
     }
-    for ((name, calls), exits) in names.iter().zip(calls).zip(exits) {
-        for (unit, values) in [("calls/s", calls), ("exits/s", exits)] {
+    for ((name, calls), exits) in RESTING.iter().zip(calls).zip(exits) {
+        for (unit, values) in [(CALLS, calls), (EXITS, exits)] {
             sink(Record::Line(Line {
-                table: "at rest".into(),
+                table: AT_REST.into(),
                 name: (*name).into(),
                 unit: unit.into(),
                 values,

@@ -101,11 +101,10 @@ pub fn policies(lab: &Lab) -> Result<()> {
             for _ in 0..3 {
                 vm.ask(&format!("write {SCHEDSTATS} 0")).with_context(context)?;
                 let stays = policy != "yield";
-                // It is put back once the guest has let go of its locks.
-                eventually(&mut vm, |vm| Ok(key(vm)? == if stays { "1" } else { "0" }))
+                let (value, state) = if stays { ("1", "applied") } else { ("0", "superseded") };
+                // It is put back, or given up, once the guest has let go of its locks.
+                eventually(&mut vm, |vm| Ok(key(vm)? == value && summary(vm, "key")?["state"] == state))
                     .with_context(context)?;
-                let state = summary(&vm, "key")?["state"].clone();
-                ensure!(state == if stays { "applied" } else { "superseded" }, "{policy}: {state}");
             }
             if policy == "yield" {
                 let refused = vm.request(Method::POST, "/patches/key/revert", b"")?.1;

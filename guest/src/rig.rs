@@ -42,6 +42,9 @@ pub enum Emulator {
     Bochs,
 }
 
+/// What the name of a rig's folder begins with; the process behind it follows.
+const FOLDER: &str = "vmm-rig-";
+
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 const BOCHS_BOOT_DEADLINE: Duration = Duration::from_secs(1200);
 /// CPUs of the emulated host: as many as the machines have that this is developed on.
@@ -77,7 +80,9 @@ impl Rig {
         init: &Path,
         files: &[(&str, &Path)],
     ) -> Result<Self, Error> {
-        let folder = std::env::temp_dir().join(format!("vmm-rig-{}", std::process::id()));
+        let parent = std::env::temp_dir();
+        sweep(&parent);
+        let folder = parent.join(format!("{FOLDER}{}", std::process::id()));
         fs::create_dir_all(&folder).at(&folder)?;
         let mut archive = Initramfs::default().file("init", init)?;
         for (name, path, _) in MODULES {
@@ -194,6 +199,18 @@ impl Drop for Rig {
     }
 }
 
+/// Removes the folders of rigs whose process was killed: each holds a hundred megabytes.
+fn sweep(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix(FOLDER)?.parse::<u32>().ok());
+        if process.is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists()) {
+            // Whoever else sweeps may be quicker.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 fn qemu_command(qemu: &Qemu, kernel: &Kernel, initrd: &Path, console: &Path) -> Command {
     // However this process ends, the emulator must not stay behind.
     let mut command = Command::new("setpriv");
@@ -214,4 +231,30 @@ fn qemu_command(qemu: &Qemu, kernel: &Kernel, initrd: &Path, console: &Path) -> 
         .arg(format!("file:{}", console.display()))
         .args(["-chardev", "stdio,id=wire,signal=off", "-serial", "chardev:wire"]);
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_folders_of_processes_that_are_gone_are_swept() {
+        let parent = tempfile::TempDir::new().expect("a folder");
+        let gone = Command::new("true").spawn().and_then(|mut child| {
+            child.wait()?;
+            Ok(child.id())
+        });
+        let gone = format!("{FOLDER}{}", gone.expect("a process"));
+        let mine = format!("{FOLDER}{}", std::process::id());
+        for name in [gone.as_str(), mine.as_str(), "vmm-rig-x", "other"] {
+            fs::create_dir(parent.path().join(name)).expect("a folder");
+        }
+        sweep(parent.path());
+        let mut left: Vec<_> =
+            fs::read_dir(parent.path()).expect("it").flatten().map(|entry| entry.file_name()).collect();
+        left.sort();
+        let mut expected = vec!["other".into(), std::ffi::OsString::from(&mine), "vmm-rig-x".into()];
+        expected.sort();
+        assert_eq!(left, expected);
+    }
 }

@@ -213,6 +213,10 @@ pub enum Vm {
     },
     /// Keep its vCPUs out of the guest.
     Pause {
+        /// Leave it to the host when it runs those that are waited for. On a busy host that takes
+        /// ten times as long.
+        #[arg(long)]
+        no_hurry: bool,
         /// Which VM.
         #[command(flatten)]
         at: At,

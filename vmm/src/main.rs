@@ -155,7 +155,8 @@ fn vm_command(vm: &Vm) -> Result<u8> {
     match vm {
         Vm::Info { at } => ask(at, Method::GET, "/vm", Vec::new()),
         Vm::Vcpus { at } => ask(at, Method::GET, "/vm/vcpus", Vec::new()),
-        Vm::Pause { at } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
+        Vm::Pause { at, no_hurry: false } => ask(at, Method::PUT, "/vm/pause", Vec::new()),
+        Vm::Pause { at, no_hurry: true } => ask(at, Method::PUT, "/vm/pause?hurry=false", Vec::new()),
         Vm::Resume { at } => ask(at, Method::PUT, "/vm/resume", Vec::new()),
         Vm::RemoveArena { at } => ask(at, Method::DELETE, "/vm/arena", Vec::new()),
     }

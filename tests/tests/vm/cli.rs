@@ -116,6 +116,8 @@ fn patch_commands(lab: &Lab) -> Result<()> {
     says(run_to_end(lab, &["vm", "pause", "--socket", &socket])?, 0, "done")?;
     says(run_to_end(lab, &["vm", "info", "--socket", &socket])?, 0, "paused")?;
     says(run_to_end(lab, &["vm", "resume", "--socket", &socket])?, 0, "done")?;
+    says(run_to_end(lab, &["vm", "pause", "--no-hurry", "--socket", &socket])?, 0, "done")?;
+    says(run_to_end(lab, &["vm", "resume", "--socket", &socket])?, 0, "done")?;
     vm.power_off()
 }
 

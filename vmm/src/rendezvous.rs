@@ -190,9 +190,7 @@ impl Rendezvous {
     }
 
     fn owes_report(&self, vcpu: VcpuId) -> bool {
-        let told = self.lock_report(vcpu).inspection;
-        let due = self.ports[vcpu.0].inspection.load(SeqCst);
-        self.requests_to(vcpu) & HOLD != 0 && told != due && told != PARKED
+        self.requests_to(vcpu) & HOLD != 0 && self.told(vcpu).is_none()
     }
 
     fn lock_report(&self, vcpu: VcpuId) -> MutexGuard<'_, Report> {
@@ -341,15 +339,14 @@ impl Rendezvous {
             .iter()
             .map(|&vcpu| {
                 loop {
-                    let report = *self.lock_report(vcpu);
-                    let due = self.ports[vcpu.0].inspection.load(SeqCst);
-                    if report.inspection == due || report.inspection == PARKED {
-                        return Ok((vcpu, report.registers));
+                    if let Some(registers) = self.told(vcpu) {
+                        return Ok((vcpu, registers));
                     }
                     if Instant::now() > until {
                         return Err(Late { vcpu }.into());
                     }
-                    hurried.get_or_insert_with(|| self.hurry(&self.inside()));
+                    let late = || vcpus.iter().filter(|vcpu| self.told(**vcpu).is_none());
+                    hurried.get_or_insert_with(|| self.hurry(late()));
                     std::thread::sleep(POLL);
                 }
             })
@@ -383,16 +380,24 @@ impl Rendezvous {
     pub fn pause(&self, patience: Duration, hurry: bool) -> Result<(), FenceError> {
         self.request(PAUSE, patience)?;
         let inside = self.inside();
-        let hurried = if hurry { self.hurry(&inside) } else { Vec::new() };
+        let still = |(vcpu, passes): &&(VcpuId, u64)| self.ports[vcpu.0].passes.load(SeqCst) == *passes;
+        let late = inside.iter().filter(still).map(|(vcpu, _)| vcpu);
+        let hurried = if hurry { self.hurry(late) } else { Vec::new() };
         let left = self.wait_until_left(&inside, patience);
         drop(hurried);
         Ok(left?)
     }
 
-    /// Has the host run these vCPUs, if they are still in the guest, before others.
-    fn hurry(&self, inside: &[(VcpuId, u64)]) -> Vec<Hurried> {
-        let still = |(vcpu, passes): &&(VcpuId, u64)| self.ports[vcpu.0].passes.load(SeqCst) == *passes;
-        inside.iter().filter(still).filter_map(|(vcpu, _)| self.ports[vcpu.0].kick.hurry()).collect()
+    /// Has the host run these vCPUs before others.
+    fn hurry<'v>(&self, vcpus: impl Iterator<Item = &'v VcpuId>) -> Vec<Hurried> {
+        vcpus.filter_map(|vcpu| self.ports[vcpu.0].kick.hurry()).collect()
+    }
+
+    /// Where a vCPU stands, if it has told so for the inspection that is due.
+    fn told(&self, vcpu: VcpuId) -> Option<Registers> {
+        let report = *self.lock_report(vcpu);
+        let due = self.ports[vcpu.0].inspection.load(SeqCst);
+        (report.inspection == due || report.inspection == PARKED).then_some(report.registers)
     }
 
     /// Ends a pause. Does nothing without one.

@@ -48,7 +48,7 @@ impl Effort {
     #[must_use]
     pub fn new(quick: bool) -> Self {
         let (look, looks) = if quick { (Duration::from_secs(1), 3) } else { (Duration::from_secs(3), 10) };
-        Self { times: 30, patience: quick.then_some(Duration::from_secs(4)), look, looks }
+        Self { times: 30, patience: quick.then_some(Duration::from_secs(3)), look, looks }
     }
 }
 

@@ -18,6 +18,9 @@
 //!   withdraw, disarm
 //! ```
 //!
+//! If the guest's patchers kept an earlier attempt out, the doors are shut under a hold, after a
+//! look at the locks.
+//!
 //! The kernel's own data that goes with the sites is checked before the first write to one,
 //! and replaced when all are new. Where `inspect` has doors, they are shut before it in the
 //! same way, and opened before its last fence.
@@ -313,8 +316,16 @@ fn bypass(
 fn trapped(plan: &ResolvedPlan, ways: impl IntoIterator<Item = (Gva, Way)>) -> Vec<Reversible> {
     let (sites, data, doors) = (&plan.sites, &plan.data, &plan.patchers.doors);
     let mut steps = open_traps(ways.into_iter().chain(doors.iter().map(waits)));
-    steps.extend(shut(doors));
-    steps.extend(plan.patchers.locks.iter().map(check_free));
+    let are_free = plan.patchers.locks.iter().map(check_free);
+    if plan.patchers.busy {
+        steps.push(step(Step::Hold, [Step::Fence, Step::Release]));
+        steps.extend(are_free);
+        steps.extend(shut(doors));
+        steps.push(step(Step::Release, []));
+    } else {
+        steps.extend(shut(doors));
+        steps.extend(are_free);
+    }
     steps.extend(data.iter().map(check_word));
     for site in sites {
         steps.extend([check_old(site), write(site.at, &[INT3], &site.old[..1])]);

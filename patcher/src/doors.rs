@@ -4,7 +4,9 @@
 //! The guest's kernel patches itself, too: it takes locks, compares what is there with what it
 //! expects, and replaces it; where it finds something else it panics. So a program keeps away
 //! everybody who is about to compare, and begins only when nobody has the locks: who comes for
-//! them afterwards comes to a door before he looks.
+//! them afterwards comes to a door before he looks. Doors that are shut first and locks that are
+//! looked at then stop nobody who patches nothing; the other way round, while nobody runs, it is
+//! enough that the locks are free for a moment.
 
 use crate::addr::Gva;
 use crate::insn::INT3;
@@ -21,6 +23,9 @@ pub struct Patchers {
     pub doors: Vec<Door>,
     /// The words that are zero while nobody has its locks.
     pub locks: Vec<Gva>,
+    /// Whether they kept a program out before. One that patches all the time lets go of its locks
+    /// for moments only: the doors are shut in such a moment then, while nobody runs.
+    pub busy: bool,
 }
 
 impl Patchers {
@@ -30,7 +35,7 @@ impl Patchers {
         if locks.is_empty() {
             return Self::default();
         }
-        Self { doors: doors(kernel, text, sites, &kernel.image.landmarks().patchers), locks }
+        Self { doors: doors(kernel, text, sites, &kernel.image.landmarks().patchers), locks, busy: false }
     }
 }
 

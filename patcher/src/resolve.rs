@@ -157,6 +157,12 @@ impl ResolvedPlan {
         }
     }
 
+    /// The plan for another attempt, when the guest's patchers have kept one out.
+    #[must_use]
+    pub fn among_busy_patchers(&self) -> Self {
+        Self { patchers: Patchers { busy: true, ..self.patchers.clone() }, ..self.clone() }
+    }
+
     /// The strategy that the undoing plan asks for.
     pub(crate) fn strategy_back(&self) -> Strategy {
         let inside = self.sites.iter().any(|site| !site.new_inside.is_empty());

@@ -111,7 +111,7 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
         data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],
         doors: vec![(Gva(0), OLD[0])],
-        patchers: Patchers { doors: vec![(Gva(0), OLD[0])], locks: vec![LOCK] },
+        patchers: Patchers { doors: vec![(Gva(0), OLD[0])], locks: vec![LOCK], busy: false },
         on_guest_write: None,
     }
 }

@@ -12,7 +12,8 @@ use patcher::quiesce::Condition;
 
 use super::strategies::replaces;
 use super::worlds::{
-    Change, KEY, SEVERAL, TEXT, ZERO, patches_itself, program, self_patching, with_door, world,
+    Change, KEY, SEVERAL, TEXT, ZERO, among_busy_patchers, patches_itself, program, self_patching, with_door,
+    world,
 };
 
 /// Something taken out of a program, or of the monitor.
@@ -86,7 +87,21 @@ const MUTANTS: &[Mutant] = &[
         changes: &[KEY],
         ..patcher("the guest's own lock", |p| remove(p, is_check, 0))
     },
+    busy("the busy guest's own lock", |p| remove(p, is_check, 0)),
+    busy("the hold in which the doors are shut", |p| {
+        remove(p, is_hold, 0);
+        remove(p, is_release, 0);
+    }),
+    busy("letting go of that hold", |p| remove(p, is_release, 0)),
+    busy("letting go of that hold, undoing", |p| no_undo(p, is_hold, 0)),
+    busy("the door to the busy guest's patching", |p| remove(p, is_write, 0)),
+    busy("the fence before that hold ends", |p| remove(p, is_fence, 0)),
 ];
+
+/// A guest that is patching itself most of the time.
+const fn busy(name: &'static str, change: fn(&mut Program)) -> Mutant {
+    Mutant { compiled: among_busy_patchers, ..patcher(name, change) }
+}
 
 const fn breakpoint(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
     Mutant {

@@ -6,10 +6,11 @@ use patcher::addr::Gva;
 use patcher::model::explore::explore;
 use patcher::model::machine::{Fetch, Guest, World};
 use patcher::plan::Strategy;
+use patcher::program::Program;
 
 use super::worlds::{
-    CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, patches_itself, program, reversed, self_patching,
-    with_door, world,
+    CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, among_busy_patchers, patches_itself, program, reversed,
+    self_patching, with_door, world,
 };
 
 /// Explores and prints how much there was, past the test harness, which would keep it.
@@ -142,6 +143,8 @@ fn doors() {
     holds("inspect with a door, interrupted", &world(&program));
 }
 
+type Compiled = fn(Strategy, &[Change]) -> Program;
+
 /// The guest never finds what it does not expect, nor has what it relies on taken away.
 #[test]
 fn a_guest_that_patches_itself() {
@@ -151,10 +154,12 @@ fn a_guest_that_patches_itself() {
         (Strategy::Bypass, &[ZERO]),
         (Strategy::Hold, &[KEY, ZERO]),
     ] {
-        let program = self_patching(strategy, changes);
-        let mut world = world(&program);
-        patches_itself(&mut world);
-        world.interrupts = false;
-        holds(&format!("{strategy:?}, guest patches itself"), &world);
+        for (busy, compiled) in [("", self_patching as Compiled), (", busily", among_busy_patchers)] {
+            let program = compiled(strategy, changes);
+            let mut world = world(&program);
+            patches_itself(&mut world);
+            world.interrupts = false;
+            holds(&format!("{strategy:?}, guest patches itself{busy}"), &world);
+        }
     }
 }

@@ -93,7 +93,13 @@ pub(crate) const LOCK: Gva = Gva(0xffff_ffff_8300_0000);
 
 /// A program in a guest that patches itself.
 pub(crate) fn self_patching(strategy: Strategy, changes: &[Change]) -> Program {
-    let patchers = Patchers { doors: vec![DOOR], locks: vec![LOCK] };
+    let patchers = Patchers { doors: vec![DOOR], locks: vec![LOCK], busy: false };
+    compiled(&ResolvedPlan { patchers, ..plan(strategy, changes) })
+}
+
+/// The same, when an attempt was kept out.
+pub(crate) fn among_busy_patchers(strategy: Strategy, changes: &[Change]) -> Program {
+    let patchers = Patchers { doors: vec![DOOR], locks: vec![LOCK], busy: true };
     compiled(&ResolvedPlan { patchers, ..plan(strategy, changes) })
 }
 

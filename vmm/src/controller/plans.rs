@@ -178,7 +178,7 @@ impl Controller {
     pub(super) fn execute(
         &mut self,
         plan: &ResolvedPlan,
-        program: Program,
+        mut program: Program,
         asked: Instant,
     ) -> Result<Report, Refusal> {
         let kernel = self.kernel()?.clone();
@@ -210,6 +210,12 @@ impl Controller {
                 _ => break (target, end, total),
             }
             target.wait_while_patching(&program.locks);
+            drop(target);
+            if attempts == 1
+                && let Ok(other) = self.compile(&plan.among_busy_patchers())
+            {
+                program = other;
+            }
         };
         let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
         let counters = self.rendezvous.counters();

@@ -18,8 +18,8 @@
 //!   withdraw, disarm
 //! ```
 //!
-//! If the guest's patchers kept an earlier attempt out, the doors are shut under a hold, after a
-//! look at the locks.
+//! If the guest's patchers kept an earlier attempt out, the vCPUs are stopped in a moment in which the
+//! locks look free, and the doors are shut under that hold.
 //!
 //! The kernel's own data that goes with the sites is checked before the first write to one,
 //! and replaced when all are new. Where `inspect` has doors, they are shut before it in the
@@ -194,9 +194,16 @@ fn check_free(lock: &Gva) -> Reversible {
     step(check(*lock, &[0; 8]), [])
 }
 
+/// The moment to stop the vCPUs in, if the guest patches itself most of the time.
+fn await_free(plan: &ResolvedPlan) -> impl Iterator<Item = Reversible> {
+    let locks = plan.patchers.locks.iter().filter(|_| plan.patchers.busy);
+    locks.map(|lock| step(Step::Await { at: *lock }, []))
+}
+
 fn stopped(stop: Step, plan: &ResolvedPlan, doors: &[Door]) -> Vec<Reversible> {
     let (sites, data) = (&plan.sites, &plan.data);
-    let mut steps = vec![step(stop, [Step::Fence, Step::Release])];
+    let mut steps: Vec<Reversible> = await_free(plan).collect();
+    steps.push(step(stop, [Step::Fence, Step::Release]));
     steps.extend(plan.patchers.locks.iter().map(check_free));
     steps.extend(sites.iter().map(check_old));
     steps.extend(data.iter().map(check_word));
@@ -318,6 +325,7 @@ fn trapped(plan: &ResolvedPlan, ways: impl IntoIterator<Item = (Gva, Way)>) -> V
     let mut steps = open_traps(ways.into_iter().chain(doors.iter().map(waits)));
     let are_free = plan.patchers.locks.iter().map(check_free);
     if plan.patchers.busy {
+        steps.extend(await_free(plan));
         steps.push(step(Step::Hold, [Step::Fence, Step::Release]));
         steps.extend(are_free);
         steps.extend(shut(doors));

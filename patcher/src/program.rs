@@ -66,6 +66,12 @@ pub enum Step {
     },
     /// A fence, however long it takes.
     Drain,
+    /// Wait for a moment in which a word of the guest's is zero: nobody has its lock. Whether that
+    /// is still so is for a [`Step::Check`] to say.
+    Await {
+        /// Where.
+        at: Gva,
+    },
     /// No vCPU executes guest instructions from here on.
     Hold,
     /// [`Step::Hold`], when every vCPU has come out and stands where this allows; tried again
@@ -101,6 +107,7 @@ impl fmt::Display for Step {
             Self::Fence => f.write_str("fence"),
             Self::Open { at, byte } => write!(f, "open    {at}  {byte:02x}"),
             Self::Drain => f.write_str("fence, however long it takes"),
+            Self::Await { at } => write!(f, "await   {at}  free"),
             Self::Hold => f.write_str("hold all vCPUs"),
             Self::Inspect(condition) => write!(f, "hold all vCPUs once {condition}"),
             Self::Release => f.write_str("release all vCPUs"),
@@ -144,7 +151,9 @@ impl Program {
     pub fn was_kept_out(&self, failure: &Failure) -> bool {
         match (&failure.step, &failure.error) {
             (_, StepError::Contended) => true,
-            (Step::Check { at, .. }, StepError::Mismatch { .. }) => self.locks.contains(at),
+            (Step::Check { at, .. } | Step::Await { at }, StepError::Mismatch { .. }) => {
+                self.locks.contains(at)
+            }
             _ => false,
         }
     }

@@ -129,6 +129,27 @@ impl<'m> Live<'m> {
         patching
     }
 
+    /// Looks at a lock all the time, for some time: it may be free for microseconds only.
+    fn wait_until_free(&self, lock: Gva) -> Result<(), StepError> {
+        /// Whoever holds it may need this CPU.
+        const TURN: Duration = Duration::from_micros(50);
+        const PATIENCE: Duration = Duration::from_secs(1);
+        let (began, mut turn) = (Instant::now(), Instant::now());
+        loop {
+            let found = read_u64(self.kernel, lock).map_err(|_| StepError::Unmapped { at: lock })?;
+            if found == 0 {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE || self.is_late() {
+                return Err(StepError::Mismatch { found: found.to_le_bytes().to_vec() });
+            }
+            if turn.elapsed() > TURN {
+                std::thread::sleep(TURN);
+                turn = Instant::now();
+            }
+        }
+    }
+
     fn is_late(&self) -> bool {
         Instant::now() > self.until
     }
@@ -200,6 +221,7 @@ impl Target for Live<'_> {
             Step::Open { at, byte } => self.memory.write(*at, &[*byte]).map_err(unmapped)?,
             // vCPUs that were kicked come out when the host lets them run.
             Step::Drain => while self.timed(Rendezvous::fence).is_err() {},
+            Step::Await { at } => self.wait_until_free(*at)?,
             Step::Hold => self.timed(Rendezvous::hold)?,
             Step::Inspect(condition) => self.inspect(condition)?,
             Step::Store { at, old, new } => {

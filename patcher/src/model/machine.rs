@@ -399,6 +399,7 @@ impl<'p> World<'p> {
             Step::Release => state.held = false,
             Step::Write { at, bytes } => self.write(state, *at, bytes),
             Step::Check { at, bytes } => return Some(compare(state, *at, bytes)),
+            Step::Await { at } => compare(state, *at, &[0; 8]).ok()?,
             Step::Store { at, old, new } => {
                 if let Err(error) = compare(state, *at, old) {
                     return Some(Err(error));

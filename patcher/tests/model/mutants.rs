@@ -87,7 +87,7 @@ const MUTANTS: &[Mutant] = &[
         changes: &[KEY],
         ..patcher("the guest's own lock", |p| remove(p, is_check, 0))
     },
-    busy("the busy guest's own lock", |p| remove(p, is_check, 0)),
+    busy("the busy guest's own lock, seen under the hold", |p| remove(p, is_check, 0)),
     busy("the hold in which the doors are shut", |p| {
         remove(p, is_hold, 0);
         remove(p, is_release, 0);

@@ -204,7 +204,10 @@ pub fn flips(lab: &Lab, setup: &Setup, strategy: &str, flips: usize) -> Result<(
 
 /// A plan of so many sites: the no-operations for the tracer at functions' entries become
 /// no-operations of another form.
-pub(crate) fn entries_plan(vm: &Vm, lab: &Lab, sites: usize) -> Result<Value> {
+///
+/// # Errors
+/// When there are not so many.
+pub fn entries_plan(vm: &Vm, lab: &Lab, sites: usize) -> Result<Value> {
     let image = KernelImage::parse(&std::fs::read(&lab.kernel)?)?;
     let (_, info) = vm.request(Method::GET, "/vm", b"")?;
     let slide = info["kernel"]["slide"].as_u64().context("a slide")?;

@@ -70,7 +70,7 @@ pub fn every_vcpu(lab: &Lab, cpus: u8) -> Result<()> {
 /// Anything unexpected.
 pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
     // Room for what the NMIs log, or errors might be pushed out before they are read.
-    let setup = Setup { command_line: "log_buf_len=8M".into(), ..Setup::cpus(cpus) };
+    let setup = Setup { command_line: "log_buf_len=8M".into(), ..Setup::cpus(cpus) }.lingering();
     let mut vm = Vm::start(lab, &setup)?;
     let bed = lay_bed(&vm)?;
     vm.apply(&json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
@@ -92,7 +92,7 @@ pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
             if look {
                 vm.expect_all(false).with_context(|| format!("{} back by {strategy}", station.name))?;
             }
-            traps += report["traps"].as_u64().unwrap_or(0);
+            traps += usize::try_from(report["traps"].as_u64().unwrap_or(0))?;
             *by_strategy.entry(strategy).or_insert(0) += 2;
             done += 2;
         }
@@ -103,6 +103,7 @@ pub fn sites(lab: &Lab, cpus: u8, flips: usize, nmis: bool) -> Result<()> {
     }
     vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;
+    ensure!(traps > flips / 8, "{traps} traps in {done} flips");
     let taken = nmis_taken(&mut vm)?;
     ensure!(!nmis || taken > 0, "no CPU took an NMI");
     println!(

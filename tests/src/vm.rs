@@ -55,6 +55,13 @@ impl Setup {
     pub fn cpus(cpus: u8) -> Self {
         Self { kernel: None, cpus, memory_mib: 256, command_line: String::new(), arguments: Vec::new() }
     }
+
+    /// The same with programs that take their time, so that vCPUs meet what is in transit.
+    #[must_use]
+    pub fn lingering(mut self) -> Self {
+        self.arguments.extend(["--linger-ms".into(), "1".into()]);
+        self
+    }
 }
 
 /// A VM whose guest answers commands.

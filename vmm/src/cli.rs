@@ -69,6 +69,10 @@ pub struct Run {
     /// counted from the first again.
     #[arg(long, hide = true)]
     pub fail_programs: bool,
+    /// For tests: programs rest so long after each fence, in milliseconds, so that vCPUs meet what is
+    /// in transit.
+    #[arg(long, hide = true, default_value_t = 0)]
+    pub linger_ms: u64,
     /// For tests: when breakpoints are intercepted, and who delivers the guest's own.
     #[arg(long, hide = true, value_enum, default_value_t = Breakpoints::AsNeeded)]
     pub breakpoints: Breakpoints,

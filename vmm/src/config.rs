@@ -1,6 +1,7 @@
 //! What the user asked for, checked.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::memory::PAGE;
 
@@ -53,6 +54,8 @@ pub struct Config {
     pub guard: bool,
     /// For tests: the n-th program fails at its n-th step.
     pub fail_programs: bool,
+    /// For tests: how long programs rest after each fence.
+    pub linger: Duration,
     /// For tests: how breakpoints are treated.
     pub breakpoints: Breakpoints,
 }
@@ -96,7 +99,19 @@ impl Config {
         }
         let command_line = command_line.unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
         let (cpus, guard, fail_programs, breakpoints) = (count, false, false, Breakpoints::AsNeeded);
-        Ok(Self { kernel, initrd, command_line, cpus, memory_mib, fence, guard, fail_programs, breakpoints })
+        let linger = Duration::ZERO;
+        Ok(Self {
+            kernel,
+            initrd,
+            command_line,
+            cpus,
+            memory_mib,
+            fence,
+            guard,
+            fail_programs,
+            linger,
+            breakpoints,
+        })
     }
 
     /// Memory in bytes, whole pages.

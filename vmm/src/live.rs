@@ -32,6 +32,8 @@ pub struct Live<'m> {
     guard: Option<&'m Guard>,
     /// For tests: how many steps are to be done before one fails.
     until_failure: Option<usize>,
+    /// For tests: how long to rest after each fence.
+    linger: Duration,
 }
 
 impl<'m> Live<'m> {
@@ -48,6 +50,7 @@ impl<'m> Live<'m> {
             asked: Cell::new(0),
             guard: None,
             until_failure: None,
+            linger: Duration::ZERO,
         }
     }
 
@@ -61,6 +64,11 @@ impl<'m> Live<'m> {
     /// For tests: makes the step after so many fail, a write when half of it is done.
     pub fn fail_at(&mut self, step: usize) {
         self.until_failure = Some(step);
+    }
+
+    /// For tests: rests so long after each fence.
+    pub fn linger(&mut self, linger: Duration) {
+        self.linger = linger;
     }
 
     /// For tests: whether that step did not come.
@@ -217,7 +225,10 @@ impl Target for Live<'_> {
             Step::Disarm => self.rendezvous.disarm(),
             Step::Release => self.rendezvous.release(),
             Step::Arm => self.timed(Rendezvous::arm)?,
-            Step::Fence => self.timed(Rendezvous::fence)?,
+            Step::Fence => {
+                self.timed(Rendezvous::fence)?;
+                std::thread::sleep(self.linger);
+            }
             Step::Open { at, byte } => self.memory.write(*at, &[*byte]).map_err(unmapped)?,
             // vCPUs that were kicked come out when the host lets them run.
             Step::Drain => while self.timed(Rendezvous::fence).is_err() {},

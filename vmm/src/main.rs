@@ -60,6 +60,7 @@ fn run_vm(run: Run) -> Result<u8> {
     };
     config.guard = run.guard;
     config.fail_programs = run.fail_programs;
+    config.linger = std::time::Duration::from_millis(run.linger_ms);
     config.breakpoints = run.breakpoints;
     let at_init = match run.patch {
         None => None,

@@ -200,6 +200,7 @@ impl Controller {
             if self.config.fail_programs {
                 target.fail_at(self.fail_at);
             }
+            target.linger(self.config.linger);
             let end = drive(&program, &mut target);
             let total = asked.elapsed();
             // The change is in force. Letting go of its pages may take its time.

@@ -25,7 +25,6 @@ pub struct Live<'m> {
     memory: Mapped<'m>,
     rendezvous: &'m Rendezvous,
     until: Instant,
-    fences: Vec<Duration>,
     /// How often somebody asked for the time since the last fence.
     asked: Cell<u32>,
     /// Where the guest's writes to the sites wait.
@@ -46,7 +45,6 @@ impl<'m> Live<'m> {
             memory: Mapped::of(kernel),
             rendezvous,
             until,
-            fences: Vec::new(),
             asked: Cell::new(0),
             guard: None,
             until_failure: None,
@@ -77,12 +75,6 @@ impl<'m> Live<'m> {
         self.until_failure.is_some()
     }
 
-    /// How long each fence took, the ones inside arm and hold included.
-    #[must_use]
-    pub fn fences(&self) -> &[Duration] {
-        &self.fences
-    }
-
     /// Holds when every vCPU stands where it may. Those that do stay out, and the others go on
     /// until they do, too: who waits for a lock gets it sooner when nobody else wants it. Some
     /// may wait for one that stays out, though, so from time to time all go on for a while,
@@ -98,7 +90,7 @@ impl<'m> Live<'m> {
             let mut asked = self.rendezvous.vcpus();
             let mut slice = SHORTEST;
             let offender = loop {
-                let vcpus = self.timed(|r, patience| r.inspect(&asked, patience))?;
+                let vcpus = self.meet(|r, patience| r.inspect(&asked, patience))?;
                 let offenders = standing::offenders(condition, self.kernel, &vcpus)
                     .map_err(|what| StepError::Host { what })?;
                 let Some(first) = offenders.first().copied() else { return Ok(()) };
@@ -187,7 +179,7 @@ impl<'m> Live<'m> {
         }
     }
 
-    fn timed<T>(
+    fn meet<T>(
         &mut self,
         fence: impl FnOnce(&Rendezvous, Duration) -> Result<T, FenceError>,
     ) -> Result<T, StepError> {
@@ -195,9 +187,7 @@ impl<'m> Live<'m> {
         self.asked.set(0);
         let started = Instant::now();
         let patience = self.until.saturating_duration_since(started).max(PATIENCE);
-        let result = fence(self.rendezvous, patience);
-        self.fences.push(started.elapsed());
-        result.map_err(|error| StepError::Host { what: error.to_string() })
+        fence(self.rendezvous, patience).map_err(|error| StepError::Host { what: error.to_string() })
     }
 }
 
@@ -224,16 +214,16 @@ impl Target for Live<'_> {
             Step::Withdraw => self.rendezvous.withdraw(),
             Step::Disarm => self.rendezvous.disarm(),
             Step::Release => self.rendezvous.release(),
-            Step::Arm => self.timed(Rendezvous::arm)?,
+            Step::Arm => self.meet(Rendezvous::arm)?,
             Step::Fence => {
-                self.timed(Rendezvous::fence)?;
+                self.meet(Rendezvous::fence)?;
                 std::thread::sleep(self.linger);
             }
             Step::Open { at, byte } => self.memory.write(*at, &[*byte]).map_err(unmapped)?,
             // vCPUs that were kicked come out when the host lets them run.
-            Step::Drain => while self.timed(Rendezvous::fence).is_err() {},
+            Step::Drain => while self.meet(Rendezvous::fence).is_err() {},
             Step::Await { at } => self.wait_until_free(*at)?,
-            Step::Hold => self.timed(Rendezvous::hold)?,
+            Step::Hold => self.meet(Rendezvous::hold)?,
             Step::Inspect(condition) => self.inspect(condition)?,
             Step::Store { at, old, new } => {
                 let done = self.memory.exchange(*at, old, new).map_err(unmapped)?;

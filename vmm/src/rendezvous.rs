@@ -16,7 +16,7 @@
 //! forces out those that are in the guest at this moment. So nobody waits for a vCPU that the
 //! host preempted. `docs/rendezvous.md` gives the sources.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -108,6 +108,8 @@ pub struct Rendezvous {
     gate: Mutex<()>,
     changed: Condvar,
     barrier: Option<Membarrier>,
+    fences: AtomicUsize,
+    longest_fence_ns: AtomicU64,
     /// Times are counted from here.
     epoch: Instant,
 }
@@ -119,6 +121,10 @@ pub struct Counters {
     pub longest_stall_ns: u64,
     /// Breakpoints of ours that vCPUs ran into.
     pub traps: u64,
+    /// How many fences there were, those inside arm and hold included.
+    pub fences: usize,
+    /// The longest of them, in nanoseconds.
+    pub longest_fence_ns: u64,
 }
 
 impl Rendezvous {
@@ -146,6 +152,8 @@ impl Rendezvous {
             gate: Mutex::new(()),
             changed: Condvar::new(),
             barrier,
+            fences: AtomicUsize::new(0),
+            longest_fence_ns: AtomicU64::new(0),
             epoch: Instant::now(),
         }
     }
@@ -290,13 +298,17 @@ impl Rendezvous {
     /// # Errors
     /// Without membarrier: [`FenceError::Late`] after `patience`.
     pub fn fence(&self, patience: Duration) -> Result<(), FenceError> {
-        match self.barrier {
+        let began = self.now_ns();
+        let result = match self.barrier {
             Some(barrier) => barrier.sync_core().map_err(FenceError::Membarrier),
             None => {
                 let inside = self.kick();
-                Ok(self.wait_until_left(&inside, patience)?)
+                self.wait_until_left(&inside, patience).map_err(FenceError::Late)
             }
-        }
+        };
+        self.fences.fetch_add(1, SeqCst);
+        self.longest_fence_ns.fetch_max(self.now_ns() - began, SeqCst);
+        result
     }
 
     /// No vCPU executes guest instructions from the return of this call until
@@ -448,6 +460,8 @@ impl Rendezvous {
 
     /// Starts counting afresh.
     pub fn reset_counters(&self) {
+        self.fences.store(0, SeqCst);
+        self.longest_fence_ns.store(0, SeqCst);
         for port in &self.ports {
             port.longest_stall_ns.store(0, SeqCst);
             port.traps.store(0, SeqCst);
@@ -472,6 +486,8 @@ impl Rendezvous {
         Counters {
             longest_stall_ns: self.ports.iter().map(longest).max().unwrap_or(0),
             traps: self.ports.iter().map(|p| p.traps.load(SeqCst)).sum(),
+            fences: self.fences.load(SeqCst),
+            longest_fence_ns: self.longest_fence_ns.load(SeqCst),
         }
     }
 

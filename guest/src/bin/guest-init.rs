@@ -7,7 +7,7 @@
 //! hammer CALL A B    all CPUs hammer the system call; results must be A or B
 //! timed COMMAND      how long a command takes
 //! exits N            leaves the guest so many times; in how long
-//! gaps               how long each CPU of the workload made no call at most, since last asked
+//! gap                how long a CPU of the workload made no call at most, since last asked
 //! count              what every CPU saw in calls begun after this command
 //! calls-in MS        how many calls they made in so many milliseconds
 //! nmis MS            from now on every CPU gets an NMI so often, and tells where it is
@@ -288,7 +288,7 @@ impl Init {
                 Ok(format!("added={} sum={} clashes={}", outcome.added, outcome.sum, outcome.clashes))
             }
             ["count"] => self.count(),
-            ["gaps"] => self.gaps(),
+            ["gap"] => self.gap(),
             ["exits", count] => {
                 let count: u32 = count.parse().map_err(io::Error::other)?;
                 let started = Instant::now();
@@ -350,13 +350,13 @@ impl Init {
         Ok(String::new())
     }
 
-    /// Tells how long each CPU of the workload stood still at most since it was last asked.
-    fn gaps(&mut self) -> io::Result<String> {
+    /// How long a CPU of the workload stood still at most since this was last asked. One line: what
+    /// is written takes the guest its time.
+    fn gap(&mut self) -> io::Result<String> {
         let hammer = self.hammer.as_ref().ok_or_else(|| io::Error::other("nothing is hammered"))?;
-        for (cpu, gap) in hammer.longest_gaps().iter().enumerate() {
-            self.say(&format!("@gap cpu={cpu} us={}", gap.as_micros()))?;
-        }
-        Ok(String::new())
+        let gaps = hammer.longest_gaps();
+        let longest = gaps.iter().max().map_or(0, Duration::as_micros);
+        Ok(format!("cpus={} us={longest}", gaps.len()))
     }
 
     fn count(&mut self) -> io::Result<String> {

@@ -178,14 +178,10 @@ impl<'l> Bench<'l> {
         if !self.host.busy {
             return Ok(None);
         }
-        let (lines, _) = self.vm.ask("gaps")?;
-        let gaps: Vec<u64> = lines
-            .iter()
-            .filter(|line| line.starts_with("@gap "))
-            .map(|line| field(line, "us"))
-            .collect::<Result<_>>()?;
-        ensure!(gaps.len() == usize::from(self.host.vcpus), "{} CPUs told of their gaps", gaps.len());
-        Ok(gaps.into_iter().max())
+        let (_, answer) = self.vm.ask("gap")?;
+        let cpus = field(&answer, "cpus")?;
+        ensure!(cpus == u64::from(self.host.vcpus), "{cpus} CPUs work");
+        field(&answer, "us").map(Some)
     }
 }
 
@@ -200,6 +196,7 @@ fn sample(client: u64, report: &Value) -> Sample {
         back: false,
         fence: timing["longest_fence_us"].as_u64(),
         traps: report["traps"].as_u64().unwrap_or(0),
+        attempts: timing["attempts"].as_u64().unwrap_or(0),
     }
 }
 

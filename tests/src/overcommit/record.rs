@@ -74,6 +74,8 @@ pub struct Sample {
     pub fence: Option<u64>,
     /// Traps that were taken.
     pub traps: u64,
+    /// How often the program was begun: more than once if the guest was patching itself.
+    pub attempts: u64,
     /// Whether it was the way back, which needs fewer checks.
     pub back: bool,
 }

@@ -14,7 +14,8 @@ Times are in microseconds unless a unit is given; percentiles are values that we
 request was there until the change was in force: as the monitor sees it, or, for the guest's own methods, the process in
 the guest that asks for it. Half of the changes are the way there, half the way back, which needs fewer checks. *Client*: until whoever asked the monitor had its whole answer. *Program*: without the checks
 before it. *Stall*: the longest time that the monitor kept a vCPU from running. *Gap*: the longest time that a CPU of the
-workload made no call, whoever kept it from that: the host's scheduler too. Failures stay in the table.
+workload made no call, whoever kept it from that: the host's scheduler too. *Begun anew*: because the guest was patching
+itself. Failures stay in the table.
 ";
 
 /// All records of a run, sorted.
@@ -94,9 +95,9 @@ impl Run {
             writeln!(out, "\n### {host}\n")?;
             writeln!(
                 out,
-                "| work | method | applied median | p90 | p99 | max | n | there median | failed | client p90 | program p90 | stall p90 | stall max | gap median | gap max | traps | kernel errors |"
+                "| work | method | applied median | p90 | p99 | max | n | there median | failed | client p90 | program p90 | stall p90 | stall max | gap median | gap max | traps | begun anew | kernel errors |"
             )?;
-            writeln!(out, "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")?;
+            writeln!(out, "|{}", "---|".repeat(18))?;
             for cell in cells {
                 row(out, cell)?;
             }
@@ -157,9 +158,10 @@ fn row(out: &mut String, cell: &Cell) -> std::fmt::Result {
     let of = |what: fn(&Sample) -> Option<u64>| cell.of(what);
     let (client, stall, gap) = (of(|s| s.client), of(|s| s.stall), of(|s| s.gap));
     let traps: u64 = cell.samples.iter().map(|sample| sample.traps).sum();
+    let anew: u64 = cell.samples.iter().map(|sample| sample.attempts.saturating_sub(1)).sum();
     writeln!(
         out,
-        "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {traps} | {} |",
+        "| {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {traps} | {anew} | {} |",
         cell.work,
         cell.method,
         text(applied.map(|s| s.median)),

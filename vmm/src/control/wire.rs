@@ -162,7 +162,7 @@ pub struct Timing {
     pub program_us: u64,
     /// How many fences there were, those inside arm and hold included.
     pub fences: usize,
-    /// The longest of them.
+    /// The longest of them, without the signals before those inside arm and hold.
     pub longest_fence_us: u64,
     /// The longest time that a vCPU was kept out of the guest.
     pub longest_stall_us: u64,

@@ -192,7 +192,7 @@ impl Controller {
         let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten());
         let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
         let mut attempts = 0;
-        let (target, end, total) = loop {
+        let (end, total) = loop {
             attempts += 1;
             let scope = self.guard.begin(pieces.clone(), held);
             let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
@@ -208,17 +208,15 @@ impl Controller {
             self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
             match &end {
                 End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
-                _ => break (target, end, total),
+                _ => break (end, total),
             }
             target.wait_while_patching(&program.locks);
-            drop(target);
             if attempts == 1
                 && let Ok(other) = self.compile(&plan.among_busy_patchers())
             {
                 program = other;
             }
         };
-        let longest_fence = target.fences().iter().max().copied().unwrap_or_default();
         let counters = self.rendezvous.counters();
         let found_other = matches!(&end, End::RolledBack { failure }
             if matches!(failure.error, StepError::Mismatch { .. }) && !program.was_kept_out(failure));
@@ -247,8 +245,8 @@ impl Controller {
             timing: Timing {
                 total_us: us(total),
                 program_us: us(total.saturating_sub(resolved)),
-                fences: target.fences().len(),
-                longest_fence_us: us(longest_fence),
+                fences: counters.fences,
+                longest_fence_us: counters.longest_fence_ns / 1000,
                 longest_stall_us: counters.longest_stall_ns / 1000,
                 attempts,
             },

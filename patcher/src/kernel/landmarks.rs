@@ -1,5 +1,7 @@
 //! What every plan looks up in a kernel, found once, when the image is read.
 
+use std::ops::Range;
+
 use super::offsets::Offsets;
 use super::symbols::Symbols;
 use super::tables::Tables;
@@ -48,6 +50,8 @@ pub struct Landmarks {
     pub unlocked: Vec<Gva>,
     /// The words of the locks under which text is patched that are zero while nobody has them.
     pub locks: Vec<Gva>,
+    /// What is given back once the kernel is up.
+    pub init: Option<Range<Gva>>,
     /// The table of kprobes.
     pub probes: Option<Gva>,
     /// The list of functions that livepatches replace.
@@ -62,6 +66,7 @@ impl Landmarks {
             patchers: PATCHERS.into_iter().filter_map(place).collect(),
             unlocked: UNLOCKED.into_iter().filter_map(place).collect(),
             locks: LOCKS.into_iter().filter_map(lock).collect(),
+            init: symbols.only("__init_begin").zip(symbols.only("__init_end")).map(|(from, to)| from..to),
             probes: symbols.only("kprobe_table"),
             livepatches: symbols.only("klp_ops"),
         }

@@ -153,15 +153,23 @@ impl<'a> Kernel<'a> {
     /// there has run for the last time.
     #[must_use]
     pub fn is_init(&self, at: Gva) -> bool {
-        let symbol = |name| self.symbol(name).ok();
-        let range = symbol("__init_begin").zip(symbol("__init_end"));
-        range.is_some_and(|(start, end)| start <= at && at < end)
+        self.image.landmarks().init.as_ref().is_some_and(|init| init.contains(&self.linked(at)))
     }
 
     /// Whether the five bytes at an address are where a function calls the tracer, or could.
     #[must_use]
     pub fn is_fentry(&self, at: Gva) -> bool {
         self.image.tables().is_fentry(self.linked(at))
+    }
+
+    /// Whether there is an instruction of the kernel's own that it replaces by another of the same
+    /// length while it runs, as its image says: a call of the tracer, a static key's jump, a static
+    /// call. (What modules say is in the guest's memory, so that is not asked.) It replaces it just
+    /// as we do, so no other instruction begins inside, and nobody branches there.
+    #[must_use]
+    pub fn is_patched_by_itself(&self, at: Gva) -> bool {
+        let (tables, linked) = (self.image.tables(), self.linked(at));
+        tables.is_fentry(linked) || tables.is_switched(linked)
     }
 
     /// Whether the kernel expects the instruction at an address to fault. Yes, if that can't be

@@ -9,11 +9,12 @@ use patcher::addr::Gva;
 use patcher::arena::Arena;
 use patcher::compile::{Host, compile};
 use patcher::doors::Patchers;
+use patcher::insn;
 use patcher::kernel::{Kernel, KernelImage, Modules, unpack};
-use patcher::plan::Strategy;
+use patcher::plan::{Plan, Strategy};
 use patcher::program::Step;
 use patcher::refusal::Pointer;
-use patcher::resolve::{ResolvedPlan, Site};
+use patcher::resolve::{Guest, ResolvedPlan, Site, resolve};
 use patcher::session::{End, Session};
 use patcher::target::StepError;
 use patcher::writes::{Registers, Store};
@@ -189,6 +190,47 @@ fn instructions_that_may_fault() {
     assert!(kernel.may_fault(function) && !kernel.may_fault(Gva(function.0 + 1)));
     let of_module = |offset| kernel.may_fault(Gva(miniature::MODULE_TEXT + offset));
     assert!(of_module(0x10) && !of_module(0) && !of_module(0xfff) && of_module(0x1000));
+}
+
+/// Where the kernel says that it replaces an instruction itself, functions are not decoded; around
+/// it they are.
+#[test]
+fn places_that_the_kernel_patches_itself() {
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let place = |name: &str| image.symbols().only(name).expect("it").0;
+    let mut memory = vec![0; 1 << 16];
+    let mut put = |at: u64, bytes: &[u8]| {
+        let at = usize::try_from(at).expect("64 bits") % memory.len();
+        memory[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    // nop5, two jumps into what follows, call, mov, and what is no instruction.
+    let code =
+        [0x0f, 0x1f, 0x44, 0, 0, 0xeb, 0x05, 0x90, 0xeb, 0x06, 0xe8, 0, 0, 0, 0, 0xc6, 0x07, 0, 0x06, 0x06];
+    put(place("function"), &code);
+    put(place("klp_ops"), &place("klp_ops").to_le_bytes());
+    memory.insert(0, 0xa5);
+    let text = checks::Anywhere::new(&memory).expect("memory");
+    let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+    // One instruction, but not the one that is there.
+    let replacement = |length| [&[0x3e], &insn::nops(length - 1)[..]].concat();
+    let codes = |offset: usize, length: usize| {
+        let plan = format!(
+            r#"{{"version":1,"name":"x","patches":[{{"at":"function+{offset:#x}","expect":"{}","replace":"{}"}}]}}"#,
+            insn::hex(&code[offset..offset + length]),
+            insn::hex(&replacement(length))
+        );
+        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
+        match resolve(&plan, Guest { kernel, text: &text, vcpus: 1 }, []) {
+            Ok(_) => Vec::new(),
+            Err(refused) => refused.iter().map(|refused| refused.refusal.code()).collect(),
+        }
+    };
+    assert_eq!(codes(0, 5), [""; 0], "the tracer's");
+    assert_eq!(codes(10, 5), [""; 0], "a static call, whatever branches to its inside");
+    assert_eq!(codes(10, 8), ["branch_into_site"], "it and more");
+    assert_eq!(codes(15, 3), ["branch_into_site"]);
+    assert_eq!(codes(6, 2), ["inside_instruction"]);
+    assert_eq!(codes(18, 2), ["undecodable"]);
 }
 
 /// What the fuzzer begins with, written below the folder `FUZZ_CORPUS` if that is set: the

@@ -26,7 +26,8 @@ Examples:
   cargo overcommit                all hosts; hours
   cargo overcommit --quick        a few, in minutes
   cargo overcommit --fresh        forget what was measured before
-  cargo overcommit --only '8 vCPUs busy'   parts whose name begins so")]
+  cargo overcommit --only '8 vCPUs busy'   parts whose name begins so
+  cargo overcommit --report       measure nothing; the reports again, of what was measured")]
 struct Arguments {
     /// A few hosts only.
     #[arg(long)]
@@ -37,6 +38,9 @@ struct Arguments {
     /// Only parts whose name begins with this.
     #[arg(long)]
     only: Option<String>,
+    /// Measure nothing; only make the reports again.
+    #[arg(long, conflicts_with_all = ["fresh", "only"])]
+    report: bool,
     /// Parts that are there already (used inside the rig).
     #[arg(long, hide = true)]
     done: Vec<String>,
@@ -65,8 +69,11 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     guest::packages::ensure("the plots' letters", &[plots::FONT_PACKAGE])?;
+    if arguments.report {
+        return report(&records(&arguments)).map(|()| ExitCode::SUCCESS);
+    }
     let mut place = lab::prepare()?;
-    let mut book = Book::open(&folder(), &arguments, &place)?;
+    let mut book = Book::open(records(&arguments), &arguments, &place)?;
     match &mut place {
         Place::Here(lab) => {
             let arguments = Arguments { done: book.done.clone(), ..arguments };
@@ -91,7 +98,7 @@ fn main() -> Result<ExitCode> {
             ensure!(code == 0, "it ended with exit code {code}; what was measured is kept");
         }
     }
-    book.report()?;
+    report(&book.path)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -111,10 +118,12 @@ fn measure(lab: &Lab, arguments: &Arguments, sink: &mut dyn FnMut(Record) -> Res
     Ok(())
 }
 
-fn folder() -> PathBuf {
+/// Where what is measured is kept.
+fn records(arguments: &Arguments) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
-    target.unwrap_or_else(|| workspace.join("target")).join("overcommit")
+    let name = if arguments.quick { "quick.jsonl" } else { "records.jsonl" };
+    target.unwrap_or_else(|| workspace.join("target")).join("overcommit").join(name)
 }
 
 /// Where records are kept.
@@ -126,9 +135,9 @@ struct Book {
 
 impl Book {
     /// Opens the book of an earlier run if it was the same, or begins a new one.
-    fn open(folder: &Path, arguments: &Arguments, place: &Place) -> Result<Self> {
+    fn open(path: PathBuf, arguments: &Arguments, place: &Place) -> Result<Self> {
+        let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let path = folder.join(if arguments.quick { "quick.jsonl" } else { "records.jsonl" });
         let head = head(arguments.quick, place)?;
         let (run, done) = Run::of(read(&path)?);
         let goes_on = !arguments.fresh && run.head.as_ref() == Some(&head);
@@ -178,31 +187,32 @@ impl Book {
         writeln!(self.file, "{}", serde_json::to_string(&record)?)?;
         Ok(self.file.flush()?)
     }
+}
 
-    /// Makes reports and plots of what there is.
-    fn report(&self) -> Result<()> {
-        let (run, _) = Run::of(read(&self.path)?);
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        let write = |name: &str, text: String| {
-            let path = folder.join(name);
-            fs::write(&path, text).with_context(|| path.display().to_string())
-        };
-        write("report.json", serde_json::to_string_pretty(&run.json())?)?;
-        write("report.md", run.markdown())?;
-        plots::draw(&run.cells, folder)?;
-        println!();
-        for bar in bars(&run.cells, &run.lines) {
-            println!(
-                "{:<6} {} ({}): {}",
-                if bar.holds { "holds" } else { "MISSED" },
-                bar.claim,
-                bar.on,
-                bar.found
-            );
-        }
-        println!("\nSee {}.", folder.join("report.md").display());
-        Ok(())
+/// Makes reports and plots of what there is.
+fn report(records: &Path) -> Result<()> {
+    let (run, _) = Run::of(read(records)?);
+    ensure!(run.head.is_some(), "nothing was measured yet: {} is not there or empty", records.display());
+    let folder = records.parent().unwrap_or(Path::new("."));
+    let write = |name: &str, text: String| {
+        let path = folder.join(name);
+        fs::write(&path, text).with_context(|| path.display().to_string())
+    };
+    write("report.json", serde_json::to_string_pretty(&run.json())?)?;
+    write("report.md", run.markdown())?;
+    plots::draw(&run.cells, folder)?;
+    println!();
+    for bar in bars(&run.cells, &run.lines) {
+        println!(
+            "{:<6} {} ({}): {}",
+            if bar.holds { "holds" } else { "MISSED" },
+            bar.claim,
+            bar.on,
+            bar.found
+        );
     }
+    println!("\nSee {}.", folder.join("report.md").display());
+    Ok(())
 }
 
 /// The records of a file. What was cut off by an interruption is left out.

@@ -450,7 +450,9 @@ impl Resolver<'_> {
         let may_fault = self.bypass && self.kernel.may_fault(at);
         let offset = at.offset_from(function.start).unwrap_or(0);
         // Of several names of a function, the plan's own is the one that its author knows.
-        let known = named.filter(|named| self.kernel.symbol(named) == Ok(function.start));
+        let is_its =
+            |named: &&str| *named != function.name && self.kernel.symbol(named) == Ok(function.start);
+        let known = named.filter(is_its);
         let name = known.unwrap_or(function.name);
         let symbol = if offset == 0 { name.to_owned() } else { format!("{name}+{offset:#x}") };
         Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })

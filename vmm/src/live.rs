@@ -179,14 +179,14 @@ impl<'m> Live<'m> {
         }
     }
 
+    /// Meets the vCPUs, with the patience that is left.
     fn meet<T>(
         &mut self,
         fence: impl FnOnce(&Rendezvous, Duration) -> Result<T, FenceError>,
     ) -> Result<T, StepError> {
         self.memory.forget();
         self.asked.set(0);
-        let started = Instant::now();
-        let patience = self.until.saturating_duration_since(started).max(PATIENCE);
+        let patience = self.until.saturating_duration_since(Instant::now()).max(PATIENCE);
         fence(self.rendezvous, patience).map_err(|error| StepError::Host { what: error.to_string() })
     }
 }

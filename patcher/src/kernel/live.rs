@@ -168,8 +168,7 @@ impl<'a> Kernel<'a> {
     /// as we do, so no other instruction begins inside, and nobody branches there.
     #[must_use]
     pub fn is_patched_by_itself(&self, at: Gva) -> bool {
-        let (tables, linked) = (self.image.tables(), self.linked(at));
-        tables.is_fentry(linked) || tables.is_switched(linked)
+        self.is_fentry(at) || self.image.tables().is_switched(self.linked(at))
     }
 
     /// Whether the kernel expects the instruction at an address to fault. Yes, if that can't be

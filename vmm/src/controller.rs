@@ -26,13 +26,14 @@ use crate::control::wire::{
     ArenaInfo, Fits, GuardInfo, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
 };
 use crate::gate::{self, AtInit};
-use crate::guard::Guard;
+use crate::guard::{self, Guard};
 use crate::kvm::Vm;
 use crate::layout::ARENA;
 use crate::live::Live;
 use crate::locate::{GuestKernel, Located, Mapped};
 use crate::priority;
 use crate::rendezvous::{FenceError, Rendezvous};
+use crate::scene::Scene;
 use crate::standing::Registers;
 
 /// How long a pause waits for vCPUs that the host preempted.
@@ -207,6 +208,8 @@ pub struct Controller {
     unsettled: bool,
     /// When that was last looked at.
     settled: Instant,
+    /// When text was last looked at that is to be protected ahead of programs.
+    closed: Instant,
     started: Instant,
 }
 
@@ -236,6 +239,7 @@ impl Controller {
             at_init,
             unsettled: false,
             settled: Instant::now(),
+            closed: Instant::now(),
             started: Instant::now(),
         }
     }
@@ -274,16 +278,32 @@ impl Controller {
     }
 
     /// The next message; `None` when nobody is left to send one. Until it comes, what the guest
-    /// did to patches is looked at again from time to time, if need be.
+    /// did to patches is looked at again from time to time, if need be, and text is protected
+    /// ahead of programs.
     fn next(&mut self, messages: &Receiver<Message>) -> Option<Message> {
-        while self.unsettled {
-            match messages.recv_timeout(SETTLE_PAUSE) {
+        loop {
+            let rest = guard::REST.saturating_sub(self.closed.elapsed());
+            match messages.recv_timeout(if self.unsettled { SETTLE_PAUSE } else { rest }) {
                 Ok(message) => return Some(message),
-                Err(RecvTimeoutError::Timeout) => self.settle(),
                 Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) if self.unsettled => self.settle(),
+                Err(RecvTimeoutError::Timeout) => self.close_text(),
             }
         }
-        messages.recv().ok()
+    }
+
+    /// Protects text ahead of programs.
+    fn close_text(&mut self) {
+        self.closed = Instant::now();
+        if !self.guard.knows_text()
+            && self.located.is_some()
+            && self.kernel().is_ok()
+            && let Some(text) = self.guard.scene().and_then(Scene::text)
+        {
+            self.guard.know_text(&text);
+        }
+        // If it can't be done ahead, programs do it.
+        let _ = self.guard.close_text();
     }
 
     fn obey(&mut self, command: Command, asked: Instant) -> Answer {
@@ -355,7 +375,11 @@ impl Controller {
             fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
             patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
             breakpoints: self.rendezvous.delivered(),
-            guard: GuardInfo { pages: self.guard.pages(), writes: self.guard.hits() },
+            guard: GuardInfo {
+                pages: self.guard.pages(),
+                writes: self.guard.hits(),
+                pages_ahead: self.guard.pages_ahead(),
+            },
             uptime_ms: ms(self.started.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }

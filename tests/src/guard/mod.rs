@@ -76,6 +76,50 @@ pub fn patches_itself(lab: &Lab, times: usize) -> Result<()> {
     Ok(())
 }
 
+/// The text is protected ahead of programs when the guest lets it rest. Its own patcher goes on as
+/// if it were not, and nothing is told of that; a program takes what it needs, and leaves it so.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn ahead(lab: &Lab) -> Result<()> {
+    /// A large page of the host, in pages.
+    const LARGE: u64 = 512;
+    for setup in both_kernels(lab, 2) {
+        let mut vm = Vm::start(lab, &setup)?;
+        let pages = Places::new(&setup)?.text(&vm)?.len().div_ceil(4096) as u64;
+        vm.hammer("getppid", 0, 1)?;
+        eventually(&mut vm, |vm| Ok(pages_ahead(vm)? == pages)).context("all text is protected ahead")?;
+        for value in ["1", "0"] {
+            vm.ask(&format!("write {SCHEDSTATS} {value}"))?;
+            ensure!(key(&mut vm)? == value, "the guest can't switch its key");
+            let left = pages_ahead(&vm)?;
+            ensure!(left + LARGE <= pages, "{left} of {pages} pages are still protected");
+        }
+        ensure!(pages_and_writes(&vm)? == (0, 0), "the guest was watched");
+        vm.apply(&key_plan(None))?;
+        ensure!(key(&mut vm)? == "1", "the program did nothing");
+        let after = pages_ahead(&vm)?;
+        ensure!(after >= LARGE, "a program left {after} pages protected");
+        vm.revert("key")?;
+        ensure!(key(&mut vm)? == "0", "the program did nothing");
+        for kind in ["guest_write", "unexpected_write", "unguarded", "conflict"] {
+            let told = events(&vm, kind)?;
+            ensure!(told.is_empty(), "{told:#?}");
+        }
+        eventually(&mut vm, |vm| Ok(pages_ahead(vm)? == pages)).context("it is protected again")?;
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+        println!("{pages} pages, {after} after a program");
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+fn pages_ahead(vm: &Vm) -> Result<u64> {
+    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
+    info["guard"]["pages_ahead"].as_u64().with_context(|| format!("{info:#}"))
+}
+
 /// A key that the guest can switch and look at by a file.
 const KEY: &str = "sched_schedstats";
 

@@ -1,12 +1,13 @@
 //! Promise: guarded text is written by nobody without leave, and a guest that patches itself
 //! does not notice.
 
-use tests::guard::{boots, patches_itself, policies, probes, unexpected_writers};
+use tests::guard::{ahead, boots, patches_itself, policies, probes, unexpected_writers};
 
 use super::Test;
 
 pub(crate) const TESTS: &[Test] = &[
     ("guard::the_guest_patches_itself", |lab| patches_itself(lab, 3)),
+    ("guard::text_is_protected_ahead_of_programs", ahead),
     ("guard::the_same_text_as_an_unguarded_twin", |lab| boots(lab, 2)),
     ("guard::what_a_policy_says_is_done", policies),
     ("guard::probes_on_the_patched_instruction", probes),

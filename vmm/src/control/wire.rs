@@ -56,6 +56,9 @@ pub struct GuardInfo {
     pub pages: u64,
     /// How many writes to such pages vCPUs were stopped at.
     pub writes: u64,
+    /// How many pages of the kernel's text are protected ahead of programs, until the guest
+    /// writes to them.
+    pub pages_ahead: u64,
 }
 
 /// About the running kernel.

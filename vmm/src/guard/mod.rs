@@ -7,18 +7,21 @@
 //! and who writes to those waits. `docs/guard.md` compares ways to protect, and lists what
 //! becomes of a write.
 
+mod ahead;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::guard::is_done;
 use patcher::insn;
 use patcher::resolve::ResolvedPlan;
 
+use self::ahead::Ahead;
 use self::watch::Watched;
 pub(crate) use self::watch::split_at_pages;
 use crate::events::{Events, Kind, News, Who};
@@ -27,6 +30,10 @@ use crate::memory::{self, GuestRam, PAGE, PAGE_SIZE};
 use crate::paging::Piece;
 use crate::scene::Scene;
 use crate::standing::Registers;
+
+/// How long the guest must not have written to a part of its text for that to be protected
+/// ahead of programs.
+pub const REST: Duration = Duration::from_secs(5);
 
 /// The guard of one VM.
 pub struct Guard {
@@ -53,6 +60,11 @@ struct State {
     in_flight: Vec<Piece>,
     /// Pages that are guarded for the program's sake only.
     runs: Vec<Range<u64>>,
+    /// The same, of pages that were protected already.
+    borrowed: BTreeSet<u64>,
+    /// Text that is protected already, so that programs need not do it. It is not guarded: the
+    /// guest may write to it, which makes it writable.
+    ahead: Ahead,
     /// The sites of applied patches, by the pages they are on.
     watched: BTreeMap<u64, Vec<Arc<Watched>>>,
     /// Patches whose sites were written to.
@@ -154,7 +166,13 @@ impl Guard {
         text - lifted as u64 + apart as u64
     }
 
-    /// How many writes the vCPUs were stopped at.
+    /// How many pages of text are protected ahead of programs.
+    #[must_use]
+    pub fn pages_ahead(&self) -> u64 {
+        self.lock().ahead.closed_bytes() / PAGE
+    }
+
+    /// How many writes to guarded pages the vCPUs were stopped at.
     #[must_use]
     pub fn hits(&self) -> u64 {
         self.hits.load(SeqCst)
@@ -203,6 +221,49 @@ impl Guard {
         self.ram.write_protect(text, true)?;
         state.text = Some(text.start.0 & !(PAGE - 1)..text.end.0.next_multiple_of(PAGE));
         Ok(())
+    }
+
+    /// Whether it is known which text is to be protected ahead of programs.
+    #[must_use]
+    pub fn knows_text(&self) -> bool {
+        self.lock().ahead.is_known()
+    }
+
+    /// Makes that known, once. Nothing is protected by this.
+    pub fn know_text(&self, text: &Range<Gpa>) {
+        let long_ago = Instant::now().checked_sub(REST);
+        self.lock().ahead = Ahead::of(&(text.start.0..text.end.0), long_ago.unwrap_or_else(Instant::now));
+    }
+
+    /// Protects the text that the guest has not written to for [`REST`], ahead of programs.
+    ///
+    /// # Errors
+    /// What the system said; that text stays as it was.
+    pub fn close_text(&self) -> Result<(), memory::Error> {
+        let mut state = self.lock();
+        let rested = Instant::now().checked_sub(REST).map(|before| state.ahead.open_since(before));
+        rested.into_iter().flatten().try_for_each(|part| self.close(&mut state, &part))
+    }
+
+    fn close(&self, state: &mut State, part: &Range<u64>) -> Result<(), memory::Error> {
+        let done = state.unguarded(part).iter().try_for_each(|pages| self.ram.write_protect(pages, true));
+        match done {
+            Ok(()) => state.ahead.close(part),
+            Err(_) => state.unguarded(part).iter().for_each(|pages| self.unprotect(pages)),
+        }
+        done
+    }
+
+    /// Lets the guest write to the part of the text that a page lies in, as far as that is not
+    /// guarded. Returns whether it can.
+    fn open(&self, state: &mut State, at: u64) -> bool {
+        let Some(part) = state.ahead.closed(at) else { return true };
+        let bare = state.unguarded(&part);
+        let done = bare.iter().all(|pages| self.ram.write_protect(pages, false).is_ok());
+        if done {
+            state.ahead.open(&part, Instant::now());
+        }
+        done
     }
 
     /// Watches the sites of a patch that was applied, and guards their pages, if its plan says
@@ -272,26 +333,38 @@ impl Guard {
         let mut state = self.lock();
         let scope = Scope { guard: self };
         let pages = pieces.iter().filter(|_| !held).map(|(at, _)| at.0 & !(PAGE - 1)).collect();
-        for run in runs(pages) {
-            for part in state.unguarded(&run) {
-                if let Err(error) = self.ram.write_protect(&part, true) {
-                    // The scope takes back what was done.
-                    drop(state);
-                    return Err(error);
-                }
-                state.runs.push(part.start.0..part.end.0);
-            }
+        if let Err(error) = self.guard_for_program(&mut state, pages) {
+            // The scope takes back what was done.
+            drop(state);
+            return Err(error);
         }
         state.in_flight = pieces;
         drop(state);
         Ok(scope)
     }
 
+    fn guard_for_program(&self, state: &mut State, pages: BTreeSet<u64>) -> Result<(), memory::Error> {
+        for part in state.ahead.open_with(&pages) {
+            self.close(state, &part)?;
+        }
+        let is_ahead = |page: &u64| state.ahead.closed(*page).is_some();
+        let (ahead, bare): (BTreeSet<u64>, _) = pages.into_iter().partition(is_ahead);
+        state.borrowed = ahead;
+        for run in runs(bare) {
+            for part in state.unprotected(&run) {
+                self.ram.write_protect(&part, true)?;
+                state.runs.push(part.start.0..part.end.0);
+            }
+        }
+        Ok(())
+    }
+
     fn end(&self) {
         let mut state = self.lock();
         state.in_flight.clear();
-        for run in std::mem::take(&mut state.runs) {
-            for part in state.unguarded(&run) {
+        let borrowed = std::mem::take(&mut state.borrowed).into_iter().map(|page| page..page + PAGE);
+        for run in std::mem::take(&mut state.runs).into_iter().chain(borrowed) {
+            for part in state.unprotected(&run) {
                 self.unprotect(&part);
             }
         }
@@ -300,7 +373,7 @@ impl Guard {
     }
 
     fn take_page(&self, state: &mut State, page: u64) -> Result<(), memory::Error> {
-        if !state.is_guarded(page) {
+        if !state.is_protected(page) {
             self.ram.write_protect(&one(page), true)?;
         }
         *state.pages.entry(page).or_insert(0) += 1;
@@ -312,7 +385,7 @@ impl Guard {
         *users -= 1;
         if *users == 0 {
             state.pages.remove(&page);
-            if !state.is_guarded(page) {
+            if !state.is_protected(page) {
                 self.unprotect(&one(page));
             }
         }
@@ -334,7 +407,11 @@ impl Guard {
     pub fn attempt(&self, write: &Write<'_>) -> Result<Attempt, memory::Error> {
         let mut state = self.lock();
         if !write.pieces.iter().any(|(at, _)| state.is_guarded(at.0)) {
-            return Ok(Attempt::NotGuarded);
+            if write.pieces.iter().all(|(at, _)| self.open(&mut state, at.0)) {
+                return Ok(Attempt::NotGuarded);
+            }
+            self.perform(write)?;
+            return Ok(Attempt::Done { touched: false });
         }
         if write.pieces.iter().any(|piece| state.in_flight.iter().any(|other| overlap(*piece, *other))) {
             return Ok(Attempt::InFlight);
@@ -400,6 +477,7 @@ impl Guard {
         let page = at.0 & !(PAGE - 1);
         let mut state = self.lock();
         if !state.is_guarded(page) {
+            self.open(&mut state, page);
             return Lift::NotGuarded;
         }
         if state.in_flight.iter().any(|piece| overlap(*piece, (Gpa(page), PAGE_SIZE))) {
@@ -407,10 +485,19 @@ impl Guard {
         }
         state.lifted.insert(page);
         state.pages.remove(&page);
+        // A program's run may have it, as what lies between others.
+        let without = |run: Range<u64>| match run.contains(&page) {
+            true => vec![run.start..page, page + PAGE..run.end],
+            false => vec![run],
+        };
+        state.runs = std::mem::take(&mut state.runs).into_iter().flat_map(without).collect();
         let on_page = state.watched.get(&page).into_iter().flatten();
         let patches: Vec<Arc<str>> = on_page.map(|watched| watched.patch.clone()).collect();
         state.touched.extend(patches);
-        self.unprotect(&one(page));
+        match state.ahead.closed(page) {
+            Some(_) => _ = self.open(&mut state, page),
+            None => self.unprotect(&one(page)),
+        }
         drop(state);
         self.hits.fetch_add(1, SeqCst);
         self.events.tell(Kind::Unguarded, || News {
@@ -448,19 +535,23 @@ impl State {
     fn is_guarded(&self, at: u64) -> bool {
         let page = at & !(PAGE - 1);
         let in_text = self.is_text(page) && !self.lifted.contains(&page);
-        in_text || self.pages.contains_key(&page) || self.runs.iter().any(|run| run.contains(&page))
+        let in_program = || self.borrowed.contains(&page) || self.runs.iter().any(|run| run.contains(&page));
+        in_text || self.pages.contains_key(&page) || in_program()
+    }
+
+    /// Whether a page is guarded, or protected ahead of programs.
+    fn is_protected(&self, at: u64) -> bool {
+        self.ahead.closed(at).is_some() || self.is_guarded(at)
     }
 
     /// The parts of a run of pages that are not guarded.
     fn unguarded(&self, run: &Range<u64>) -> Vec<Range<Gpa>> {
-        let mut parts: Vec<Range<Gpa>> = Vec::new();
-        for page in (run.start..run.end).step_by(PAGE_SIZE).filter(|page| !self.is_guarded(*page)) {
-            match parts.last_mut().filter(|part| part.end.0 == page) {
-                Some(part) => part.end = Gpa(page + PAGE),
-                None => parts.push(one(page)),
-            }
-        }
-        parts
+        parts(run, |page| !self.is_guarded(page))
+    }
+
+    /// The parts of a run of pages that the guest can write to.
+    fn unprotected(&self, run: &Range<u64>) -> Vec<Range<Gpa>> {
+        parts(run, |page| !self.is_protected(page))
     }
 
     /// The sites of patches that share a byte with these, those of the patch that was applied
@@ -501,6 +592,18 @@ fn runs(pages: BTreeSet<u64>) -> Vec<Range<u64>> {
         return std::iter::once(*first..last + PAGE).collect();
     }
     pages.into_iter().map(|page| page..page + PAGE).collect()
+}
+
+/// The parts of a run of pages for which something holds.
+fn parts(run: &Range<u64>, holds: impl Fn(u64) -> bool) -> Vec<Range<Gpa>> {
+    let mut parts: Vec<Range<Gpa>> = Vec::new();
+    for page in (run.start..run.end).step_by(PAGE_SIZE).filter(|page| holds(*page)) {
+        match parts.last_mut().filter(|part| part.end.0 == page) {
+            Some(part) => part.end = Gpa(page + PAGE),
+            None => parts.push(one(page)),
+        }
+    }
+    parts
 }
 
 fn one(page: u64) -> Range<Gpa> {
@@ -620,6 +723,118 @@ mod tests {
             assert_eq!(guard.take_news(), GuestWrites { beside: true, touched: vec!["p".into()] });
         }
         assert_eq!([touched(104), touched(104)], [true, false]);
+    }
+
+    #[test]
+    fn text_is_protected_ahead_until_the_guest_writes_to_it() {
+        let guard = guard();
+        assert!(!guard.knows_text());
+        guard.know_text(&(Gpa(4 * PAGE)..Gpa(20 * PAGE)));
+        let protected = || (0..PAGES).filter(|page| !may_write(&guard, *page)).collect::<Vec<_>>();
+        assert!(guard.knows_text() && protected().is_empty());
+        guard.close_text().expect("protected");
+        assert_eq!((protected(), guard.pages_ahead(), guard.pages()), ((4..20).collect(), 16, 0));
+        // Other memory does not matter.
+        assert_eq!(attempt(&guard, &[(Gpa(20 * PAGE), 1)], &[7]), Attempt::NotGuarded);
+        assert_eq!(guard.pages_ahead(), 16);
+        // A program finds it as it wants it, and leaves it so.
+        let scope = guard.begin(vec![(Gpa(5 * PAGE), 1), (Gpa(25 * PAGE), 1)], false).expect("guarded");
+        assert_eq!(attempt(&guard, &[(Gpa(5 * PAGE), 1)], &[7]), Attempt::InFlight);
+        assert_eq!(attempt(&guard, &[(Gpa(5 * PAGE + 1), 1)], &[7]), DONE);
+        assert!(protected().contains(&25));
+        drop(scope);
+        assert_eq!(protected(), (4..20).collect::<Vec<_>>());
+        // The guest's first write opens it; that is its own business, and told to nobody.
+        let told = guard.events().since(0).len();
+        assert_eq!(attempt(&guard, &[(Gpa(6 * PAGE), 1)], &[7]), Attempt::NotGuarded);
+        assert_eq!((protected().len(), guard.pages_ahead(), guard.hits()), (0, 0, 1));
+        assert_eq!(guard.events().since(0).len(), told);
+        // It must rest before it is protected again, unless a program comes.
+        guard.close_text().expect("nothing to do");
+        assert!(protected().is_empty());
+        drop(guard.begin(vec![(Gpa(5 * PAGE), 1)], false).expect("guarded"));
+        assert_eq!(protected(), (4..20).collect::<Vec<_>>());
+        // The guest writes while a program goes on: all but the program's own page is open.
+        let scope = guard.begin(vec![(Gpa(5 * PAGE), 1)], false).expect("guarded");
+        assert_eq!(attempt(&guard, &[(Gpa(6 * PAGE), 1)], &[7]), Attempt::NotGuarded);
+        assert_eq!(protected(), [5]);
+        drop(scope);
+        assert!(protected().is_empty());
+    }
+
+    /// Whether mapping A of a page is writable, as the system has it.
+    fn may_write(guard: &Guard, page: u64) -> bool {
+        let at = guard.ram.slots()[0].host + page * PAGE;
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        let hex = |number: &str| u64::from_str_radix(number, 16).expect("a number");
+        let found = maps.lines().find_map(|line| {
+            let (range, rest) = line.split_once(' ')?;
+            let (start, end) = range.split_once('-')?;
+            (hex(start)..hex(end)).contains(&at).then(|| rest.as_bytes()[1] == b'w')
+        });
+        found.expect("it is mapped")
+    }
+
+    /// Everything that changes protection, in any order: what the guest can't write to is what
+    /// the guard knows to be protected, and no page stays so for nothing.
+    #[test]
+    fn what_is_protected_is_known_to_be() {
+        let mut random = 0x2545_f491_4f6c_dd1d_u64;
+        let mut below = |limit: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % limit
+        };
+        for round in 0..20 {
+            let guard = guard();
+            if round % 3 == 0 {
+                guard.guard_text(&(Gpa(5 * PAGE)..Gpa(9 * PAGE))).expect("guarded");
+            }
+            let mut watched: Vec<u64> = Vec::new();
+            let mut scope = None;
+            for step in 0..60 {
+                let page = below(PAGES);
+                let action = below(9);
+                match action {
+                    0 if !guard.knows_text() => guard.know_text(&(Gpa(3 * PAGE)..Gpa(17 * PAGE))),
+                    1 => guard.close_text().expect("protected"),
+                    3 if scope.is_none() => {
+                        let pieces = (0..1 + below(6)).map(|_| (Gpa(below(PAGES) * PAGE), 1)).collect();
+                        scope = Some(guard.begin(pieces, below(4) == 0).expect("guarded"));
+                    }
+                    4 => scope = None,
+                    5 => {
+                        guard.take_page(&mut guard.lock(), page * PAGE).expect("guarded");
+                        watched.push(page * PAGE);
+                    }
+                    6 => {
+                        let Some(page) = watched.pop() else { continue };
+                        guard.give_page(&mut guard.lock(), page);
+                    }
+                    7 => {
+                        let lift = guard.lift(VcpuId(0), &Registers::default(), Gpa(page * PAGE));
+                        assert!(
+                            lift == Lift::InFlight || may_write(&guard, page),
+                            "round {round}, step {step}"
+                        );
+                    }
+                    _ => {
+                        let attempt = attempt(&guard, &[(Gpa(page * PAGE), 1)], &[7]);
+                        let may = may_write(&guard, page);
+                        assert_eq!(attempt == Attempt::NotGuarded, may, "round {round}, step {step}");
+                    }
+                }
+                for page in 0..PAGES {
+                    let known = guard.lock().is_protected(page * PAGE);
+                    assert_eq!(
+                        known,
+                        !may_write(&guard, page),
+                        "round {round}, step {step}: {action} page {page}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

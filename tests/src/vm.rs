@@ -163,6 +163,25 @@ impl Vm {
         self.child.id()
     }
 
+    /// The monitor's own resident memory in KiB: without the guest's, which is a memfd (proc(5),
+    /// `smaps`).
+    ///
+    /// # Errors
+    /// When the system does not tell.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps", self.pid());
+        let (mut kib, mut is_guest) = (0, false);
+        for line in std::fs::read_to_string(&path).with_context(|| path.clone())?.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("Rss:") if !is_guest => kib += words.next().context("a size")?.parse::<u64>()?,
+                Some(word) if !word.ends_with(':') => is_guest = line.contains("/memfd:"),
+                _ => {}
+            }
+        }
+        Ok(kib)
+    }
+
     /// What the monitor wrote to standard error.
     #[must_use]
     pub fn errors(&self) -> String {

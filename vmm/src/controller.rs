@@ -162,6 +162,12 @@ impl Image {
         Self { file: Mutex::new(file), parsed: OnceLock::new() }
     }
 
+    /// Whether somebody has read it.
+    #[must_use]
+    pub fn is_parsed(&self) -> bool {
+        self.parsed.get().is_some()
+    }
+
     /// What is known of the kernel.
     ///
     /// # Errors
@@ -295,8 +301,9 @@ impl Controller {
     /// Protects text ahead of programs.
     fn close_text(&mut self) {
         self.closed = Instant::now();
+        // Where there is no socket nobody reads the image, and no plan comes.
         if !self.guard.knows_text()
-            && self.located.is_some()
+            && self.image.is_parsed()
             && self.kernel().is_ok()
             && let Some(text) = self.guard.scene().and_then(Scene::text)
         {

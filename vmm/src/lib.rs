@@ -20,6 +20,7 @@ pub mod events;
 pub mod exit;
 pub mod gate;
 pub mod guard;
+pub mod heap;
 pub mod kernel_file;
 pub mod kick;
 pub mod kvm;

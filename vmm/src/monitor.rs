@@ -16,6 +16,7 @@ use crate::control::server::{self, Connections, Socket};
 use crate::controller::{Controller, Controls, Image};
 use crate::devices::{Input, Line, Ports};
 use crate::gate::AtInit;
+use crate::heap;
 use crate::locate::Located;
 use crate::machine::{self, Machine};
 use crate::priority;
@@ -62,6 +63,7 @@ pub struct Options {
 /// See [`Error`]; everything is taken down again.
 pub fn run(options: Options) -> Result<Ending, Error> {
     let Options { config, socket, at_init } = options;
+    heap::give_back_what_is_large();
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     let socket = socket.map(|path| Socket::bind(&path)).transpose()?;

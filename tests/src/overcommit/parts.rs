@@ -289,7 +289,7 @@ fn boot(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
             let started = Instant::now();
             let vm = Vm::start(lab, &Setup::cpus(cpus))?;
             times.push(micros(started.elapsed()) / 1000);
-            sizes.push(resident_kib(vm.pid())?);
+            sizes.push(vm.resident_kib()?);
             vm.power_off()?;
         }
         for (what, unit, values) in [
@@ -301,21 +301,6 @@ fn boot(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A monitor's resident memory without the guest's, which is a memfd (proc(5), `smaps`).
-fn resident_kib(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/smaps");
-    let (mut kib, mut is_guest) = (0, false);
-    for line in std::fs::read_to_string(&path).with_context(|| path.clone())?.lines() {
-        let mut words = line.split_whitespace();
-        match words.next() {
-            Some("Rss:") if !is_guest => kib += words.next().context("a size")?.parse::<u64>()?,
-            Some(word) if !word.ends_with(':') => is_guest = line.contains("/memfd:"),
-            _ => {}
-        }
-    }
-    Ok(kib)
 }
 
 fn calibration(lab: &Lab, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {

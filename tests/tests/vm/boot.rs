@@ -4,6 +4,7 @@
 use std::process::Command;
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 use tests::lab::Lab;
 use tests::vm::{Method, Setup, Vm};
 
@@ -19,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::memory_above_the_device_gap", large_memory),
     ("boot::signals_end_it_cleanly", signals),
     ("boot::kaslr_on_and_off", kaslr),
+    ("boot::the_monitors_own_memory_is_small", small),
     ("boot::short_series", |lab| tests::campaigns::boots(lab, 3)),
 ];
 
@@ -30,6 +32,19 @@ fn ends(lab: &Lab, cpus: u8, command_line: &str, command: &str, code: i32) -> Re
     ensure!(ended == code, "{command}: exit code {ended}, not {code}");
     ensure!(!socket.exists(), "the control socket was left behind");
     Ok(())
+}
+
+/// Firecracker promises 5 MiB, and does not know the guest's kernel.
+fn small(lab: &Lab) -> Result<()> {
+    const MOST_KIB: u64 = 20 << 10;
+    let mut vm = Vm::start(lab, &Setup::cpus(8))?;
+    // So the kernel's image was read.
+    vm.apply(&json!({ "version": 1, "name": "key", "patches": [{ "static_key": "sched_schedstats", "enable": true }] }))?;
+    let kib = vm.resident_kib()?;
+    println!("{kib} KiB");
+    ensure!(kib < MOST_KIB, "{kib} KiB are resident");
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
 }
 
 fn large_memory(lab: &Lab) -> Result<()> {

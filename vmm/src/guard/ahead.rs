@@ -17,6 +17,8 @@ use crate::memory::PAGE;
 
 /// Size of a large page of the host, in bytes.
 const LARGE: u64 = 2 << 20;
+/// The same, for what counts in the host's own sizes.
+const LARGE_SIZE: usize = 2 << 20;
 
 /// The parts of the text; none before it is known.
 #[derive(Debug, Default)]
@@ -44,7 +46,7 @@ impl Ahead {
         let first = start & !(LARGE - 1);
         let part =
             |at: u64| Part { pages: at.max(start)..(at + LARGE).min(end), state: PartState::Open(when) };
-        Self { parts: (first..end).step_by(2 << 20).map(part).collect() }
+        Self { parts: (first..end).step_by(LARGE_SIZE).map(part).collect() }
     }
 
     /// Whether the text is known.

@@ -246,22 +246,28 @@ impl Guard {
     }
 
     fn close(&self, state: &mut State, part: &Range<u64>) -> Result<(), memory::Error> {
-        let done = state.unguarded(part).iter().try_for_each(|pages| self.ram.write_protect(pages, true));
-        match done {
-            Ok(()) => state.ahead.close(part),
-            Err(_) => state.unguarded(part).iter().for_each(|pages| self.unprotect(pages)),
-        }
-        done
+        self.switch(&state.unguarded(part), true)?;
+        state.ahead.close(part);
+        Ok(())
     }
 
     /// Lets the guest write to the part of the text that a page lies in, as far as that is not
     /// guarded. Returns whether it can.
     fn open(&self, state: &mut State, at: u64) -> bool {
         let Some(part) = state.ahead.closed(at) else { return true };
-        let bare = state.unguarded(&part);
-        let done = bare.iter().all(|pages| self.ram.write_protect(pages, false).is_ok());
+        let done = self.switch(&state.unguarded(&part), false).is_ok();
         if done {
             state.ahead.open(&part, Instant::now());
+        }
+        done
+    }
+
+    /// Protects all of these pages, or none, or lets all of them go, or none.
+    fn switch(&self, pages: &[Range<Gpa>], protected: bool) -> Result<(), memory::Error> {
+        let done = pages.iter().try_for_each(|run| self.ram.write_protect(run, protected));
+        if done.is_err() {
+            // As they were, neighbours are in one piece again, which the system does not refuse.
+            pages.iter().for_each(|run| _ = self.ram.write_protect(run, !protected));
         }
         done
     }
@@ -410,6 +416,7 @@ impl Guard {
             if write.pieces.iter().all(|(at, _)| self.open(&mut state, at.0)) {
                 return Ok(Attempt::NotGuarded);
             }
+            // Then it is done as if they were.
             self.perform(write)?;
             return Ok(Attempt::Done { touched: false });
         }

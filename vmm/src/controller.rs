@@ -33,7 +33,6 @@ use crate::live::Live;
 use crate::locate::{GuestKernel, Located, Mapped};
 use crate::priority;
 use crate::rendezvous::{FenceError, Rendezvous};
-use crate::scene::Scene;
 use crate::standing::Registers;
 
 /// How long a pause waits for vCPUs that the host preempted.
@@ -304,8 +303,7 @@ impl Controller {
         // Where there is no socket nobody reads the image, and no plan comes.
         if !self.guard.knows_text()
             && self.image.is_parsed()
-            && self.kernel().is_ok()
-            && let Some(text) = self.guard.scene().and_then(Scene::text)
+            && let Ok(text) = self.text()
         {
             self.guard.know_text(&text);
         }

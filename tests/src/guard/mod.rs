@@ -29,9 +29,17 @@ pub fn guarded(mut setup: Setup) -> Setup {
 /// # Errors
 /// When the monitor does not tell.
 pub fn pages_and_writes(vm: &Vm) -> Result<(u64, u64)> {
+    let [pages, writes] = of_the_guard(vm, ["pages", "writes"])?;
+    Ok((pages, writes))
+}
+
+fn of_the_guard<const N: usize>(vm: &Vm, names: [&str; N]) -> Result<[u64; N]> {
     let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    let number = |name: &str| info["guard"][name].as_u64().with_context(|| format!("{info:#}"));
-    Ok((number("pages")?, number("writes")?))
+    let mut numbers = [0; N];
+    for (number, name) in numbers.iter_mut().zip(names) {
+        *number = info["guard"][name].as_u64().with_context(|| format!("{info:#}"))?;
+    }
+    Ok(numbers)
 }
 
 /// What happened, of one kind.
@@ -116,8 +124,8 @@ pub fn ahead(lab: &Lab) -> Result<()> {
 }
 
 fn pages_ahead(vm: &Vm) -> Result<u64> {
-    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    info["guard"]["pages_ahead"].as_u64().with_context(|| format!("{info:#}"))
+    let [pages] = of_the_guard(vm, ["pages_ahead"])?;
+    Ok(pages)
 }
 
 /// A key that the guest can switch and look at by a file.

@@ -1,8 +1,9 @@
 //! What is done about a guest that has changed the sites of patches: once it is through.
 
+use std::ops::Range;
 use std::time::Instant;
 
-use patcher::addr::Gva;
+use patcher::addr::{Gpa, Gva};
 use patcher::expand::Datum;
 use patcher::guard::{Policy, stands};
 use patcher::insn;
@@ -22,10 +23,15 @@ type Changed = (usize, Vec<u8>);
 impl Controller {
     /// Guards all of the kernel's own text.
     pub(super) fn guard_text(&mut self) -> Result<(), String> {
+        let text = self.text()?;
+        self.guard.guard_text(&text).map_err(|error| error.to_string())
+    }
+
+    /// Where the kernel's own text is, once the guest is far enough.
+    pub(super) fn text(&mut self) -> Result<Range<Gpa>, String> {
         self.kernel().map_err(|refusal| refusal.to_string())?;
         let text = self.guard.scene().and_then(Scene::text);
-        let text = text.ok_or("the kernel's text is not in one piece")?;
-        self.guard.guard_text(&text).map_err(|error| error.to_string())
+        text.ok_or_else(|| "the kernel's text is not in one piece".to_owned())
     }
 
     /// Has the guard look after a patch that was applied, and looks at it once: its program ended

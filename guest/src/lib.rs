@@ -1,26 +1,12 @@
 //! What runs inside: init programs and workloads for guests, the kernel and the initramfs
 //! they boot from, and the rig that stands in for a host with virtualization extensions.
 //!
-//! Everything that is fetched or built lies in one cache outside the checkout ([`cache`]),
+//! Everything that is fetched or built lies in one cache outside the checkout ([`provision::cache`]),
 //! so a second clone on the same machine, or a machine that is offline by now, starts at once.
 
-pub mod apt;
-pub mod binaries;
-mod bochs;
-pub mod bpf;
-pub mod cache;
-pub mod initramfs;
-pub mod kallsyms;
-pub mod kernel;
-pub mod livepatch;
-pub mod locks;
-pub mod packages;
-pub mod progress;
-pub mod qemu;
+pub mod inside;
+pub mod provision;
 pub mod rig;
-pub mod toggle;
-pub mod wire;
-pub mod workload;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
@@ -56,7 +42,7 @@ pub enum Error {
     },
     /// Packages are missing and this process may not install them.
     #[error("{0}")]
-    Packages(packages::Missing),
+    Packages(provision::packages::Missing),
     /// The distribution's archive does not offer what was looked for.
     #[error("{0}")]
     Archive(String),

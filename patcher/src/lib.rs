@@ -6,29 +6,22 @@
 //!   JSON          kernel image  live text
 //! ```
 //!
-//! Nothing here touches KVM, threads, a clock or files. A [`session::Session`] calls nothing:
-//! it yields a [`program::Step`], is told how it went, and yields the next. Whoever executes
-//! the steps implements [`target::Target`].
+//! Nothing here touches KVM, threads, a clock or files. A [`program::session::Session`] calls
+//! nothing: it yields a [`program::step::Step`], is told how it went, and yields the next. Whoever
+//! executes the steps implements [`program::target::Target`].
+//!
+//! Each folder is a room, and a room uses only rooms below it:
+//! `addr < insn < image, plan < linux, site < safety < resolve < program`. The test `house` of the
+//! crate `tests` enforces that.
 
 #![forbid(unsafe_code)]
 
 pub mod addr;
-pub mod arena;
-pub mod compile;
-pub mod doors;
-pub mod expand;
-pub mod guard;
+pub mod image;
 pub mod insn;
-pub mod interior;
-pub mod kernel;
-pub mod model;
+pub mod linux;
 pub mod plan;
 pub mod program;
-pub mod quiesce;
-pub mod refusal;
 pub mod resolve;
-pub mod session;
-pub mod target;
-pub mod targets;
-pub mod trap;
-pub mod writes;
+pub mod safety;
+pub mod site;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 #[test]
 fn every_refusal_code_is_documented_and_none_is_invented() {
-    let source = include_str!("../src/refusal.rs");
+    let source = include_str!("../src/plan/refusal.rs");
     let in_code: BTreeSet<&str> = source
         .lines()
         .filter_map(|line| line.trim().strip_prefix("Self::")?.split_once("=> \""))

@@ -1,17 +1,19 @@
 //! Sessions against plain memory: every step failing in turn, and what is left behind.
 
 use patcher::addr::Gva;
-use patcher::arena::Arena;
-use patcher::compile::{Host, compile};
-use patcher::doors::Patchers;
-use patcher::expand::Datum;
 use patcher::insn::INT3;
 use patcher::plan::Strategy;
-use patcher::program::{Program, Step};
-use patcher::refusal::Pointer;
-use patcher::resolve::{ResolvedPlan, Site};
-use patcher::session::End;
-use patcher::target::{StepError, Target, drive};
+use patcher::plan::refusal::Pointer;
+use patcher::program::compile::{Host, compile};
+use patcher::program::session::End;
+use patcher::program::step::StepError;
+use patcher::program::step::{Program, Step};
+use patcher::program::target::{Target, drive};
+use patcher::resolve::ResolvedPlan;
+use patcher::resolve::expand::Datum;
+use patcher::safety::blockers::Patchers;
+use patcher::safety::slots::Arena;
+use patcher::site::Site;
 
 /// Memory that counts steps and fails the chosen ones.
 struct Memory {
@@ -110,8 +112,8 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         outside: Vec::new(),
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
         data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],
-        doors: vec![(Gva(0), OLD[0])],
-        patchers: Patchers { doors: vec![(Gva(0), OLD[0])], locks: vec![LOCK], busy: false },
+        blockers: vec![(Gva(0), OLD[0])],
+        patchers: Patchers { blockers: vec![(Gva(0), OLD[0])], locks: vec![LOCK], busy: false },
         on_guest_write: None,
     }
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 
+use patcher::image::KernelImage;
 use patcher::insn;
-use patcher::kernel::KernelImage;
 use serde_json::{Value, json};
 
 use crate::lab::Lab;

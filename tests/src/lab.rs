@@ -9,12 +9,13 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use guest::binaries::{self, Binaries};
-use guest::initramfs::Initramfs;
-use guest::kernel::Kernel;
+use guest::provision::binaries::{self, Binaries};
+use guest::provision::initramfs::Initramfs;
+use guest::provision::kernel::Kernel;
+use guest::provision::{cache, livepatch};
+use guest::rig::qemu;
+use guest::rig::wire::Request;
 use guest::rig::{Emulator, Rig, Stream};
-use guest::wire::Request;
-use guest::{cache, livepatch, qemu};
 
 const VMM: &str = "LAB_VMM";
 const KERNEL: &str = "LAB_KERNEL";

@@ -6,7 +6,6 @@ pub mod guard;
 pub mod lab;
 pub mod matrix;
 pub mod oracle;
-pub mod overcommit;
 pub mod selfpatching;
 pub mod signal;
 pub mod spinlocks;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use guest::livepatch;
+use guest::provision::livepatch;
 use serde_json::{Value, json};
 
 use crate::campaigns::replace_function;

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use patcher::addr::Gva;
-use patcher::kernel::{Found, KernelImage};
+use patcher::image::{Found, KernelImage};
 use serde_json::{Value, json};
 
 use crate::lab::Lab;

@@ -30,8 +30,8 @@ pub fn contended(lab: &Lab, times: usize) -> Result<()> {
 fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     let mut vm = Vm::start(lab, setup)?;
     vm.hammer("getppid", 0, 1)?;
-    let doors = doors(&vm)?;
-    ensure!(doors >= DOORS, "only {doors} doors");
+    let blockers = blockers(&vm)?;
+    ensure!(blockers >= BLOCKERS, "only {blockers} blockers");
     vm.ask(&format!("toggle {SCHEDSTATS} 1 0"))?;
     let enabled = neighbour_is_enabled(&vm)?;
     let (mut tries, mut outcomes) = (Vec::new(), BTreeMap::new());
@@ -137,11 +137,11 @@ pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
 }
 
 /// How many functions that patch text a stock kernel has, at least.
-const DOORS: usize = 18;
+const BLOCKERS: usize = 18;
 
-/// How many doors a program shuts and opens.
-fn doors(vm: &Vm) -> Result<usize> {
-    let plan = redirect_plan("doors", Some("breakpoint")).to_string();
+/// How many blockers a program shuts and opens.
+fn blockers(vm: &Vm) -> Result<usize> {
+    let plan = redirect_plan("blockers", Some("breakpoint")).to_string();
     let (_, program) = vm.request(Method::POST, "/patches/explain", plan.as_bytes())?;
     let steps = program["steps"].as_array().with_context(|| format!("{program:#}"))?;
     Ok(steps.iter().filter(|step| step.as_str().is_some_and(|step| step.starts_with("open"))).count())

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use vmm::control::client;
+use vmm::api::client;
 
 use crate::lab::Lab;
 

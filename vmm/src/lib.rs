@@ -2,41 +2,27 @@
 //!
 //! ```text
 //!   cli ─▶ monitor ─┬─▶ machine ─▶ vCPU threads ─▶ exits, devices
-//!                   ├─▶ controller: the one thread that changes the guest
-//!                   │      └─▶ patcher (pure) ─▶ steps ─▶ live ─▶ rendezvous, memory
-//!                   └─▶ control socket ─▶ commands to the controller
+//!                   ├─▶ patch::controller: the one thread that changes the guest
+//!                   │      └─▶ patcher (pure) ─▶ steps ─▶ patch::executor ─▶ sync, memory
+//!                   └─▶ api::server ─▶ commands to the controller
 //! ```
+//!
+//! Each folder is a room, and a room uses only rooms below it: `host, memory < kvm, boot, devices,
+//! config < guest < sync, text_guard, api (data) < vcpu < machine < patch < api::server < monitor <
+//! cli`. The test `house` of the crate `tests` enforces that.
 
-pub mod arena;
+pub mod api;
 pub mod boot;
 pub mod cli;
 pub mod config;
-pub mod control;
-pub mod controller;
-pub mod deliver;
 pub mod devices;
-pub mod doctor;
-pub mod events;
-pub mod exit;
-pub mod gate;
-pub mod guard;
-pub mod heap;
-pub mod kernel_file;
-pub mod kick;
+pub mod guest;
+pub mod host;
 pub mod kvm;
-pub mod layout;
-pub mod live;
-pub mod locate;
 pub mod machine;
-pub mod membarrier;
 pub mod memory;
 pub mod monitor;
-pub mod paging;
-pub mod priority;
-pub mod render;
-pub mod rendezvous;
-pub mod scene;
-pub mod signals;
-pub mod standing;
-pub mod terminal;
+pub mod patch;
+pub mod sync;
+pub mod text_guard;
 pub mod vcpu;

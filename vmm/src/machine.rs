@@ -5,19 +5,22 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use patcher::addr::VcpuId;
-use patcher::compile::Host;
+use patcher::program::compile::Host;
 
 use crate::boot::{acpi, cpuid, kernel, registers};
 use crate::config::{Breakpoints, Config, Fence};
-use crate::devices::{Console, Line, Ports, Power};
-use crate::guard::Guard;
-use crate::kick::{self, Kick};
-use crate::kvm::{self, During, Vm};
-use crate::layout::COM1_IRQ;
-use crate::membarrier::Membarrier;
+use crate::devices::console::Console;
+use crate::devices::irq_line::IrqLine;
+use crate::devices::ports::Ports;
+use crate::devices::power::Power;
+use crate::host::membarrier::Membarrier;
+use crate::kvm::kick::{self, Kick};
+use crate::kvm::{self, KvmContext, Vm};
+use crate::memory::layout::COM1_IRQ;
 use crate::memory::{self, GuestRam};
-use crate::rendezvous::Rendezvous;
-use crate::vcpu::{Listener, Surroundings, Vcpu};
+use crate::sync::rendezvous::Rendezvous;
+use crate::text_guard::Guard;
+use crate::vcpu::{Listener, Vcpu, VcpuContext};
 
 /// Why a machine can't be built.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +62,7 @@ impl Machine {
         config: &Config,
         image: &[u8],
         output: Box<dyn io::Write + Send>,
-        drained: Line,
+        drained: IrqLine,
     ) -> Result<Self, Error> {
         let initrd = config.initrd.as_deref().map(kernel::read).transpose()?;
         let ram = Arc::new(GuestRam::new(config.memory_bytes())?);
@@ -68,8 +71,8 @@ impl Machine {
         registers::write_tables(&ram)?;
 
         let vm = Arc::new(Vm::new(ram, config.cpus)?);
-        let interrupt = Line::new()?;
-        vm.fd().register_irqfd(interrupt.event(), COM1_IRQ).during("KVM_IRQFD")?;
+        let interrupt = IrqLine::new()?;
+        vm.fd().register_irqfd(interrupt.event(), COM1_IRQ).context("KVM_IRQFD")?;
         let ports = Arc::new(Ports::new(Console::new(interrupt, drained, output), Power::new()));
 
         let host = Host { stores_are_whole: cpuid::shows_stores_as_a_whole() };
@@ -79,12 +82,12 @@ impl Machine {
             let fd = vm.vcpu(id)?;
             let mut features = vm.supported_cpuid()?;
             cpuid::place(&mut features, id, config.cpus);
-            fd.set_cpuid2(&features).during("KVM_SET_CPUID2")?;
+            fd.set_cpuid2(&features).context("KVM_SET_CPUID2")?;
             if id == 0 {
                 // The others wait for the kernel's INIT and SIPI.
-                let sregs = registers::sregs(&fd.get_sregs().during("KVM_GET_SREGS")?);
-                fd.set_sregs(&sregs).during("KVM_SET_SREGS")?;
-                fd.set_regs(&registers::regs(entry)).during("KVM_SET_REGS")?;
+                let sregs = registers::sregs(&fd.get_sregs().context("KVM_GET_SREGS")?);
+                fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
+                fd.set_regs(&registers::regs(entry)).context("KVM_SET_REGS")?;
             }
             let kick = Arc::new(Kick::new(&fd)?);
             vcpus.push((fd, kick));
@@ -118,7 +121,7 @@ impl Machine {
     /// When the system has no thread left; those that were started are stopped by
     /// [`Machine::shut_down`].
     pub fn start(&mut self, listener: &Arc<dyn Listener>) -> Result<(), Error> {
-        let around = Surroundings {
+        let around = VcpuContext {
             vm: self.vm.clone(),
             rendezvous: self.rendezvous.clone(),
             ports: self.ports.clone(),

@@ -10,18 +10,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::api::server::{self, Connections, Socket};
 use crate::boot::kernel;
 use crate::config::Config;
-use crate::control::server::{self, Connections, Socket};
-use crate::controller::{Controller, Controls, Image};
-use crate::devices::{Input, Line, Ports};
-use crate::gate::AtInit;
-use crate::heap;
-use crate::locate::Located;
+use crate::devices::console::Input;
+use crate::devices::irq_line::IrqLine;
+use crate::devices::ports::Ports;
+use crate::guest::kernel::Located;
+use crate::host::heap;
+use crate::host::priority;
+use crate::host::signals::Signals;
+use crate::host::terminal::{Keys, Raw};
 use crate::machine::{self, Machine};
-use crate::priority;
-use crate::signals::Signals;
-use crate::terminal::{Keys, Raw};
+use crate::patch::controller::{Controller, Controls};
+use crate::patch::engine::Engine;
+use crate::patch::image::Image;
+use crate::patch::init_gate::AtInit;
 use crate::vcpu::{Ending, Listener};
 
 /// Why a machine could not be run.
@@ -67,7 +71,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     let socket = socket.map(|path| Socket::bind(&path)).transpose()?;
-    let drained = Line::new()?;
+    let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
     let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained)?;
     let image = Arc::new(Image::new(file));
@@ -82,7 +86,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         let image = image.clone();
         std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
     }
-    let (controls, controller) = Controller::new(config, &machine, image, at_init).spawn()?;
+    let (controls, controller) = Controller::new(Engine::new(config, &machine, image), at_init).spawn()?;
     let ends = Arc::new(Ends { ending: Mutex::default(), event: EventFd::new(libc::EFD_NONBLOCK)? });
 
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
@@ -102,7 +106,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         events.add_subscriber(Box::new(Calls { socket, connections }));
     }
 
-    let listener: Arc<dyn Listener> = Arc::new(Tell { controls: controls.clone(), ends: ends.clone() });
+    let listener: Arc<dyn Listener> = Arc::new(EventSink { controls: controls.clone(), ends: ends.clone() });
     let started = machine.start(&listener);
     if let Err(error) = &started {
         ends.end(Ending::Failed(error.to_string()));
@@ -150,12 +154,12 @@ impl Ends {
 }
 
 /// What the vCPUs say.
-struct Tell {
+struct EventSink {
     controls: Controls,
     ends: Arc<Ends>,
 }
 
-impl Listener for Tell {
+impl Listener for EventSink {
     fn ended(&self, ending: Ending) {
         self.ends.end(ending);
     }

@@ -47,11 +47,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest::bpf::Fentry;
-use guest::locks::Locks;
-use guest::toggle::{self, Action, Toggle};
-use guest::workload::{Hammer, probed};
-use guest::{kallsyms, livepatch};
+use guest::inside::bpf::Fentry;
+use guest::inside::kallsyms;
+use guest::inside::locks::Locks;
+use guest::inside::toggle::{self, Action, Toggle};
+use guest::inside::workload::{Hammer, probed};
+use guest::provision::livepatch;
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};

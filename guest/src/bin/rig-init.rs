@@ -1,5 +1,5 @@
 //! Init of the rig's host (L1): loads KVM, then runs one program after another as told over
-//! the second serial line (see `guest::wire`).
+//! the second serial line (see `guest::rig::wire`).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};
@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use guest::rig::MODULES;
-use guest::wire::{Frame, Request};
+use guest::rig::wire::{Frame, Request};
 use rustix::mount::{MountFlags, mount};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 

@@ -5,7 +5,7 @@
 
 use std::sync::LazyLock;
 
-use patcher::kernel::KernelImage;
+use patcher::image::KernelImage;
 
 #[path = "../../tests/properties/checks.rs"]
 mod checks;

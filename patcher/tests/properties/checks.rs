@@ -2,12 +2,13 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use patcher::addr::Gva;
+use patcher::image::KernelImage;
+use patcher::image::symbols::Symbols;
 use patcher::insn;
-use patcher::kernel::KernelImage;
-use patcher::kernel::symbols::Symbols;
-use patcher::kernel::{Kernel, Modules, Text};
+use patcher::linux::module_list::read_modules;
+use patcher::linux::{GuestMemory, Kernel, Modules};
 use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
-use patcher::resolve::{Guest, resolve};
+use patcher::resolve::{RunningGuest, resolve};
 
 /// Reading a plan ends in a plan within its limits, or in reasons.
 pub(crate) fn plan(json: &[u8]) {
@@ -32,7 +33,7 @@ const FUNCTION: Gva = Gva(0xffff_ffff_8100_0000);
 
 struct Function<'a>(&'a [u8]);
 
-impl Text for Function<'_> {
+impl GuestMemory for Function<'_> {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
         let from = at.offset_from(FUNCTION).ok_or(at)?;
         let bytes = self.0.get(from..from + into.len()).ok_or(at)?;
@@ -55,7 +56,7 @@ pub(crate) fn resolve_in(text: &[u8], offset: usize, length: usize, replace: &[u
         { "at": format!("f+{offset:#x}"), "expect": insn::hex(&expect), "replace": insn::hex(replace) }] });
     let plan = Plan::parse(json.to_string().as_bytes()).expect("it is well-formed");
     let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
-    let Ok(resolved) = resolve(&plan, Guest { kernel, text: &Function(text), vcpus: 1 }, []) else {
+    let Ok(resolved) = resolve(&plan, RunningGuest { kernel, text: &Function(text), vcpus: 1 }, []) else {
         return;
     };
     let site = &resolved.sites[0];
@@ -170,7 +171,7 @@ impl<'a> Anywhere<'a> {
     }
 }
 
-impl Text for Anywhere<'_> {
+impl GuestMemory for Anywhere<'_> {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
         for (i, byte) in into.iter_mut().enumerate() {
             let at = at.plus(i).ok_or(at)?;
@@ -195,9 +196,9 @@ pub(crate) fn live(image: &KernelImage, input: &[u8]) {
         r#"{"redirect":"function","to":"f0"}"#,
     ];
     let Some(text) = Anywhere::new(input) else { return };
-    let modules = Modules::read(image, 0, &text);
-    let guest = Guest { kernel: Kernel { image, slide: 0, modules: &modules }, text: &text, vcpus: 1 };
-    let _ = patcher::targets::list(guest);
+    let modules = read_modules(image, 0, &text);
+    let guest = RunningGuest { kernel: Kernel { image, slide: 0, modules: &modules }, text: &text, vcpus: 1 };
+    let _ = patcher::resolve::targets::list(guest);
     for patch in PATCHES {
         let plan = format!(r#"{{"version":1,"name":"x","patches":[{patch}]}}"#);
         let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");

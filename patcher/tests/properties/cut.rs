@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object, ObjectSection, ObjectSegment};
-use patcher::kernel::KernelImage;
+use patcher::image::KernelImage;
 
 use crate::miniature::{self, STRUCTURES};
 

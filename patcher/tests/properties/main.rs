@@ -6,18 +6,21 @@ mod cut;
 mod miniature;
 
 use patcher::addr::Gva;
-use patcher::arena::Arena;
-use patcher::compile::{Host, compile};
-use patcher::doors::Patchers;
+use patcher::image::{KernelImage, unpack};
 use patcher::insn;
-use patcher::kernel::{Kernel, KernelImage, Modules, unpack};
+use patcher::insn::store::{GeneralRegisters, Store};
+use patcher::linux::module_list::read_modules;
+use patcher::linux::{Kernel, Modules};
+use patcher::plan::refusal::Pointer;
 use patcher::plan::{Plan, Strategy};
-use patcher::program::Step;
-use patcher::refusal::Pointer;
-use patcher::resolve::{Guest, ResolvedPlan, Site, resolve};
-use patcher::session::{End, Session};
-use patcher::target::StepError;
-use patcher::writes::{Registers, Store};
+use patcher::program::compile::{Host, compile};
+use patcher::program::session::{End, Session};
+use patcher::program::step::Step;
+use patcher::program::step::StepError;
+use patcher::resolve::{ResolvedPlan, RunningGuest, resolve};
+use patcher::safety::blockers::Patchers;
+use patcher::safety::slots::Arena;
+use patcher::site::Site;
 use proptest::prelude::*;
 use proptest::strategy::Strategy as Generator;
 
@@ -85,7 +88,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         outside: Vec::new(),
         sites: resolved,
         data: Vec::new(),
-        doors: Vec::new(),
+        blockers: Vec::new(),
         patchers: Patchers::default(),
         on_guest_write: None,
     };
@@ -183,7 +186,7 @@ fn instructions_that_may_fault() {
     let entry = u32::try_from(miniature::MODULE_TEXT + 0x10 - miniature::MODULE_EXCEPTIONS).expect("near");
     let exceptions = [&entry.to_le_bytes()[..], &[0; 8]].concat();
     let memory = miniature::with_module(&image, &miniature::Sections { exceptions, ..Default::default() });
-    let modules = Modules::read(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
+    let modules = read_modules(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
     assert_eq!(modules.all().map(<[_]>::len), Ok(1));
     let kernel = Kernel { image: &image, slide: 0, modules: &modules };
     let function = image.symbols().only("function").expect("it");
@@ -220,7 +223,7 @@ fn places_that_the_kernel_patches_itself() {
             insn::hex(&replacement(length))
         );
         let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
-        match resolve(&plan, Guest { kernel, text: &text, vcpus: 1 }, []) {
+        match resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []) {
             Ok(_) => Vec::new(),
             Err(refused) => refused.iter().map(|refused| refused.refusal.code()).collect(),
         }
@@ -254,7 +257,7 @@ fn seeds_for_the_fuzzer_are_kernels() {
     if let Some(file) = named("FUZZ_MODULE") {
         let image = KernelImage::parse(&files[1].2).expect("a kernel");
         let memory = cut::module(&file, &image);
-        let modules = Modules::read(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
+        let modules = read_modules(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
         let [module] = modules.all().expect("a module") else { panic!("{modules:?}") };
         assert!(!module.symbols.is_empty() && !module.jump_entries.is_empty(), "{module:?}");
         files.push(("live", "module".to_owned(), memory));
@@ -314,7 +317,7 @@ proptest! {
         down in any::<bool>(),
     ) {
         let code = [&prefixes[..], &[opcode], &rest[..]].concat();
-        let before = Registers { general, rip: 0x1000, flags: if down { 0x402 } else { 2 }, fs: 1, gs: 2 };
+        let before = GeneralRegisters { general, rip: 0x1000, flags: if down { 0x402 } else { 2 }, fs: 1, gs: 2 };
         let _ = Store::place(&code, &before);
         if let Some(store) = Store::decode(&code, &before) {
             prop_assert!([1, 2, 4, 8].contains(&store.width));

@@ -2,7 +2,7 @@
 //! notes, laid out as Linux lays them out. What can be read from a real kernel can be read
 //! from it, and everything in it can be broken at random.
 
-use patcher::kernel::KernelImage;
+use patcher::image::KernelImage;
 
 /// Where its text is linked.
 pub(crate) const BASE: u64 = 0xffff_ffff_8100_0000;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tests::campaigns::{flip_by_each_strategy, many_sites};
 use tests::lab::Lab;
 use tests::vm::{Method, Setup, Vm, guest_memory, redirect_plan};
-use vmm::control::client;
+use vmm::api::client;
 
 use super::Test;
 

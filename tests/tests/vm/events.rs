@@ -57,7 +57,7 @@ fn followed(lab: &Lab) -> Result<()> {
     ensure!(of("trap").len() as u64 + suppressed <= traps, "more traps were told than there were");
     let trap = of("trap")[0];
     let place = trap["symbol"].as_str().unwrap_or("");
-    // In transit are the site and the doors.
+    // In transit are the site and the blockers.
     ensure!(!place.is_empty() && trap["task"].is_string() && trap["vcpu"].is_u64(), "{trap:#}");
     let patches = of("patch");
     ensure!(patches.iter().all(|event| event["patch"] == "flip") && patches.len() >= 64, "{}", patches.len());
@@ -77,7 +77,7 @@ fn slow(lab: &Lab) -> Result<()> {
     // The last one was answered when one more is refused.
     let mut refused = false;
     for _ in 0..100 {
-        let status = vmm::control::client::follow(&vm.socket(), "/events/stream", |_| false)?;
+        let status = vmm::api::client::follow(&vm.socket(), "/events/stream", |_| false)?;
         refused = status == 503;
         if refused {
             break;
@@ -95,7 +95,7 @@ fn slow(lab: &Lab) -> Result<()> {
     // Others may follow when they are gone.
     let mut told = 0;
     while told == 0 {
-        vmm::control::client::follow(&vm.socket(), "/events/stream", |event| {
+        vmm::api::client::follow(&vm.socket(), "/events/stream", |event| {
             told += usize::from(event.get("number").is_some());
             false
         })?;

@@ -2,8 +2,8 @@
 //! both generations; and patches in the kernel's own terms leave what the kernel itself would.
 
 use anyhow::{Context, Result, ensure};
-use guest::kallsyms;
-use patcher::kernel::KernelImage;
+use guest::inside::kallsyms;
+use patcher::image::KernelImage;
 use serde_json::{Value, json};
 use tests::lab::Lab;
 use tests::oracle::{alternatives, lock_prefixes, twins};

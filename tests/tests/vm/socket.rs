@@ -91,13 +91,13 @@ fn many_clients(lab: &Lab) -> Result<()> {
                     // All want the same site; whoever is late is refused, nobody interleaves.
                     let name = format!("client{number}-{round}");
                     let plan = redirect_plan(&name, None).to_string().into_bytes();
-                    let (_, answer) = vmm::control::client::request(&socket, Method::POST, "/patches", plan)?;
+                    let (_, answer) = vmm::api::client::request(&socket, Method::POST, "/patches", plan)?;
                     match answer["state"].as_str() {
                         Some("applied") => {
                             applied += 1;
                             let uri = format!("/patches/{name}/revert");
                             let (_, answer) =
-                                vmm::control::client::request(&socket, Method::POST, &uri, Vec::new())?;
+                                vmm::api::client::request(&socket, Method::POST, &uri, Vec::new())?;
                             ensure!(answer["state"] == "reverted", "{answer:#}");
                         }
                         Some("refused") => refused += 1,

@@ -11,7 +11,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use patcher::addr::Gpa;
 
-use crate::layout::{
+use crate::memory::layout::{
     ACPI_TABLES, COM1, COM1_IRQ, HIGH_MEMORY, IO_APIC, LOCAL_APIC, RESET, RSDP, SLEEP_CONTROL,
 };
 use crate::memory::{Error, GuestRam};

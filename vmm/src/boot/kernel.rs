@@ -12,7 +12,7 @@ use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
 use patcher::addr::Gpa;
 use vm_memory::GuestAddress;
 
-use crate::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, RSDP, ZERO_PAGE};
+use crate::memory::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, RSDP, ZERO_PAGE};
 use crate::memory::{self, GuestRam, PAGE};
 
 /// The 64-bit entry lies this far into the protected-mode kernel.
@@ -81,7 +81,7 @@ pub fn load(
     command_line: &str,
 ) -> Result<u64, Error> {
     let broken = |what: String| Error::Kernel { path: path.to_owned(), what };
-    let low_end = ram.told().next().map_or(0, |(_, size)| size);
+    let low_end = ram.usable_ram().next().map_or(0, |(_, size)| size);
     let fits = |what, needed: u64| {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         if needed <= low_end {
@@ -145,7 +145,7 @@ fn write_zero_page(
 ) -> Result<(), String> {
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: RSDP, ..Default::default() };
     let mut map = vec![(0, BASE_MEMORY_END, E820_RAM), (RSDP, HIGH_MEMORY - RSDP, E820_RESERVED)];
-    for (start, size) in ram.told() {
+    for (start, size) in ram.usable_ram() {
         let from = start.max(HIGH_MEMORY);
         map.push((from, start + size - from, E820_RAM));
     }

@@ -5,7 +5,7 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use patcher::addr::Gpa;
 
-use crate::layout::{GDT, PAGE_TABLES, ZERO_PAGE};
+use crate::memory::layout::{GDT, PAGE_TABLES, ZERO_PAGE};
 use crate::memory::{Error, GuestRam, PAGE};
 
 const CR0_PE: u64 = 1;

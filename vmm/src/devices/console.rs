@@ -7,10 +7,10 @@ use std::sync::{Mutex, PoisonError};
 use vm_superio::Serial;
 use vm_superio::serial::SerialEvents;
 
-use super::Line;
+use crate::devices::irq_line::IrqLine;
 
 /// Raised when the guest has read all its input, so that more may be given.
-struct Drained(Line);
+struct Drained(IrqLine);
 
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
@@ -22,7 +22,7 @@ impl SerialEvents for Drained {
     }
 }
 
-type Uart = Serial<Line, Drained, Box<dyn Write + Send>>;
+type Uart = Serial<IrqLine, Drained, Box<dyn Write + Send>>;
 
 /// COM1.
 pub struct Console(Mutex<Uart>);
@@ -40,7 +40,7 @@ impl Console {
     /// A console that interrupts through `interrupt`, writes to `output`, and raises
     /// `drained` when its input is used up.
     #[must_use]
-    pub fn new(interrupt: Line, drained: Line, output: Box<dyn Write + Send>) -> Self {
+    pub fn new(interrupt: IrqLine, drained: IrqLine, output: Box<dyn Write + Send>) -> Self {
         Self(Mutex::new(Serial::with_events(interrupt, Drained(drained), output)))
     }
 

@@ -2,7 +2,14 @@
 
 use vm_superio::{I8042Device, Trigger};
 
-use super::Wish;
+/// What the guest wants of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// Power off.
+    Off,
+    /// Reset.
+    Reset,
+}
 
 /// Remembers that the keyboard controller pulsed the reset line.
 #[derive(Debug, Default)]
@@ -30,15 +37,15 @@ impl Power {
         self.0.read(offset)
     }
 
-    pub(super) fn write_i8042(&mut self, offset: u8, value: u8) -> Option<Wish> {
+    pub(super) fn write_i8042(&mut self, offset: u8, value: u8) -> Option<PowerRequest> {
         let Ok(()) = self.0.write(offset, value);
-        self.0.reset_evt().0.take().then_some(Wish::Reset)
+        self.0.reset_evt().0.take().then_some(PowerRequest::Reset)
     }
 
     /// The sleep control register (ACPI 6.5, 4.8.3.7): `SLP_EN` is bit 5, `SLP_TYPx` bits
     /// 2 to 4. The only sleep state there is is S5.
-    pub(super) fn sleep(value: u8) -> Option<Wish> {
-        (value & 1 << 5 != 0).then_some(Wish::Off)
+    pub(super) fn sleep(value: u8) -> Option<PowerRequest> {
+        (value & 1 << 5 != 0).then_some(PowerRequest::Off)
     }
 }
 

@@ -3,13 +3,13 @@
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use patcher::addr::{Gpa, Gva};
 use patcher::insn::MAX_LENGTH;
-use patcher::writes::{self, Store, Value};
+use patcher::insn::store::{self, Store, Value};
 
-use super::Vcpu;
-use crate::guard::{Attempt, Lift, Write, split_at_pages};
+use crate::guest::vcpu_state::VcpuRegisters;
 use crate::memory::PAGE;
-use crate::paging::{PageTables, Piece};
-use crate::standing::Registers;
+use crate::memory::paging::{PageTables, Piece};
+use crate::text_guard::{Attempt, Lift, Write, split_at_pages};
+use crate::vcpu::Vcpu;
 
 /// How often a vCPU may be stopped at the same write while nothing explains it: the page may
 /// have been let go in the meantime.
@@ -27,7 +27,7 @@ impl Vcpu {
         let mut stopped = Stopped {
             tables: PageTables::of(&sregs),
             is_64_bit: sregs.cs.l != 0,
-            standing: Registers::of(&regs, &sregs),
+            standing: VcpuRegisters::of(&regs, &sregs),
             registers: decoded(&regs, &sregs),
         };
         let unknown = self.write_for(&mut stopped)?;
@@ -142,12 +142,12 @@ impl Vcpu {
 struct Stopped {
     tables: PageTables,
     is_64_bit: bool,
-    standing: Registers,
-    registers: writes::Registers,
+    standing: VcpuRegisters,
+    registers: store::GeneralRegisters,
 }
 
-fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> writes::Registers {
-    writes::Registers {
+fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> store::GeneralRegisters {
+    store::GeneralRegisters {
         general: [
             regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9,
             regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,

@@ -1,6 +1,7 @@
 //! A vCPU's thread: enter the guest, handle what made it leave, again.
 
 mod guarded;
+mod inject_bp;
 
 use std::io;
 use std::sync::Arc;
@@ -11,19 +12,19 @@ use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_USE
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gva, VcpuId};
 use patcher::insn::Effect;
-use patcher::trap::{Action, Way};
+use patcher::safety::trap::{TrapAction, Verdict};
 
-use crate::deliver;
-use crate::devices::{Ports, Wish};
-use crate::events::{Kind, News};
-use crate::exit::{self, Exit};
-use crate::guard::Guard;
-use crate::kick::Kick;
+use crate::devices::ports::Ports;
+use crate::devices::power::PowerRequest;
+use crate::guest::events::{Details, Kind};
+use crate::guest::kernel::{self, Located};
+use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
-use crate::locate::{self, Located};
-use crate::paging::{Mapping, PageTables};
-use crate::rendezvous::{Entry, Rendezvous};
-use crate::standing::Registers;
+use crate::kvm::exit::{self, Exit};
+use crate::kvm::kick::Kick;
+use crate::memory::paging::{Mapping, PageTables};
+use crate::sync::rendezvous::{Entry, Rendezvous};
+use crate::text_guard::Guard;
 
 /// Why the machine ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +75,7 @@ pub struct Vcpu {
 
 /// What all vCPUs of a machine have in common.
 #[derive(Clone)]
-pub struct Surroundings {
+pub struct VcpuContext {
     /// The VM.
     pub vm: Arc<Vm>,
     /// Where they meet the controller.
@@ -99,8 +100,8 @@ const LONG_STALL: Duration = Duration::from_secs(1);
 impl Vcpu {
     /// Puts a vCPU together. The first one looks for the kernel if `locating`.
     #[must_use]
-    pub fn new(id: VcpuId, (fd, kick): (VcpuFd, Arc<Kick>), around: Surroundings) -> Self {
-        let Surroundings { vm, rendezvous, ports, guard, listener } = around;
+    pub fn new(id: VcpuId, (fd, kick): (VcpuFd, Arc<Kick>), around: VcpuContext) -> Self {
+        let VcpuContext { vm, rendezvous, ports, guard, listener } = around;
         let (intercepting, locating, reinject, unexplained) = (false, id.0 == 0, false, (0, 0));
         Self {
             id,
@@ -189,8 +190,8 @@ impl Vcpu {
                 None
             }
             Exit::PortOut(port, data) => self.ports.write(port, data).map(|wish| match wish {
-                Wish::Off => Ending::PowerOff,
-                Wish::Reset => Ending::Reset,
+                PowerRequest::Off => Ending::PowerOff,
+                PowerRequest::Reset => Ending::Reset,
             }),
             Exit::MemoryIn(data) => {
                 data.fill(0xff);
@@ -204,7 +205,7 @@ impl Vcpu {
             Exit::Failed(what) => Some(Ending::Failed(format!("vCPU {}: {what}", self.id.0))),
         };
         if self.locating
-            && let Some(found) = locate::look(&self.fd)
+            && let Some(found) = kernel::look(&self.fd)
         {
             self.locating = false;
             self.listener.located(found);
@@ -220,8 +221,8 @@ impl Vcpu {
         Ok(result)
     }
 
-    fn registers(&self) -> Result<Registers, String> {
-        Registers::read(&self.fd).map_err(|error| format!("vCPU {}: its registers: {error}", self.id.0))
+    fn registers(&self) -> Result<VcpuRegisters, String> {
+        VcpuRegisters::read(&self.fd).map_err(|error| format!("vCPU {}: its registers: {error}", self.id.0))
     }
 
     /// Handles an `int3` that left the guest.
@@ -231,8 +232,8 @@ impl Vcpu {
             // Fetched anew it is what it is now, or a page fault.
             let Some(byte) = self.byte_at(at)? else { return Ok(()) };
             match table.judge(at, byte) {
-                Action::Resume => return Ok(()),
-                Action::Pass(way) => {
+                Verdict::Resume => return Ok(()),
+                Verdict::Pass(way) => {
                     self.rendezvous.count_trap(self.id);
                     self.guard.events().tell(Kind::Trap, || self.trapped(way));
                     if !self.passes(way)? {
@@ -241,20 +242,20 @@ impl Vcpu {
                     return Ok(());
                 }
                 // A program began in between: the byte may be its own.
-                Action::Deliver if !Arc::ptr_eq(&table, &self.rendezvous.traps()) => {}
-                Action::Deliver => return self.deliver(),
+                Verdict::Deliver if !Arc::ptr_eq(&table, &self.rendezvous.traps()) => {}
+                Verdict::Deliver => return self.deliver(),
             }
         }
     }
 
-    fn trapped(&self, way: Way) -> News {
+    fn trapped(&self, way: TrapAction) -> Details {
         let what = match way {
-            Way::Wait => "ran into a breakpoint of a program and waits",
-            Way::Copy(_) => "ran into a breakpoint of a program and goes through a copy",
-            Way::Effect(_) => "ran into a breakpoint of a program and goes past it",
+            TrapAction::Wait => "ran into a breakpoint of a program and waits",
+            TrapAction::Slot(_) => "ran into a breakpoint of a program and goes through a copy",
+            TrapAction::Effect(_) => "ran into a breakpoint of a program and goes past it",
         };
-        let who = Registers::read(&self.fd).ok().map(|registers| self.guard.who(self.id, &registers));
-        News { who, patch: None, what: what.to_owned() }
+        let who = VcpuRegisters::read(&self.fd).ok().map(|registers| self.guard.who(self.id, &registers));
+        Details { who, patch: None, what: what.to_owned() }
     }
 
     /// Gives the guest its own breakpoint.
@@ -264,7 +265,7 @@ impl Vcpu {
         let mut regs = self.fd.get_regs().map_err(failed)?;
         let mut sregs = self.fd.get_sregs().map_err(failed)?;
         if !self.reinject
-            && let Ok(changed) = deliver::breakpoint(&mut regs, &mut sregs, self.vm.ram())
+            && let Ok(changed) = inject_bp::breakpoint(&mut regs, &mut sregs, self.vm.ram())
         {
             if changed {
                 self.fd.set_sregs(&sregs).map_err(failed)?;
@@ -281,14 +282,14 @@ impl Vcpu {
     }
 
     /// Takes the vCPU past a site in transit. `false` if it has to wait.
-    fn passes(&self, way: Way) -> Result<bool, String> {
+    fn passes(&self, way: TrapAction) -> Result<bool, String> {
         let failed = |error: kvm_ioctls::Error| format!("vCPU {}: passing a trap: {error}", self.id.0);
         let to = match way {
-            Way::Wait => return Ok(false),
-            Way::Copy(to) | Way::Effect(Effect::GoTo(to) | Effect::Call { to, .. }) => to,
+            TrapAction::Wait => return Ok(false),
+            TrapAction::Slot(to) | TrapAction::Effect(Effect::GoTo(to) | Effect::Call { to, .. }) => to,
         };
         let mut regs = self.fd.get_regs().map_err(failed)?;
-        if let Way::Effect(Effect::Call { returns, .. }) = way {
+        if let TrapAction::Effect(Effect::Call { returns, .. }) = way {
             regs.rsp = regs.rsp.wrapping_sub(8);
             let tables = self.tables().map_err(failed)?;
             let stack = tables.translate_in(self.vm.ram(), Gva(regs.rsp)).filter(|_| regs.rsp % 8 == 0);

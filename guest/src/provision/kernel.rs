@@ -1,0 +1,125 @@
+//! The distribution's stock kernel: fetched as a package, unpacked, cached. The packages with its
+//! headers lie beside it: an archive forgets those of an older kernel.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::provision::apt::{Apt, Kind};
+use crate::provision::cache;
+use crate::provision::progress::Step;
+use crate::{AtPath, Error, output_of};
+
+/// The kernels that the tests use, by the suite that has them: Linux 6.1 and 6.12.
+const SUITES: [&str; 2] = ["bookworm", "bookworm-backports"];
+/// Part of the cache key: raise it when an entry has something else in it.
+const CONTENT: u32 = 2;
+/// Where in an entry the packages with the headers are.
+const HEADERS: &str = "headers";
+/// The meta package that depends on the newest kernel for virtual machines.
+const META_PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// An unpacked kernel package.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    /// What `uname -r` says in it.
+    pub release: String,
+    /// The bootable image.
+    pub bzimage: PathBuf,
+    modules: PathBuf,
+    headers: PathBuf,
+}
+
+impl Kernel {
+    /// Debian's stock kernel, Linux 6.1, fetched on first use.
+    ///
+    /// # Errors
+    /// When there is no cached copy and the archive can't be reached.
+    pub fn debian() -> Result<Self, Error> {
+        Self::of(SUITES[0])
+    }
+
+    /// Debian's kernel of a later generation, Linux 6.12, fetched on first use.
+    ///
+    /// # Errors
+    /// As [`Kernel::debian`].
+    pub fn backports() -> Result<Self, Error> {
+        Self::of(SUITES[1])
+    }
+
+    fn of(suite: &str) -> Result<Self, Error> {
+        let folder = cache::entry(&format!("kernel-{suite}-cloud-{CONTENT}"), |into| fetch(suite, into))?;
+        Self::open(&folder)
+    }
+
+    fn open(folder: &Path) -> Result<Self, Error> {
+        let boot = folder.join("boot");
+        let release = fs::read_dir(&boot)
+            .at(&boot)?
+            .flatten()
+            .find_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                name.strip_prefix("vmlinuz-").map(str::to_owned)
+            })
+            .ok_or_else(|| Error::Archive(format!("no vmlinuz in {}", boot.display())))?;
+        Ok(Self {
+            bzimage: boot.join(format!("vmlinuz-{release}")),
+            modules: folder.join("lib/modules").join(&release).join("kernel"),
+            headers: folder.join(HEADERS),
+            release,
+        })
+    }
+
+    /// The packages with what a module is built against.
+    ///
+    /// # Errors
+    /// When the folder can't be read.
+    pub fn headers(&self) -> Result<Vec<PathBuf>, Error> {
+        packages_in(&self.headers)
+    }
+
+    /// The file of a kernel module, by its path below `kernel/` without `.ko`. The kernel
+    /// itself unpacks those that end with `.xz`.
+    pub fn module(&self, path: &str) -> PathBuf {
+        let plain = self.modules.join(format!("{path}.ko"));
+        let packed = self.modules.join(format!("{path}.ko.xz"));
+        if packed.exists() { packed } else { plain }
+    }
+}
+
+fn fetch(suite: &str, into: &Path) -> Result<(), Error> {
+    let step = Step::new(format!("Fetching the stock kernel ({suite}, {META_PACKAGE})"));
+    let (work, headers) = (into.join("apt"), into.join(HEADERS));
+    let apt = Apt::new(&work, suite, Kind::Binary)?;
+    let image = only(depends(&apt, META_PACKAGE, "linux-image-")?, META_PACKAGE)?;
+    let release = image.trim_start_matches("linux-image-");
+    let own_headers = format!("linux-headers-{release}");
+    let mut with_headers = depends(&apt, &own_headers, "linux-headers-")?;
+    with_headers.extend(depends(&apt, &own_headers, "linux-kbuild-")?);
+    with_headers.push(own_headers);
+    fs::create_dir_all(&headers).at(&headers)?;
+    output_of(apt.command("apt-get").args(["-q", "download"]).args(&with_headers).current_dir(&headers))?;
+    output_of(apt.command("apt-get").args(["-q", "download", &image]).current_dir(&work))?;
+    output_of(Command::new("dpkg-deb").arg("-x").arg(only(packages_in(&work)?, &image)?).arg(into))?;
+    fs::remove_dir_all(&work).at(&work)?;
+    step.done();
+    Ok(())
+}
+
+/// The packages that one depends on, by how their names begin.
+fn depends(apt: &Apt, package: &str, prefix: &str) -> Result<Vec<String>, Error> {
+    let listed = output_of(apt.command("apt-cache").args(["depends", package]))?;
+    let named = listed.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    Ok(named.filter(|name| name.starts_with(prefix)).map(str::to_owned).collect())
+}
+
+fn packages_in(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let paths = fs::read_dir(folder).at(folder)?.flatten().map(|entry| entry.path());
+    Ok(paths.filter(|path| path.extension().is_some_and(|ext| ext == "deb")).collect())
+}
+
+fn only<T>(mut found: Vec<T>, what: &str) -> Result<T, Error> {
+    let count = found.len();
+    let last = found.pop().filter(|_| count == 1);
+    last.ok_or_else(|| Error::Archive(format!("{what}: {count} packages of the kernel instead of one")))
+}

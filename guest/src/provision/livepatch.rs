@@ -1,0 +1,65 @@
+//! A livepatch module for the guest's own kernel, built against the distribution's headers once
+//! and cached. No package has one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::provision::kernel::Kernel;
+use crate::provision::progress::Step;
+use crate::provision::{cache, packages};
+use crate::{AtPath, Error, output_of};
+
+/// Its name, which its files have too.
+pub const NAME: &str = "getppid_livepatch";
+/// Part of the cache key: raise it when anything about the build changes.
+const BUILD: u32 = 1;
+
+const FILES: [(&str, &str); 2] = [
+    ("Kbuild", include_str!("../../livepatch/Kbuild")),
+    ("getppid_livepatch.c", include_str!("../../livepatch/getppid_livepatch.c")),
+];
+/// `libelf` is for the headers' own `objtool`.
+const PACKAGES: &[&str] = &["gcc", "make", "libelf-dev"];
+
+/// The module for a kernel, built on first use.
+///
+/// # Errors
+/// When packages are missing and can't be installed, or the build fails.
+pub fn module(kernel: &Kernel) -> Result<PathBuf, Error> {
+    let folder = cache::entry(&format!("livepatch-{}-{BUILD}", kernel.release), |into| build(kernel, into))?;
+    Ok(folder.join(format!("{NAME}.ko")))
+}
+
+fn build(kernel: &Kernel, into: &Path) -> Result<(), Error> {
+    packages::ensure("building a livepatch module", PACKAGES)?;
+    let step = Step::new(format!("Building a livepatch module ({})", kernel.release));
+    let work = into.join("work");
+    for (name, text) in FILES {
+        let file = work.join("module").join(name);
+        fs::create_dir_all(work.join("module")).at(&work)?;
+        fs::write(&file, text).at(&file)?;
+    }
+    for package in kernel.headers()? {
+        output_of(Command::new("dpkg-deb").arg("-x").arg(package).arg(&work))?;
+    }
+    let headers = work.join(format!("usr/src/linux-headers-{}", kernel.release));
+    // It includes another package's, by the path that has when it is installed.
+    let makefile = headers.join("Makefile");
+    let text = fs::read_to_string(&makefile).at(&makefile)?;
+    fs::write(&makefile, text.replace("/usr/src/", &format!("{}/usr/src/", work.display()))).at(&makefile)?;
+    // They ask for the compiler that the kernel was built by; any will do. Types for BPF would
+    // need one more tool.
+    output_of(
+        Command::new("make")
+            .arg("-C")
+            .arg(&headers)
+            .arg(format!("M={}", work.join("module").display()))
+            .args(["CC=gcc", "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]),
+    )?;
+    let name = format!("{NAME}.ko");
+    fs::copy(work.join("module").join(&name), into.join(&name)).at(into)?;
+    fs::remove_dir_all(&work).at(&work)?;
+    step.done();
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! The distribution packages that set-up needs: installed when this is root on Debian,
+//! named otherwise.
+
+use std::fmt;
+use std::path::Path;
+use std::process::Command;
+
+use crate::provision::progress::Step;
+use crate::{Error, output_of};
+
+/// Packages that are not installed, and why this process does not install them.
+#[derive(Debug)]
+pub struct Missing {
+    packages: Vec<&'static str>,
+    why: &'static str,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "packages are missing and {}; please run:\n  apt-get install --no-install-recommends {}",
+            self.why,
+            self.packages.join(" ")
+        )
+    }
+}
+
+/// Makes sure that `packages` are installed, saying what it installs and why.
+///
+/// # Errors
+/// [`Error::Packages`] with the exact command when this is not root or not Debian;
+/// [`Error::Failed`] when apt fails.
+pub fn ensure(purpose: &str, packages: &[&'static str]) -> Result<(), Error> {
+    let missing: Vec<_> = packages.iter().copied().filter(|p| !installed(p)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let refuse = |why| Err(Error::Packages(Missing { packages: missing.clone(), why }));
+    if !Path::new("/etc/debian_version").exists() {
+        return refuse("this is not Debian (the names below are Debian's)");
+    }
+    if !rustix::process::geteuid().is_root() {
+        return refuse("this is not root");
+    }
+    eprintln!("Installing for {purpose}: {}", missing.join(" "));
+    let step = Step::new("apt-get update");
+    output_of(Command::new("apt-get").args(["-q", "update"]))?;
+    step.done();
+    let step = Step::new("apt-get install");
+    output_of(
+        Command::new("apt-get")
+            .args(["-q", "-y", "--no-install-recommends", "install"])
+            .args(&missing)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+    )?;
+    step.done();
+    Ok(())
+}
+
+fn installed(package: &str) -> bool {
+    Command::new("dpkg-query")
+        .args(["-W", "-f=${db:Status-Status}", package])
+        .output()
+        .is_ok_and(|out| out.status.success() && out.stdout == b"installed")
+}

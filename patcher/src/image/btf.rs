@@ -1,0 +1,162 @@
+//! BTF: the kernel's own description of its types, read for offsets of structure members
+//! (Linux Documentation/bpf/btf.rst). Types are looked up by name when asked for.
+
+use crate::image::kallsyms::u32_at;
+
+/// A piece of BTF that is well-formed as far as types can be passed over.
+#[derive(Debug, Clone)]
+pub(super) struct Btf<'a> {
+    types: Vec<Type<'a>>,
+    strings: &'a [u8],
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Type<'a> {
+    name: u32,
+    kind: u8,
+    /// Whether members have a bit-field size in the upper byte of their offset.
+    bit_fields: bool,
+    members: &'a [u8],
+}
+
+const MAGIC: u16 = 0xeb9f;
+const STRUCT: u8 = 4;
+const UNION: u8 = 5;
+/// `struct btf_member`: name, type, offset in bits.
+const MEMBER: usize = 12;
+/// Anonymous members nest at most so deep.
+const DEEPEST: usize = 8;
+
+impl<'a> Btf<'a> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
+        if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
+            return None;
+        }
+        let part = |offset: u32, length: u32| {
+            let start = usize::try_from(u32_at(bytes, 4)?.checked_add(offset)?).ok()?;
+            bytes.get(start..start.checked_add(usize::try_from(length).ok()?)?)
+        };
+        let mut rest = part(u32_at(bytes, 8)?, u32_at(bytes, 12)?)?;
+        let strings = part(u32_at(bytes, 16)?, u32_at(bytes, 20)?)?;
+        let mut types = Vec::new();
+        while !rest.is_empty() {
+            let (name, info) = (u32_at(rest, 0)?, u32_at(rest, 4)?);
+            let (count, kind) = (info as usize & 0xffff, (info >> 24 & 0x1f).to_le_bytes()[0]);
+            let length = match kind {
+                // Pointer, forward, typedef, volatile, const, restrict, function, float, type tag.
+                2 | 7..=12 | 16 | 18 => 0,
+                // Integer, variable, declaration tag.
+                1 | 14 | 17 => 4,
+                3 => 12,
+                STRUCT | UNION | 15 | 19 => MEMBER * count,
+                // Enumeration, function prototype.
+                6 | 13 => 8 * count,
+                _ => return None,
+            };
+            let (members, behind) = rest.get(12..)?.split_at_checked(length)?;
+            types.push(Type { name, kind, bit_fields: info >> 31 != 0, members });
+            rest = behind;
+        }
+        Some(Self { types, strings })
+    }
+
+    fn text(&self, at: u32) -> Option<&'a [u8]> {
+        let text = self.strings.get(usize::try_from(at).ok()?..)?;
+        Some(&text[..text.iter().position(|byte| *byte == 0)?])
+    }
+
+    fn structure(&self, name: &str) -> Option<&Type<'a>> {
+        let is = |ty: &&Type<'a>| ty.kind == STRUCT && self.text(ty.name) == Some(name.as_bytes());
+        self.types.iter().find(is)
+    }
+
+    /// How far the member is from the start of `struct name`, in bytes. Members of anonymous
+    /// members are members.
+    pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
+        self.find(self.structure(name)?, member.as_bytes(), DEEPEST).map(|bits| bits / 8)
+    }
+
+    fn find(&self, ty: &Type<'a>, wanted: &[u8], depth: usize) -> Option<u32> {
+        if !matches!(ty.kind, STRUCT | UNION) || depth == 0 {
+            return None;
+        }
+        ty.members.chunks_exact(MEMBER).find_map(|member| {
+            let word = |at| u32_at(member, at);
+            let (name, ty_id, offset) = (self.text(word(0)?)?, word(4)?, word(8)?);
+            let offset = if ty.bit_fields { offset & 0xff_ffff } else { offset };
+            if name == wanted {
+                return Some(offset);
+            }
+            // Type 0 is void and is not in the list.
+            let inner = name.is_empty().then(|| self.types.get(usize::try_from(ty_id).ok()?.checked_sub(1)?));
+            self.find(inner??, wanted, depth - 1)?.checked_add(offset)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `struct outer { int a; union { int b; struct inner { int c; } s; }; int d : 3; }`
+    fn sample() -> Vec<u8> {
+        let strings = b"\0int\0outer\0a\0b\0inner\0c\0s\0d\0";
+        let name = |text: &[u8]| {
+            let wanted = [b"\0", text, b"\0"].concat();
+            u32::try_from(strings.windows(wanted.len()).position(|w| w == wanted).expect("there") + 1)
+                .expect("small")
+        };
+        let mut types: Vec<u32> = Vec::new();
+        types.extend([name(b"int"), 1 << 24, 4, 32]);
+        types.extend([name(b"inner"), 4 << 24 | 1, 4, name(b"c"), 1, 0]);
+        types.extend([0, 5 << 24 | 2, 4, name(b"b"), 1, 0, name(b"s"), 2, 0]);
+        types.extend([
+            name(b"outer"),
+            1 << 31 | 4 << 24 | 3,
+            12,
+            name(b"a"),
+            1,
+            0,
+            0,
+            3,
+            32,
+            name(b"d"),
+            1,
+            3 << 24 | 64,
+        ]);
+        let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let (types_length, length) =
+            (u32::try_from(types.len()).expect("small"), u32::try_from(strings.len()).expect("small"));
+        let mut bytes = vec![0x9f, 0xeb, 1, 0];
+        for word in [24, 0, types_length, types_length, length] {
+            bytes.extend(word.to_le_bytes());
+        }
+        [bytes, types, strings.to_vec()].concat()
+    }
+
+    #[test]
+    fn members_are_found_through_anonymous_ones_only() {
+        let sample = sample();
+        let btf = Btf::parse(&sample).expect("well-formed");
+        assert_eq!(btf.offset("outer", "a"), Some(0));
+        assert_eq!(btf.offset("outer", "b"), Some(4));
+        assert_eq!(btf.offset("outer", "d"), Some(8), "a bit-field");
+        assert_eq!(btf.offset("outer", "c"), None, "it is in a named member");
+        assert_eq!(btf.offset("nobody", "a"), None);
+    }
+
+    #[test]
+    fn every_cut_and_every_changed_byte_ends() {
+        let sample = sample();
+        for length in 0..sample.len() {
+            assert!(Btf::parse(&sample[..length]).is_none());
+        }
+        for at in 0..sample.len() {
+            for bit in 0..8 {
+                let mut bad = sample.clone();
+                bad[at] ^= 1 << bit;
+                let _ = Btf::parse(&bad).and_then(|btf| btf.offset("outer", "c"));
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! An uncompressed kernel: an ELF file, looked at by address and by section.
+//!
+//! The vmlinux inside a bzImage is stripped of symbols and debug information, but its section
+//! headers are there (Linux arch/x86/boot/compressed/Makefile, `OBJCOPYFLAGS_vmlinux.bin`).
+
+use object::elf::{EM_X86_64, FileHeader64, PF_X, PT_LOAD, SHT_NOBITS};
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
+use object::{Endianness, elf};
+
+use crate::addr::Gva;
+use crate::image::error::Error;
+use crate::image::symbols::Symbols;
+
+/// The file, taken apart. Nothing is copied.
+#[derive(Debug)]
+pub(super) struct Vmlinux<'a> {
+    segments: Vec<Piece<'a>>,
+    sections: Vec<(&'a [u8], Piece<'a>)>,
+}
+
+/// Bytes and where they are linked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece<'a> {
+    pub(super) at: Gva,
+    pub(super) bytes: &'a [u8],
+    executable: bool,
+}
+
+impl<'a> Vmlinux<'a> {
+    pub(super) fn parse(file: &'a [u8]) -> Result<Self, Error> {
+        if !file.starts_with(&elf::ELFMAG) {
+            return Err(Error::Foreign);
+        }
+        let bad = |e: object::Error| Error::Elf { what: e.to_string() };
+        let header = FileHeader64::<Endianness>::parse(file).map_err(bad)?;
+        let endian = header.endian().map_err(bad)?;
+        if header.e_machine(endian) != EM_X86_64 {
+            return Err(Error::Elf { what: "it is for another machine".into() });
+        }
+        let segments = header
+            .program_headers(endian, file)
+            .map_err(bad)?
+            .iter()
+            .filter(|segment| segment.p_type(endian) == PT_LOAD)
+            .map(|segment| {
+                Ok(Piece {
+                    at: Gva(segment.p_vaddr(endian)),
+                    bytes: segment.data(endian, file).map_err(|()| Error::Truncated { what: "vmlinux" })?,
+                    executable: segment.p_flags(endian).0 & PF_X.0 != 0,
+                })
+            })
+            .collect::<Result<_, Error>>()?;
+        let headers = header.sections(endian, file).map_err(bad)?;
+        let sections = headers
+            .iter()
+            .filter(|section| section.sh_type(endian) != SHT_NOBITS)
+            .filter_map(|section| {
+                let piece = Piece::new(Gva(section.sh_addr(endian)), section.data(endian, file).ok()?);
+                Some((headers.section_name(endian, section).ok()?, piece))
+            })
+            .collect();
+        Ok(Self { segments, sections })
+    }
+
+    /// Its pieces that are loaded.
+    pub(super) fn segments(&self) -> impl Iterator<Item = Piece<'a>> {
+        self.segments.iter().copied()
+    }
+
+    /// Where the first piece that can be executed is linked.
+    pub(super) fn text_base(&self) -> Option<Gva> {
+        self.segments.iter().find(|segment| segment.executable).map(|segment| segment.at)
+    }
+
+    /// A section by its name.
+    pub(super) fn section(&self, name: &str) -> Option<Piece<'a>> {
+        self.sections.iter().find(|(found, _)| *found == name.as_bytes()).map(|(_, piece)| *piece)
+    }
+
+    /// What lies between two symbols, or else a section; `None` if that is nothing.
+    pub(super) fn table(
+        &self,
+        symbols: &Symbols,
+        (start, stop): (&str, &str),
+        section: &str,
+    ) -> Option<Piece<'a>> {
+        let marked = || self.between(symbols.only(start)?, symbols.only(stop)?);
+        marked().or_else(|| self.section(section)).filter(|table| !table.bytes.is_empty())
+    }
+
+    /// The bytes between two addresses.
+    pub(super) fn between(&self, start: Gva, end: Gva) -> Option<Piece<'a>> {
+        let size = end.offset_from(start)?;
+        let bytes = self.segments.iter().find_map(|segment| {
+            let from = start.offset_from(segment.at)?;
+            segment.bytes.get(from..from.checked_add(size)?)
+        })?;
+        Some(Piece::new(start, bytes))
+    }
+
+    /// So many bytes at an address.
+    pub(super) fn bytes(&self, at: Gva, size: usize) -> Option<&'a [u8]> {
+        self.between(at, at.plus(size)?).map(|piece| piece.bytes)
+    }
+}
+
+impl<'a> Piece<'a> {
+    /// Bytes that are not executed.
+    pub(super) fn new(at: Gva, bytes: &'a [u8]) -> Self {
+        Self { at, bytes, executable: false }
+    }
+
+    /// Its entries of so many bytes each, with their addresses. What is left over is left out.
+    pub(super) fn entries(self, size: usize) -> impl Iterator<Item = Entry<'a>> {
+        let at = self.at.0;
+        (0_u64..).zip(self.bytes.chunks_exact(size)).map(move |(index, bytes)| Entry {
+            at: Gva(at.wrapping_add(index.wrapping_mul(size as u64))),
+            bytes,
+        })
+    }
+}
+
+/// An entry of a table.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry<'a> {
+    at: Gva,
+    bytes: &'a [u8],
+}
+
+impl Entry<'_> {
+    fn field<const N: usize>(self, offset: usize) -> [u8; N] {
+        // Entries are as long as the table's reader says, and it knows its fields.
+        self.bytes.get(offset..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+    }
+
+    pub(super) fn u8(self, offset: usize) -> u8 {
+        u8::from_le_bytes(self.field(offset))
+    }
+
+    pub(super) fn u16(self, offset: usize) -> u16 {
+        u16::from_le_bytes(self.field(offset))
+    }
+
+    pub(super) fn u64(self, offset: usize) -> u64 {
+        u64::from_le_bytes(self.field(offset))
+    }
+
+    /// An address that is stored as its distance from the field, 32 bits.
+    pub(super) fn near(self, offset: usize) -> Gva {
+        self.relative(offset, i32::from_le_bytes(self.field(offset)).into())
+    }
+
+    /// An address that is stored as its distance from the field, 64 bits.
+    pub(super) fn far(self, offset: usize) -> Gva {
+        self.relative(offset, i64::from_le_bytes(self.field(offset)))
+    }
+
+    fn relative(self, offset: usize, distance: i64) -> Gva {
+        Gva(self.at.0.wrapping_add(offset as u64).wrapping_add_signed(distance))
+    }
+}

@@ -1,0 +1,182 @@
+//! The image as a whole.
+
+use crate::addr::Gva;
+use crate::image::btf::Btf;
+use crate::image::elf::Vmlinux;
+use crate::image::error::Error;
+use crate::image::landmarks::Landmarks;
+use crate::image::lock_ops::LockOps;
+use crate::image::offsets::Offsets;
+use crate::image::symbols::Symbols;
+use crate::image::tables::Tables;
+use crate::image::{kallsyms, payload};
+
+/// What is known of a kernel from its image alone. Addresses are those it was linked at.
+#[derive(Debug)]
+pub struct KernelImage {
+    release: String,
+    build_id: Option<Vec<u8>>,
+    compression: Option<&'static str>,
+    symbols: Symbols,
+    tables: Tables,
+    offsets: Offsets,
+    lock_ops: Option<LockOps>,
+    landmarks: Landmarks,
+    text_base: Gva,
+}
+
+impl KernelImage {
+    /// Reads a bzImage or a vmlinux.
+    ///
+    /// # Errors
+    /// See [`Error`]; it tells what about the file is wrong.
+    pub fn parse(file: &[u8]) -> Result<Self, Error> {
+        let unpacked = payload::extract(file)?;
+        let vmlinux = Vmlinux::parse(unpacked.as_ref().map_or(file, |(_, vmlinux)| vmlinux))?;
+        let text_base = vmlinux.text_base().ok_or(Error::Elf { what: "no executable segment".into() })?;
+        let found = vmlinux
+            .segments()
+            .find_map(|segment| kallsyms::read(segment.bytes, |address| address == text_base.0))
+            .ok_or(Error::NoSymbols)?;
+        let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
+        drop(found);
+        let release = payload::header_release(file)
+            .map(str::to_owned)
+            .or_else(|| banner_release(&symbols, &vmlinux))
+            .ok_or(Error::NoRelease)?;
+        let btf = types(&symbols, &vmlinux);
+        let tables = Tables::read(&vmlinux, &symbols);
+        let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
+        Ok(Self {
+            release,
+            build_id: build_id(&symbols, &vmlinux),
+            compression: unpacked.as_ref().map(|(method, _)| *method),
+            landmarks: Landmarks::read(&vmlinux, &symbols, &tables, &offsets),
+            tables,
+            offsets,
+            lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
+            symbols,
+            text_base,
+        })
+    }
+
+    /// An image that is known already, without tables.
+    #[must_use]
+    pub fn from_parts(release: String, symbols: Symbols, text_base: Gva) -> Self {
+        Self {
+            release,
+            build_id: None,
+            compression: None,
+            symbols,
+            tables: Tables::default(),
+            offsets: Offsets::default(),
+            lock_ops: None,
+            landmarks: Landmarks::default(),
+            text_base,
+        }
+    }
+
+    /// What `uname -r` says in this kernel.
+    #[must_use]
+    pub fn release(&self) -> &str {
+        &self.release
+    }
+
+    /// The linker's hash of the whole build (`--build-id`), if there is one.
+    #[must_use]
+    pub fn build_id(&self) -> Option<&[u8]> {
+        self.build_id.as_deref()
+    }
+
+    /// How the vmlinux is compressed; `None` if it is not in a bzImage.
+    #[must_use]
+    pub fn compression(&self) -> Option<&'static str> {
+        self.compression
+    }
+
+    /// Its symbols.
+    #[must_use]
+    pub fn symbols(&self) -> &Symbols {
+        &self.symbols
+    }
+
+    /// Its tables of patch sites.
+    #[must_use]
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Where members of its structures are.
+    #[must_use]
+    pub fn offsets(&self) -> &Offsets {
+        &self.offsets
+    }
+
+    /// The paravirtual operations of its spinlocks, if it has them.
+    #[must_use]
+    pub fn lock_ops(&self) -> Option<&LockOps> {
+        self.lock_ops.as_ref()
+    }
+
+    /// What every plan looks up.
+    #[must_use]
+    pub fn landmarks(&self) -> &Landmarks {
+        &self.landmarks
+    }
+
+    /// Where `_text` was linked.
+    #[must_use]
+    pub fn text_base(&self) -> Gva {
+        self.text_base
+    }
+}
+
+/// The release in `linux_banner`: "Linux version RELEASE (...". (Linux init/version-timestamp.c)
+fn banner_release(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<String> {
+    let text = vmlinux.bytes(symbols.only("linux_banner")?, 256)?.strip_prefix(b"Linux version ")?;
+    let end = text.iter().position(|&b| b == b' ')?;
+    String::from_utf8(text[..end].to_vec()).ok()
+}
+
+fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
+    Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes)
+}
+
+/// The description of the note `NT_GNU_BUILD_ID` (gABI, "Note Section": three lengths of 32
+/// bits, then name and description, each padded to four bytes).
+fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
+    const BUILD_ID: u32 = 3;
+    let mut notes = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?.bytes;
+    loop {
+        let mut word = || {
+            let (word, rest) = notes.split_first_chunk()?;
+            notes = rest;
+            Some(u32::from_le_bytes(*word))
+        };
+        let (name, text, kind) = (word()? as usize, word()? as usize, word()?);
+        let (name, rest) = notes.split_at_checked(name.next_multiple_of(4))?;
+        if kind == BUILD_ID && name == b"GNU\0" {
+            return rest.get(..text).map(<[u8]>::to_vec);
+        }
+        notes = rest.get(text.next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_and_truncated_files_are_told_apart() {
+        assert_eq!(KernelImage::parse(b"").unwrap_err(), Error::Foreign);
+        assert_eq!(KernelImage::parse(&[0; 4096]).unwrap_err(), Error::Foreign);
+        let mut stub = vec![0; 0x260];
+        stub[0x202..0x206].copy_from_slice(b"HdrS");
+        stub[0x24c] = 100;
+        assert_eq!(KernelImage::parse(&stub).unwrap_err(), Error::Truncated { what: "bzImage" });
+        stub.resize(5 * 512 + 100, 0xaa);
+        stub[5 * 512 + 96..].copy_from_slice(&[0; 4]);
+        assert!(matches!(KernelImage::parse(&stub), Err(Error::Compression { .. })));
+        assert!(matches!(KernelImage::parse(b"\x7fELF\x02\x01\x01"), Err(Error::Elf { .. })));
+    }
+}

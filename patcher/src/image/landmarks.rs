@@ -1,0 +1,84 @@
+//! What every plan looks up in a kernel, found once, when the image is read.
+
+use std::ops::Range;
+
+use crate::addr::Gva;
+use crate::image::elf::Vmlinux;
+use crate::image::offsets::Offsets;
+use crate::image::symbols::Symbols;
+use crate::image::tables::Tables;
+use crate::insn;
+
+/// Functions that compare or replace text, called with one of [`LOCKS`] held (Linux
+/// arch/x86/kernel/{alternative,jump_label,static_call,ftrace}.c, kprobes/{core,opt}.c,
+/// arch/x86/net/bpf_jit_comp.c; the last two take theirs inside).
+const PATCHERS: [&str; 18] = [
+    "__jump_label_patch",
+    "arch_jump_label_transform",
+    "arch_jump_label_transform_queue",
+    "__static_call_transform",
+    "arch_static_call_transform",
+    "ftrace_replace_code",
+    "ftrace_make_call",
+    "ftrace_make_nop",
+    "arch_arm_kprobe",
+    "arch_disarm_kprobe",
+    "arch_optimize_kprobes",
+    "arch_unoptimize_kprobe",
+    "arch_unoptimize_kprobes",
+    "text_poke",
+    "text_poke_bp",
+    "text_poke_queue",
+    "__bpf_arch_text_poke",
+    "alternatives_enable_smp",
+];
+
+/// What is held from comparing to replacing: that of all text (kernel/extable.c), and those of
+/// jumps and calls, which let go of the first in between (kernel/{jump_label,static_call_inline}.c).
+const LOCKS: [&str; 3] = ["text_mutex", "jump_label_mutex", "static_call_mutex"];
+
+/// Functions that are never called with a spinlock held: on the way out of a system call, and
+/// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
+const UNLOCKED: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
+
+/// Addresses that a kernel was linked at. What it has not is left out.
+#[derive(Debug, Default)]
+pub struct Landmarks {
+    /// Where the functions that compare or replace text can be stopped at.
+    pub patchers: Vec<Gva>,
+    /// Where functions that are called without spinlocks can be stopped at.
+    pub unlocked: Vec<Gva>,
+    /// The words of the locks under which text is patched that are zero while nobody has them.
+    pub locks: Vec<Gva>,
+    /// What is given back once the kernel is up.
+    pub init: Option<Range<Gva>>,
+    /// The table of kprobes.
+    pub probes: Option<Gva>,
+    /// The list of functions that livepatches replace.
+    pub livepatches: Option<Gva>,
+}
+
+impl Landmarks {
+    pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols, tables: &Tables, offsets: &Offsets) -> Self {
+        let place = |name: &str| place(vmlinux, tables, symbols.only(name)?);
+        let lock = |name: &str| symbols.only(name)?.plus(usize::try_from(offsets.mutex_owner?).ok()?);
+        Self {
+            patchers: PATCHERS.into_iter().filter_map(place).collect(),
+            unlocked: UNLOCKED.into_iter().filter_map(place).collect(),
+            locks: LOCKS.into_iter().filter_map(lock).collect(),
+            init: symbols.only("__init_begin").zip(symbols.only("__init_end")).map(|(from, to)| from..to),
+            probes: symbols.only("kprobe_table"),
+            livepatches: symbols.only("klp_ops"),
+        }
+    }
+}
+
+/// The first instruction of a function behind the marker for indirect branches, which must stay
+/// whole, and the place for the tracer. `None` if a static key's jump or a static call is there.
+fn place(vmlinux: &Vmlinux<'_>, tables: &Tables, entry: Gva) -> Option<Gva> {
+    let mut at = entry.plus(insn::marker(vmlinux.bytes(entry, insn::MARKER)?))?;
+    if tables.is_fentry(at) {
+        at = at.plus(insn::FENTRY)?;
+    }
+    (!tables.is_switched(at)).then_some(at)
+}

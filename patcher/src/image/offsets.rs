@@ -1,0 +1,134 @@
+//! Where members of the kernel's structures are, from its BTF.
+
+use crate::image::btf::Btf;
+
+/// Offsets in bytes. `None` where the kernel has no BTF, or no such member.
+#[derive(Debug, Clone, Default)]
+pub struct Offsets {
+    /// `struct cpuinfo_x86`, `x86_capability`: the processor's features, a bit each.
+    pub capability: Option<u64>,
+    /// `struct mutex`, `owner`: who has it, or zero.
+    pub mutex_owner: Option<u64>,
+    /// `struct task_struct`, `comm`: its name.
+    pub task_comm: Option<u64>,
+    /// `struct kprobe`.
+    pub probe: Option<ProbeOffsets>,
+    /// `struct klp_ops` and `struct klp_func`.
+    pub livepatch: Option<LivepatchOffsets>,
+    /// `struct module`.
+    pub module: Option<ModuleOffsets>,
+}
+
+/// `struct kprobe` (include/linux/kprobes.h).
+#[derive(Debug, Clone, Copy)]
+pub struct ProbeOffsets {
+    /// `hlist`: the next in its bucket.
+    pub node: u64,
+    /// `addr`.
+    pub address: u64,
+}
+
+/// What a livepatch of the guest's own is made of (include/linux/livepatch.h,
+/// kernel/livepatch/patch.h).
+#[derive(Debug, Clone, Copy)]
+pub struct LivepatchOffsets {
+    /// `struct klp_ops`, `node`: the next function.
+    pub node: u64,
+    /// `struct klp_ops`, `func_stack`: what replaces it.
+    pub stack: u64,
+    /// `struct klp_func`, `stack_node`.
+    pub stack_node: u64,
+    /// `struct klp_func`, `old_func`: where the replaced function begins.
+    pub old: u64,
+    /// `struct klp_func`, `old_size`.
+    pub old_size: u64,
+}
+
+/// `struct module` and what belongs to it (include/linux/module.h).
+#[derive(Debug, Clone, Copy)]
+pub struct ModuleOffsets {
+    /// `list`.
+    pub list: u64,
+    /// `name`.
+    pub name: u64,
+    /// `state`.
+    pub state: u64,
+    /// `kallsyms`.
+    pub kallsyms: u64,
+    /// `jump_entries`, `num_jump_entries`.
+    pub jump_entries: (u64, u64),
+    /// `static_call_sites`, `num_static_call_sites`.
+    pub static_call_sites: (u64, u64),
+    /// `extable`, `num_exentries`.
+    pub exceptions: (u64, u64),
+    /// Where the module's text is described: its address and its size. Since 6.4 in the first
+    /// `struct module_memory`, before in `core_layout`.
+    pub text: (u64, u64),
+    /// `struct mod_kallsyms`: `symtab`, `num_symtab`, `strtab`, `typetab`.
+    pub symbols: (u64, u64, u64, u64),
+}
+
+impl Offsets {
+    pub(super) fn read(btf: &Btf<'_>) -> Self {
+        Self {
+            capability: btf.offset("cpuinfo_x86", "x86_capability").map(u64::from),
+            mutex_owner: btf.offset("mutex", "owner").map(u64::from),
+            task_comm: btf.offset("task_struct", "comm").map(u64::from),
+            probe: ProbeOffsets::read(btf),
+            livepatch: LivepatchOffsets::read(btf),
+            module: ModuleOffsets::read(btf),
+        }
+    }
+}
+
+impl ProbeOffsets {
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        let of = |member| btf.offset("kprobe", member).map(u64::from);
+        Some(Self { node: of("hlist")?, address: of("addr")? })
+    }
+}
+
+impl LivepatchOffsets {
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        let ops = |member| btf.offset("klp_ops", member).map(u64::from);
+        let func = |member| btf.offset("klp_func", member).map(u64::from);
+        Some(Self {
+            node: ops("node")?,
+            stack: ops("func_stack")?,
+            stack_node: func("stack_node")?,
+            old: func("old_func")?,
+            old_size: func("old_size")?,
+        })
+    }
+}
+
+impl ModuleOffsets {
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        let of = |name, member| btf.offset(name, member).map(u64::from);
+        let module = |member| of("module", member);
+        let kallsyms = |member| of("mod_kallsyms", member);
+        let text = match module("mem") {
+            Some(memory) => (memory + of("module_memory", "base")?, memory + of("module_memory", "size")?),
+            None => {
+                let layout = module("core_layout")?;
+                (layout + of("module_layout", "base")?, layout + of("module_layout", "text_size")?)
+            }
+        };
+        Some(Self {
+            list: module("list")?,
+            name: module("name")?,
+            state: module("state")?,
+            kallsyms: module("kallsyms")?,
+            jump_entries: (module("jump_entries")?, module("num_jump_entries")?),
+            static_call_sites: (module("static_call_sites")?, module("num_static_call_sites")?),
+            exceptions: (module("extable")?, module("num_exentries")?),
+            text,
+            symbols: (
+                kallsyms("symtab")?,
+                kallsyms("num_symtab")?,
+                kallsyms("strtab")?,
+                kallsyms("typetab")?,
+            ),
+        })
+    }
+}

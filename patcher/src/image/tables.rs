@@ -1,0 +1,283 @@
+//! The kernel's tables of its own patch sites, from the image. Addresses are those it was
+//! linked at.
+//!
+//! Each lies between two symbols of the linker script (Linux arch/x86/kernel/vmlinux.lds.S,
+//! include/asm-generic/vmlinux.lds.h), which kallsyms has with `CONFIG_KALLSYMS_ALL`;
+//! without that, most are sections of their own.
+
+use std::collections::BTreeMap;
+
+use crate::addr::Gva;
+use crate::image::elf::{Entry, Piece, Vmlinux};
+use crate::image::symbols::Symbols;
+
+/// A jump that a static key switches (include/linux/jump_label.h, `struct jump_entry`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JumpEntry {
+    /// The no-operation or jump, of 2 or 5 bytes.
+    pub code: Gva,
+    /// Where the jump goes.
+    pub target: Gva,
+    /// The `struct static_key`.
+    pub key: Gva,
+    /// Whether it is a no-operation while the key is true, not a jump.
+    pub branch: bool,
+}
+
+/// A call that can be retargeted (include/linux/static_call_types.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StaticCallSite {
+    /// The call or jump, 5 bytes.
+    pub code: Gva,
+    /// The `struct static_call_key`. Of a call whose key is not exported, in a module, the
+    /// trampoline.
+    pub key: Gva,
+    /// Whether it is a tail call.
+    pub tail: bool,
+}
+
+/// Code that is chosen by a feature of the processor (arch/x86/include/asm/alternative.h).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Alternative {
+    /// Where.
+    pub at: Gva,
+    /// The feature: 32 times the word, plus the bit.
+    pub feature: u16,
+    /// Whether it is chosen when the feature is *not* there.
+    pub inverted: bool,
+    /// Whether it stands for a direct call of what the original calls through a pointer.
+    pub direct_call: bool,
+    /// The code to replace, as it was linked.
+    pub original: Vec<u8>,
+    /// Where the replacement is linked.
+    pub replacement_at: Gva,
+    /// The replacement. Not longer than the original.
+    pub replacement: Vec<u8>,
+}
+
+/// A call of a paravirtual operation (up to 6.7, `struct paravirt_patch_site`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParavirtSite {
+    /// The call through `pv_ops`.
+    pub at: Gva,
+    /// Which operation: the index of its pointer in `pv_ops`.
+    pub operation: u8,
+    /// How many bytes may be replaced.
+    pub len: u8,
+}
+
+/// All of them. `None` where this kernel has none.
+#[derive(Debug, Default)]
+pub struct Tables {
+    /// `__jump_table`.
+    pub jump_entries: Option<Vec<JumpEntry>>,
+    /// `.static_call_sites`.
+    pub static_call_sites: Option<Vec<StaticCallSite>>,
+    /// `.altinstructions`.
+    pub alternatives: Option<Vec<Alternative>>,
+    /// `.smp_locks`: the lock prefixes.
+    pub smp_locks: Option<Vec<Gva>>,
+    /// `.parainstructions`.
+    pub paravirt_sites: Option<Vec<ParavirtSite>>,
+    /// `__mcount_loc`: where functions call the tracer, or could, sorted.
+    pub mcount_locations: Option<Vec<Gva>>,
+    /// `.orc_unwind_ip`: how many entries it has.
+    pub orc_entries: Option<usize>,
+    /// `__ex_table`: the instructions that may fault, sorted.
+    pub exceptions: Option<Vec<Gva>>,
+    /// Names of the processor's features, by number (`x86_cap_flags`).
+    pub features: Vec<(u16, String)>,
+    /// Where static keys' jumps and static calls are, sorted.
+    switched: Vec<Gva>,
+    /// The first word of every static key and static call's key, where it is not zero.
+    initial: BTreeMap<Gva, u64>,
+}
+
+/// Prefix of a static call's key (include/linux/static_call_types.h).
+pub(crate) const CALL_KEY: &str = "__SCK__";
+/// Prefix of its trampoline.
+pub(crate) const CALL_TRAMPOLINE: &str = "__SCT__";
+
+/// Size of a `struct jump_entry`.
+pub(crate) const JUMP_ENTRY: usize = 16;
+/// Size of a `struct static_call_site`.
+pub(crate) const STATIC_CALL_SITE: usize = 8;
+const PARAVIRT_SITE: usize = 16;
+/// Size of a `struct exception_table_entry` (arch/x86/include/asm/extable.h).
+pub(crate) const EXCEPTION: usize = 12;
+
+impl Tables {
+    pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Self {
+        let find = |start, stop, section| vmlinux.table(symbols, (start, stop), section);
+        let mut tables = Self {
+            jump_entries: find("__start___jump_table", "__stop___jump_table", "__jump_table")
+                .map(|table| jump_entries(table.at, table.bytes)),
+            static_call_sites: find(
+                "__start_static_call_sites",
+                "__stop_static_call_sites",
+                ".static_call_sites",
+            )
+            .map(|table| static_call_sites(table.at, table.bytes)),
+            alternatives: find("__alt_instructions", "__alt_instructions_end", ".altinstructions")
+                .and_then(|table| alternatives(table, vmlinux)),
+            smp_locks: find("__smp_locks", "__smp_locks_end", ".smp_locks")
+                .map(|table| table.entries(4).map(|entry| entry.near(0)).collect()),
+            paravirt_sites: find("__parainstructions", "__parainstructions_end", ".parainstructions")
+                .map(|table| table.entries(PARAVIRT_SITE).map(paravirt_site).collect()),
+            mcount_locations: find("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc")
+                .map(|table| sorted(table.entries(8).map(|entry| Gva(entry.u64(0))))),
+            orc_entries: find("__start_orc_unwind_ip", "__stop_orc_unwind_ip", ".orc_unwind_ip")
+                .map(|table| table.bytes.len() / 4),
+            exceptions: find("__start___ex_table", "__stop___ex_table", "__ex_table")
+                .map(|table| exceptions(table.at, table.bytes)),
+            features: features(vmlinux, symbols),
+            switched: Vec::new(),
+            initial: BTreeMap::new(),
+        };
+        let jumps = tables.jump_entries.iter().flatten().map(|entry| entry.code);
+        tables.switched =
+            sorted(jumps.chain(tables.static_call_sites.iter().flatten().map(|site| site.code)));
+        let keys = tables.jump_entries.iter().flatten().map(|entry| entry.key);
+        let calls = symbols.iter().filter(|(.., name)| name.starts_with(CALL_KEY)).map(|(at, ..)| at);
+        let first = |at| Some((at, u64::from_le_bytes(vmlinux.bytes(at, 8)?.try_into().ok()?)));
+        tables.initial = keys.chain(calls).filter_map(first).filter(|(_, word)| *word != 0).collect();
+        tables
+    }
+
+    /// Whether a function calls the tracer there, or could.
+    #[must_use]
+    pub fn is_fentry(&self, at: Gva) -> bool {
+        self.mcount_locations.as_ref().is_some_and(|locations| locations.binary_search(&at).is_ok())
+    }
+
+    /// Whether a static key's jump or a static call is there.
+    #[must_use]
+    pub fn is_switched(&self, at: Gva) -> bool {
+        self.switched.binary_search(&at).is_ok()
+    }
+
+    /// What a static key or a static call's key begins with in the image.
+    pub(super) fn initial_value(&self, key: Gva) -> u64 {
+        self.initial.get(&key).copied().unwrap_or(0)
+    }
+
+    /// The number of a feature, by its name or as `word*32+bit`.
+    #[must_use]
+    pub fn feature(&self, name: &str) -> Option<u16> {
+        if let Some((word, bit)) = name.split_once("*32+") {
+            let (word, bit): (u16, u16) = (word.parse().ok()?, bit.parse().ok()?);
+            return (word < MAX_WORDS && bit < 32).then_some(word * 32 + bit);
+        }
+        self.features.iter().find(|(_, found)| found == name).map(|(number, _)| *number)
+    }
+
+    /// What [`Tables::feature`] takes for a feature.
+    #[must_use]
+    pub fn feature_name(&self, number: u16) -> String {
+        let named = self.features.iter().find(|(found, _)| *found == number);
+        named.map_or_else(|| format!("{}*32+{}", number / 32, number % 32), |(_, name)| name.clone())
+    }
+}
+
+fn sorted(addresses: impl Iterator<Item = Gva>) -> Vec<Gva> {
+    let mut addresses: Vec<Gva> = addresses.collect();
+    addresses.sort_unstable();
+    addresses
+}
+
+/// Reads a jump table that is at `at`.
+pub(crate) fn jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
+    Piece::new(at, bytes).entries(JUMP_ENTRY).map(jump_entry).collect()
+}
+
+/// Reads a table of static calls that is at `at`.
+pub(crate) fn static_call_sites(at: Gva, bytes: &[u8]) -> Vec<StaticCallSite> {
+    Piece::new(at, bytes).entries(STATIC_CALL_SITE).map(static_call_site).collect()
+}
+
+/// Reads a table of instructions that may fault, and what then, that is at `at`.
+pub(crate) fn exceptions(at: Gva, bytes: &[u8]) -> Vec<Gva> {
+    sorted(Piece::new(at, bytes).entries(EXCEPTION).map(|entry| entry.near(0)))
+}
+
+/// The low bit of the key says which way round, the next one whether it was init code.
+fn jump_entry(entry: Entry<'_>) -> JumpEntry {
+    let key = entry.far(8);
+    JumpEntry { code: entry.near(0), target: entry.near(4), key: Gva(key.0 & !3), branch: key.0 & 1 != 0 }
+}
+
+fn static_call_site(entry: Entry<'_>) -> StaticCallSite {
+    let key = entry.near(4);
+    StaticCallSite { code: entry.near(0), key: Gva(key.0 & !3), tail: key.0 & 1 != 0 }
+}
+
+fn paravirt_site(entry: Entry<'_>) -> ParavirtSite {
+    ParavirtSite { at: Gva(entry.u64(0)), operation: entry.u8(8), len: entry.u8(9) }
+}
+
+/// How `struct alt_instr` was laid out.
+struct Layout {
+    size: usize,
+    /// Where the flags are; without any, the feature's top bit is the only one.
+    flags: Option<usize>,
+    /// Where the two lengths are.
+    lengths: usize,
+}
+
+/// Since 6.3; before; up to 5.10, when the padding's length was a field, too.
+const LAYOUTS: [Layout; 3] = [
+    Layout { size: 14, flags: Some(10), lengths: 12 },
+    Layout { size: 12, flags: None, lengths: 10 },
+    Layout { size: 13, flags: None, lengths: 10 },
+];
+
+/// More words than a kernel has for its processor's features.
+const MAX_WORDS: u16 = 64;
+
+/// Takes the first layout by which every entry makes sense.
+fn alternatives(table: Piece<'_>, vmlinux: &Vmlinux<'_>) -> Option<Vec<Alternative>> {
+    LAYOUTS.iter().filter(|layout| table.bytes.len().is_multiple_of(layout.size)).find_map(|layout| {
+        table.entries(layout.size).map(|entry| alternative(entry, layout, vmlinux)).collect()
+    })
+}
+
+fn alternative(entry: Entry<'_>, layout: &Layout, vmlinux: &Vmlinux<'_>) -> Option<Alternative> {
+    const INVERTED: u16 = 1;
+    const DIRECT_CALL: u16 = 2;
+    let feature = entry.u16(8);
+    let (feature, flags) = match layout.flags {
+        Some(at) => (feature, entry.u16(at)),
+        None => (feature & 0x7fff, feature >> 15),
+    };
+    let (at, replacement_at) = (entry.near(0), entry.near(4));
+    let (original, replacement) = (entry.u8(layout.lengths), entry.u8(layout.lengths + 1));
+    let plausible = feature < 32 * MAX_WORDS
+        && flags & !(INVERTED | DIRECT_CALL) == 0
+        && original > 0
+        && replacement <= original;
+    Some(Alternative {
+        at,
+        feature,
+        inverted: flags & INVERTED != 0,
+        direct_call: flags & DIRECT_CALL != 0,
+        original: vmlinux.bytes(at, original.into()).filter(|_| plausible)?.to_vec(),
+        replacement_at,
+        replacement: vmlinux.bytes(replacement_at, replacement.into())?.to_vec(),
+    })
+}
+
+/// `x86_cap_flags`, an array of pointers to names; null where there is none.
+fn features(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Vec<(u16, String)> {
+    const LONGEST: usize = 32;
+    let Some(start) = symbols.only("x86_cap_flags") else { return Vec::new() };
+    let Some(end) = symbols.after(start) else { return Vec::new() };
+    let Some(table) = vmlinux.between(start, end) else { return Vec::new() };
+    let name = |pointer: u64| {
+        let text = vmlinux.bytes(Gva(pointer), LONGEST)?;
+        let end = text.iter().position(|byte| *byte == 0)?;
+        let text = std::str::from_utf8(&text[..end]).ok()?;
+        (!text.is_empty()).then(|| text.to_owned())
+    };
+    let named = |(number, entry): (u16, Entry<'_>)| Some((number, name(entry.u64(0))?));
+    (0..32 * MAX_WORDS).zip(table.entries(8)).filter_map(named).collect()
+}

@@ -1,0 +1,43 @@
+//! Reading guest memory through the guest kernel's own page tables.
+
+use crate::addr::Gva;
+use crate::plan::refusal::Refusal;
+
+/// The guest's memory, read through its kernel's own page tables.
+pub trait GuestMemory {
+    /// Fills `into` with the bytes at `at`.
+    ///
+    /// # Errors
+    /// The first address that is not mapped; `into` may be partly filled.
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva>;
+}
+
+/// Reads so many bytes.
+///
+/// # Errors
+/// [`Refusal::Unmapped`].
+pub fn read(text: &dyn GuestMemory, at: Gva, size: usize) -> Result<Vec<u8>, Refusal> {
+    let mut bytes = vec![0; size];
+    text.read(at, &mut bytes).map_err(|at| Refusal::Unmapped { at })?;
+    Ok(bytes)
+}
+
+/// Reads a word of eight bytes.
+///
+/// # Errors
+/// [`Refusal::Unmapped`].
+pub fn read_u64(text: &dyn GuestMemory, at: Gva) -> Result<u64, Refusal> {
+    let mut bytes = [0; 8];
+    text.read(at, &mut bytes).map_err(|at| Refusal::Unmapped { at })?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Reads a word of four bytes.
+///
+/// # Errors
+/// [`Refusal::Unmapped`].
+pub fn read_u32(text: &dyn GuestMemory, at: Gva) -> Result<u32, Refusal> {
+    let mut bytes = [0; 4];
+    text.read(at, &mut bytes).map_err(|at| Refusal::Unmapped { at })?;
+    Ok(u32::from_le_bytes(bytes))
+}

@@ -1,0 +1,163 @@
+//! Loaded modules, read from the running guest (Linux kernel/module/main.c: a list from
+//! `modules`). Guest memory is not trusted: every count is bounded, and a list that does not
+//! come back to its head ends in an error.
+
+use std::cell::Cell;
+
+use crate::addr::Gva;
+use crate::image::KernelImage;
+use crate::image::offsets::ModuleOffsets;
+use crate::image::symbols::Symbols;
+use crate::image::tables::{
+    EXCEPTION, JUMP_ENTRY, STATIC_CALL_SITE, exceptions, jump_entries, static_call_sites,
+};
+use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
+use crate::linux::modules::{Module, Modules};
+use crate::linux::view::Kernel;
+use crate::plan::refusal::Refusal;
+
+/// `MODULE_STATE_LIVE`.
+const LIVE: u32 = 0;
+const MOST_MODULES: usize = 4096;
+const MOST_SYMBOLS: usize = 1 << 20;
+const MOST_ENTRIES: usize = 1 << 20;
+/// Longest table of names, and longest text, in bytes.
+const MOST_BYTES: usize = 64 << 20;
+/// Most that is read of all modules, in bytes; real ones have some 100 KiB of symbols each.
+const BUDGET: usize = 32 << 20;
+/// `MODULE_NAME_LEN` is 56; the rest is never reached.
+const LONGEST_NAME: usize = 56;
+const LONGEST_SYMBOL: usize = 512;
+/// `Elf64_Sym`.
+const SYMBOL: usize = 24;
+/// `SHN_LORESERVE`.
+const RESERVED: u16 = 0xff00;
+
+/// Reads all modules of a guest whose image runs moved by `slide`.
+#[must_use]
+pub fn read_modules(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Modules {
+    Modules::new(read_all(image, slide, text))
+}
+
+fn read_all(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Result<Vec<Module>, Refusal> {
+    let kernel = Kernel { image, slide, modules: &Modules::NONE };
+    let offsets = image.offsets().module.ok_or(Refusal::UnknownLayout { what: "struct module" })?;
+    let head = kernel.symbol("modules")?;
+    let mut modules = Vec::new();
+    let budget = Cell::new(BUDGET);
+    let mut next = Gva(read_u64(text, head)?);
+    // Those that are coming or going are counted, too.
+    for _ in 0..MOST_MODULES {
+        if next == head {
+            return Ok(modules);
+        }
+        let at = Gva(next.0.wrapping_sub(offsets.list));
+        let module = Reader { text, at, offsets: &offsets, budget: &budget };
+        if module.u32(offsets.state)? == LIVE {
+            modules.push(module.read()?);
+        }
+        next = Gva(read_u64(text, next)?);
+    }
+    Err(Refusal::BadModules { why: "their list does not end" })
+}
+
+struct Reader<'a> {
+    text: &'a dyn GuestMemory,
+    at: Gva,
+    offsets: &'a ModuleOffsets,
+    /// How much may still be read.
+    budget: &'a Cell<usize>,
+}
+
+impl Reader<'_> {
+    fn bytes(&self, at: Gva, size: usize) -> Result<Vec<u8>, Refusal> {
+        let left = self.budget.get().checked_sub(size);
+        self.budget.set(left.ok_or(Refusal::BadModules { why: "they claim to be very large" })?);
+        read(self.text, at, size)
+    }
+
+    fn u32(&self, offset: u64) -> Result<u32, Refusal> {
+        read_u32(self.text, Gva(self.at.0.wrapping_add(offset)))
+    }
+
+    fn pointer(&self, offset: u64) -> Result<Gva, Refusal> {
+        read_u64(self.text, Gva(self.at.0.wrapping_add(offset))).map(Gva)
+    }
+
+    fn count(&self, offset: u64, most: usize) -> Result<usize, Refusal> {
+        let count = usize::try_from(self.u32(offset)?).unwrap_or(usize::MAX);
+        if count > most { Err(Refusal::BadModules { why: "a table is too long" }) } else { Ok(count) }
+    }
+
+    fn read(&self) -> Result<Module, Refusal> {
+        let offsets = self.offsets;
+        let name = self.bytes(Gva(self.at.0.wrapping_add(offsets.name)), LONGEST_NAME)?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        let start = self.pointer(offsets.text.0)?;
+        let end = start.plus(self.count(offsets.text.1, MOST_BYTES)?);
+        Ok(Module {
+            name: String::from_utf8_lossy(name).into_owned(),
+            text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
+            symbols: self.symbols()?,
+            jump_entries: {
+                let (at, bytes) = self.table(offsets.jump_entries, JUMP_ENTRY)?;
+                jump_entries(at, &bytes)
+            },
+            static_call_sites: {
+                let (at, bytes) = self.table(offsets.static_call_sites, STATIC_CALL_SITE)?;
+                static_call_sites(at, &bytes)
+            },
+            exceptions: {
+                let (at, bytes) = self.table(offsets.exceptions, EXCEPTION)?;
+                exceptions(at, &bytes)
+            },
+        })
+    }
+
+    fn table(&self, (start, count): (u64, u64), entry: usize) -> Result<(Gva, Vec<u8>), Refusal> {
+        let count = self.count(count, MOST_ENTRIES)?;
+        let at = self.pointer(start)?;
+        Ok((at, if count == 0 { Vec::new() } else { self.bytes(at, count * entry)? }))
+    }
+
+    fn symbols(&self) -> Result<Symbols, Refusal> {
+        let bad = |why| Refusal::BadModules { why };
+        let (symtab, number, strtab, typetab) = self.offsets.symbols;
+        let table = Reader { at: self.pointer(self.offsets.kallsyms)?, ..*self };
+        let count = table.count(number, MOST_SYMBOLS)?;
+        let entries = self.bytes(table.pointer(symtab)?, count * SYMBOL)?;
+        let kinds = self.bytes(table.pointer(typetab)?, count)?;
+        let names = table.pointer(strtab)?;
+        let mut symbols = Vec::new();
+        for (entry, kind) in entries.chunks_exact(SYMBOL).zip(kinds) {
+            let (name, rest) = entry.split_first_chunk::<4>().ok_or(bad("a symbol is cut off"))?;
+            let section = u16::from_le_bytes([rest[2], rest[3]]);
+            let value = rest[4..].first_chunk().copied().map_or(0, u64::from_le_bytes);
+            // Undefined: those of the kernel and of other modules. Above: absolute numbers.
+            if section == 0 || section >= RESERVED {
+                continue;
+            }
+            let at = Gva(names.0.wrapping_add(u32::from_le_bytes(*name).into()));
+            symbols.push((value, kind, self.name(at)?));
+        }
+        let all = symbols.iter().map(|(at, kind, name)| (*at, *kind, name.as_str()));
+        Symbols::new(all).ok_or(bad("its names are too long"))
+    }
+
+    fn name(&self, at: Gva) -> Result<String, Refusal> {
+        // In short pieces: what lies behind the last name may not be mapped.
+        const PIECE: usize = 32;
+        let mut name = Vec::new();
+        while name.len() < LONGEST_SYMBOL {
+            let at = at.plus(name.len()).ok_or(Refusal::BadModules { why: "a name wraps around" })?;
+            let left = usize::try_from(4096 - at.0 % 4096).unwrap_or(PIECE);
+            let piece = self.bytes(at, PIECE.min(left))?;
+            let end = piece.iter().position(|byte| *byte == 0);
+            name.extend(&piece[..end.unwrap_or(piece.len())]);
+            if end.is_some() {
+                return Ok(String::from_utf8_lossy(&name).into_owned());
+            }
+        }
+        Err(Refusal::BadModules { why: "a name does not end" })
+    }
+}

@@ -1,0 +1,216 @@
+//! A kernel where it runs: its image, moved by KASLR, and the modules it has loaded.
+
+use crate::addr::Gva;
+use crate::image::KernelImage;
+use crate::image::symbols::{Found, Function};
+use crate::image::tables::{CALL_KEY, CALL_TRAMPOLINE};
+use crate::image::tables::{JumpEntry, StaticCallSite};
+use crate::linux::memory::{GuestMemory, read_u32};
+use crate::linux::modules::{Module, Modules};
+use crate::plan::refusal::Refusal;
+
+/// What is farther than this behind a module's last symbol is not the module's, in bytes.
+const LARGEST_MODULE: usize = 16 << 20;
+
+/// A kernel image and where the guest runs it.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel<'a> {
+    /// The image.
+    pub image: &'a KernelImage,
+    /// How far above its link-time address it runs (KASLR); a multiple of 2 MiB.
+    pub slide: u64,
+    /// The modules that it has loaded.
+    pub modules: &'a Modules,
+}
+
+impl<'a> Kernel<'a> {
+    /// Where something that was linked at an address is.
+    #[must_use]
+    pub fn live(&self, linked: Gva) -> Gva {
+        Gva(linked.0.wrapping_add(self.slide))
+    }
+
+    /// Where something that is at an address was linked.
+    #[must_use]
+    pub fn linked(&self, live: Gva) -> Gva {
+        Gva(live.0.wrapping_sub(self.slide))
+    }
+
+    fn module_at(&self, at: Gva) -> Option<&'a Module> {
+        self.modules.known().iter().find(|module| module.text.contains(&at))
+    }
+
+    /// The function around a live address.
+    #[must_use]
+    pub fn function_at(&self, at: Gva) -> Option<Function<'a>> {
+        if let Some(module) = self.module_at(at) {
+            let function = module.symbols.function_at(at)?;
+            return Some(Function { end: function.end.min(module.text.end), ..function });
+        }
+        let function = self.image.symbols().function_at(self.linked(at))?;
+        Some(Function { start: self.live(function.start), end: self.live(function.end), ..function })
+    }
+
+    /// A live address as a plan writes it, if there is a symbol for it.
+    #[must_use]
+    pub fn identify(&self, at: Gva) -> Option<String> {
+        let nearest = |module: &&'a Module| module.symbols.at_or_before(at);
+        let module = self.modules.known().iter().max_by_key(nearest).filter(|module| {
+            let distance = nearest(module).and_then(|symbol| at.offset_from(symbol));
+            distance.is_some_and(|distance| distance < LARGEST_MODULE)
+        });
+        match module {
+            Some(module) => module.symbols.identify(at).map(|name| format!("{}:{name}", module.name)),
+            None => self.image.symbols().identify(self.linked(at)),
+        }
+    }
+
+    /// Where a symbol is in the guest. Those of a module are written `module:symbol`.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
+    pub fn symbol(&self, name: &str) -> Result<Gva, Refusal> {
+        let unknown = || Refusal::UnknownSymbol { name: name.to_owned() };
+        let (found, slide) = match name.split_once(':') {
+            Some((module, symbol)) => {
+                let module =
+                    self.modules.known().iter().find(|loaded| loaded.name == module).ok_or_else(unknown)?;
+                (module.symbols.find(symbol), 0)
+            }
+            None => (self.image.symbols().find(name), self.slide),
+        };
+        let live = |at: Gva| Gva(at.0.wrapping_add(slide));
+        match found {
+            Found::One(at) => Ok(live(at)),
+            Found::None => Err(unknown()),
+            Found::Several(at) => Err(Refusal::AmbiguousSymbol {
+                name: name.to_owned(),
+                at: at.into_iter().map(live).collect(),
+            }),
+        }
+    }
+
+    /// An address as a plan writes it: `symbol`, `symbol+0xoffset`, `0xaddress`.
+    ///
+    /// # Errors
+    /// As [`Kernel::symbol`], and [`Refusal::BadAddress`].
+    pub fn address(&self, text: &str) -> Result<Gva, Refusal> {
+        let bad = || Refusal::BadAddress { text: text.to_owned() };
+        let number = |digits: &str| u64::from_str_radix(digits.strip_prefix("0x")?, 16).ok();
+        if text.starts_with("0x") {
+            return number(text).map(Gva).ok_or_else(bad);
+        }
+        let (name, offset) = match text.split_once('+') {
+            Some((name, offset)) => (name, number(offset).ok_or_else(bad)?),
+            None => (text, 0),
+        };
+        if name.is_empty() {
+            return Err(bad());
+        }
+        let base = self.symbol(name)?;
+        base.0.checked_add(offset).map(Gva).ok_or_else(bad)
+    }
+
+    /// Whether an address is in the part that is given back once the kernel is up. What was
+    /// there has run for the last time.
+    #[must_use]
+    pub fn is_init(&self, at: Gva) -> bool {
+        self.image.landmarks().init.as_ref().is_some_and(|init| init.contains(&self.linked(at)))
+    }
+
+    /// Whether the five bytes at an address are where a function calls the tracer, or could.
+    #[must_use]
+    pub fn is_fentry(&self, at: Gva) -> bool {
+        self.image.tables().is_fentry(self.linked(at))
+    }
+
+    /// Whether there is an instruction of the kernel's own that it replaces by another of the same
+    /// length while it runs, as its image says: a call of the tracer, a static key's jump, a static
+    /// call. (What modules say is in the guest's memory, so that is not asked.) It replaces it just
+    /// as we do, so no other instruction begins inside, and nobody branches there.
+    #[must_use]
+    pub fn is_patched_by_itself(&self, at: Gva) -> bool {
+        self.is_fentry(at) || self.image.tables().is_switched(self.linked(at))
+    }
+
+    /// Whether the kernel expects the instruction at an address to fault. Yes, if that can't be
+    /// told.
+    #[must_use]
+    pub fn may_fault(&self, at: Gva) -> bool {
+        if let Some(module) = self.module_at(at) {
+            return module.exceptions.binary_search(&at).is_ok();
+        }
+        let end = self.image.symbols().only("_end").map(|end| self.live(end));
+        let own = end.is_some_and(|end| (self.live(self.image.text_base())..end).contains(&at));
+        let handled = self.image.tables().exceptions.as_ref().filter(|_| own);
+        handled.is_none_or(|handled| handled.binary_search(&self.linked(at)).is_ok())
+    }
+
+    /// All jumps that static keys switch, those of modules included.
+    ///
+    /// # Errors
+    /// As [`Modules::all`].
+    pub fn jump_entries(&self) -> Result<impl Iterator<Item = JumpEntry>, Refusal> {
+        let live = |entry: &JumpEntry| JumpEntry {
+            code: self.live(entry.code),
+            target: self.live(entry.target),
+            key: self.live(entry.key),
+            ..*entry
+        };
+        let own = self.image.tables().jump_entries.iter().flatten().map(live);
+        let modules = self.modules.all()?.iter();
+        Ok(own.chain(modules.flat_map(|module| module.jump_entries.iter().copied())))
+    }
+
+    /// All calls that can be retargeted, those of modules included.
+    ///
+    /// # Errors
+    /// As [`Modules::all`].
+    pub fn static_call_sites(&self) -> Result<impl Iterator<Item = StaticCallSite>, Refusal> {
+        let live = |site: &StaticCallSite| StaticCallSite {
+            code: self.live(site.code),
+            key: self.live(site.key),
+            ..*site
+        };
+        let own = self.image.tables().static_call_sites.iter().flatten().map(live);
+        let modules = self.modules.all()?.iter();
+        Ok(own.chain(modules.flat_map(|module| module.static_call_sites.iter().copied())))
+    }
+
+    /// The key of a static call, and its trampoline, by the name that the kernel's source has.
+    ///
+    /// # Errors
+    /// As [`Kernel::symbol`].
+    pub fn static_call(&self, name: &str) -> Result<(Gva, Option<Gva>), Refusal> {
+        let unprefixed = |error| match error {
+            Refusal::UnknownSymbol { .. } => Refusal::UnknownStaticCall { name: name.to_owned() },
+            other => other,
+        };
+        let prefixed = |prefix: &str| match name.split_once(':') {
+            Some((module, name)) => format!("{module}:{prefix}{name}"),
+            None => format!("{prefix}{name}"),
+        };
+        let key = self.symbol(&prefixed(CALL_KEY)).map_err(unprefixed)?;
+        Ok((key, self.symbol(&prefixed(CALL_TRAMPOLINE)).ok()))
+    }
+
+    /// Where the kernel notes whether the processor has a feature: bit `feature % 32` of the
+    /// four bytes there.
+    ///
+    /// # Errors
+    /// [`Refusal::UnknownLayout`] without BTF.
+    pub fn feature_word(&self, feature: u16) -> Result<Gva, Refusal> {
+        let offset = self.image.offsets().capability;
+        let offset = offset.ok_or(Refusal::UnknownLayout { what: "struct cpuinfo_x86" })?;
+        let start = self.symbol("boot_cpu_data")?;
+        Ok(Gva(start.0.wrapping_add(offset + 4 * u64::from(feature / 32))))
+    }
+
+    /// Whether the kernel counts the processor as having a feature.
+    ///
+    /// # Errors
+    /// As [`Kernel::feature_word`].
+    pub fn has_feature(&self, text: &dyn GuestMemory, feature: u16) -> Result<bool, Refusal> {
+        Ok(read_u32(text, self.feature_word(feature)?)? >> (feature % 32) & 1 != 0)
+    }
+}

@@ -1,0 +1,141 @@
+//! A session: one run of a program. It yields the next step, is told the outcome, and keeps
+//! the journal that brings everything back if a step fails.
+//!
+//! ```text
+//!              step failed                    undo failed
+//!  forward ───────────────▶ rolling back ───────────────▶ holding
+//!     │ last step done           │ journal empty              │ hold done
+//!     ▼                          ▼                            ▼
+//!  Applied                   RolledBack                      Held
+//! ```
+
+use std::collections::VecDeque;
+use std::hash::{Hash, Hasher};
+
+use crate::program::step::{Failure, Program, Step, StepError};
+
+/// How a session ended.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum End {
+    /// Every step was done: all sites are new.
+    Applied,
+    /// A step failed and the journal was replayed: all sites are old.
+    RolledBack {
+        /// What failed.
+        failure: Failure,
+    },
+    /// Undoing failed too: the guest must not run on.
+    Held {
+        /// What failed first.
+        failure: Failure,
+        /// What failed while undoing.
+        undo: Failure,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Phase {
+    Forward(usize),
+    Back { failure: Failure, journal: VecDeque<Step> },
+    Holding { failure: Failure, undo: Failure },
+    Ended(End),
+}
+
+/// A run of a program. Two runs are equal if they are equally far; that they are of the same
+/// program is for the caller to see to.
+#[derive(Debug, Clone)]
+pub struct Session<'p> {
+    program: &'p Program,
+    phase: Phase,
+}
+
+impl PartialEq for Session<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        self.phase == other.phase
+    }
+}
+
+impl Eq for Session<'_> {}
+
+impl Hash for Session<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.phase.hash(state);
+    }
+}
+
+impl<'p> Session<'p> {
+    /// Starts at the program's first step.
+    #[must_use]
+    pub fn new(program: &'p Program) -> Self {
+        let phase = if program.steps.is_empty() { Phase::Ended(End::Applied) } else { Phase::Forward(0) };
+        Self { program, phase }
+    }
+
+    /// The step to do now, or how the session ended.
+    ///
+    /// # Errors
+    /// [`End`], when there is nothing left to do. (An error only in the sense of `?`.)
+    pub fn next(&self) -> Result<&Step, &End> {
+        match &self.phase {
+            Phase::Forward(at) => Ok(&self.program.steps[*at].step),
+            // An empty journal never stays: `outcome` ends the session then.
+            Phase::Back { journal, .. } => Ok(journal.front().unwrap_or(&Step::Fence)),
+            Phase::Holding { .. } => Ok(&Step::Hold),
+            Phase::Ended(end) => Err(end),
+        }
+    }
+
+    /// Whether the step to do now may be given up instead, because the deadline passed.
+    #[must_use]
+    pub fn may_give_up(&self) -> bool {
+        matches!(self.phase, Phase::Forward(at) if !self.program.steps[at].step.is_closing())
+    }
+
+    /// Takes the outcome of the step that [`Session::next`] gave. A closing step counts as
+    /// done whatever is said of it ([`Step::is_closing`]).
+    pub fn outcome(&mut self, result: Result<(), StepError>) {
+        let result = match self.next() {
+            Ok(step) if step.is_closing() => Ok(()),
+            _ => result,
+        };
+        let phase = std::mem::replace(&mut self.phase, Phase::Forward(0));
+        self.phase = match (phase, result) {
+            (Phase::Forward(at), Ok(())) if at + 1 == self.program.steps.len() => Phase::Ended(End::Applied),
+            (Phase::Forward(at), Ok(())) => Phase::Forward(at + 1),
+            (Phase::Forward(at), Err(error)) => {
+                let failure = Failure { step: self.program.steps[at].step.clone(), error };
+                Self::back(failure, self.journal(at))
+            }
+            (Phase::Back { failure, mut journal }, Ok(())) => {
+                journal.pop_front();
+                Self::back(failure, journal)
+            }
+            (Phase::Back { failure, journal }, Err(error)) => {
+                let step = journal.into_iter().next().unwrap_or(Step::Fence);
+                Phase::Holding { failure, undo: Failure { step, error } }
+            }
+            // A hold that can't be had changes nothing about the verdict.
+            (Phase::Holding { failure, undo }, _) => Phase::Ended(End::Held { failure, undo }),
+            (ended @ Phase::Ended(_), _) => ended,
+        };
+    }
+
+    fn back(failure: Failure, journal: VecDeque<Step>) -> Phase {
+        if journal.is_empty() {
+            Phase::Ended(End::RolledBack { failure })
+        } else {
+            Phase::Back { failure, journal }
+        }
+    }
+
+    /// What undoes the steps up to `failed`, the last one first. A failed check or store
+    /// changed nothing, so its undo is left out; any other failed step may have been done in
+    /// part, and its undo makes good for that.
+    fn journal(&self, failed: usize) -> VecDeque<Step> {
+        let changed = |(index, step): &(usize, &crate::program::step::Reversible)| {
+            *index != failed || !matches!(step.step, Step::Check { .. } | Step::Store { .. })
+        };
+        let done = self.program.steps[..=failed].iter().enumerate();
+        done.rev().filter(changed).flat_map(|(_, step)| step.undo.iter().cloned()).collect()
+    }
+}

@@ -1,0 +1,31 @@
+//! Whoever executes steps: a live VM, or a simulated one.
+
+use crate::program::session::{End, Session};
+use crate::program::step::{Program, Step, StepError};
+
+/// Executes steps.
+pub trait Target {
+    /// Does one step, completely or not at all; [`Step::Write`] may be left half done, and
+    /// [`Step::Hold`] and [`Step::Inspect`] may leave vCPUs held, until [`Step::Release`]. A
+    /// write of 1, 2, 4 or 8 bytes that is aligned to its size is one store.
+    ///
+    /// # Errors
+    /// Why it was not done. Closing steps do not fail ([`Step::is_closing`]).
+    fn perform(&mut self, step: &Step) -> Result<(), StepError>;
+
+    /// Whether the time for going forward is over.
+    fn expired(&self) -> bool;
+}
+
+/// Runs a program to its end.
+pub fn drive(program: &Program, target: &mut impl Target) -> End {
+    let mut session = Session::new(program);
+    loop {
+        let result = match session.next() {
+            Err(end) => return end.clone(),
+            Ok(_) if session.may_give_up() && target.expired() => Err(StepError::Deadline),
+            Ok(step) => target.perform(step),
+        };
+        session.outcome(result);
+    }
+}

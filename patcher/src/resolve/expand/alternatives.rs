@@ -1,0 +1,190 @@
+//! Alternatives: code that the kernel chose at boot by the processor's features (Linux
+//! arch/x86/kernel/alternative.c, `apply_alternatives`).
+//!
+//! Of the entries for one place the last one whose condition is met wins, and what is in the
+//! table's order before it is as if it were not there. The kernel's padding has changed from
+//! version to version, so what is there is compared without padding.
+
+use std::collections::BTreeMap;
+
+use crate::addr::Gva;
+use crate::image::tables::Alternative;
+use crate::insn;
+use crate::linux::Kernel;
+use crate::linux::memory::{GuestMemory, read, read_u64};
+use crate::plan::refusal::Refusal;
+use crate::resolve::expand::{Code, Expansion, rewrite};
+
+/// `X86_FEATURE_ALWAYS`, which has no bit of a processor's.
+const ALWAYS: u16 = 3 * 32 + 21;
+
+/// Makes the code what it would be if the processor had the feature, or had it not.
+pub(crate) fn expand(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    name: &str,
+    enable: bool,
+) -> Result<Expansion, Refusal> {
+    let unknown = || Refusal::UnknownFeature { name: name.to_owned() };
+    let feature = kernel.image.tables().feature(name).ok_or_else(unknown)?;
+    let places = places(kernel);
+    let concerned: Vec<&Place<'_>> =
+        places.values().filter(|place| place.entries.iter().any(|entry| entry.feature == feature)).collect();
+    if concerned.is_empty() {
+        return Err(unknown());
+    }
+    let with = |present| World { features: vec![(feature, present)], pointers: Vec::new() };
+    let (before, after) = (with(!enable), with(enable));
+    let mut code = Vec::new();
+    for place in concerned.into_iter().filter(|place| !kernel.is_init(place.at)) {
+        let there = read(text, place.at, place.length)?;
+        let wanted = place.code(kernel, text, &after)?;
+        if same(&there, &wanted, place.at) {
+            continue;
+        }
+        let expected = place.code(kernel, text, &before)?;
+        if !same(&there, &expected, place.at) {
+            return Err(Refusal::ExpectMismatch { at: place.at, expected, found: there });
+        }
+        code.push(Code { at: place.at, old: there, new: wanted });
+    }
+    if code.is_empty() {
+        return Err(Refusal::NothingToDo { at: kernel.symbol("__alt_instructions")? });
+    }
+    Ok(Expansion { code, ..Expansion::default() })
+}
+
+/// What the code is chosen by, where that is not as the guest has it now.
+#[derive(Debug, Default)]
+pub(crate) struct World {
+    /// Features, and whether they are there.
+    pub(crate) features: Vec<(u16, bool)>,
+    /// Pointers that are called through, and where they lead.
+    pub(crate) pointers: Vec<(Gva, Gva)>,
+}
+
+impl World {
+    /// Where a pointer leads, if that is said.
+    pub(crate) fn target(&self, pointer: Gva) -> Option<Gva> {
+        self.pointers.iter().find(|(at, _)| *at == pointer).map(|(_, target)| *target)
+    }
+}
+
+/// All entries for one place, in the table's order.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    pub(crate) at: Gva,
+    pub(crate) length: usize,
+    entries: Vec<&'a Alternative>,
+}
+
+/// All places, by where they are in the guest.
+pub(crate) fn places<'a>(kernel: &Kernel<'a>) -> BTreeMap<Gva, Place<'a>> {
+    let mut places: BTreeMap<Gva, Place<'a>> = BTreeMap::new();
+    for entry in kernel.image.tables().alternatives.iter().flatten() {
+        let at = kernel.live(entry.at);
+        let place = places.entry(at).or_insert(Place { at, length: 0, entries: Vec::new() });
+        place.length = place.length.max(entry.original.len());
+        place.entries.push(entry);
+    }
+    places
+}
+
+impl<'a> Place<'a> {
+    /// A place that no alternative is for.
+    pub(crate) fn empty(at: Gva) -> Self {
+        Self { at, length: 0, entries: Vec::new() }
+    }
+
+    /// The entry that wins, if any does.
+    pub(crate) fn chosen(
+        &self,
+        kernel: &Kernel<'_>,
+        text: &dyn GuestMemory,
+        world: &World,
+    ) -> Result<Option<&'a Alternative>, Refusal> {
+        let mut chosen = None;
+        for entry in &self.entries {
+            let said = world.features.iter().find(|(feature, _)| *feature == entry.feature);
+            let present = match (said, entry.feature) {
+                (Some((_, present)), _) => *present,
+                (None, ALWAYS) => true,
+                (None, feature) => kernel.has_feature(text, feature)?,
+            };
+            if present != entry.inverted {
+                chosen = Some(*entry);
+            }
+        }
+        Ok(chosen)
+    }
+
+    /// What the kernel would put here.
+    fn code(&self, kernel: &Kernel<'_>, text: &dyn GuestMemory, world: &World) -> Result<Vec<u8>, Refusal> {
+        match self.chosen(kernel, text, world)? {
+            Some(entry) => self.code_of(kernel, text, entry, world),
+            None => self.original(text),
+        }
+    }
+
+    /// The code as it was linked.
+    pub(crate) fn original(&self, text: &dyn GuestMemory) -> Result<Vec<u8>, Refusal> {
+        let longest = self.entries.iter().map(|entry| &entry.original).max_by_key(|code| code.len());
+        match longest {
+            Some(code) => Ok(code.clone()),
+            // Nothing says what it was, so it is what it is.
+            None => read(text, self.at, self.length),
+        }
+    }
+
+    /// What an entry comes to.
+    pub(crate) fn code_of(
+        &self,
+        kernel: &Kernel<'_>,
+        text: &dyn GuestMemory,
+        entry: &Alternative,
+        world: &World,
+    ) -> Result<Vec<u8>, Refusal> {
+        let mut code = if entry.direct_call {
+            direct_call(kernel, text, self.at, entry, world)?
+        } else {
+            let from = kernel.live(entry.replacement_at);
+            let moved = rewrite::moved(&entry.replacement, from, self.at);
+            moved.ok_or(Refusal::ReplacementUndecodable { bytes: entry.replacement.clone() })?
+        };
+        code.extend(insn::nops(self.length.saturating_sub(code.len())));
+        Ok(code)
+    }
+
+    /// The pointer that is called through, if one is.
+    pub(crate) fn called_through(&self) -> Option<Gva> {
+        let entry = self.entries.iter().find(|entry| entry.direct_call)?;
+        rewrite::called_through(&entry.original, self.at)
+    }
+}
+
+/// `call *pointer` in the original becomes a call of what the pointer points to, or nothing
+/// (`alt_replace_call`).
+fn direct_call(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    at: Gva,
+    entry: &Alternative,
+    world: &World,
+) -> Result<Vec<u8>, Refusal> {
+    let undecodable = || Refusal::ReplacementUndecodable { bytes: entry.original.clone() };
+    let pointer = rewrite::called_through(&entry.original, at).ok_or_else(undecodable)?;
+    let target = match world.target(pointer) {
+        Some(target) => target,
+        None => Gva(read_u64(text, pointer)?),
+    };
+    if kernel.symbol("nop_func") == Ok(target) {
+        return Ok(Vec::new());
+    }
+    let target = if target == Gva(0) { kernel.symbol("BUG_func")? } else { target };
+    Ok(insn::call_rel32(at, target).ok_or(Refusal::OutOfReach { at, to: target })?.to_vec())
+}
+
+/// Whether two pieces of code do the same, padding apart.
+pub(crate) fn same(a: &[u8], b: &[u8], at: Gva) -> bool {
+    a == b || rewrite::without_padding(a, at) == rewrite::without_padding(b, at)
+}

@@ -1,0 +1,46 @@
+//! Lock prefixes, which a guest with one processor can do without (Linux
+//! arch/x86/kernel/alternative.c, `alternatives_smp_lock`).
+
+use crate::insn;
+use crate::linux::Kernel;
+use crate::linux::memory::{GuestMemory, read};
+use crate::plan::refusal::Refusal;
+use crate::resolve::expand::{Code, Expansion, Needs};
+
+const LOCK: u8 = 0xf0;
+/// A segment prefix that does nothing.
+const DS: u8 = 0x3e;
+
+/// Turns every prefix into `lock` or into one that does nothing.
+pub(crate) fn expand(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    lock: bool,
+    vcpus: usize,
+    force: bool,
+) -> Result<Expansion, Refusal> {
+    if !lock && vcpus > 1 && !force {
+        return Err(Refusal::NeedsOneVcpu { vcpus });
+    }
+    let table = kernel.image.tables().smp_locks.as_ref();
+    let table = table.ok_or(Refusal::UnknownSymbol { name: "__smp_locks".into() })?;
+    let (start, end) = (kernel.symbol("_text")?, kernel.symbol("_etext")?);
+    let (old, new) = if lock { (DS, LOCK) } else { (LOCK, DS) };
+    let mut code = Vec::new();
+    // The table is filled up to whole pages.
+    for at in table.iter().map(|at| kernel.live(*at)).filter(|at| start <= *at && *at < end) {
+        let bytes = read(text, at, insn::MAX_LENGTH)?;
+        let Some(insn) = insn::decode(&bytes, at).next() else {
+            return Err(Refusal::ExpectMismatch { at, expected: vec![old], found: bytes });
+        };
+        // Some are in code that the guest replaced by other instructions.
+        if bytes[0] == old {
+            let old = bytes[..insn.len].to_vec();
+            code.push(Code { at, new: [&[new], &old[1..]].concat(), old });
+        }
+    }
+    if code.is_empty() {
+        return Err(Refusal::NothingToDo { at: start });
+    }
+    Ok(Expansion { code, data: Vec::new(), needs: Needs::Group })
+}

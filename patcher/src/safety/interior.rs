@@ -1,0 +1,131 @@
+//! Sites of several instructions: who may come back to the boundaries inside?
+//!
+//! A vCPU can be looked at (strategy `inspect`). A task that no vCPU runs can't, so it must
+//! be shown that none can be there: no call inside returns there, no fault is handled and
+//! returns there, and the kernel does not preempt tasks in kernel mode.
+
+use std::cell::OnceCell;
+
+use crate::addr::Gva;
+use crate::insn::{self, Insn};
+use crate::linux::{GuestMemory, Kernel};
+use crate::plan::refusal::Refusal;
+
+/// Where a vCPU may stand inside `code`, which is at `at`: the boundaries between its
+/// instructions that control can come to.
+#[must_use]
+pub fn boundaries(code: &[u8], at: Gva) -> Vec<Gva> {
+    let insns: Vec<Insn> = insn::decode(code, at).collect();
+    let mut reached = true;
+    let mut inside = Vec::new();
+    for (i, insn) in insns.iter().enumerate() {
+        reached |= insns.iter().any(|from| from.branch == Some(insn.at));
+        if i > 0 && reached {
+            inside.push(insn.at);
+        }
+        // What follows a jump is only reached by another.
+        reached &= !insn.ends;
+    }
+    inside
+}
+
+/// What a kernel lets tasks do that no vCPU runs. Read when first needed.
+pub(crate) struct Sleepers<'a> {
+    kernel: Kernel<'a>,
+    text: &'a dyn GuestMemory,
+    preempts: OnceCell<bool>,
+}
+
+impl<'a> Sleepers<'a> {
+    pub(crate) fn new(kernel: Kernel<'a>, text: &'a dyn GuestMemory) -> Self {
+        Self { kernel, text, preempts: OnceCell::new() }
+    }
+
+    /// Refuses `code` at `at` if such a task may come back to one of the boundaries `inside`.
+    /// `calls_sleep` is whether it may sleep in what is called there.
+    pub(crate) fn keep_out(
+        &self,
+        code: &[u8],
+        at: Gva,
+        inside: &[Gva],
+        calls_sleep: bool,
+    ) -> Result<(), Refusal> {
+        if inside.is_empty() {
+            return Ok(());
+        }
+        let insns: Vec<Insn> = insn::decode(code, at).collect();
+        let comes_back = |boundary: Gva| {
+            let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
+            if calls_sleep && before.is_some_and(|insn| insn.returns) {
+                return Some("what is called before it returns there");
+            }
+            if self.kernel.may_fault(boundary) {
+                return Some("the kernel's exception table has its instruction");
+            }
+            self.preempts().then_some("the kernel preempts tasks in kernel mode")
+        };
+        match inside.iter().find_map(|&boundary| Some((boundary, comes_back(boundary)?))) {
+            Some((inside, why)) => Err(Refusal::InteriorReachable { at, inside, why }),
+            None => Ok(()),
+        }
+    }
+
+    fn preempts(&self) -> bool {
+        *self.preempts.get_or_init(|| preempts(self.kernel, self.text))
+    }
+}
+
+/// Whether tasks are preempted in kernel mode. Yes, if that can't be told.
+#[must_use]
+pub fn preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
+    read_preempts(kernel, text).unwrap_or(true)
+}
+
+/// Whether the preempt count tells who holds a spinlock (`CONFIG_PREEMPT_COUNT`, which these
+/// select; with `PREEMPT_RT` most spinlocks are something else). No, if that can't be told.
+#[must_use]
+pub(crate) fn counts_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
+    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
+}
+
+/// The first line of `linux_banner`.
+fn banner(kernel: Kernel<'_>, text: &dyn GuestMemory) -> Option<String> {
+    let mut banner = [0; 256];
+    text.read(kernel.symbol("linux_banner").ok()?, &mut banner).ok()?;
+    let end = banner.iter().position(|byte| *byte == b'\n')?;
+    Some(std::str::from_utf8(&banner[..end]).ok()?.to_owned())
+}
+
+/// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at boot
+/// (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
+fn read_preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> Option<bool> {
+    let banner = banner(kernel, text)?;
+    if !banner.contains("PREEMPT_DYNAMIC") {
+        return Some(banner.contains("PREEMPT"));
+    }
+    let mut mode = [0; 4];
+    text.read(kernel.symbol("preempt_dynamic_mode").ok()?, &mut mode).ok()?;
+    Some(!(0..=1).contains(&i32::from_le_bytes(mode)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boundaries_are_where_control_can_come() {
+        let at = Gva(0x1000);
+        for (code, expected) in [
+            (&[0x90][..], &[][..]),
+            (&[0x90, 0x90, 0x90], &[0x1001, 0x1002]),
+            (&[0xeb, 0x10, 0x90], &[]),
+            (&[0xc3, 0x90, 0x90], &[]),
+            // jne back to the nop behind the jump
+            (&[0x75, 0x02, 0xeb, 0x10, 0x90, 0x90], &[0x1002, 0x1004, 0x1005]),
+            (&[0xe8, 0, 0, 0, 0, 0x90], &[0x1005]),
+        ] {
+            let found: Vec<u64> = boundaries(code, at).into_iter().map(|at| at.0).collect();
+            assert_eq!(found, expected, "{}", insn::hex(code));
+        }
+    }
+}

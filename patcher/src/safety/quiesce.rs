@@ -1,0 +1,195 @@
+//! Conditions on where the vCPUs stand, for programs that may only go on when nobody is in
+//! the middle of what they change.
+//!
+//! A vCPU that is out of the guest stands at an instruction, and below it on its stack may
+//! lie an interrupted one. Linux counts interrupts, NMIs and softirqs in the preempt count
+//! (include/linux/preempt.h), but only some instructions after the gate; until then the
+//! interrupt flag is clear, because every gate of Linux is an interrupt gate
+//! (arch/x86/kernel/idt.c). So: interrupts enabled and none of these counts set means that
+//! no interrupted instruction lies below.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::addr::{Gva, VcpuId};
+
+/// Bits of the preempt count (Linux include/linux/preempt.h; 5.9 to 6.14 at least).
+const SERVING_SOFTIRQ: u32 = 0x0000_0100;
+const HARDIRQ: u32 = 0x000f_0000;
+const NMI: u32 = 0x00f0_0000;
+/// x86 keeps "no reschedule is needed" here (arch/x86/include/asm/preempt.h).
+const NO_RESCHEDULE: u32 = 1 << 31;
+
+/// Where a vCPU stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VcpuState {
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// The next instruction.
+    pub rip: Gva,
+    /// In user mode or in the kernel.
+    pub mode: Mode,
+}
+
+/// The privilege a vCPU runs with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// User mode: its kernel stack is empty.
+    User,
+    /// The kernel.
+    Kernel {
+        /// RFLAGS.IF.
+        interrupts: bool,
+        /// Linux' per-CPU preempt count, as it is in memory.
+        preempt_count: u32,
+        /// Whether the current task is the CPU's idle task.
+        idle: bool,
+    },
+}
+
+/// What must hold of every vCPU.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Hash)]
+pub struct Condition {
+    /// Places where no vCPU may stand, and no interrupted instruction lie below one.
+    pub inside: Vec<Range<Gva>>,
+    /// Functions where no vCPU may stand.
+    pub outside: Vec<Range<Gva>>,
+    /// Every vCPU is in user mode, idle, or has a preempt count of zero: it holds no spinlock.
+    pub preemptible: bool,
+    /// Besides, interrupts are enabled: it holds none of those either that are taken without
+    /// counting (`arch_spin_lock`).
+    pub unlocked: bool,
+}
+
+/// A vCPU that does not meet a condition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offender {
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// Where it stands.
+    pub rip: Gva,
+    /// What is wrong with that.
+    pub why: &'static str,
+}
+
+impl Condition {
+    /// Whether it asks for anything.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.inside.is_empty() && self.outside.is_empty() && !self.preemptible && !self.unlocked
+    }
+
+    /// Checks where a vCPU stands.
+    ///
+    /// # Errors
+    /// When it does not meet the condition.
+    pub fn check(&self, vcpu: &VcpuState) -> Result<(), Offender> {
+        self.why_not(vcpu).map_or(Ok(()), |why| Err(Offender { vcpu: vcpu.vcpu, rip: vcpu.rip, why }))
+    }
+
+    fn why_not(&self, vcpu: &VcpuState) -> Option<&'static str> {
+        let Mode::Kernel { interrupts, preempt_count, idle } = vcpu.mode else { return None };
+        let stands_in = |ranges: &[Range<Gva>]| ranges.iter().any(|range| range.contains(&vcpu.rip));
+        if stands_in(&self.inside) {
+            return Some("stands inside a site");
+        }
+        if stands_in(&self.outside) {
+            return Some("stands in a function that must be left");
+        }
+        let count = preempt_count & !NO_RESCHEDULE;
+        if !self.inside.is_empty() && (!interrupts || count & (SERVING_SOFTIRQ | HARDIRQ | NMI) != 0) {
+            return Some("may have interrupted a site");
+        }
+        // An idle task runs with preemption disabled once.
+        let allowed = u32::from(idle);
+        if self.unlocked && (count > allowed || !interrupts) {
+            return Some("may hold a spinlock, or wait for one");
+        }
+        (self.preemptible && count > allowed).then_some("is not preemptible")
+    }
+}
+
+impl fmt::Display for Condition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("each has come out")?;
+        /// More are only counted.
+        const LISTED: usize = 3;
+        for (ranges, what) in [(&self.inside, "inside"), (&self.outside, "in")] {
+            if ranges.len() > LISTED {
+                write!(f, ", none {what} any of {} places", ranges.len())?;
+                continue;
+            }
+            for range in ranges {
+                write!(f, ", none {what} {} to {}", range.start, range.end)?;
+            }
+        }
+        f.write_str(if self.preemptible { ", each is preemptible" } else { "" })?;
+        f.write_str(if self.unlocked { ", none may hold or want a spinlock" } else { "" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(rip: u64, mode: Mode) -> VcpuState {
+        VcpuState { vcpu: VcpuId(3), rip: Gva(rip), mode }
+    }
+
+    fn kernel(interrupts: bool, preempt_count: u32, idle: bool) -> Mode {
+        Mode::Kernel { interrupts, preempt_count: preempt_count | NO_RESCHEDULE, idle }
+    }
+
+    #[test]
+    fn inside_a_site_nobody_stands_and_nobody_was_interrupted() {
+        let condition = Condition { inside: vec![Gva(11)..Gva(15)], ..Condition::default() };
+        let why = |rip, mode| condition.check(&standing(rip, mode)).err().map(|offender| offender.why);
+        assert_eq!(why(10, kernel(true, 0, false)), None, "the first instruction was not begun");
+        assert_eq!(why(15, kernel(true, 5, false)), None, "the site was left");
+        assert_eq!(why(11, kernel(true, 0, false)), Some("stands inside a site"));
+        assert_eq!(why(12, Mode::User), None, "an address of user space");
+        assert_eq!(why(99, kernel(false, 0, false)), Some("may have interrupted a site"));
+        for count in [0x100, 0x1_0000, 0x10_0000] {
+            assert_eq!(
+                why(99, kernel(true, count, false)),
+                Some("may have interrupted a site"),
+                "{count:#x}"
+            );
+        }
+        assert_eq!(why(99, kernel(true, 0x200, false)), None, "softirqs are disabled, not served");
+    }
+
+    #[test]
+    fn preemptible_means_user_mode_idle_or_a_count_of_zero() {
+        let condition = Condition { preemptible: true, ..Condition::default() };
+        let holds = |mode| condition.check(&standing(1, mode)).is_ok();
+        assert!(holds(Mode::User));
+        assert!(holds(kernel(false, 0, false)));
+        assert!(holds(kernel(true, 1, true)));
+        assert!(!holds(kernel(true, 1, false)));
+        assert!(!holds(kernel(true, 0x1_0001, true)), "an interrupt on top of idle");
+        assert!(!holds(kernel(true, 0x200, false)), "softirqs disabled");
+    }
+
+    #[test]
+    fn unlocked_means_preemptible_and_interrupts_enabled() {
+        let condition = Condition { unlocked: true, ..Condition::default() };
+        let holds = |mode| condition.check(&standing(1, mode)).is_ok();
+        assert!(!condition.is_empty());
+        assert!(holds(Mode::User));
+        assert!(holds(kernel(true, 0, false)));
+        assert!(holds(kernel(true, 1, true)), "idle");
+        assert!(!holds(kernel(false, 0, false)));
+        assert!(!holds(kernel(false, 1, true)));
+        assert!(!holds(kernel(true, 1, false)));
+    }
+
+    #[test]
+    fn functions_can_be_kept_free() {
+        let condition = Condition { outside: vec![Gva(10)..Gva(20)], ..Condition::default() };
+        assert!(condition.check(&standing(20, kernel(false, 7, false))).is_ok());
+        let offender = condition.check(&standing(10, kernel(true, 0, false))).expect_err("inside");
+        assert_eq!((offender.vcpu, offender.rip), (VcpuId(3), Gva(10)));
+        assert!(!condition.is_empty() && Condition::default().is_empty());
+    }
+}

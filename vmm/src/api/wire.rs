@@ -1,0 +1,240 @@
+//! What goes over the control socket, as JSON.
+
+use std::path::PathBuf;
+
+use patcher::addr::Gva;
+use patcher::plan::Strategy;
+use patcher::plan::refusal::{Refusal, Refused};
+use patcher::plan::write_policy::Policy;
+use patcher::site::Site;
+use serde::Serialize;
+
+use crate::guest::events::Event;
+
+/// `GET /vm`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Info {
+    /// What it is doing.
+    pub state: State,
+    /// How many vCPUs it has.
+    pub cpus: u8,
+    /// How much memory, in MiB.
+    pub memory_mib: u64,
+    /// The kernel file.
+    pub kernel_file: PathBuf,
+    /// The running kernel; absent until it has set up system calls.
+    pub kernel: Option<KernelInfo>,
+    /// The arena, while it is in the guest's page tables.
+    pub arena: Option<ArenaInfo>,
+    /// How fences are made: `membarrier` or `kick`.
+    pub fence: String,
+    /// How many patches are applied.
+    pub patches: usize,
+    /// How many breakpoints of the guest's own were intercepted and delivered to it.
+    pub breakpoints: u64,
+    /// The text guard.
+    pub guard: GuardInfo,
+    /// Time since the monitor started, in milliseconds.
+    pub uptime_ms: u64,
+    /// The monitor's version.
+    pub version: String,
+}
+
+/// Where copies of instructions lie in the guest's kernel.
+#[derive(Debug, Clone, Serialize)]
+pub struct ArenaInfo {
+    /// Its first byte.
+    pub base: Gva,
+    /// How much of it is in use.
+    pub used_bytes: usize,
+}
+
+/// The text guard.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct GuardInfo {
+    /// How many pages (4 KiB) the guest can't write to by itself.
+    pub pages: u64,
+    /// How many writes to such pages vCPUs were stopped at.
+    pub writes: u64,
+    /// How many pages of the kernel's text are protected ahead of programs, until the guest
+    /// writes to them.
+    pub pages_ahead: u64,
+}
+
+/// About the running kernel.
+#[derive(Debug, Clone, Serialize)]
+pub struct KernelInfo {
+    /// What `uname -r` says in it.
+    pub release: String,
+    /// Where `_text` is.
+    pub base: Gva,
+    /// How far that is from where it was linked.
+    pub slide: u64,
+}
+
+/// One line of `GET /vm/vcpus`: where a vCPU stood when it was inspected.
+#[derive(Debug, Clone, Serialize)]
+pub struct VcpuLine {
+    /// The vCPU.
+    pub vcpu: usize,
+    /// Its next instruction.
+    pub rip: Gva,
+    /// The same as `function+0xoffset`, in the kernel.
+    pub symbol: Option<String>,
+    /// Whether it is in the kernel.
+    pub kernel: bool,
+    /// Whether interrupts are enabled (RFLAGS.IF).
+    pub interrupts: bool,
+}
+
+/// What a VM is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It runs.
+    Running,
+    /// The user paused it.
+    Paused,
+    /// A program failed and could not be undone.
+    Held,
+}
+
+/// What became of a patch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PatchState {
+    /// Its new bytes are in place.
+    Applied,
+    /// Its old bytes are in place again.
+    Reverted,
+    /// It failed; its old bytes are in place.
+    RolledBack,
+    /// It failed and so did undoing it; the guest is held.
+    Held,
+    /// The guest replaced it at every site, so nothing was left to revert.
+    Superseded,
+}
+
+/// What a plan would change.
+#[derive(Debug, Clone, Serialize)]
+pub struct Fits {
+    /// Always `fits`.
+    pub state: &'static str,
+    /// The strategy that would be used.
+    pub strategy: Strategy,
+    /// Why that one.
+    pub reason: String,
+    /// The sites.
+    pub sites: Vec<Site>,
+}
+
+/// What a program did.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The plan's name.
+    pub name: String,
+    /// How it ended.
+    pub state: PatchState,
+    /// What failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+    /// Whether it failed because the guest has something else than was expected.
+    #[serde(skip)]
+    pub found_other: bool,
+    /// The strategy.
+    pub strategy: Strategy,
+    /// Why that one.
+    pub reason: String,
+    /// How long things took.
+    pub timing: Timing,
+    /// How many times a vCPU ran into a breakpoint of ours and waited.
+    pub traps: u64,
+    /// How many sites were left as they are, because the guest had replaced what a patch put
+    /// there.
+    pub superseded: usize,
+    /// The sites.
+    pub sites: Vec<Site>,
+}
+
+/// How long things took, in microseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Timing {
+    /// From when the request was there, whole, to its end.
+    pub total_us: u64,
+    /// Of that, the program.
+    pub program_us: u64,
+    /// How many fences there were, those inside arm and hold included.
+    pub fences: usize,
+    /// The longest of them, without the signals before those inside arm and hold.
+    pub longest_fence_us: u64,
+    /// The longest time that a vCPU was kept out of the guest.
+    pub longest_stall_us: u64,
+    /// How often the program was begun: until the guest was not just patching itself.
+    pub attempts: usize,
+}
+
+/// One line of `GET /patches`.
+#[derive(Debug, Clone, Serialize)]
+pub struct PatchSummary {
+    /// The plan's name.
+    pub name: String,
+    /// What became of it.
+    pub state: PatchState,
+    /// How many sites it has.
+    pub sites: usize,
+    /// At how many of them the guest has replaced it.
+    pub superseded: usize,
+    /// How many of them lie in functions that livepatches of the guest's own replace: what was
+    /// changed there is not executed.
+    pub livepatched: usize,
+    /// What its plan says about writes of the guest's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_guest_write: Option<Policy>,
+    /// How it was applied.
+    pub strategy: Strategy,
+}
+
+/// A plan or a request that was refused: no guest byte was written.
+#[derive(Debug, Clone, Serialize)]
+pub struct Refusals {
+    /// Always `refused`.
+    pub state: &'static str,
+    /// Every reason.
+    pub refusals: Vec<Refused>,
+}
+
+impl Refusals {
+    /// Wraps the reasons.
+    #[must_use]
+    pub fn new(refusals: Vec<Refused>) -> Self {
+        Self { state: "refused", refusals }
+    }
+
+    /// Whether the plan itself is bad, whatever the guest.
+    #[must_use]
+    pub fn is_bad_input(&self) -> bool {
+        self.refusals.iter().any(|refused| {
+            matches!(refused.refusal, Refusal::PlanMalformed { .. } | Refusal::PlanTooLarge { .. })
+        })
+    }
+
+    /// Whether a patch was named that does not exist.
+    #[must_use]
+    pub fn is_unknown_patch(&self) -> bool {
+        self.refusals.iter().any(|refused| matches!(refused.refusal, Refusal::UnknownPatch { .. }))
+    }
+}
+
+/// `GET /events`.
+#[derive(Debug, Clone, Serialize)]
+pub struct EventList {
+    /// Those that are kept, the oldest first.
+    pub events: Vec<Event>,
+}
+
+/// A request that could not be served.
+#[derive(Debug, Clone, Serialize)]
+pub struct ApiError {
+    /// What is wrong.
+    pub error: String,
+}

@@ -1,0 +1,290 @@
+//! `vmm doctor`: finds out by trying whether this host can run and patch guests. That
+//! `/dev/kvm` exists proves nothing: some hosts have one that emulates guests in software
+//! and can't do what patching needs.
+
+use std::fs;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug, kvm_regs};
+use kvm_ioctls::{Kvm, VcpuFd};
+use patcher::addr::{Gpa, Gva};
+use serde::Serialize;
+
+use crate::host::membarrier::Membarrier;
+use crate::host::priority;
+use crate::kvm::Vm;
+use crate::kvm::exit::{self, Exit};
+use crate::kvm::kick::{self, Kick};
+use crate::memory::{GuestRam, PAGE};
+
+/// One thing that was tried.
+#[derive(Debug, Serialize)]
+struct Row {
+    /// What.
+    probe: &'static str,
+    /// Whether it worked.
+    ok: bool,
+    /// What was found.
+    found: String,
+    /// What to do about it, if it did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct Findings {
+    usable: bool,
+    probes: Vec<Row>,
+}
+
+type Probe = fn() -> Result<String, String>;
+
+/// What is tried, and what to do when it fails.
+const PROBES: [(&str, Probe, &str); 8] = [
+    (
+        "CPU virtualization",
+        cpu_flags,
+        "enable VT-x or AMD-V in the firmware, or nested virtualization if this is a VM itself; \
+         the tests and the demo use an emulated host (the rig) instead",
+    ),
+    (
+        "/dev/kvm",
+        open_kvm,
+        "load kvm-intel or kvm-amd, and let this user read and write /dev/kvm (group kvm)",
+    ),
+    ("a guest runs", guest_runs, "see the host's kernel log; nothing works without this"),
+    (
+        "int3 exits to the monitor",
+        int3_exits,
+        "a KVM that emulates guests in software can't do this: use a host with VMX or SVM; under QEMU's TCG \
+         use the corrected one that the tests build",
+    ),
+    (
+        "a write to a protected page exits",
+        protected_write_exits,
+        "needs KVM with a memfd that is mapped twice; see the host's kernel log",
+    ),
+    ("a running vCPU can be kicked out", kick_works, "needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)"),
+    (
+        "membarrier SYNC_CORE",
+        membarrier_works,
+        "needs Linux 4.16 with CONFIG_MEMBARRIER; without it fences wait for every vCPU",
+    ),
+    (
+        "the controller may go first",
+        may_go_first,
+        "needs CAP_SYS_NICE, or RLIMIT_NICE of 40; without it programs wait for their turn on a busy host",
+    ),
+];
+
+/// Probes whose failure leaves a usable, if slower, host.
+const OPTIONAL: [&str; 2] = ["membarrier SYNC_CORE", "the controller may go first"];
+/// The CPU's flags explain a failure; what counts is whether guests run.
+const EXPLAINING: &str = "CPU virtualization";
+
+/// Tries everything, prints what was found, and returns the exit code: 0 if guests can be
+/// run and patched here, 1 if not.
+pub fn run(json: bool) -> u8 {
+    let probes: Vec<Row> = PROBES
+        .iter()
+        .map(|&(probe, tried, remedy)| match tried() {
+            Ok(found) => Row { probe, ok: true, found, remedy: None },
+            Err(found) => Row { probe, ok: false, found, remedy: Some(remedy) },
+        })
+        .collect();
+    let usable = probes.iter().all(|row| row.ok || OPTIONAL.contains(&row.probe) || row.probe == EXPLAINING);
+    let findings = Findings { usable, probes };
+    if json {
+        // These types hold nothing that JSON can't say.
+        println!("{}", serde_json::to_string_pretty(&findings).unwrap_or_default());
+    } else {
+        print(&findings);
+    }
+    u8::from(!findings.usable)
+}
+
+fn print(findings: &Findings) {
+    for row in &findings.probes {
+        println!("{:<4} {:<36} {}", if row.ok { "ok" } else { "FAIL" }, row.probe, row.found);
+        if let Some(remedy) = row.remedy {
+            println!("{:<42}-> {remedy}", "");
+        }
+    }
+    if findings.usable {
+        println!("This host can run and patch guests.");
+        return;
+    }
+    let worked = |probe| findings.probes.iter().any(|row| row.probe == probe && row.ok);
+    if worked("/dev/kvm") && !worked(EXPLAINING) {
+        println!(
+            "This host's /dev/kvm is unusable: the CPU has no virtualization, so something emulates guests in \
+             software behind it, and that can't do what failed above."
+        );
+    }
+    println!(
+        "This host can't run and patch guests directly. `cargo demo` and `cargo test` use the rig instead."
+    );
+}
+
+fn cpu_flags() -> Result<String, String> {
+    let info = fs::read_to_string("/proc/cpuinfo").map_err(|e| format!("/proc/cpuinfo: {e}"))?;
+    let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or("");
+    match ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|word| word == *flag)) {
+        Some(flag) => Ok(format!("{flag} in /proc/cpuinfo")),
+        None if fs::exists("/dev/kvm").unwrap_or(false) => {
+            Err("neither vmx nor svm in /proc/cpuinfo: if there is a /dev/kvm it emulates guests in software"
+                .into())
+        }
+        None => Err("neither vmx nor svm in /proc/cpuinfo".into()),
+    }
+}
+
+fn open_kvm() -> Result<String, String> {
+    let kvm = Kvm::new().map_err(|e| e.to_string())?;
+    match kvm.get_api_version() {
+        12 => Ok(format!("API 12, up to {} vCPUs", kvm.get_max_vcpus())),
+        other => Err(format!("API version {other}, not 12")),
+    }
+}
+
+/// In a thread of its own: what this one starts need not.
+fn may_go_first() -> Result<String, String> {
+    let raised = thread::spawn(priority::raise).join().map_err(|_| "it panicked")?;
+    raised.map(|()| "nice -20".into()).map_err(|error| error.to_string())
+}
+
+fn guest_runs() -> Result<String, String> {
+    // mov al, 42; out 0x80, al
+    let exit = Tiny::new(&[0xb0, 42, 0xe6, 0x80])?.run(|exit| match exit {
+        Exit::PortOut(0x80, [42]) => Ok(()),
+        other => Err(unexpected(&other)),
+    });
+    exit.map(|()| "one real-mode instruction after another".into())
+}
+
+fn int3_exits() -> Result<String, String> {
+    // int3
+    let mut tiny = Tiny::new(&[0xcc])?;
+    let debug =
+        kvm_guest_debug { control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP, ..Default::default() };
+    tiny.vcpu.set_guest_debug(&debug).map_err(|e| format!("KVM_SET_GUEST_DEBUG: {e}"))?;
+    tiny.run(|exit| match exit {
+        Exit::Breakpoint(at) if at == Gva(CODE) => Ok(()),
+        other => Err(unexpected(&other)),
+    })?;
+    Ok("KVM_EXIT_DEBUG at the int3".into())
+}
+
+fn protected_write_exits() -> Result<String, String> {
+    // mov byte [0x3000], 7; out 0x80, al
+    let code = [0xc6, 0x06, 0x00, 0x30, 7, 0xe6, 0x80];
+    let page = Gpa(0x3000);
+    let mut tiny = Tiny::new(&code)?;
+    let ram = tiny.vm.ram().clone();
+    let content = || {
+        let mut byte = [0];
+        ram.read(page, &mut byte).map(|()| byte[0]).map_err(|e| e.to_string())
+    };
+    ram.write_protect(&(page..Gpa(page.0 + 1)), true).map_err(|e| e.to_string())?;
+    tiny.run(|exit| match exit {
+        Exit::ProtectedWrite => Ok(()),
+        other => Err(unexpected(&other)),
+    })?;
+    if content()? != 0 {
+        return Err("the write exited, but took effect all the same".into());
+    }
+    ram.write_protect(&(page..Gpa(page.0 + 1)), false).map_err(|e| e.to_string())?;
+    tiny.run(|exit| match exit {
+        Exit::PortOut(..) => Ok(()),
+        other => Err(unexpected(&other)),
+    })?;
+    match content()? {
+        7 => Ok("EFAULT before the write, which then went through".into()),
+        other => Err(format!("after unprotecting, the write left {other}")),
+    }
+}
+
+fn kick_works() -> Result<String, String> {
+    // jmp $
+    let mut tiny = Tiny::new(&[0xeb, 0xfe])?;
+    tiny.patience = Duration::from_millis(100);
+    tiny.run(|exit| match exit {
+        Exit::Interrupted => Ok(()),
+        other => Err(unexpected(&other)),
+    })?;
+    Ok("out of an endless loop".into())
+}
+
+fn membarrier_works() -> Result<String, String> {
+    let barrier = Membarrier::register().map_err(|e| e.to_string())?;
+    barrier.sync_core().map_err(|e| e.to_string())?;
+    Ok("registered and done".into())
+}
+
+fn unexpected(exit: &Exit<'_>) -> String {
+    match exit {
+        Exit::Failed(what) if what.contains("InternalError") => {
+            "KVM gave up (KVM_EXIT_INTERNAL_ERROR): it emulates guest code and does not know this instruction"
+                .into()
+        }
+        Exit::Interrupted => "the vCPU was stuck at it for five seconds".into(),
+        other => format!("it ended with {other:?} instead"),
+    }
+}
+
+/// Where the tiny guest's code lies.
+const CODE: u64 = 0x1000;
+
+/// A guest of a few instructions in real mode, with a watchdog.
+struct Tiny {
+    vcpu: VcpuFd,
+    kick: Arc<Kick>,
+    vm: Vm,
+    patience: Duration,
+}
+
+impl Tiny {
+    fn new(code: &[u8]) -> Result<Self, String> {
+        let text = |e: &dyn std::error::Error| e.to_string();
+        let ram = Arc::new(GuestRam::new(16 * PAGE).map_err(|e| text(&e))?);
+        ram.write(Gpa(CODE), code).map_err(|e| text(&e))?;
+        let vm = Vm::new(ram, 1).map_err(|e| text(&e))?;
+        let vcpu = vm.vcpu(0).map_err(|e| text(&e))?;
+        let mut sregs = vcpu.get_sregs().map_err(|e| text(&e))?;
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        vcpu.set_sregs(&sregs).map_err(|e| text(&e))?;
+        vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).map_err(|e| text(&e))?;
+        kick::install_handler().map_err(|e| text(&e))?;
+        let kick = Arc::new(Kick::new(&vcpu).map_err(|e| text(&e))?);
+        Ok(Self { vcpu, kick, vm, patience: Duration::from_secs(5) })
+    }
+
+    /// Enters the guest once and judges why it was left.
+    fn run<T>(&mut self, judge: impl FnOnce(Exit<'_>) -> Result<T, String>) -> Result<T, String> {
+        self.kick.adopt_current_thread();
+        let (done, watchdog) = watchdog(self.kick.clone(), self.patience).map_err(|e| e.to_string())?;
+        let verdict = judge(exit::run(&mut self.vcpu));
+        drop(done);
+        // The watchdog has nothing to panic about.
+        let _ = watchdog.join();
+        self.kick.disown();
+        self.kick.clear();
+        verdict
+    }
+}
+
+/// Kicks the vCPU after `patience`, unless the sender is dropped before.
+fn watchdog(kick: Arc<Kick>, patience: Duration) -> io::Result<(Sender<()>, JoinHandle<()>)> {
+    let (sender, receiver) = mpsc::channel();
+    let thread = thread::Builder::new().name("watchdog".into()).spawn(move || {
+        if receiver.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+            kick.set();
+            kick.signal();
+        }
+    })?;
+    Ok((sender, thread))
+}

@@ -1,0 +1,114 @@
+//! What is known of a running guest, to tell of a vCPU in its own words: which function, which
+//! task, and whether it is patching text.
+
+use std::ops::Range;
+
+use patcher::addr::{Gpa, Gva, VcpuId};
+use patcher::linux::GuestMemory;
+use patcher::linux::memory::read_u64;
+use patcher::safety::blockers;
+
+use crate::guest::events::Who;
+use crate::guest::kernel::GuestKernel;
+use crate::guest::locks::are_free;
+use crate::guest::vcpu_state::{PerCpu, VcpuRegisters};
+
+/// Longest name of a task, with its end (Linux include/linux/sched.h, `TASK_COMM_LEN`).
+const NAME: usize = 16;
+/// Flags in the word of a mutex (Linux kernel/locking/mutex.c, `MUTEX_FLAGS`).
+const MUTEX_FLAGS: u64 = 7;
+/// Where the upper half of the address space begins, with four levels of page tables or five.
+const UPPER_HALF: u64 = 1 << 63;
+
+/// A guest's kernel, and where it keeps what is asked here.
+#[derive(Debug)]
+pub struct Introspection {
+    kernel: GuestKernel,
+    data: Option<PerCpu>,
+    comm: Option<u64>,
+    locks: Vec<Gva>,
+    /// Where the kernel's own code begins in memory, and how long it is, in bytes.
+    text: Option<(Gpa, u64)>,
+}
+
+impl Introspection {
+    /// Looks the places up. What is not to be found is not told.
+    #[must_use]
+    pub fn new(kernel: &GuestKernel) -> Self {
+        let comm = kernel.kernel().image.offsets().task_comm;
+        let data = PerCpu::find(kernel).ok();
+        let place = |name| {
+            let at = kernel.kernel().symbol(name).ok()?;
+            Some((at, kernel.translate(at)?.at))
+        };
+        let text = place("_text").zip(place("_etext")).and_then(|((start, from), (end, to))| {
+            let size = end.offset_from(start)? as u64;
+            (from.0 + size == to.0).then_some((from, size))
+        });
+        Self { data, comm, text, locks: blockers::locks(&kernel.kernel()), kernel: kernel.clone() }
+    }
+
+    /// Where the kernel's own code lies in memory. `None` if it is not in one piece.
+    #[must_use]
+    pub fn text(&self) -> Option<Range<Gpa>> {
+        self.text.map(|(start, size)| start..Gpa(start.0 + size))
+    }
+
+    /// What lies at a place in memory, as `function+0xoffset`, if it is the kernel's own code.
+    #[must_use]
+    pub fn symbol_in_memory(&self, at: Gpa) -> Option<String> {
+        let (start, size) = self.text?;
+        let offset = at.0.checked_sub(start.0).filter(|offset| *offset < size)?;
+        self.symbol(Gva(self.kernel.base().0 + offset))
+    }
+
+    /// The guest's kernel.
+    #[must_use]
+    pub fn kernel(&self) -> &GuestKernel {
+        &self.kernel
+    }
+
+    /// Where a vCPU stands, and what runs there.
+    #[must_use]
+    pub fn who(&self, vcpu: VcpuId, registers: &VcpuRegisters) -> Who {
+        let (symbol, task) = (self.symbol_of(registers), self.task_name(registers));
+        Who { symbol, task, ..Who::at(vcpu, registers.rip()) }
+    }
+
+    /// Where a vCPU stands, if it is in the kernel.
+    #[must_use]
+    pub fn symbol_of(&self, registers: &VcpuRegisters) -> Option<String> {
+        self.symbol(registers.rip()).filter(|_| registers.in_kernel())
+    }
+
+    /// An address as `function+0xoffset`.
+    fn symbol(&self, at: Gva) -> Option<String> {
+        let function = self.kernel.kernel().function_at(at)?;
+        Some(format!("{}+{:#x}", function.name, at.offset_from(function.start)?))
+    }
+
+    fn task_name(&self, registers: &VcpuRegisters) -> Option<String> {
+        let task = self.data.as_ref()?.task(&self.kernel, registers)?;
+        let mut name = [0; NAME];
+        self.kernel.read(Gva(task.0.wrapping_add(self.comm?)), &mut name).ok()?;
+        let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME);
+        Some(String::from_utf8_lossy(&name[..end]).into_owned())
+    }
+
+    /// Whether a vCPU that writes to `at` does so as the kernel's own patcher: through the
+    /// temporary mapping, which is in the lower half of the address space (Linux
+    /// arch/x86/kernel/alternative.c, `__text_poke`, since 5.2), and with one of the locks.
+    #[must_use]
+    pub fn is_patcher(&self, registers: &VcpuRegisters, at: Gva) -> bool {
+        let task = self.data.as_ref().and_then(|data| data.task(&self.kernel, registers));
+        let owner = |lock: &Gva| read_u64(&self.kernel, *lock).ok().map(|owner| Gva(owner & !MUTEX_FLAGS));
+        let locked = self.locks.is_empty() || self.locks.iter().any(|lock| owner(lock) == task);
+        registers.in_kernel() && at.0 & UPPER_HALF == 0 && locked && task.is_some()
+    }
+
+    /// Whether nobody has the locks of the kernel's own patcher.
+    #[must_use]
+    pub fn is_calm(&self) -> bool {
+        are_free(&self.kernel, &self.locks)
+    }
+}

@@ -1,0 +1,228 @@
+//! Finding the kernel in a running guest: where it is (KASLR), its page tables, and proof
+//! that it is the kernel whose image was given.
+//!
+//! Linux puts the address of `entry_SYSCALL_64` into `MSR_LSTAR` when it sets up a CPU
+//! (arch/x86/kernel/cpu/common.c, `syscall_init`), early in boot and before it starts other
+//! CPUs. From it follows the slide; from the page tables in CR3 at that moment the physical
+//! place; from there the kernel's own top-level table, `init_top_pgt`, which is used from
+//! then on, whatever process a vCPU is running.
+
+use std::sync::Arc;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+use patcher::addr::{Gpa, Gva};
+use patcher::image::KernelImage;
+use patcher::linux::module_list::read_modules;
+use patcher::linux::{GuestMemory, Kernel, Modules};
+use patcher::plan::refusal::Refusal;
+use patcher::program::step::Bytes;
+use smallvec::smallvec;
+
+use crate::memory::GuestRam;
+use crate::memory::paging::{self, LargePages, Mapping, PageTables, Pieces};
+
+const MSR_LSTAR: u32 = 0xc000_0082;
+/// Kernel text lies in the upper half.
+const UPPER_HALF: u64 = 1 << 63;
+/// KASLR moves the kernel by multiples of this (`CONFIG_PHYSICAL_ALIGN`).
+const SLIDE_ALIGN: u64 = 2 << 20;
+/// And by less than this (`KERNEL_IMAGE_SIZE`).
+const SLIDE_MAX: u64 = 1 << 30;
+
+/// What a vCPU's registers tell about the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Located {
+    /// Where `SYSCALL` goes.
+    pub syscall_entry: Gva,
+    /// The page tables in use at that moment.
+    pub tables: PageTables,
+}
+
+/// Looks at a vCPU that is out of `KVM_RUN`. `None` as long as its kernel has not set up
+/// system calls.
+pub fn look(vcpu: &VcpuFd) -> Option<Located> {
+    let entry = kvm_msr_entry { index: MSR_LSTAR, ..Default::default() };
+    let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+    vcpu.get_msrs(&mut msrs).ok()?;
+    let syscall_entry = msrs.as_slice().first()?.data;
+    if syscall_entry & UPPER_HALF == 0 {
+        return None;
+    }
+    let sregs = vcpu.get_sregs().ok()?;
+    Some(Located { syscall_entry: Gva(syscall_entry), tables: PageTables::of(&sregs) })
+}
+
+/// The kernel of a running guest.
+#[derive(Debug, Clone)]
+pub struct GuestKernel {
+    image: Arc<KernelImage>,
+    slide: u64,
+    tables: PageTables,
+    ram: Arc<GuestRam>,
+    modules: Arc<Modules>,
+}
+
+impl GuestKernel {
+    /// Ties an image to the guest that runs it.
+    ///
+    /// # Errors
+    /// [`Refusal::GuestNotReady`] when the guest runs something else.
+    pub fn new(image: Arc<KernelImage>, found: Located, ram: Arc<GuestRam>) -> Result<Self, Refusal> {
+        let other = |why: String| Refusal::GuestNotReady { why };
+        let at_link = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+        let slide = found.syscall_entry.0.wrapping_sub(at_link.symbol("entry_SYSCALL_64")?.0);
+        if !slide.is_multiple_of(SLIDE_ALIGN) || slide >= SLIDE_MAX {
+            return Err(other(format!(
+                "its system calls enter at {}, which fits no place of {}",
+                found.syscall_entry,
+                image.release()
+            )));
+        }
+        let here = Kernel { image: &image, slide, modules: &Modules::NONE };
+        let (root, banner) = (here.symbol("init_top_pgt")?, here.symbol("linux_banner")?);
+        let modules = Arc::new(Modules::NONE);
+        let mut kernel = Self { image: image.clone(), slide, tables: found.tables, ram, modules };
+        let root = kernel.translate(root).ok_or_else(|| other(format!("{root} is not mapped")))?;
+        kernel.tables.root = root.at;
+        let expected = format!("Linux version {} ", image.release());
+        let mut text = vec![0; expected.len()];
+        kernel.read(banner, &mut text).map_err(|at| other(format!("{at} is not mapped")))?;
+        if text != expected.as_bytes() {
+            return Err(other(format!(
+                "{:?} is where {expected:?} should be",
+                String::from_utf8_lossy(&text)
+            )));
+        }
+        Ok(kernel)
+    }
+
+    /// The image with its place.
+    #[must_use]
+    pub fn kernel(&self) -> Kernel<'_> {
+        Kernel { image: &self.image, slide: self.slide, modules: &self.modules }
+    }
+
+    /// The same with the modules that are loaded now.
+    #[must_use]
+    pub fn with_modules(&self) -> Self {
+        let modules = Arc::new(read_modules(&self.image, self.slide, &Mapped::of(self)));
+        Self { modules, ..self.clone() }
+    }
+
+    /// Where `_text` is.
+    #[must_use]
+    pub fn base(&self) -> Gva {
+        Gva(self.image.text_base().0.wrapping_add(self.slide))
+    }
+
+    /// Translates an address through the kernel's own page tables.
+    #[must_use]
+    pub fn translate(&self, at: Gva) -> Option<Mapping> {
+        self.tables.translate_in(&self.ram, at)
+    }
+
+    /// The page-directory entry for an address: where it lies, and what it holds.
+    pub fn directory_entry(&self, at: Gva) -> Option<(Gpa, u64)> {
+        let load = |entry| self.ram.load_u64(entry).ok();
+        let entry = self.tables.directory_entry(at, load)?;
+        Some((entry, load(entry)?))
+    }
+
+    /// Sets a page-table entry that has the value `old`.
+    ///
+    /// # Errors
+    /// When it has another, or is not in RAM; nothing was written then.
+    pub fn replace_entry(&self, at: Gpa, old: u64, new: u64) -> Result<(), String> {
+        let (old, new) = (old.to_le_bytes(), new.to_le_bytes());
+        let replaced = self.ram.exchange(at, &old, &new).map_err(|error| error.to_string())?;
+        replaced.map_err(|_| format!("the page-table entry at {at} was changed by somebody else"))
+    }
+
+    /// The physical pieces of a range, all of them, or the first address that has none.
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Pieces, Gva> {
+        self.tables.pieces_in(&self.ram, at, length)
+    }
+}
+
+impl GuestMemory for GuestKernel {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        self.tables.read_in(&self.ram, at, into)
+    }
+}
+
+/// The kernel's memory for somebody who goes from place to place: where its text and data are mapped
+/// is looked up once, until that is to be forgotten.
+#[derive(Debug)]
+pub struct Mapped<'k> {
+    kernel: &'k GuestKernel,
+    pages: LargePages,
+}
+
+impl<'k> Mapped<'k> {
+    /// Knows nothing yet.
+    #[must_use]
+    pub fn of(kernel: &'k GuestKernel) -> Self {
+        Self { kernel, pages: LargePages::default() }
+    }
+
+    /// Whose memory it is.
+    #[must_use]
+    pub fn kernel(&self) -> &'k GuestKernel {
+        self.kernel
+    }
+
+    /// Looks up anew from here on.
+    pub fn forget(&self) {
+        self.pages.forget();
+    }
+
+    fn translate(&self, at: Gva) -> Option<Mapping> {
+        self.pages.translate(at, |at| self.kernel.translate(at))
+    }
+
+    /// The physical pieces of a range, all of them, or the first address that has none.
+    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Pieces, Gva> {
+        paging::pieces(at, length, |at| self.translate(at))
+    }
+
+    /// Whether memory holds these bytes; what else it holds, if not.
+    ///
+    /// # Errors
+    /// The first address that is not mapped, or is not RAM.
+    pub fn compare(&self, at: Gva, bytes: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
+        let mut found: Bytes = smallvec![0; bytes.len()];
+        self.read(at, &mut found)?;
+        Ok(if *found == *bytes { Ok(()) } else { Err(found.into_vec()) })
+    }
+
+    /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).
+    ///
+    /// # Errors
+    /// `Ok(Err(found))` when something else is there; the address when it is not mapped or
+    /// not RAM. Nothing was written then.
+    pub fn exchange(&self, at: Gva, old: &[u8], new: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
+        let mapping = self.translate(at).ok_or(at)?;
+        self.kernel.ram.exchange(mapping.at, old, new).map_err(|_| at)
+    }
+
+    /// Writes guest memory. Nothing is written unless the whole range is mapped.
+    ///
+    /// # Errors
+    /// The first address that is not mapped, or is not RAM.
+    pub fn write(&self, at: Gva, bytes: &[u8]) -> Result<(), Gva> {
+        let mut rest = bytes;
+        for (piece, size) in self.pieces(at, bytes.len())? {
+            let (now, later) = rest.split_at(size);
+            self.kernel.ram.write(piece, now).map_err(|_| at)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+impl GuestMemory for Mapped<'_> {
+    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+        paging::read(&self.kernel.ram, at, into, |at| self.translate(at))
+    }
+}

@@ -1,0 +1,3 @@
+//! Where the controller meets the vCPUs: fences, holds, inspections.
+
+pub mod rendezvous;

@@ -1,0 +1,295 @@
+//! Delivers #BP to the guest, as the processor would have if nobody had intercepted it (SDM
+//! volume 3, 6.12 and 6.14; APM volume 2, 8.9).
+//!
+//! `KVM_GUESTDBG_INJECT_BP` is not used where this can do it: KVM on AMD processors finds out
+//! which address to give the handler by decoding the instruction that is there when it injects
+//! (Linux arch/x86/kvm/svm/svm.c, `svm_update_soft_interrupt_rip`), and by then another vCPU
+//! may have replaced the `int3`. Here the return address follows from the exit alone.
+//! `docs/breakpoints.md` compares the ways.
+
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use patcher::addr::{Gpa, Gva};
+
+use crate::boot::registers::{EFER_LMA, code_segment};
+use crate::guest::vcpu_state::RFLAGS_IF;
+use crate::memory::GuestRam;
+use crate::memory::paging::PageTables;
+
+/// Vector of #BP.
+const VECTOR: u64 = 3;
+
+const TRAP_FLAG: u64 = 1 << 8;
+const NESTED_TASK: u64 = 1 << 14;
+const RESUME_FLAG: u64 = 1 << 16;
+const VIRTUAL_8086: u64 = 1 << 17;
+
+const INTERRUPT_GATE: u8 = 0xe;
+const TRAP_GATE: u8 = 0xf;
+
+/// Size of a descriptor in the interrupt table, in bytes, in long mode.
+const GATE: u64 = 16;
+/// Where a long-mode task-state segment has the stack pointer for ring 0, and the first of
+/// those that a gate may ask for.
+const TASK_RSP0: u64 = 4;
+const TASK_IST1: u64 = 0x24;
+
+/// Why the processor would not simply enter the handler. Nothing was changed then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unusual {
+    /// It is not in long mode.
+    #[error("the guest is not in long mode")]
+    Mode,
+    /// The gate, or what it leads to, would raise another exception.
+    #[error("the guest's gate for #BP can't be entered")]
+    Gate,
+    /// A table or the stack is not in mapped RAM.
+    #[error("{0} is not mapped")]
+    Unmapped(Gva),
+}
+
+/// Enters the guest's handler for the `int3` at `regs.rip`: pushes the frame, and changes the
+/// registers. Returns whether `sregs` was changed, too.
+///
+/// # Errors
+/// See [`Unusual`].
+pub(super) fn breakpoint(
+    regs: &mut kvm_regs,
+    sregs: &mut kvm_sregs,
+    ram: &GuestRam,
+) -> Result<bool, Unusual> {
+    if sregs.efer & EFER_LMA == 0 {
+        return Err(Unusual::Mode);
+    }
+    let memory = Memory { ram, tables: PageTables::of(sregs) };
+    let gate = Gate::read(&memory, sregs.idt)?;
+    let ring = sregs.ss.dpl;
+    let code = memory.code_segment(sregs.gdt, gate.selector)?;
+    // int3 asks the gate's privilege level; the handler is never less privileged.
+    if gate.dpl < ring || code.dpl > ring {
+        return Err(Unusual::Gate);
+    }
+    let inward = code.dpl < ring;
+    let stack = match gate.stack {
+        0 if inward => memory.u64(sregs.tr.base.wrapping_add(TASK_RSP0 + 8 * u64::from(code.dpl)))?,
+        0 => regs.rsp,
+        index => memory.u64(sregs.tr.base.wrapping_add(TASK_IST1 + 8 * (u64::from(index) - 1)))?,
+    };
+    let frame = [
+        regs.rip.wrapping_add(1),
+        sregs.cs.selector.into(),
+        regs.rflags,
+        regs.rsp,
+        u64::from(sregs.ss.selector),
+    ];
+    let stack = (stack & !0xf).wrapping_sub(8 * frame.len() as u64);
+    memory.push(stack, &frame)?;
+    regs.rsp = stack;
+    regs.rip = gate.handler;
+    regs.rflags &= !(TRAP_FLAG | NESTED_TASK | RESUME_FLAG | VIRTUAL_8086);
+    if gate.kind == INTERRUPT_GATE {
+        regs.rflags &= !RFLAGS_IF;
+    }
+    let changed = inward || sregs.cs.selector != code.selector;
+    if changed {
+        sregs.cs = code;
+    }
+    if inward {
+        // A null selector of the new ring.
+        sregs.ss =
+            kvm_segment { dpl: code.dpl, selector: code.dpl.into(), unusable: 1, ..Default::default() };
+    }
+    Ok(changed)
+}
+
+/// A descriptor of the interrupt table (SDM volume 3, figure 6-8).
+struct Gate {
+    handler: u64,
+    selector: u16,
+    /// Which stack it asks for; 0 for none.
+    stack: u8,
+    kind: u8,
+    dpl: u8,
+}
+
+impl Gate {
+    fn read(memory: &Memory<'_>, table: kvm_dtable) -> Result<Self, Unusual> {
+        let offset = VECTOR * GATE;
+        if u64::from(table.limit) < offset + GATE - 1 {
+            return Err(Unusual::Gate);
+        }
+        let [low, high] = [0, 8].map(|part| memory.u64(table.base.wrapping_add(offset + part)));
+        let (low, high) = (low?, high?);
+        let [.., stack, kind, _, _] = low.to_le_bytes();
+        let gate = Self {
+            handler: low & 0xffff | low >> 32 & 0xffff_0000 | high << 32,
+            selector: u16::from_le_bytes([low.to_le_bytes()[2], low.to_le_bytes()[3]]),
+            stack: stack & 7,
+            kind: kind & 0xf,
+            dpl: kind >> 5 & 3,
+        };
+        let present = kind & 0x90 == 0x80;
+        if present && matches!(gate.kind, INTERRUPT_GATE | TRAP_GATE) { Ok(gate) } else { Err(Unusual::Gate) }
+    }
+}
+
+/// The guest's memory through the page tables of one vCPU.
+struct Memory<'m> {
+    ram: &'m GuestRam,
+    tables: PageTables,
+}
+
+impl Memory<'_> {
+    fn at(&self, at: u64) -> Result<Gpa, Unusual> {
+        let found = self.tables.translate_in(self.ram, Gva(at));
+        // Nothing here crosses a page.
+        found.filter(|found| found.left >= 8).map(|found| found.at).ok_or(Unusual::Unmapped(Gva(at)))
+    }
+
+    fn u64(&self, at: u64) -> Result<u64, Unusual> {
+        let mut bytes = [0; 8];
+        self.ram.read(self.at(at)?, &mut bytes).map_err(|_| Unusual::Unmapped(Gva(at)))?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Writes all of the words or none.
+    fn push(&self, at: u64, words: &[u64]) -> Result<(), Unusual> {
+        let places = (0..).zip(words).map(|(i, word)| Ok((self.at(at.wrapping_add(8 * i))?, *word)));
+        for (place, word) in places.collect::<Result<Vec<_>, _>>()? {
+            self.ram.write(place, &word.to_le_bytes()).map_err(|_| Unusual::Unmapped(Gva(at)))?;
+        }
+        Ok(())
+    }
+
+    /// A segment of 64-bit code that is entered by its own privilege level (SDM volume 3,
+    /// figure 3-8).
+    fn code_segment(&self, table: kvm_dtable, selector: u16) -> Result<kvm_segment, Unusual> {
+        let offset = u64::from(selector & !7);
+        if offset == 0 || selector & 4 != 0 || u64::from(table.limit) < offset + 7 {
+            return Err(Unusual::Gate);
+        }
+        let [.., access, flags, _] = self.u64(table.base.wrapping_add(offset))?.to_le_bytes();
+        let (present_code, conforming, long) = (access & 0x98 == 0x98, access & 4 != 0, flags & 0x60 == 0x20);
+        if !present_code || conforming || !long {
+            return Err(Unusual::Gate);
+        }
+        let dpl = access >> 5 & 3;
+        Ok(code_segment(selector & !3 | u16::from(dpl), access & 0xf, dpl))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RIP: u64 = 0xffff_ffff_8100_0010;
+    const HANDLER: u64 = 0xffff_ffff_8220_1140;
+    /// Everything below is mapped to where it is, and the pages of the stacks at these.
+    const IDT: u64 = 0x4000;
+    const GDT: u64 = 0x5000;
+    const TASK: u64 = 0x6000;
+    const STACK: u64 = 0x7800;
+    const RING0: u64 = 0x8800;
+    const OWN: u64 = 0x9800;
+    const CODE: u16 = 0x10;
+    const FLAGS: u64 = 0x10246;
+
+    struct World {
+        ram: GuestRam,
+        regs: kvm_regs,
+        sregs: kvm_sregs,
+    }
+
+    impl World {
+        fn new(ring: u8) -> Self {
+            let ram = GuestRam::new(1 << 20).expect("memory");
+            let put = |at: u64, value: u64| ram.write(Gpa(at), &value.to_le_bytes()).expect("RAM");
+            // The first 2 MiB are mapped by one large page.
+            put(0x1000, 0x2003);
+            put(0x2000, 0x3003);
+            put(0x3000, 0x83);
+            put(GDT + u64::from(CODE), 0x00af_9b00_0000_ffff);
+            put(TASK + TASK_RSP0, RING0);
+            put(TASK + TASK_IST1 + 8, OWN);
+            let table = |base, limit| kvm_dtable { base, limit, padding: [0; 3] };
+            let regs = kvm_regs { rip: RIP, rsp: STACK + 8, rflags: FLAGS | TRAP_FLAG, ..Default::default() };
+            let mut sregs = kvm_sregs { cr3: 0x1000, efer: EFER_LMA, ..Default::default() };
+            (sregs.idt, sregs.gdt, sregs.tr.base) = (table(IDT, 0xfff), table(GDT, 0x7f), TASK);
+            (sregs.cs.selector, sregs.ss.selector) = if ring == 0 { (CODE, 0x18) } else { (0x33, 0x2b) };
+            (sregs.cs.dpl, sregs.ss.dpl) = (ring, ring);
+            let world = Self { ram, regs, sregs };
+            world.gate(0xee, 0);
+            world
+        }
+
+        fn gate(&self, kind: u8, stack: u8) {
+            let low = HANDLER & 0xffff
+                | u64::from(CODE) << 16
+                | u64::from(stack) << 32
+                | u64::from(kind) << 40
+                | (HANDLER >> 16 & 0xffff) << 48;
+            for (part, value) in [(0, low), (8, HANDLER >> 32)] {
+                self.ram.write(Gpa(IDT + 3 * GATE + part), &value.to_le_bytes()).expect("RAM");
+            }
+        }
+
+        fn deliver(&mut self) -> Result<bool, Unusual> {
+            breakpoint(&mut self.regs, &mut self.sregs, &self.ram)
+        }
+
+        fn frame(&self) -> [u64; 5] {
+            [0, 1, 2, 3, 4].map(|i| self.ram.load_u64(Gpa(self.regs.rsp + 8 * i)).expect("RAM"))
+        }
+    }
+
+    #[test]
+    fn in_the_kernel_the_stack_goes_on() {
+        let mut world = World::new(0);
+        assert_eq!(world.deliver(), Ok(false));
+        assert_eq!(world.regs.rsp, STACK - 40, "aligned to 16 bytes first");
+        assert_eq!(world.frame(), [RIP + 1, CODE.into(), FLAGS | TRAP_FLAG, STACK + 8, 0x18]);
+        assert_eq!(world.regs.rip, HANDLER);
+        assert_eq!(world.regs.rflags, FLAGS & !(RFLAGS_IF | RESUME_FLAG));
+        assert_eq!((world.sregs.cs.selector, world.sregs.ss.selector), (CODE, 0x18));
+    }
+
+    #[test]
+    fn from_user_space_the_ring_and_the_stack_change() {
+        let mut world = World::new(3);
+        assert_eq!(world.deliver(), Ok(true));
+        assert_eq!(world.regs.rsp, RING0 - 40);
+        assert_eq!(world.frame(), [RIP + 1, 0x33, FLAGS | TRAP_FLAG, STACK + 8, 0x2b]);
+        let (cs, ss) = (world.sregs.cs, world.sregs.ss);
+        assert_eq!((cs.selector, cs.dpl, cs.l, cs.db, cs.present, cs.type_), (CODE, 0, 1, 0, 1, 0xb));
+        assert_eq!((ss.selector, ss.dpl, ss.unusable), (0, 0, 1));
+    }
+
+    #[test]
+    fn a_gate_may_have_its_own_stack_and_leave_interrupts_on() {
+        let mut world = World::new(0);
+        world.gate(0xef, 2);
+        assert_eq!(world.deliver(), Ok(false));
+        assert_eq!(world.regs.rsp, OWN - 40);
+        assert_eq!(world.regs.rflags & RFLAGS_IF, FLAGS & RFLAGS_IF);
+    }
+
+    #[test]
+    fn what_would_raise_something_else_is_left_alone() {
+        let refused = |ring, change: fn(&mut World), why| {
+            let mut world = World::new(ring);
+            change(&mut world);
+            let before = (world.regs, world.sregs);
+            assert_eq!(world.deliver(), Err(why));
+            assert_eq!((world.regs, world.sregs), before);
+        };
+        refused(0, |w| w.sregs.efer = 0, Unusual::Mode);
+        refused(0, |w| w.gate(0x6e, 0), Unusual::Gate);
+        refused(0, |w| w.gate(0xec, 0), Unusual::Gate);
+        refused(3, |w| w.gate(0x8e, 0), Unusual::Gate);
+        refused(0, |w| w.sregs.idt.limit = 3 * 16 + 14, Unusual::Gate);
+        refused(0, |w| w.sregs.gdt.limit = 0x16, Unusual::Gate);
+        refused(0, |w| w.regs.rsp = 0x40_0000, Unusual::Unmapped(Gva(0x40_0000 - 40)));
+        refused(0, |w| w.sregs.idt.base = 0x40_0000, Unusual::Unmapped(Gva(0x40_0030)));
+        let data = |w: &mut World| w.ram.write(Gpa(GDT + 0x15), &[0x93]).expect("RAM");
+        refused(0, data, Unusual::Gate);
+    }
+}

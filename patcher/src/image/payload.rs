@@ -109,7 +109,6 @@ fn read(decoder: impl Read, size: u64) -> Result<Vec<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::insn::parse_hex;
 
     /// The text below as the usual tools compress it, with the kernel's options: `gzip -n -9`,
     /// `bzip2 -9`, `xz --format=lzma -9`, `xz --check=crc32 --x86 --lzma2=dict=32MiB`,
@@ -161,7 +160,7 @@ mod tests {
     }
 
     fn payload(method: &str, file: &str, size: u32) -> Vec<u8> {
-        let mut payload = parse_hex(file).expect("hex");
+        let mut payload = hex::decode(file.replace(' ', "")).expect("hex");
         if method != "gzip" {
             payload.extend(size.to_le_bytes());
         }

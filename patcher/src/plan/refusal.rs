@@ -4,46 +4,10 @@
 use std::fmt;
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
-use serde_path_to_error::{Path, Segment};
 
 use crate::addr::Gva;
 use crate::insn;
-
-/// A place in a plan, as a JSON pointer (RFC 6901). The empty pointer is the whole plan.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Pointer(String);
-
-impl Pointer {
-    /// Takes a pointer that is well-formed already.
-    #[must_use]
-    pub fn new(text: &str) -> Self {
-        Self(text.to_owned())
-    }
-
-    /// The patch with this index.
-    #[must_use]
-    pub fn patch(index: usize) -> Self {
-        Self(format!("/patches/{index}"))
-    }
-
-    pub(crate) fn from_path(path: &Path) -> Self {
-        let mut text = String::new();
-        for segment in path {
-            match segment {
-                Segment::Seq { index } => text += &format!("/{index}"),
-                Segment::Map { key } => text += &format!("/{}", key.replace('~', "~0").replace('/', "~1")),
-                Segment::Enum { .. } | Segment::Unknown => {}
-            }
-        }
-        Self(text)
-    }
-}
-
-impl fmt::Display for Pointer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+pub use crate::plan::pointer::Pointer;
 
 /// A reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -416,7 +380,7 @@ pub struct Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.pointer.0.is_empty() {
+        if !self.pointer.as_str().is_empty() {
             write!(f, "{}: ", self.pointer)?;
         }
         write!(f, "{} [{}]", self.refusal, self.refusal.code())
@@ -427,7 +391,7 @@ impl Serialize for Refused {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut fields = serializer.serialize_struct("Refused", 3)?;
         fields.serialize_field("code", self.refusal.code())?;
-        fields.serialize_field("pointer", &self.pointer.0)?;
+        fields.serialize_field("pointer", self.pointer.as_str())?;
         fields.serialize_field("message", &self.refusal.to_string())?;
         fields.end()
     }

@@ -13,7 +13,8 @@ use crate::insn;
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Expansion, rewrite};
+use crate::resolve::expand::expansion::{Code, Expansion};
+use crate::resolve::expand::rewrite;
 
 /// `X86_FEATURE_ALWAYS`, which has no bit of a processor's.
 const ALWAYS: u16 = 3 * 32 + 21;

@@ -18,7 +18,7 @@ use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::plan::Spinlocks;
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::alternatives::{Place, World, places, same};
-use crate::resolve::expand::{Code, Datum, Expansion, Needs};
+use crate::resolve::expand::expansion::{Code, Datum, Expansion, Needs};
 use crate::safety::interior::counts_spinlocks;
 
 /// What KVM's guest support puts in.

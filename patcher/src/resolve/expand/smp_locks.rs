@@ -5,7 +5,7 @@ use crate::insn;
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Expansion, Needs};
+use crate::resolve::expand::expansion::{Code, Expansion, Needs};
 
 const LOCK: u8 = 0xf0;
 /// A segment prefix that does nothing.

@@ -11,7 +11,7 @@ use crate::insn::{self, call_rel32, jcc_rel32, jmp_rel32};
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Datum, Expansion, verify};
+use crate::resolve::expand::expansion::{Code, Datum, Expansion, verify};
 
 /// How a plan says that nothing is called.
 pub(crate) const NOTHING: &str = "none";

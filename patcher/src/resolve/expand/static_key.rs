@@ -6,7 +6,7 @@ use crate::insn::{self, jmp_rel8, jmp_rel32};
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u32};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Datum, Expansion, verify};
+use crate::resolve::expand::expansion::{Code, Datum, Expansion, verify};
 
 /// Makes the key true or false, as `static_key_enable` and `static_key_disable` do: every
 /// jump, and the count, so that the guest can go on from there.

@@ -52,7 +52,7 @@ pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Ka
 }
 
 /// Four bytes of a piece of data, as a number.
-pub(super) fn u32_at(data: &[u8], at: usize) -> Option<u32> {
+fn u32_at(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 

@@ -1,5 +1,8 @@
 //! The image as a whole.
 
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
 use crate::addr::Gva;
 use crate::image::btf::Btf;
 use crate::image::elf::Vmlinux;
@@ -142,23 +145,28 @@ fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
     Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes)
 }
 
-/// The description of the note `NT_GNU_BUILD_ID` (gABI, "Note Section": three lengths of 32
-/// bits, then name and description, each padded to four bytes).
+/// `Elf64_Nhdr` (gABI, "Note Section"). The name and the description follow, each padded to four
+/// bytes.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct NoteHeader {
+    name_length: U32,
+    description_length: U32,
+    kind: U32,
+}
+
+/// The description of the note `NT_GNU_BUILD_ID`.
 fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
     const BUILD_ID: u32 = 3;
     let mut notes = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?.bytes;
     loop {
-        let mut word = || {
-            let (word, rest) = notes.split_first_chunk()?;
-            notes = rest;
-            Some(u32::from_le_bytes(*word))
-        };
-        let (name, text, kind) = (word()? as usize, word()? as usize, word()?);
-        let (name, rest) = notes.split_at_checked(name.next_multiple_of(4))?;
-        if kind == BUILD_ID && name == b"GNU\0" {
-            return rest.get(..text).map(<[u8]>::to_vec);
+        let (note, rest) = NoteHeader::ref_from_prefix(notes).ok()?;
+        let length = note.description_length.get() as usize;
+        let (name, rest) = rest.split_at_checked((note.name_length.get() as usize).next_multiple_of(4))?;
+        if note.kind == BUILD_ID && name == b"GNU\0" {
+            return rest.get(..length).map(<[u8]>::to_vec);
         }
-        notes = rest.get(text.next_multiple_of(4)..)?;
+        notes = rest.get(length.next_multiple_of(4)..)?;
     }
 }
 

@@ -7,9 +7,14 @@ mod encode;
 mod relocate;
 pub mod store;
 
-pub use ::hex::encode as hex;
 pub(crate) use decode::{FENTRY, MARKER, branch, marker};
 pub use decode::{INT3, Insn, MAX_LENGTH, count, decode, disassemble};
 pub use effect::{Effect, effect};
 pub use encode::{call_rel32, jcc_rel32, jmp_rel8, jmp_rel32, nops};
 pub use relocate::relocate;
+
+/// Bytes as lower-case hex, without separators.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    ::hex::encode(bytes)
+}

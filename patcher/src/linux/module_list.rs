@@ -7,10 +7,9 @@ use std::cell::Cell;
 use crate::addr::Gva;
 use crate::image::KernelImage;
 use crate::image::offsets::ModuleOffsets;
+use crate::image::records::{ExceptionRecord, JumpRecord, StaticCallRecord, SymbolRecord, records};
 use crate::image::symbols::Symbols;
-use crate::image::tables::{
-    EXCEPTION, JUMP_ENTRY, STATIC_CALL_SITE, exceptions, jump_entries, static_call_sites,
-};
+use crate::image::tables::{exceptions, jump_entries, static_call_sites};
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::linux::modules::{Module, Modules};
 use crate::linux::view::Kernel;
@@ -28,8 +27,6 @@ const BUDGET: usize = 32 << 20;
 /// `MODULE_NAME_LEN` is 56; the rest is never reached.
 const LONGEST_NAME: usize = 56;
 const LONGEST_SYMBOL: usize = 512;
-/// `Elf64_Sym`.
-const SYMBOL: usize = 24;
 /// `SHN_LORESERVE`.
 const RESERVED: u16 = 0xff00;
 
@@ -100,15 +97,15 @@ impl Reader<'_> {
             text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
             symbols: self.symbols()?,
             jump_entries: {
-                let (at, bytes) = self.table(offsets.jump_entries, JUMP_ENTRY)?;
+                let (at, bytes) = self.table(offsets.jump_entries, size_of::<JumpRecord>())?;
                 jump_entries(at, &bytes)
             },
             static_call_sites: {
-                let (at, bytes) = self.table(offsets.static_call_sites, STATIC_CALL_SITE)?;
+                let (at, bytes) = self.table(offsets.static_call_sites, size_of::<StaticCallRecord>())?;
                 static_call_sites(at, &bytes)
             },
             exceptions: {
-                let (at, bytes) = self.table(offsets.exceptions, EXCEPTION)?;
+                let (at, bytes) = self.table(offsets.exceptions, size_of::<ExceptionRecord>())?;
                 exceptions(at, &bytes)
             },
         })
@@ -125,20 +122,19 @@ impl Reader<'_> {
         let (symtab, number, strtab, typetab) = self.offsets.symbols;
         let table = Reader { at: self.pointer(self.offsets.kallsyms)?, ..*self };
         let count = table.count(number, MOST_SYMBOLS)?;
-        let entries = self.bytes(table.pointer(symtab)?, count * SYMBOL)?;
+        let start = table.pointer(symtab)?;
+        let entries = self.bytes(start, count * size_of::<SymbolRecord>())?;
         let kinds = self.bytes(table.pointer(typetab)?, count)?;
         let names = table.pointer(strtab)?;
         let mut symbols = Vec::new();
-        for (entry, kind) in entries.chunks_exact(SYMBOL).zip(kinds) {
-            let (name, rest) = entry.split_first_chunk::<4>().ok_or(bad("a symbol is cut off"))?;
-            let section = u16::from_le_bytes([rest[2], rest[3]]);
-            let value = rest[4..].first_chunk().copied().map_or(0, u64::from_le_bytes);
+        for ((_, entry), kind) in records::<SymbolRecord>(start, &entries).zip(kinds) {
+            let section = entry.section.get();
             // Undefined: those of the kernel and of other modules. Above: absolute numbers.
             if section == 0 || section >= RESERVED {
                 continue;
             }
-            let at = Gva(names.0.wrapping_add(u32::from_le_bytes(*name).into()));
-            symbols.push((value, kind, self.name(at)?));
+            let at = Gva(names.0.wrapping_add(entry.name.get().into()));
+            symbols.push((entry.value.get(), kind, self.name(at)?));
         }
         let all = symbols.iter().map(|(at, kind, name)| (*at, *kind, name.as_str()));
         Symbols::new(all).ok_or(bad("its names are too long"))

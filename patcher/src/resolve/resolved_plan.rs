@@ -16,7 +16,7 @@ pub struct ResolvedPlan {
     pub name: String,
     /// The strategy that was asked for.
     pub strategy: Strategy,
-    /// Whether the sites form one group.
+    /// Whether the sites must change as one.
     pub atomic: bool,
     /// Time the program may take, in milliseconds.
     pub deadline_ms: u64,
@@ -30,17 +30,18 @@ pub struct ResolvedPlan {
     pub sites: Vec<Site>,
     /// The kernel's own data that goes with them.
     pub data: Vec<Datum>,
-    /// Where vCPUs pass that hold no spinlock, if the sites are changed when nobody has one.
+    /// Blockers at functions that are called without a spinlock, if no vCPU may hold one while the
+    /// sites change.
     pub blockers: Vec<Blocker>,
     /// How the guest's kernel patches itself.
     pub patchers: Patchers,
-    /// What to do when the guest changes the sites afterwards.
+    /// What to do when the guest writes to a site of the applied patch.
     pub on_guest_write: Option<Policy>,
 }
 
 impl ResolvedPlan {
-    /// The plan that undoes this one. Its sites' old bytes are this plan's new ones. Where
-    /// the new code has instructions inside that the old one had not, the strategy is free.
+    /// The plan that undoes this one: old and new are exchanged. Its strategy is `auto` if the new
+    /// code of a site has reachable boundaries inside, and the plan's own otherwise.
     #[must_use]
     pub fn reversed(&self) -> Self {
         let sites = self.sites.iter().map(Site::reversed).collect();
@@ -57,19 +58,19 @@ impl ResolvedPlan {
         }
     }
 
-    /// The plan for another attempt, when the guest's patchers have kept one out.
+    /// The plan for another attempt, after one found a lock of the guest's taken.
     #[must_use]
     pub fn among_busy_patchers(&self) -> Self {
         Self { patchers: Patchers { busy: true, ..self.patchers.clone() }, ..self.clone() }
     }
 
-    /// The strategy that the undoing plan asks for.
+    /// The strategy of the plan that undoes this one.
     pub(crate) fn strategy_back(&self) -> Strategy {
         let inside = self.sites.iter().any(|site| !site.new_inside.is_empty());
         if inside { Strategy::Auto } else { self.strategy }
     }
 
-    /// Whether it says where the vCPUs may not stand.
+    /// Whether it sets conditions on the position of the vCPUs.
     #[must_use]
     pub fn is_conditional(&self) -> bool {
         self.preemptible || self.unlocked || !self.outside.is_empty()

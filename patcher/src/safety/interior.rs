@@ -57,10 +57,10 @@ impl<'a> Sleepers<'a> {
         let comes_back = |boundary: Gva| {
             let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
             if calls_sleep && before.is_some_and(|insn| insn.returns) {
-                return Some("what is called before it returns there");
+                return Some("the call before it returns there");
             }
             if self.kernel.may_fault(boundary) {
-                return Some("the kernel's exception table has its instruction");
+                return Some("its instruction is in the kernel's exception table");
             }
             self.preempts().then_some("the kernel preempts tasks in kernel mode")
         };

@@ -8,9 +8,9 @@ use crate::addr::Gva;
 pub const INT3: u8 = 0xcc;
 /// `endbr64`: indirect branches may lead here (SDM volume 2).
 const ENDBR64: [u8; MARKER] = [0xf3, 0x0f, 0x1e, 0xfa];
-/// Its length, in bytes.
+/// Length of `endbr64`, in bytes.
 pub(crate) const MARKER: usize = 4;
-/// The call of the tracer, or the no-operation in its place, in bytes.
+/// Length of the fentry call, or of the NOP in its place, in bytes.
 pub(crate) const FENTRY: usize = 5;
 /// Longest instruction, in bytes (SDM volume 2, 2.3.11).
 pub const MAX_LENGTH: usize = 15;
@@ -22,16 +22,26 @@ pub struct Insn {
     pub at: Gva,
     /// Its length in bytes, 1 to 15.
     pub len: usize,
-    /// Where it may go besides the next instruction, if that is in the code itself.
+    /// Its branch target, if it is a direct branch or call.
     pub branch: Option<Gva>,
-    /// Whether control may come back to the next instruction after it was elsewhere: calls,
-    /// interrupts, exceptions.
+    /// Whether control may return to the next instruction from elsewhere: a call, interrupt or
+    /// exception.
     pub returns: bool,
-    /// Whether control never goes on to the next instruction by itself.
+    /// Whether control never falls through to the next instruction.
     pub ends: bool,
 }
 
-/// Decodes `code`, which lies at `at`, until its end or the first byte that is no instruction.
+/// Decodes `code`, which lies at `at`, up to its end or the first byte that is not an instruction.
+///
+/// ```
+/// use patcher::addr::Gva;
+/// use patcher::insn::decode;
+///
+/// // nop; jmp 0x1000; ret
+/// let insns: Vec<_> = decode(&[0x90, 0xeb, 0xfd, 0xc3], Gva(0x1000)).collect();
+/// assert_eq!(insns.iter().map(|insn| insn.len).collect::<Vec<_>>(), [1, 2, 1]);
+/// assert_eq!((insns[1].at, insns[1].branch, insns[1].ends), (Gva(0x1001), Some(Gva(0x1000)), true));
+/// ```
 pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
     let mut decoder = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE);
     let mut insn = Instruction::default();
@@ -53,13 +63,12 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
     })
 }
 
-/// How many bytes the marker for indirect branches takes at a function's entry: it must stay.
+/// Length of the `endbr64` at a function's entry, which must stay; 0 without one.
 pub(crate) fn marker(entry: &[u8]) -> usize {
     if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 }
 }
 
-/// Where a direct branch or call goes. (What calls a kernel or a hypervisor is a call, too, to
-/// the decoder.)
+/// The target of a direct branch or call. (To the decoder, `syscall` and `vmcall` are calls, too.)
 pub(crate) fn branch(insn: &Instruction) -> Option<Gva> {
     let near = insn.op_count() > 0 && insn.op0_kind() == OpKind::NearBranch64;
     let goes = matches!(
@@ -80,7 +89,7 @@ pub(crate) fn returns(insn: &Instruction) -> bool {
     )
 }
 
-/// How many instructions `code` holds, or `None` if it ends inside one or does not decode.
+/// How many instructions `code` holds; `None` if it does not decode or ends inside one.
 #[must_use]
 pub fn count(code: &[u8], at: Gva) -> Option<usize> {
     let (mut bytes, mut count) = (0, 0);
@@ -91,7 +100,7 @@ pub fn count(code: &[u8], at: Gva) -> Option<usize> {
     (bytes == code.len()).then_some(count)
 }
 
-/// Disassembles `code` for a person, one instruction a line, Intel syntax.
+/// Disassembles `code` in Intel syntax, one instruction a line.
 #[must_use]
 pub fn disassemble(code: &[u8], at: Gva) -> Vec<String> {
     let mut formatter = IntelFormatter::new();

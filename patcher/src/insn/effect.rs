@@ -1,25 +1,25 @@
-//! What an instruction does that only moves the instruction pointer.
+//! The effect of instructions that only change the instruction pointer.
 
 use iced_x86::{Code, Decoder, DecoderOptions, Mnemonic};
 
 use crate::addr::Gva;
 
-/// What an instruction does, if it does nothing but move the instruction pointer, and for a
-/// call push the address of the next instruction.
+/// What an instruction does that changes nothing but the instruction pointer, and for a call pushes
+/// the return address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Effect {
-    /// A no-operation or a direct jump.
+    /// A NOP or a direct jump.
     GoTo(Gva),
     /// A direct call.
     Call {
-        /// What is pushed, eight bytes.
+        /// The return address, eight bytes.
         returns: Gva,
-        /// Where it goes.
+        /// The target.
         to: Gva,
     },
 }
 
-/// What the one instruction in `code` does, if it is of those that [`Effect`] can tell.
+/// The effect of the one instruction in `code`, if it is a NOP, a direct jump or a direct call.
 #[must_use]
 pub fn effect(code: &[u8], at: Gva) -> Option<Effect> {
     let insn = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode();
@@ -29,7 +29,7 @@ pub fn effect(code: &[u8], at: Gva) -> Option<Effect> {
     let next = Gva(insn.next_ip());
     match insn.code() {
         _ if insn.mnemonic() == Mnemonic::Nop => Some(Effect::GoTo(next)),
-        // An operand-size prefix on a branch means one thing to Intel, another to AMD.
+        // Intel and AMD processors differ on branches with an operand-size prefix.
         _ if has_operand_size_prefix(code) => None,
         Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Some(Effect::GoTo(Gva(insn.near_branch_target()))),
         Code::Call_rel32_64 => Some(Effect::Call { returns: next, to: Gva(insn.near_branch_target()) }),

@@ -2,7 +2,7 @@
 
 use crate::addr::Gva;
 
-/// No-operation instructions of exactly `len` bytes, as few as there can be
+/// The fewest NOPs of exactly `len` bytes together
 /// (SDM volume 2, NOP, "Recommended Multi-Byte Sequence of NOP Instruction").
 #[must_use]
 pub fn nops(len: usize) -> Vec<u8> {
@@ -24,7 +24,7 @@ pub fn nops(len: usize) -> Vec<u8> {
     code
 }
 
-/// `jmp rel32` from `at` to `to`, five bytes, or `None` if `to` is out of its reach.
+/// `jmp rel32` from `at` to `to`, five bytes; `None` if `to` is out of reach.
 #[must_use]
 pub fn jmp_rel32(at: Gva, to: Gva) -> Option<[u8; 5]> {
     let next = at.plus(5)?;
@@ -43,7 +43,7 @@ pub fn call_rel32(at: Gva, to: Gva) -> Option<[u8; 5]> {
 /// A conditional jump whose opcode is `0f` and `condition`, six bytes, as [`jmp_rel32`].
 #[must_use]
 pub fn jcc_rel32(condition: u8, at: Gva, to: Gva) -> Option<[u8; 6]> {
-    // The opcode has one byte more, so the displacement counts from one byte on.
+    // The opcode is one byte longer than that of `jmp`.
     let [_, a, b, c, d] = jmp_rel32(at.plus(1)?, to)?;
     Some([0x0f, condition, a, b, c, d])
 }

@@ -7,13 +7,26 @@ use crate::insn::decode::{MAX_LENGTH, branch, returns};
 use crate::insn::effect::has_operand_size_prefix;
 use crate::insn::encode::jmp_rel32;
 
-/// The one instruction in `code`, which is at `from`, so changed that it does the same at
-/// `to`, and a jump from there to the instruction behind the original. `None` if it can't be
-/// executed elsewhere: what is called or raised there would see the other address.
+/// Relocates the one instruction in `code` from `from` to `to`, and appends a jump to the instruction
+/// behind the original. `None` if it can't be executed elsewhere: a call or an exception would expose
+/// the other address.
 ///
-/// Nothing is changed but displacements; only branches, which may need a longer form, are
-/// encoded anew. (Encoding drops prefixes without a meaning, and in code that processors may
-/// give a meaning to, none is without.)
+/// Only displacements change. Branches are encoded anew, because they may need a longer form; other
+/// instructions are not, because the encoder drops redundant prefixes, which some processors give a
+/// meaning.
+///
+/// ```
+/// use patcher::addr::Gva;
+/// use patcher::insn::{decode, relocate};
+///
+/// let (from, to) = (Gva(0x1000), Gva(0x9000));
+/// // mov rax, [rip+0x100]
+/// let copy = relocate(&[0x48, 0x8b, 0x05, 0x00, 0x01, 0, 0], from, to).expect("it can be moved");
+/// let jump = decode(&copy, to).last().expect("the jump back");
+/// assert_eq!(jump.branch, Some(Gva(0x1007)));
+/// // A call would push another return address.
+/// assert_eq!(relocate(&[0xe8, 0, 0, 0, 0], from, to), None);
+/// ```
 #[must_use]
 pub fn relocate(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
     let mut decoder = Decoder::with_ip(64, code, from.0, DecoderOptions::NONE);
@@ -36,11 +49,11 @@ pub fn relocate(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
 }
 
 fn relocate_branch(insn: &Instruction, code: &[u8], target: Gva, to: Gva) -> Option<Vec<u8>> {
-    // To itself it would go round in the copy for ever.
+    // A branch to itself would loop in the copy for ever.
     if target.0 == insn.ip() || has_operand_size_prefix(code) {
         return None;
     }
-    // Out of reach the encoder would jump by a pointer, which is no code.
+    // For a target out of reach the encoder would add a pointer, which is data.
     jmp_rel32(to, target)?;
     jmp_rel32(to.plus(MAX_LENGTH)?, target)?;
     let block = InstructionBlock::new(std::slice::from_ref(insn), to.0);

@@ -1,6 +1,6 @@
-//! Loaded modules, read from the running guest (Linux kernel/module/main.c: a list from
-//! `modules`). Guest memory is not trusted: every count is bounded, and a list that does not
-//! come back to its head ends in an error.
+//! Loaded modules, read from the running guest (Linux kernel/module/main.c: the list `modules`). Guest
+//! memory is not trusted: every count is bounded, and a list that does not return to its head is an
+//! error.
 
 use std::cell::Cell;
 
@@ -20,17 +20,17 @@ const LIVE: u32 = 0;
 const MOST_MODULES: usize = 4096;
 const MOST_SYMBOLS: usize = 1 << 20;
 const MOST_ENTRIES: usize = 1 << 20;
-/// Longest table of names, and longest text, in bytes.
+/// Longest text, in bytes.
 const MOST_BYTES: usize = 64 << 20;
-/// Most that is read of all modules, in bytes; real ones have some 100 KiB of symbols each.
+/// Most that is read for all modules together, in bytes; a real one has some 100 KiB of symbols.
 const BUDGET: usize = 32 << 20;
-/// `MODULE_NAME_LEN` is 56; the rest is never reached.
+/// `MODULE_NAME_LEN`.
 const LONGEST_NAME: usize = 56;
 const LONGEST_SYMBOL: usize = 512;
 /// `SHN_LORESERVE`.
 const RESERVED: u16 = 0xff00;
 
-/// Reads all modules of a guest whose image runs moved by `slide`.
+/// Reads all modules of a guest whose kernel runs `slide` above its link-time address.
 #[must_use]
 pub fn read_modules(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Modules {
     Modules::new(read_all(image, slide, text))
@@ -43,7 +43,7 @@ fn read_all(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Result<V
     let mut modules = Vec::new();
     let budget = Cell::new(BUDGET);
     let mut next = Gva(read_u64(text, head)?);
-    // Those that are coming or going are counted, too.
+    // Modules that are being loaded or unloaded count, too.
     for _ in 0..MOST_MODULES {
         if next == head {
             return Ok(modules);
@@ -62,7 +62,7 @@ struct Reader<'a> {
     text: &'a dyn GuestMemory,
     at: Gva,
     offsets: &'a ModuleOffsets,
-    /// How much may still be read.
+    /// How many bytes may still be read.
     budget: &'a Cell<usize>,
 }
 
@@ -129,7 +129,7 @@ impl Reader<'_> {
         let mut symbols = Vec::new();
         for ((_, entry), kind) in records::<SymbolRecord>(start, &entries).zip(kinds) {
             let section = entry.section.get();
-            // Undefined: those of the kernel and of other modules. Above: absolute numbers.
+            // 0 is undefined: symbols of the kernel or of other modules. Above are absolute values.
             if section == 0 || section >= RESERVED {
                 continue;
             }
@@ -141,7 +141,7 @@ impl Reader<'_> {
     }
 
     fn name(&self, at: Gva) -> Result<String, Refusal> {
-        // In short pieces: what lies behind the last name may not be mapped.
+        // In short pieces, because the memory behind the last name may not be mapped.
         const PIECE: usize = 32;
         let mut name = Vec::new();
         while name.len() < LONGEST_SYMBOL {

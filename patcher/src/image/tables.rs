@@ -1,7 +1,6 @@
-//! The kernel's tables of its own patch sites, from the image. Addresses are those it was
-//! linked at.
+//! The kernel's tables of its own patch sites, from the image. Addresses are link-time addresses.
 //!
-//! Each lies between two symbols of the linker script (Linux arch/x86/kernel/vmlinux.lds.S,
+//! Each table lies between two symbols of the linker script (Linux arch/x86/kernel/vmlinux.lds.S,
 //! include/asm-generic/vmlinux.lds.h), which kallsyms has with `CONFIG_KALLSYMS_ALL`;
 //! without that, most are sections of their own.
 
@@ -21,13 +20,13 @@ use crate::image::symbols::Symbols;
 /// A jump that a static key switches (include/linux/jump_label.h, `struct jump_entry`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JumpEntry {
-    /// The no-operation or jump, of 2 or 5 bytes.
+    /// The NOP or jump, of 2 or 5 bytes.
     pub code: Gva,
-    /// Where the jump goes.
+    /// The jump's target.
     pub target: Gva,
     /// The `struct static_key`.
     pub key: Gva,
-    /// Whether it is a no-operation while the key is true, not a jump.
+    /// Whether it is a NOP while the key is true, and a jump otherwise.
     pub branch: bool,
 }
 
@@ -36,23 +35,22 @@ pub struct JumpEntry {
 pub struct StaticCallSite {
     /// The call or jump, 5 bytes.
     pub code: Gva,
-    /// The `struct static_call_key`. Of a call whose key is not exported, in a module, the
-    /// trampoline.
+    /// The `struct static_call_key`; in a module, the trampoline of a call whose key is not exported.
     pub key: Gva,
     /// Whether it is a tail call.
     pub tail: bool,
 }
 
-/// Code that is chosen by a feature of the processor (arch/x86/include/asm/alternative.h).
+/// Code that is chosen by a CPU feature (arch/x86/include/asm/alternative.h).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alternative {
     /// Where.
     pub at: Gva,
     /// The feature: 32 times the word, plus the bit.
     pub feature: u16,
-    /// Whether it is chosen when the feature is *not* there.
+    /// Whether it is chosen if the CPU lacks the feature.
     pub inverted: bool,
-    /// Whether it stands for a direct call of what the original calls through a pointer.
+    /// Whether the replacement is a direct call of the target of the original's indirect call.
     pub direct_call: bool,
     /// The code to replace, as it was linked.
     pub original: Vec<u8>,
@@ -73,7 +71,7 @@ pub struct ParavirtSite {
     pub len: u8,
 }
 
-/// All of them. `None` where this kernel has none.
+/// All tables. `None` if this kernel does not have one.
 #[derive(Debug, Default)]
 pub struct Tables {
     /// `__jump_table`.
@@ -86,15 +84,15 @@ pub struct Tables {
     pub smp_locks: Option<Vec<Gva>>,
     /// `.parainstructions`.
     pub paravirt_sites: Option<Vec<ParavirtSite>>,
-    /// `__mcount_loc`: where functions call the tracer, or could, sorted.
+    /// `__mcount_loc`: the fentry calls, sorted.
     pub mcount_locations: Option<Vec<Gva>>,
     /// `.orc_unwind_ip`: how many entries it has.
     pub orc_entries: Option<usize>,
-    /// `__ex_table`: the instructions that may fault, sorted.
+    /// `__ex_table`: the instructions whose faults are handled, sorted.
     pub exceptions: Option<Vec<Gva>>,
-    /// Names of the processor's features, by number (`x86_cap_flags`).
+    /// Names of CPU features, by number (`x86_cap_flags`).
     pub features: Vec<(u16, String)>,
-    /// Where static keys' jumps and static calls are, sorted.
+    /// The instructions that static keys and static calls switch, sorted.
     switched: Vec<Gva>,
     /// The first word of every static key and static call's key, where it is not zero.
     initial: BTreeMap<Gva, u64>,
@@ -142,19 +140,19 @@ impl Tables {
         tables
     }
 
-    /// Whether a function calls the tracer there, or could.
+    /// Whether a fentry call, or the NOP in its place, is at an address.
     #[must_use]
     pub fn is_fentry(&self, at: Gva) -> bool {
         self.mcount_locations.as_ref().is_some_and(|locations| locations.binary_search(&at).is_ok())
     }
 
-    /// Whether a static key's jump or a static call is there.
+    /// Whether an instruction of a static key or a static call is at an address.
     #[must_use]
     pub fn is_switched(&self, at: Gva) -> bool {
         self.switched.binary_search(&at).is_ok()
     }
 
-    /// What a static key or a static call's key begins with in the image.
+    /// The first word of a static key or a static call's key in the image.
     pub(super) fn initial_value(&self, key: Gva) -> u64 {
         self.initial.get(&key).copied().unwrap_or(0)
     }
@@ -169,7 +167,7 @@ impl Tables {
         self.features.iter().find(|(_, found)| found == name).map(|(number, _)| *number)
     }
 
-    /// What [`Tables::feature`] takes for a feature.
+    /// The name of a feature that [`Tables::feature`] accepts.
     #[must_use]
     pub fn feature_name(&self, number: u16) -> String {
         let named = self.features.iter().find(|(found, _)| *found == number);
@@ -235,7 +233,7 @@ fn pointers(table: Piece<'_>) -> impl Iterator<Item = Gva> {
     records(table.at, table.bytes).map(|(_, pointer): (Gva, &U64)| Gva(pointer.get()))
 }
 
-/// More words than a kernel has for its processor's features.
+/// More words of feature bits than a kernel has.
 const MAX_WORDS: u16 = 64;
 
 /// Reads the table by the first layout that divides it and by which every entry makes sense.

@@ -70,7 +70,7 @@ pub struct Host {
 /// let amd = compile(&plan, Host { stores_are_whole: true }, &mut arena).expect("it fits");
 /// assert_eq!((amd.strategy, amd.fences()), (Strategy::Store, 1));
 /// let intel = compile(&plan, Host { stores_are_whole: false }, &mut arena).expect("it fits");
-/// assert_eq!((intel.strategy, intel.fences()), (Strategy::Breakpoint, 4));
+/// assert_eq!((intel.strategy, intel.fences()), (Strategy::Breakpoint, 3));
 /// ```
 ///
 /// # Errors

@@ -65,6 +65,37 @@ impl Hash for Session<'_> {
 
 impl<'p> Session<'p> {
     /// Starts at the program's first step.
+    ///
+    /// ```
+    /// # use patcher::{addr::Gva, plan::{Strategy, refusal::Pointer}, resolve::ResolvedPlan, site::Site};
+    /// # use patcher::{program::compile::{Host, compile}, safety::slots::Arena};
+    /// use patcher::program::session::{End, Session};
+    /// use patcher::program::step::{Step, StepError};
+    ///
+    /// # let site = Site { pointer: Pointer::patch(0), at: Gva(0x1000), symbol: "f".into(),
+    /// #     old: vec![0x90], new: vec![0xc3], old_inside: vec![], new_inside: vec![], may_fault: false };
+    /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Hold, atomic: false,
+    /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![], sites: vec![site],
+    /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
+    /// # let host = Host { stores_are_whole: false };
+    /// # let program = compile(&plan, host, &mut Arena::new(Gva(0x8000), 4096)).expect("it fits");
+    /// // `program` changes one site under a hold. The write fails.
+    /// let mut session = Session::new(&program);
+    /// let mut done = Vec::new();
+    /// let end = loop {
+    ///     let step = match session.next() {
+    ///         Ok(step) => step.clone(),
+    ///         Err(end) => break end.clone(),
+    ///     };
+    ///     let fails = matches!(&step, Step::Write { bytes, .. } if bytes[..] == [0xc3]);
+    ///     session.outcome(if fails { Err(StepError::Deadline) } else { Ok(()) });
+    ///     done.push(step);
+    /// };
+    /// assert!(matches!(end, End::RolledBack { .. }));
+    /// // Undoing wrote the old code again, then released the vCPUs.
+    /// assert!(done.iter().any(|step| matches!(step, Step::Write { bytes, .. } if bytes[..] == [0x90])));
+    /// assert_eq!(done.last(), Some(&Step::Release));
+    /// ```
     #[must_use]
     pub fn new(program: &'p Program) -> Self {
         let phase = if program.steps.is_empty() { Phase::Ended(End::Applied) } else { Phase::Forward(0) };

@@ -38,6 +38,45 @@ pub struct RunningGuest<'a> {
 /// Resolves `plan` against the guest. `taken` holds the sites of applied patches, each with the name
 /// of its patch.
 ///
+/// ```
+/// use patcher::addr::Gva;
+/// use patcher::image::{KernelImage, Symbols};
+/// use patcher::linux::{GuestMemory, Kernel, Modules};
+/// use patcher::plan::Plan;
+/// use patcher::resolve::{RunningGuest, resolve};
+///
+/// /// A function of two instructions: mov eax, 1; ret.
+/// struct Text;
+/// const F: Gva = Gva(0xffff_ffff_8100_0000);
+///
+/// impl GuestMemory for Text {
+///     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+///         let code = [0xb8, 1, 0, 0, 0, 0xc3];
+///         let from = at.offset_from(F).ok_or(at)?;
+///         into.copy_from_slice(code.get(from..from + into.len()).ok_or(at)?);
+///         Ok(())
+///     }
+/// }
+///
+/// let symbols = Symbols::new([(F.0, b'T', "f"), (F.0 + 6, b'T', "g")].into_iter()).expect("few");
+/// let image = KernelImage::from_parts("6.1".into(), symbols, F);
+/// let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+/// let guest = RunningGuest { kernel, text: &Text, vcpus: 1 };
+///
+/// let plan = |at: &str, expect: &str| {
+///     let json = format!(
+///         r#"{{ "version": 1, "name": "demo",
+///              "patches": [{{ "at": "{at}", "expect": "{expect}", "replace": "b802000000" }}] }}"#
+///     );
+///     Plan::parse(json.as_bytes()).expect("well-formed")
+/// };
+/// let resolved = resolve(&plan("f", "b801000000"), guest, []).expect("it fits");
+/// assert_eq!((resolved.sites[0].at, resolved.sites[0].new[1]), (F, 2));
+///
+/// let refused = resolve(&plan("f+0x1", "01000000c3"), guest, []).unwrap_err();
+/// assert_eq!(refused[0].refusal.code(), "inside_instruction");
+/// ```
+///
 /// # Errors
 /// Every reason that was found, not just the first.
 pub fn resolve<'t>(

@@ -60,7 +60,7 @@ impl<'a> Sleepers<'a> {
                 return Some("the call before it returns there");
             }
             if self.kernel.may_fault(boundary) {
-                return Some("its instruction is in the kernel's exception table");
+                return Some("its instruction may be in the kernel's exception table");
             }
             self.preempts().then_some("the kernel preempts tasks in kernel mode")
         };

@@ -1,4 +1,4 @@
-//! Addresses that can't be confused with each other.
+//! Addresses and vCPU numbers, as types that can't be confused.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Sites: places in the kernel's text, with the bytes before and after.
+//! Sites: ranges of the kernel's text, with the bytes before and after.
 
 use serde::Serialize;
 
@@ -6,24 +6,24 @@ use crate::addr::Gva;
 use crate::insn;
 use crate::plan::refusal::{Pointer, Refusal, Refused};
 
-/// A site: where, and what before and after. `old` and `new` have the same length.
+/// A range of text to change. `old` and `new` have the same length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Site {
-    /// Which patch of the plan asks for it.
+    /// The patch of the plan that it belongs to.
     pub pointer: Pointer,
     /// Its first byte.
     pub at: Gva,
-    /// The same as `function+0xoffset`.
+    /// The same address as `function+0xoffset`.
     pub symbol: String,
     /// What is there now.
     pub old: Vec<u8>,
     /// What will be there.
     pub new: Vec<u8>,
-    /// Where a vCPU may stand inside the old code.
+    /// Reachable instruction boundaries inside the old code.
     pub old_inside: Vec<Gva>,
-    /// Where a vCPU may stand inside the new code.
+    /// Reachable instruction boundaries inside the new code.
     pub new_inside: Vec<Gva>,
-    /// Whether the kernel handles a fault of the instruction at `at`, by its address.
+    /// Whether the instruction at `at` is in the kernel's exception table.
     pub may_fault: bool,
 }
 
@@ -56,7 +56,7 @@ impl Site {
         Gva(self.at.0.saturating_add(self.old.len() as u64))
     }
 
-    /// Whether they share a byte.
+    /// Whether the sites share a byte.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
         self.at < other.end() && other.at < self.end()
@@ -77,8 +77,8 @@ impl Serialize for Site {
     }
 }
 
-/// Sites that share a byte with another, of this plan or of one applied before. A site may lie
-/// inside one of an applied patch if the plan says so.
+/// Refuses sites that share a byte with another site, of this plan or of an applied patch. A site may
+/// lie inside a site of a patch that `over` names.
 pub(crate) fn overlaps<'t>(
     over: &[String],
     sites: &'t [Site],
@@ -95,7 +95,7 @@ pub(crate) fn overlaps<'t>(
     for site in sites {
         let from = by_address.partition_point(|(_, other)| other.at.0.saturating_add(longest) <= site.at.0);
         let near = by_address[from..].iter().take_while(|(_, other)| other.at < site.end());
-        // Of two of this plan, the later one is told.
+        // Of two sites of this plan, the later one is refused.
         let earlier = |other: &Site| (other.at, &other.pointer) < (site.at, &site.pointer);
         let clash = near.copied().find(|(whose, other)| {
             let counts = if *whose == OWN { earlier(other) } else { !may_lie(site, whose, other) };
@@ -109,5 +109,5 @@ pub(crate) fn overlaps<'t>(
     refused
 }
 
-/// How a refusal calls the plan that is being resolved.
+/// The name of the plan being resolved in a refusal.
 pub(crate) const OWN: &str = "this plan";

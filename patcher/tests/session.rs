@@ -1,4 +1,4 @@
-//! Sessions against plain memory: every step failing in turn, and what is left behind.
+//! Sessions on plain memory: each step fails in turn, and memory is compared afterwards.
 
 use patcher::addr::Gva;
 use patcher::insn::INT3;
@@ -51,7 +51,7 @@ impl Target for Memory {
         if chosen == Some(index) && !step.is_closing() {
             self.failed = true;
             if let Step::Write { at, bytes } = step {
-                // Half of it was done already.
+                // A failed write may be half done.
                 let half = bytes.len() / 2;
                 self.slice(*at, half).copy_from_slice(&bytes[..half]);
             }
@@ -77,7 +77,7 @@ impl Target for Memory {
             }
             _ => {}
         }
-        // A closing step is done, whatever is said of it.
+        // A closing step is done, whatever its outcome.
         if chosen == Some(index) { injected } else { Ok(()) }
     }
 
@@ -123,7 +123,7 @@ const LOCK: Gva = Gva(0x30);
 
 const STRATEGIES: [Strategy; 5] =
     [Strategy::Store, Strategy::Breakpoint, Strategy::Bypass, Strategy::Hold, Strategy::Inspect];
-/// Where copies go, and how many bytes there are.
+/// Address and size of the arena.
 const ARENA: (Gva, usize) = (Gva(0x40), 0x40);
 
 fn compiled(plan: &ResolvedPlan) -> Program {

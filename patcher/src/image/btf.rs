@@ -1,9 +1,10 @@
 //! BTF: the kernel's own description of its types, read for offsets of structure members
 //! (Linux Documentation/bpf/btf.rst). Types are looked up by name when asked for.
 
-use crate::image::kallsyms::u32_at;
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-/// A piece of BTF that is well-formed as far as types can be passed over.
+/// BTF whose types could be walked to the end.
 #[derive(Debug, Clone)]
 pub(super) struct Btf<'a> {
     types: Vec<Type<'a>>,
@@ -16,31 +17,71 @@ struct Type<'a> {
     kind: u8,
     /// Whether members have a bit-field size in the upper byte of their offset.
     bit_fields: bool,
-    members: &'a [u8],
+    members: &'a [Member],
+}
+
+/// `struct btf_header`.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: U16,
+    _version: u8,
+    _flags: u8,
+    length: U32,
+    types: Part,
+    strings: Part,
+}
+
+/// A part of the data behind the header.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Part {
+    offset: U32,
+    length: U32,
+}
+
+/// `struct btf_type`.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct TypeHeader {
+    name: U32,
+    /// Bits 0 to 15: how many members. Bits 24 to 28: the kind. Bit 31: the flag.
+    info: U32,
+    _size_or_type: U32,
+}
+
+/// `struct btf_member`.
+#[derive(Debug, FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Member {
+    name: U32,
+    ty: U32,
+    /// In bits.
+    offset: U32,
 }
 
 const MAGIC: u16 = 0xeb9f;
 const STRUCT: u8 = 4;
 const UNION: u8 = 5;
-/// `struct btf_member`: name, type, offset in bits.
-const MEMBER: usize = 12;
-/// Anonymous members nest at most so deep.
+/// How deep anonymous members are followed.
 const DEEPEST: usize = 8;
 
 impl<'a> Btf<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
-        if u16::from_le_bytes(bytes.get(..2)?.try_into().ok()?) != MAGIC {
+        let (header, _) = Header::ref_from_prefix(bytes).ok()?;
+        if header.magic != MAGIC {
             return None;
         }
-        let part = |offset: u32, length: u32| {
-            let start = usize::try_from(u32_at(bytes, 4)?.checked_add(offset)?).ok()?;
-            bytes.get(start..start.checked_add(usize::try_from(length).ok()?)?)
+        let part = |part: &Part| {
+            let start = usize::try_from(header.length.get().checked_add(part.offset.get())?).ok()?;
+            bytes.get(start..start.checked_add(usize::try_from(part.length.get()).ok()?)?)
         };
-        let mut rest = part(u32_at(bytes, 8)?, u32_at(bytes, 12)?)?;
-        let strings = part(u32_at(bytes, 16)?, u32_at(bytes, 20)?)?;
+        let mut rest = part(&header.types)?;
+        let strings = part(&header.strings)?;
         let mut types = Vec::new();
         while !rest.is_empty() {
-            let (name, info) = (u32_at(rest, 0)?, u32_at(rest, 4)?);
+            let (ty, behind) = TypeHeader::ref_from_prefix(rest).ok()?;
+            let info = ty.info.get();
             let (count, kind) = (info as usize & 0xffff, (info >> 24 & 0x1f).to_le_bytes()[0]);
             let length = match kind {
                 // Pointer, forward, typedef, volatile, const, restrict, function, float, type tag.
@@ -48,13 +89,15 @@ impl<'a> Btf<'a> {
                 // Integer, variable, declaration tag.
                 1 | 14 | 17 => 4,
                 3 => 12,
-                STRUCT | UNION | 15 | 19 => MEMBER * count,
+                STRUCT | UNION | 15 | 19 => size_of::<Member>() * count,
                 // Enumeration, function prototype.
                 6 | 13 => 8 * count,
                 _ => return None,
             };
-            let (members, behind) = rest.get(12..)?.split_at_checked(length)?;
-            types.push(Type { name, kind, bit_fields: info >> 31 != 0, members });
+            let (members, behind) = behind.split_at_checked(length)?;
+            let members = if matches!(kind, STRUCT | UNION) { members } else { &[] };
+            let members = <[Member]>::ref_from_bytes(members).ok()?;
+            types.push(Type { name: ty.name.get(), kind, bit_fields: info >> 31 != 0, members });
             rest = behind;
         }
         Some(Self { types, strings })
@@ -77,19 +120,19 @@ impl<'a> Btf<'a> {
     }
 
     fn find(&self, ty: &Type<'a>, wanted: &[u8], depth: usize) -> Option<u32> {
-        if !matches!(ty.kind, STRUCT | UNION) || depth == 0 {
+        if depth == 0 {
             return None;
         }
-        ty.members.chunks_exact(MEMBER).find_map(|member| {
-            let word = |at| u32_at(member, at);
-            let (name, ty_id, offset) = (self.text(word(0)?)?, word(4)?, word(8)?);
+        ty.members.iter().find_map(|member| {
+            let (name, offset) = (self.text(member.name.get())?, member.offset.get());
             let offset = if ty.bit_fields { offset & 0xff_ffff } else { offset };
             if name == wanted {
                 return Some(offset);
             }
             // Type 0 is void and is not in the list.
-            let inner = name.is_empty().then(|| self.types.get(usize::try_from(ty_id).ok()?.checked_sub(1)?));
-            self.find(inner??, wanted, depth - 1)?.checked_add(offset)
+            let inner = usize::try_from(member.ty.get()).ok()?.checked_sub(1)?;
+            let inner = self.types.get(inner).filter(|_| name.is_empty())?;
+            self.find(inner, wanted, depth - 1)?.checked_add(offset)
         })
     }
 }

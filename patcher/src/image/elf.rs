@@ -1,7 +1,7 @@
-//! An uncompressed kernel: an ELF file, looked at by address and by section.
+//! An uncompressed kernel: an ELF file, read by address and by section.
 //!
-//! The vmlinux inside a bzImage is stripped of symbols and debug information, but its section
-//! headers are there (Linux arch/x86/boot/compressed/Makefile, `OBJCOPYFLAGS_vmlinux.bin`).
+//! The vmlinux inside a bzImage is stripped of symbols and debug information, but has its section
+//! headers (Linux arch/x86/boot/compressed/Makefile, `OBJCOPYFLAGS_vmlinux.bin`).
 
 use object::elf::{EM_X86_64, FileHeader64, PF_X, PT_LOAD, SHT_NOBITS};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
@@ -11,14 +11,14 @@ use crate::addr::Gva;
 use crate::image::error::Error;
 use crate::image::symbols::Symbols;
 
-/// The file, taken apart. Nothing is copied.
+/// The segments and sections of the file. Nothing is copied.
 #[derive(Debug)]
 pub(super) struct Vmlinux<'a> {
     segments: Vec<Piece<'a>>,
     sections: Vec<(&'a [u8], Piece<'a>)>,
 }
 
-/// Bytes and where they are linked.
+/// Bytes and their link-time address.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Piece<'a> {
     pub(super) at: Gva,
@@ -62,12 +62,12 @@ impl<'a> Vmlinux<'a> {
         Ok(Self { segments, sections })
     }
 
-    /// Its pieces that are loaded.
+    /// Its segments that are loaded.
     pub(super) fn segments(&self) -> impl Iterator<Item = Piece<'a>> {
         self.segments.iter().copied()
     }
 
-    /// Where the first piece that can be executed is linked.
+    /// The link-time address of the first executable segment.
     pub(super) fn text_base(&self) -> Option<Gva> {
         self.segments.iter().find(|segment| segment.executable).map(|segment| segment.at)
     }
@@ -77,7 +77,7 @@ impl<'a> Vmlinux<'a> {
         self.sections.iter().find(|(found, _)| *found == name.as_bytes()).map(|(_, piece)| *piece)
     }
 
-    /// What lies between two symbols, or else a section; `None` if that is nothing.
+    /// The bytes between two symbols, or else of a section; `None` if there are none.
     pub(super) fn table(
         &self,
         symbols: &Symbols,
@@ -98,64 +98,15 @@ impl<'a> Vmlinux<'a> {
         Some(Piece::new(start, bytes))
     }
 
-    /// So many bytes at an address.
+    /// `size` bytes at an address.
     pub(super) fn bytes(&self, at: Gva, size: usize) -> Option<&'a [u8]> {
         self.between(at, at.plus(size)?).map(|piece| piece.bytes)
     }
 }
 
 impl<'a> Piece<'a> {
-    /// Bytes that are not executed.
+    /// Bytes that are not executable.
     pub(super) fn new(at: Gva, bytes: &'a [u8]) -> Self {
         Self { at, bytes, executable: false }
-    }
-
-    /// Its entries of so many bytes each, with their addresses. What is left over is left out.
-    pub(super) fn entries(self, size: usize) -> impl Iterator<Item = Entry<'a>> {
-        let at = self.at.0;
-        (0_u64..).zip(self.bytes.chunks_exact(size)).map(move |(index, bytes)| Entry {
-            at: Gva(at.wrapping_add(index.wrapping_mul(size as u64))),
-            bytes,
-        })
-    }
-}
-
-/// An entry of a table.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Entry<'a> {
-    at: Gva,
-    bytes: &'a [u8],
-}
-
-impl Entry<'_> {
-    fn field<const N: usize>(self, offset: usize) -> [u8; N] {
-        // Entries are as long as the table's reader says, and it knows its fields.
-        self.bytes.get(offset..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
-    }
-
-    pub(super) fn u8(self, offset: usize) -> u8 {
-        u8::from_le_bytes(self.field(offset))
-    }
-
-    pub(super) fn u16(self, offset: usize) -> u16 {
-        u16::from_le_bytes(self.field(offset))
-    }
-
-    pub(super) fn u64(self, offset: usize) -> u64 {
-        u64::from_le_bytes(self.field(offset))
-    }
-
-    /// An address that is stored as its distance from the field, 32 bits.
-    pub(super) fn near(self, offset: usize) -> Gva {
-        self.relative(offset, i32::from_le_bytes(self.field(offset)).into())
-    }
-
-    /// An address that is stored as its distance from the field, 64 bits.
-    pub(super) fn far(self, offset: usize) -> Gva {
-        self.relative(offset, i64::from_le_bytes(self.field(offset)))
-    }
-
-    fn relative(self, offset: usize, distance: i64) -> Gva {
-        Gva(self.at.0.wrapping_add(offset as u64).wrapping_add_signed(distance))
     }
 }

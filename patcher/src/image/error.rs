@@ -4,21 +4,21 @@
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// Neither a bzImage nor an ELF file.
-    #[error("this is no kernel image: neither a bzImage (no HdrS at 0x202) nor an ELF file")]
+    #[error("this is not a kernel image: neither a bzImage (no HdrS at 0x202) nor an ELF file")]
     Foreign,
-    /// It ends before its own headers say.
+    /// It is shorter than its own headers say.
     #[error("the {what} is truncated")]
     Truncated {
         /// What it is.
         what: &'static str,
     },
-    /// It states an absurd size.
+    /// It states a size above the limit.
     #[error("the payload claims to hold {bytes} bytes")]
     TooLarge {
         /// The size it states.
         bytes: u64,
     },
-    /// A compression method that is not known.
+    /// An unknown compression method.
     #[error(
         "the payload's compression is not known (it begins with {magic:02x?}); gzip, bzip2, lzma, xz, lzo, lz4 and zstd are"
     )]
@@ -31,7 +31,7 @@ pub enum Error {
     Decompress {
         /// The method.
         method: &'static str,
-        /// What the decompressor said.
+        /// The decompressor's error.
         what: String,
     },
     /// The ELF file is broken or for another machine.
@@ -40,10 +40,10 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
-    /// There is no kallsyms in it.
+    /// It has no kallsyms.
     #[error("no symbols were found: the kernel is built without CONFIG_KALLSYMS, or its layout is unknown")]
     NoSymbols,
-    /// There is no version banner in it.
+    /// It has no version banner.
     #[error("no version was found in the image")]
     NoRelease,
 }

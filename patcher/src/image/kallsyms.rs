@@ -1,22 +1,21 @@
 //! kallsyms inside a kernel image, found without symbols (Linux kernel/kallsyms.c,
 //! scripts/kallsyms.c).
 //!
-//! Names are compressed with a table of 256 tokens. Its entries for the digits are always
-//! single characters and lie together, which is how the table is found; everything else
-//! follows from it and is checked against itself.
+//! Names are compressed with a table of 256 tokens. The tokens of the digits are always single
+//! characters and adjacent, which is how the table is found. The other parts follow from it and are
+//! checked against each other.
 //!
 //! ```text
 //! up to 6.3:  offsets  relative_base  num_syms  names  markers  [seqs]  token_table  token_index
 //! since 6.4:  num_syms  names  markers  token_table  token_index  offsets  relative_base  [seqs]
 //! ```
 
-/// What kallsyms says. There are a hundred thousand names: one piece of memory for all is given back
-/// as a whole.
+/// The decoded kallsyms. All names share one allocation, because there are about 100,000.
 #[derive(Debug, PartialEq)]
 pub(super) struct Kallsyms {
-    /// All names, each behind its type letter.
+    /// All names, each preceded by its type letter.
     names: String,
-    /// Of each symbol: its address, and where its name ends.
+    /// The address of each symbol, and the end of its name.
     symbols: Vec<(u64, usize)>,
 }
 
@@ -33,11 +32,11 @@ impl Kallsyms {
 
 /// Every 256th name has a marker.
 const NAMES_PER_MARKER: usize = 256;
-/// Symbol counts outside of this are not a kernel's.
+/// Plausible counts of symbols.
 const COUNT_RANGE: std::ops::Range<usize> = 1_000..4_000_000;
 
-/// Finds and decodes kallsyms in a piece of read-only data. `is_text_base` tells whether an
-/// address is the kernel's link-time base; it decides how offsets are encoded.
+/// Finds and decodes kallsyms in read-only data. `is_text_base` tells whether an address is the
+/// kernel's link-time base, which decides between the encodings of offsets.
 pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Kallsyms> {
     let needle: Vec<u8> = (b'0'..=b'9').flat_map(|digit| [digit, 0]).collect();
     let mut from = 0;
@@ -52,7 +51,7 @@ pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Ka
 }
 
 /// Four bytes of a piece of data, as a number.
-pub(super) fn u32_at(data: &[u8], at: usize) -> Option<u32> {
+fn u32_at(data: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(data.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
@@ -60,7 +59,7 @@ fn u64_at(data: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(data.get(at..at.checked_add(8)?)?.try_into().ok()?))
 }
 
-/// The token table and where it lies.
+/// The token table and its position.
 struct Tokens<'a> {
     start: usize,
     /// End of `token_index`.
@@ -71,7 +70,7 @@ struct Tokens<'a> {
 impl<'a> Tokens<'a> {
     /// Reads the table that has the token for `'0'` at `digits`, and checks its index.
     fn around(data: &'a [u8], digits: usize) -> Option<Self> {
-        // Each token before it ends with a NUL, so as many NULs lie between.
+        // 48 tokens precede that of '0', and each ends with a NUL.
         let mut start = digits;
         for _ in 0..b'0' {
             let text = data[..start.checked_sub(1)?].iter().rev().take(128).position(|&b| b == 0)?;
@@ -96,7 +95,7 @@ impl<'a> Tokens<'a> {
         Some(Self { start, end: index + 512, tokens })
     }
 
-    /// Decodes the name at `at`, type letter first; returns where the next begins.
+    /// Decodes the name at `at`, type letter first; returns the start of the next.
     fn name(&self, data: &[u8], at: usize, into: &mut Vec<u8>) -> Option<usize> {
         // Since 6.1 a set top bit means that a second byte holds the upper bits.
         let first = usize::from(*data.get(at)?);

@@ -1,4 +1,7 @@
-//! The image as a whole.
+//! The kernel image as a whole.
+
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::addr::Gva;
 use crate::image::btf::Btf;
@@ -11,7 +14,7 @@ use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
 use crate::image::{kallsyms, payload};
 
-/// What is known of a kernel from its image alone. Addresses are those it was linked at.
+/// What is known of a kernel from its image alone. Addresses are link-time addresses.
 #[derive(Debug)]
 pub struct KernelImage {
     release: String,
@@ -28,8 +31,26 @@ pub struct KernelImage {
 impl KernelImage {
     /// Reads a bzImage or a vmlinux.
     ///
+    /// ```
+    /// use patcher::image::{Error, KernelImage, unpack};
+    ///
+    /// # #[path = "../../tests/properties/miniature.rs"] mod miniature;
+    /// # fn main() {
+    /// # let bzimage = miniature::bzimage(&miniature::vmlinux());
+    /// // `bzimage` holds the file: here a miniature kernel, compressed with LZ4.
+    /// let image = KernelImage::parse(&bzimage).expect("a kernel");
+    /// assert_eq!((image.release(), image.compression()), ("6.1.0-miniature", Some("lz4")));
+    /// assert!(image.symbols().only("function").is_some());
+    /// assert_eq!(image.static_keys()[0].name, "key");
+    ///
+    /// let vmlinux = unpack(&bzimage).expect("it decompresses");
+    /// assert!(vmlinux.starts_with(b"\x7fELF"));
+    /// assert_eq!(KernelImage::parse(b"#!/bin/sh").unwrap_err(), Error::Foreign);
+    /// # }
+    /// ```
+    ///
     /// # Errors
-    /// See [`Error`]; it tells what about the file is wrong.
+    /// [`Error`], which tells what is wrong with the file.
     pub fn parse(file: &[u8]) -> Result<Self, Error> {
         let unpacked = payload::extract(file)?;
         let vmlinux = Vmlinux::parse(unpacked.as_ref().map_or(file, |(_, vmlinux)| vmlinux))?;
@@ -60,7 +81,7 @@ impl KernelImage {
         })
     }
 
-    /// An image that is known already, without tables.
+    /// An image with these symbols and without tables.
     #[must_use]
     pub fn from_parts(release: String, symbols: Symbols, text_base: Gva) -> Self {
         Self {
@@ -76,19 +97,19 @@ impl KernelImage {
         }
     }
 
-    /// What `uname -r` says in this kernel.
+    /// The kernel release, as `uname -r` reports it.
     #[must_use]
     pub fn release(&self) -> &str {
         &self.release
     }
 
-    /// The linker's hash of the whole build (`--build-id`), if there is one.
+    /// The linker's build ID, if there is one.
     #[must_use]
     pub fn build_id(&self) -> Option<&[u8]> {
         self.build_id.as_deref()
     }
 
-    /// How the vmlinux is compressed; `None` if it is not in a bzImage.
+    /// How the vmlinux is compressed; `None` if the file is no bzImage.
     #[must_use]
     pub fn compression(&self) -> Option<&'static str> {
         self.compression
@@ -106,7 +127,7 @@ impl KernelImage {
         &self.tables
     }
 
-    /// Where members of its structures are.
+    /// Offsets of members of its structures.
     #[must_use]
     pub fn offsets(&self) -> &Offsets {
         &self.offsets
@@ -118,13 +139,13 @@ impl KernelImage {
         self.lock_ops.as_ref()
     }
 
-    /// What every plan looks up.
+    /// Addresses that every plan needs.
     #[must_use]
     pub fn landmarks(&self) -> &Landmarks {
         &self.landmarks
     }
 
-    /// Where `_text` was linked.
+    /// The link-time address of `_text`.
     #[must_use]
     pub fn text_base(&self) -> Gva {
         self.text_base
@@ -142,23 +163,28 @@ fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
     Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes)
 }
 
-/// The description of the note `NT_GNU_BUILD_ID` (gABI, "Note Section": three lengths of 32
-/// bits, then name and description, each padded to four bytes).
+/// `Elf64_Nhdr` (gABI, "Note Section"). The name and the description follow, each padded to four
+/// bytes.
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct NoteHeader {
+    name_length: U32,
+    description_length: U32,
+    kind: U32,
+}
+
+/// The description of the note `NT_GNU_BUILD_ID`.
 fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
     const BUILD_ID: u32 = 3;
     let mut notes = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?.bytes;
     loop {
-        let mut word = || {
-            let (word, rest) = notes.split_first_chunk()?;
-            notes = rest;
-            Some(u32::from_le_bytes(*word))
-        };
-        let (name, text, kind) = (word()? as usize, word()? as usize, word()?);
-        let (name, rest) = notes.split_at_checked(name.next_multiple_of(4))?;
-        if kind == BUILD_ID && name == b"GNU\0" {
-            return rest.get(..text).map(<[u8]>::to_vec);
+        let (note, rest) = NoteHeader::ref_from_prefix(notes).ok()?;
+        let length = note.description_length.get() as usize;
+        let (name, rest) = rest.split_at_checked((note.name_length.get() as usize).next_multiple_of(4))?;
+        if note.kind == BUILD_ID && name == b"GNU\0" {
+            return rest.get(..length).map(<[u8]>::to_vec);
         }
-        notes = rest.get(text.next_multiple_of(4)..)?;
+        notes = rest.get(length.next_multiple_of(4)..)?;
     }
 }
 

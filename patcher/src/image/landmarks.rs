@@ -1,4 +1,4 @@
-//! What every plan looks up in a kernel, found once, when the image is read.
+//! Addresses that every plan needs, looked up once when the image is read.
 
 use std::ops::Range;
 
@@ -33,24 +33,25 @@ const PATCHERS: [&str; 18] = [
     "alternatives_enable_smp",
 ];
 
-/// What is held from comparing to replacing: that of all text (kernel/extable.c), and those of
-/// jumps and calls, which let go of the first in between (kernel/{jump_label,static_call_inline}.c).
+/// The locks that are held from comparing to replacing: that of all text (kernel/extable.c), and those
+/// of jump labels and static calls, which release the first in between
+/// (kernel/{jump_label,static_call_inline}.c).
 const LOCKS: [&str; 3] = ["text_mutex", "jump_label_mutex", "static_call_mutex"];
 
 /// Functions that are never called with a spinlock held: on the way out of a system call, and
 /// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
 const UNLOCKED: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
 
-/// Addresses that a kernel was linked at. What it has not is left out.
+/// Link-time addresses. What a kernel does not have is left out.
 #[derive(Debug, Default)]
 pub struct Landmarks {
-    /// Where the functions that compare or replace text can be stopped at.
+    /// Where a vCPU can be stopped before it compares or replaces text.
     pub patchers: Vec<Gva>,
-    /// Where functions that are called without spinlocks can be stopped at.
+    /// Where a vCPU can be stopped without holding a spinlock.
     pub unlocked: Vec<Gva>,
-    /// The words of the locks under which text is patched that are zero while nobody has them.
+    /// The words of the locks under which text is patched. Zero means free.
     pub locks: Vec<Gva>,
-    /// What is given back once the kernel is up.
+    /// Init memory, which is freed once the kernel is up.
     pub init: Option<Range<Gva>>,
     /// The table of kprobes.
     pub probes: Option<Gva>,
@@ -73,8 +74,8 @@ impl Landmarks {
     }
 }
 
-/// The first instruction of a function behind the marker for indirect branches, which must stay
-/// whole, and the place for the tracer. `None` if a static key's jump or a static call is there.
+/// The first instruction of a function behind `endbr64`, which must stay whole, and behind the fentry
+/// call. `None` if a static key's jump or a static call is there.
 fn place(vmlinux: &Vmlinux<'_>, tables: &Tables, entry: Gva) -> Option<Gva> {
     let mut at = entry.plus(insn::marker(vmlinux.bytes(entry, insn::MARKER)?))?;
     if tables.is_fentry(at) {

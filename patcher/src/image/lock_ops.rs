@@ -1,5 +1,5 @@
 //! The paravirtual operations of spinlocks (Linux arch/x86/include/asm/paravirt_types.h,
-//! `struct pv_lock_ops`), where they are and what they are on a bare machine.
+//! `struct pv_lock_ops`): their pointers, and their targets on bare metal.
 
 use crate::addr::Gva;
 use crate::image::btf::Btf;
@@ -14,14 +14,14 @@ pub(crate) const UNLOCK: usize = 1;
 /// `vcpu_is_preempted`.
 pub(crate) const IS_PREEMPTED: usize = 4;
 
-/// Addresses are those the kernel was linked at.
+/// Link-time addresses of the operations.
 #[derive(Debug, Clone)]
 pub struct LockOps {
     /// `pv_ops`.
     pub table: Gva,
     /// The operations' pointers.
     pub pointers: [Gva; OPERATIONS.len()],
-    /// What they are in the image: those of a bare machine.
+    /// Their targets in the image: those for bare metal.
     pub native: [Gva; OPERATIONS.len()],
 }
 

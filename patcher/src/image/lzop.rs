@@ -1,7 +1,7 @@
 //! The container of lzop, as far as the kernel's own decompressor reads it
-//! (Linux lib/decompress_unlzo.c). What is in its blocks is for a library to decompress.
+//! (Linux lib/decompress_unlzo.c). A library decompresses the blocks.
 
-/// What every file begins with.
+/// The magic number.
 pub(super) const MAGIC: &[u8] = &[0x89, b'L', b'Z', b'O', 0, 0x0d, 0x0a, 0x1a, 0x0a];
 
 /// From this version on the header has more fields.
@@ -53,7 +53,7 @@ pub(super) fn decompress(file: &[u8], limit: usize) -> Result<Vec<u8>, String> {
     }
 }
 
-/// Passes over the header; returns its flags.
+/// Skips the header; returns its flags.
 fn header(reader: &mut Reader<'_>) -> Option<u32> {
     let long = reader.u16()? >= LONG_HEADER;
     // The library's version, the version needed, the method, the level.

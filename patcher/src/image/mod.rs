@@ -17,6 +17,7 @@ mod lzop;
 pub mod names;
 pub mod offsets;
 mod payload;
+pub(crate) mod records;
 pub mod symbols;
 pub mod tables;
 

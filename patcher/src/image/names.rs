@@ -1,4 +1,4 @@
-//! What a person may name: static keys and static calls.
+//! What a plan names: static keys, static calls, CPU features.
 
 use std::collections::BTreeMap;
 
@@ -6,14 +6,14 @@ use crate::addr::Gva;
 use crate::image::kernel_image::KernelImage;
 use crate::image::tables::{CALL_KEY, CALL_TRAMPOLINE, Tables};
 
-/// A static key of the kernel's own (not of a module).
+/// A static key of the kernel itself, not of a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StaticKey {
     /// Its name, as a plan writes it: `symbol` or `symbol+0xoffset`.
     pub name: String,
     /// The `struct static_key`.
     pub at: Gva,
-    /// Whether it is true in the image.
+    /// Its value in the image.
     pub initially: bool,
     /// How many jumps it switches, without those in modules.
     pub entries: usize,
@@ -22,19 +22,19 @@ pub struct StaticKey {
 /// A static call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StaticCall {
-    /// Its name: without the prefix that the kernel's symbols have.
+    /// Its name, without the prefix of the kernel's symbols.
     pub name: String,
     /// The `struct static_call_key`.
     pub key: Gva,
     /// Its trampoline.
     pub trampoline: Option<Gva>,
-    /// What it calls in the image; `None` if nothing.
+    /// Its target in the image; `None` if it calls nothing.
     pub initially: Option<String>,
-    /// How many calls there are, without those in modules.
+    /// How many call sites it has, without those in modules.
     pub sites: usize,
 }
 
-/// How many there are of each.
+/// Counts equal items.
 pub(crate) fn tally<T: Ord>(all: impl Iterator<Item = T>) -> BTreeMap<T, usize> {
     let mut counts = BTreeMap::new();
     for one in all {
@@ -78,7 +78,7 @@ impl KernelImage {
 }
 
 impl Tables {
-    /// The features that alternatives are chosen by, and how many are by each.
+    /// The features that alternatives depend on, with the number of alternatives for each.
     #[must_use]
     pub fn feature_counts(&self) -> Vec<(String, usize)> {
         let counts = tally(self.alternatives.iter().flatten().map(|alternative| alternative.feature));

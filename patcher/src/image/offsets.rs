@@ -1,15 +1,15 @@
-//! Where members of the kernel's structures are, from its BTF.
+//! Offsets of members of the kernel's structures, from its BTF.
 
 use crate::image::btf::Btf;
 
 /// Offsets in bytes. `None` where the kernel has no BTF, or no such member.
 #[derive(Debug, Clone, Default)]
 pub struct Offsets {
-    /// `struct cpuinfo_x86`, `x86_capability`: the processor's features, a bit each.
+    /// `struct cpuinfo_x86`, `x86_capability`: the CPU features, a bit each.
     pub capability: Option<u64>,
-    /// `struct mutex`, `owner`: who has it, or zero.
+    /// `struct mutex`, `owner`: the owning task, or zero.
     pub mutex_owner: Option<u64>,
-    /// `struct task_struct`, `comm`: its name.
+    /// `struct task_struct`, `comm`: the task's name.
     pub task_comm: Option<u64>,
     /// `struct kprobe`.
     pub probe: Option<ProbeOffsets>,
@@ -28,17 +28,17 @@ pub struct ProbeOffsets {
     pub address: u64,
 }
 
-/// What a livepatch of the guest's own is made of (include/linux/livepatch.h,
+/// The structures of the guest's own livepatches (include/linux/livepatch.h,
 /// kernel/livepatch/patch.h).
 #[derive(Debug, Clone, Copy)]
 pub struct LivepatchOffsets {
     /// `struct klp_ops`, `node`: the next function.
     pub node: u64,
-    /// `struct klp_ops`, `func_stack`: what replaces it.
+    /// `struct klp_ops`, `func_stack`: its replacements.
     pub stack: u64,
     /// `struct klp_func`, `stack_node`.
     pub stack_node: u64,
-    /// `struct klp_func`, `old_func`: where the replaced function begins.
+    /// `struct klp_func`, `old_func`: the start of the replaced function.
     pub old: u64,
     /// `struct klp_func`, `old_size`.
     pub old_size: u64,
@@ -61,8 +61,8 @@ pub struct ModuleOffsets {
     pub static_call_sites: (u64, u64),
     /// `extable`, `num_exentries`.
     pub exceptions: (u64, u64),
-    /// Where the module's text is described: its address and its size. Since 6.4 in the first
-    /// `struct module_memory`, before in `core_layout`.
+    /// Address and size of the module's text: since 6.4 in the first `struct module_memory`, before in
+    /// `core_layout`.
     pub text: (u64, u64),
     /// `struct mod_kallsyms`: `symtab`, `num_symtab`, `strtab`, `typetab`.
     pub symbols: (u64, u64, u64, u64),

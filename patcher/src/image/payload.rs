@@ -7,15 +7,15 @@ use std::io::Read;
 use crate::image::error::Error;
 use crate::image::lzop;
 
-/// No kernel is larger uncompressed; more is a broken or hostile file.
+/// Largest uncompressed kernel, in bytes. More means a broken or hostile file.
 const MAX_KERNEL: u64 = 1 << 30;
-/// The dictionary of xz and lzma; the kernel's build takes 32 MiB at most
-/// (scripts/xz_wrap.sh), and a file could ask for 4 GiB.
+/// Largest dictionary of xz and lzma. The kernel's build uses at most 32 MiB (scripts/xz_wrap.sh); a
+/// hostile file may ask for 4 GiB.
 const MAX_DICTIONARY_KIB: u32 = 128 << 10;
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
 const BZIP2: &[u8] = b"BZh";
-/// No magic number: the usual parameters, and the low bytes of the dictionary's size.
+/// lzma has no magic number: the usual parameters, and the low bytes of the dictionary size.
 const LZMA: &[u8] = &[0x5d, 0, 0];
 const XZ: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
 const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
@@ -24,7 +24,7 @@ const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// The vmlinux inside a bzImage; any other file is returned as it is.
 ///
 /// # Errors
-/// When the payload is cut off or does not decompress.
+/// When the payload is truncated or does not decompress.
 pub fn unpack(file: &[u8]) -> Result<Cow<'_, [u8]>, Error> {
     Ok(extract(file)?.map_or(Cow::Borrowed(file), |(_, vmlinux)| Cow::Owned(vmlinux)))
 }
@@ -94,12 +94,13 @@ fn decompress(payload: &[u8]) -> Result<(&'static str, Vec<u8>), Error> {
     let fail = |what| Error::Decompress { method, what };
     let kernel = kernel.map_err(fail)?;
     if kernel.len() as u64 != size {
-        return Err(fail(format!("{size} bytes were stated, {} came out", kernel.len())));
+        return Err(fail(format!("the payload states {size} bytes but holds {}", kernel.len())));
     }
     Ok((method, kernel))
 }
 
-/// Reads one byte more than stated, so that a lie is seen and a bomb is not unpacked.
+/// Reads at most one byte more than stated, so that a wrong size is noticed and a decompression bomb
+/// stops early.
 fn read(decoder: impl Read, size: u64) -> Result<Vec<u8>, String> {
     let mut kernel = Vec::new();
     decoder.take(size + 1).read_to_end(&mut kernel).map_err(|e| e.to_string())?;
@@ -109,7 +110,6 @@ fn read(decoder: impl Read, size: u64) -> Result<Vec<u8>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::insn::parse_hex;
 
     /// The text below as the usual tools compress it, with the kernel's options: `gzip -n -9`,
     /// `bzip2 -9`, `xz --format=lzma -9`, `xz --check=crc32 --x86 --lzma2=dict=32MiB`,
@@ -161,7 +161,7 @@ mod tests {
     }
 
     fn payload(method: &str, file: &str, size: u32) -> Vec<u8> {
-        let mut payload = parse_hex(file).expect("hex");
+        let mut payload = hex::decode(file.replace(' ', "")).expect("hex");
         if method != "gzip" {
             payload.extend(size.to_le_bytes());
         }

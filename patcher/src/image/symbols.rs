@@ -22,10 +22,10 @@ struct Entry {
     kind: u8,
 }
 
-/// How many names of one address are looked at: a guest's modules may claim any number, and
-/// each would be looked up again.
+/// How many names of one address are tried. A guest's modules may claim any number, and each is
+/// looked up again.
 const MOST_ALIASES: usize = 64;
-/// How far a function is looked for among symbols of other kinds.
+/// How many symbols of other kinds are skipped in search of a function.
 const MOST_OTHERS: usize = 4096;
 
 /// The part of a word in `by_name` that is a hash.
@@ -37,7 +37,7 @@ fn hash(name: &str) -> u64 {
     hasher.finish() & HASH
 }
 
-/// The answer to a name.
+/// The result of a look-up by name.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
     /// No symbol has it.
@@ -85,7 +85,7 @@ impl Symbols {
         self.entries.is_empty()
     }
 
-    /// Where the symbols of this name are, in order.
+    /// The addresses of the symbols of this name, in order.
     fn named<'a>(&'a self, name: &'a str) -> impl DoubleEndedIterator<Item = Gva> {
         let hash = hash(name);
         let from = self.by_name.partition_point(|found| *found < hash);
@@ -109,7 +109,7 @@ impl Symbols {
         }
     }
 
-    /// Where the symbol of this name is, if it is at one place only.
+    /// The address of a name, if there is only one.
     #[must_use]
     pub fn only(&self, name: &str) -> Option<Gva> {
         let mut all = self.named(name);
@@ -124,7 +124,7 @@ impl Symbols {
         let is_text = |entry: &Entry| matches!(entry.kind, b't' | b'T' | b'w' | b'W');
         let after = self.entries.partition_point(|entry| entry.address <= address.0);
         let found = self.entries[..after].iter().rev().take(MOST_OTHERS).find(|entry| is_text(entry))?;
-        // Of aliases at one address, a global one is what people write.
+        // Of aliases at one address, prefer a global one.
         let first = self.entries.partition_point(|entry| entry.address < found.address);
         let aliases = || {
             let all = self.entries[first..after].iter().take_while(|entry| entry.address == found.address);
@@ -135,14 +135,14 @@ impl Symbols {
         Some(Function { name: self.entry_name(named), start: Gva(found.address), end: Gva(end) })
     }
 
-    /// Where the next symbol behind an address begins.
+    /// The next symbol's address behind an address.
     #[must_use]
     pub fn after(&self, address: Gva) -> Option<Gva> {
         let after = self.entries.partition_point(|entry| entry.address <= address.0);
         self.entries.get(after).map(|entry| Gva(entry.address))
     }
 
-    /// Where the last symbol up to an address is.
+    /// The last symbol's address up to an address.
     #[must_use]
     pub fn at_or_before(&self, address: Gva) -> Option<Gva> {
         let after = self.entries.partition_point(|entry| entry.address <= address.0);
@@ -155,15 +155,15 @@ impl Symbols {
         let after = self.entries.partition_point(|entry| entry.address <= address.0);
         let at = self.entries[..after].last()?.address;
         let first = self.entries.partition_point(|entry| entry.address < at);
-        // A name that leads back here, if there is one.
+        // Prefer a name that is unambiguous.
         let names =
             || self.entries[first..after].iter().take(MOST_ALIASES).map(|entry| self.entry_name(entry));
         let name = names().find(|name| self.only(name).is_some()).or_else(|| names().next())?;
         Some(if at == address.0 { name.to_owned() } else { format!("{name}+{:#x}", address.0 - at) })
     }
 
-    /// The same, but a name that leads back to the address: if its own is not the only one,
-    /// that of the kernel's first byte.
+    /// As [`Symbols::describe`], but unambiguous: if the symbol's name is not unique, the address is
+    /// given relative to `_text`.
     #[must_use]
     pub fn identify(&self, address: Gva) -> Option<String> {
         const FIRST: &str = "_text";
@@ -181,7 +181,7 @@ impl Symbols {
     }
 }
 
-/// A function, as far as a symbol table knows it.
+/// A function, as the symbol table has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Function<'a> {
     /// Its name.

@@ -1,26 +1,32 @@
-//! The kernel's tables of its own patch sites, from the image. Addresses are those it was
-//! linked at.
+//! The kernel's tables of its own patch sites, from the image. Addresses are link-time addresses.
 //!
-//! Each lies between two symbols of the linker script (Linux arch/x86/kernel/vmlinux.lds.S,
+//! Each table lies between two symbols of the linker script (Linux arch/x86/kernel/vmlinux.lds.S,
 //! include/asm-generic/vmlinux.lds.h), which kallsyms has with `CONFIG_KALLSYMS_ALL`;
 //! without that, most are sections of their own.
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
+
+use zerocopy::little_endian::{I32, U64};
 
 use crate::addr::Gva;
-use crate::image::elf::{Entry, Piece, Vmlinux};
+use crate::image::elf::{Piece, Vmlinux};
+use crate::image::records::{
+    AlternativeHead, AlternativeLengths, AlternativeRecord, AlternativeRecord5_10, AlternativeRecord5_11,
+    ExceptionRecord, JumpRecord, ParavirtRecord, Record, StaticCallRecord, records, relative,
+};
 use crate::image::symbols::Symbols;
 
 /// A jump that a static key switches (include/linux/jump_label.h, `struct jump_entry`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JumpEntry {
-    /// The no-operation or jump, of 2 or 5 bytes.
+    /// The NOP or jump, of 2 or 5 bytes.
     pub code: Gva,
-    /// Where the jump goes.
+    /// The jump's target.
     pub target: Gva,
     /// The `struct static_key`.
     pub key: Gva,
-    /// Whether it is a no-operation while the key is true, not a jump.
+    /// Whether it is a NOP while the key is true, and a jump otherwise.
     pub branch: bool,
 }
 
@@ -29,23 +35,22 @@ pub struct JumpEntry {
 pub struct StaticCallSite {
     /// The call or jump, 5 bytes.
     pub code: Gva,
-    /// The `struct static_call_key`. Of a call whose key is not exported, in a module, the
-    /// trampoline.
+    /// The `struct static_call_key`; in a module, the trampoline of a call whose key is not exported.
     pub key: Gva,
     /// Whether it is a tail call.
     pub tail: bool,
 }
 
-/// Code that is chosen by a feature of the processor (arch/x86/include/asm/alternative.h).
+/// Code that is chosen by a CPU feature (arch/x86/include/asm/alternative.h).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alternative {
     /// Where.
     pub at: Gva,
     /// The feature: 32 times the word, plus the bit.
     pub feature: u16,
-    /// Whether it is chosen when the feature is *not* there.
+    /// Whether it is chosen if the CPU lacks the feature.
     pub inverted: bool,
-    /// Whether it stands for a direct call of what the original calls through a pointer.
+    /// Whether the replacement is a direct call of the target of the original's indirect call.
     pub direct_call: bool,
     /// The code to replace, as it was linked.
     pub original: Vec<u8>,
@@ -66,7 +71,7 @@ pub struct ParavirtSite {
     pub len: u8,
 }
 
-/// All of them. `None` where this kernel has none.
+/// All tables. `None` if this kernel does not have one.
 #[derive(Debug, Default)]
 pub struct Tables {
     /// `__jump_table`.
@@ -79,15 +84,15 @@ pub struct Tables {
     pub smp_locks: Option<Vec<Gva>>,
     /// `.parainstructions`.
     pub paravirt_sites: Option<Vec<ParavirtSite>>,
-    /// `__mcount_loc`: where functions call the tracer, or could, sorted.
+    /// `__mcount_loc`: the fentry calls, sorted.
     pub mcount_locations: Option<Vec<Gva>>,
     /// `.orc_unwind_ip`: how many entries it has.
     pub orc_entries: Option<usize>,
-    /// `__ex_table`: the instructions that may fault, sorted.
+    /// `__ex_table`: the instructions whose faults are handled, sorted.
     pub exceptions: Option<Vec<Gva>>,
-    /// Names of the processor's features, by number (`x86_cap_flags`).
+    /// Names of CPU features, by number (`x86_cap_flags`).
     pub features: Vec<(u16, String)>,
-    /// Where static keys' jumps and static calls are, sorted.
+    /// The instructions that static keys and static calls switch, sorted.
     switched: Vec<Gva>,
     /// The first word of every static key and static call's key, where it is not zero.
     initial: BTreeMap<Gva, u64>,
@@ -97,14 +102,6 @@ pub struct Tables {
 pub(crate) const CALL_KEY: &str = "__SCK__";
 /// Prefix of its trampoline.
 pub(crate) const CALL_TRAMPOLINE: &str = "__SCT__";
-
-/// Size of a `struct jump_entry`.
-pub(crate) const JUMP_ENTRY: usize = 16;
-/// Size of a `struct static_call_site`.
-pub(crate) const STATIC_CALL_SITE: usize = 8;
-const PARAVIRT_SITE: usize = 16;
-/// Size of a `struct exception_table_entry` (arch/x86/include/asm/extable.h).
-pub(crate) const EXCEPTION: usize = 12;
 
 impl Tables {
     pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Self {
@@ -120,12 +117,11 @@ impl Tables {
             .map(|table| static_call_sites(table.at, table.bytes)),
             alternatives: find("__alt_instructions", "__alt_instructions_end", ".altinstructions")
                 .and_then(|table| alternatives(table, vmlinux)),
-            smp_locks: find("__smp_locks", "__smp_locks_end", ".smp_locks")
-                .map(|table| table.entries(4).map(|entry| entry.near(0)).collect()),
+            smp_locks: find("__smp_locks", "__smp_locks_end", ".smp_locks").map(smp_locks),
             paravirt_sites: find("__parainstructions", "__parainstructions_end", ".parainstructions")
-                .map(|table| table.entries(PARAVIRT_SITE).map(paravirt_site).collect()),
+                .map(paravirt_sites),
             mcount_locations: find("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc")
-                .map(|table| sorted(table.entries(8).map(|entry| Gva(entry.u64(0))))),
+                .map(|table| sorted(pointers(table))),
             orc_entries: find("__start_orc_unwind_ip", "__stop_orc_unwind_ip", ".orc_unwind_ip")
                 .map(|table| table.bytes.len() / 4),
             exceptions: find("__start___ex_table", "__stop___ex_table", "__ex_table")
@@ -144,19 +140,19 @@ impl Tables {
         tables
     }
 
-    /// Whether a function calls the tracer there, or could.
+    /// Whether a fentry call, or the NOP in its place, is at an address.
     #[must_use]
     pub fn is_fentry(&self, at: Gva) -> bool {
         self.mcount_locations.as_ref().is_some_and(|locations| locations.binary_search(&at).is_ok())
     }
 
-    /// Whether a static key's jump or a static call is there.
+    /// Whether an instruction of a static key or a static call is at an address.
     #[must_use]
     pub fn is_switched(&self, at: Gva) -> bool {
         self.switched.binary_search(&at).is_ok()
     }
 
-    /// What a static key or a static call's key begins with in the image.
+    /// The first word of a static key or a static call's key in the image.
     pub(super) fn initial_value(&self, key: Gva) -> u64 {
         self.initial.get(&key).copied().unwrap_or(0)
     }
@@ -171,7 +167,7 @@ impl Tables {
         self.features.iter().find(|(_, found)| found == name).map(|(number, _)| *number)
     }
 
-    /// What [`Tables::feature`] takes for a feature.
+    /// The name of a feature that [`Tables::feature`] accepts.
     #[must_use]
     pub fn feature_name(&self, number: u16) -> String {
         let named = self.features.iter().find(|(found, _)| *found == number);
@@ -187,82 +183,102 @@ fn sorted(addresses: impl Iterator<Item = Gva>) -> Vec<Gva> {
 
 /// Reads a jump table that is at `at`.
 pub(crate) fn jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
-    Piece::new(at, bytes).entries(JUMP_ENTRY).map(jump_entry).collect()
+    let entry = |(at, record): (Gva, &JumpRecord)| {
+        let key = relative(at, offset_of!(JumpRecord, key), record.key);
+        JumpEntry {
+            code: relative(at, offset_of!(JumpRecord, code), record.code),
+            target: relative(at, offset_of!(JumpRecord, target), record.target),
+            key: Gva(key.0 & !3),
+            branch: key.0 & 1 != 0,
+        }
+    };
+    records(at, bytes).map(entry).collect()
 }
 
 /// Reads a table of static calls that is at `at`.
 pub(crate) fn static_call_sites(at: Gva, bytes: &[u8]) -> Vec<StaticCallSite> {
-    Piece::new(at, bytes).entries(STATIC_CALL_SITE).map(static_call_site).collect()
+    let site = |(at, record): (Gva, &StaticCallRecord)| {
+        let key = relative(at, offset_of!(StaticCallRecord, key), record.key);
+        StaticCallSite {
+            code: relative(at, offset_of!(StaticCallRecord, code), record.code),
+            key: Gva(key.0 & !3),
+            tail: key.0 & 1 != 0,
+        }
+    };
+    records(at, bytes).map(site).collect()
 }
 
-/// Reads a table of instructions that may fault, and what then, that is at `at`.
+/// Reads an exception table that is at `at`: the instructions that may fault.
 pub(crate) fn exceptions(at: Gva, bytes: &[u8]) -> Vec<Gva> {
-    sorted(Piece::new(at, bytes).entries(EXCEPTION).map(|entry| entry.near(0)))
+    let instruction = |(at, record): (Gva, &ExceptionRecord)| {
+        relative(at, offset_of!(ExceptionRecord, instruction), record.instruction)
+    };
+    sorted(records(at, bytes).map(instruction))
 }
 
-/// The low bit of the key says which way round, the next one whether it was init code.
-fn jump_entry(entry: Entry<'_>) -> JumpEntry {
-    let key = entry.far(8);
-    JumpEntry { code: entry.near(0), target: entry.near(4), key: Gva(key.0 & !3), branch: key.0 & 1 != 0 }
+fn smp_locks(table: Piece<'_>) -> Vec<Gva> {
+    records(table.at, table.bytes).map(|(at, distance): (Gva, &I32)| relative(at, 0, *distance)).collect()
 }
 
-fn static_call_site(entry: Entry<'_>) -> StaticCallSite {
-    let key = entry.near(4);
-    StaticCallSite { code: entry.near(0), key: Gva(key.0 & !3), tail: key.0 & 1 != 0 }
+fn paravirt_sites(table: Piece<'_>) -> Vec<ParavirtSite> {
+    let site = |(_, record): (Gva, &ParavirtRecord)| ParavirtSite {
+        at: Gva(record.at.get()),
+        operation: record.operation,
+        len: record.len,
+    };
+    records(table.at, table.bytes).map(site).collect()
 }
 
-fn paravirt_site(entry: Entry<'_>) -> ParavirtSite {
-    ParavirtSite { at: Gva(entry.u64(0)), operation: entry.u8(8), len: entry.u8(9) }
+fn pointers(table: Piece<'_>) -> impl Iterator<Item = Gva> {
+    records(table.at, table.bytes).map(|(_, pointer): (Gva, &U64)| Gva(pointer.get()))
 }
 
-/// How `struct alt_instr` was laid out.
-struct Layout {
-    size: usize,
-    /// Where the flags are; without any, the feature's top bit is the only one.
-    flags: Option<usize>,
-    /// Where the two lengths are.
-    lengths: usize,
-}
-
-/// Since 6.3; before; up to 5.10, when the padding's length was a field, too.
-const LAYOUTS: [Layout; 3] = [
-    Layout { size: 14, flags: Some(10), lengths: 12 },
-    Layout { size: 12, flags: None, lengths: 10 },
-    Layout { size: 13, flags: None, lengths: 10 },
-];
-
-/// More words than a kernel has for its processor's features.
+/// More words of feature bits than a kernel has.
 const MAX_WORDS: u16 = 64;
 
-/// Takes the first layout by which every entry makes sense.
+/// Reads the table by the first layout that divides it and by which every entry makes sense.
 fn alternatives(table: Piece<'_>, vmlinux: &Vmlinux<'_>) -> Option<Vec<Alternative>> {
-    LAYOUTS.iter().filter(|layout| table.bytes.len().is_multiple_of(layout.size)).find_map(|layout| {
-        table.entries(layout.size).map(|entry| alternative(entry, layout, vmlinux)).collect()
+    fn read<T: Record>(
+        table: Piece<'_>,
+        vmlinux: &Vmlinux<'_>,
+        fields: impl Fn(&T) -> (&AlternativeHead, Option<u16>, AlternativeLengths),
+    ) -> Option<Vec<Alternative>> {
+        if !table.bytes.len().is_multiple_of(size_of::<T>()) {
+            return None;
+        }
+        records(table.at, table.bytes).map(|(at, record)| alternative(at, fields(record), vmlinux)).collect()
+    }
+    read(table, vmlinux, |record: &AlternativeRecord| {
+        (&record.head, Some(record.flags.get()), record.lengths)
     })
+    .or_else(|| read(table, vmlinux, |record: &AlternativeRecord5_11| (&record.head, None, record.lengths)))
+    .or_else(|| read(table, vmlinux, |record: &AlternativeRecord5_10| (&record.head, None, record.lengths)))
 }
 
-fn alternative(entry: Entry<'_>, layout: &Layout, vmlinux: &Vmlinux<'_>) -> Option<Alternative> {
+/// An entry that is at `at`. Without flags, the feature's top bit is the only one.
+fn alternative(
+    at: Gva,
+    (head, flags, lengths): (&AlternativeHead, Option<u16>, AlternativeLengths),
+    vmlinux: &Vmlinux<'_>,
+) -> Option<Alternative> {
     const INVERTED: u16 = 1;
     const DIRECT_CALL: u16 = 2;
-    let feature = entry.u16(8);
-    let (feature, flags) = match layout.flags {
-        Some(at) => (feature, entry.u16(at)),
-        None => (feature & 0x7fff, feature >> 15),
-    };
-    let (at, replacement_at) = (entry.near(0), entry.near(4));
-    let (original, replacement) = (entry.u8(layout.lengths), entry.u8(layout.lengths + 1));
+    let feature = head.feature.get();
+    let (feature, flags) = flags.map_or((feature & 0x7fff, feature >> 15), |flags| (feature, flags));
+    let replacement_at = relative(at, offset_of!(AlternativeHead, replacement), head.replacement);
+    let at = relative(at, offset_of!(AlternativeHead, at), head.at);
     let plausible = feature < 32 * MAX_WORDS
         && flags & !(INVERTED | DIRECT_CALL) == 0
-        && original > 0
-        && replacement <= original;
+        && lengths.original > 0
+        && lengths.replacement <= lengths.original;
     Some(Alternative {
         at,
         feature,
         inverted: flags & INVERTED != 0,
         direct_call: flags & DIRECT_CALL != 0,
-        original: vmlinux.bytes(at, original.into()).filter(|_| plausible)?.to_vec(),
+        original: vmlinux.bytes(at, lengths.original.into()).filter(|_| plausible)?.to_vec(),
         replacement_at,
-        replacement: vmlinux.bytes(replacement_at, replacement.into())?.to_vec(),
+        replacement: vmlinux.bytes(replacement_at, lengths.replacement.into())?.to_vec(),
     })
 }
 
@@ -272,12 +288,12 @@ fn features(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Vec<(u16, String)> {
     let Some(start) = symbols.only("x86_cap_flags") else { return Vec::new() };
     let Some(end) = symbols.after(start) else { return Vec::new() };
     let Some(table) = vmlinux.between(start, end) else { return Vec::new() };
-    let name = |pointer: u64| {
-        let text = vmlinux.bytes(Gva(pointer), LONGEST)?;
+    let name = |pointer: Gva| {
+        let text = vmlinux.bytes(pointer, LONGEST)?;
         let end = text.iter().position(|byte| *byte == 0)?;
         let text = std::str::from_utf8(&text[..end]).ok()?;
         (!text.is_empty()).then(|| text.to_owned())
     };
-    let named = |(number, entry): (u16, Entry<'_>)| Some((number, name(entry.u64(0))?));
-    (0..32 * MAX_WORDS).zip(table.entries(8)).filter_map(named).collect()
+    let named = |(number, pointer): (u16, Gva)| Some((number, name(pointer)?));
+    (0..32 * MAX_WORDS).zip(pointers(table)).filter_map(named).collect()
 }

@@ -1,44 +1,43 @@
-//! What an instruction is about to write to memory, for a vCPU that was stopped before it.
+//! Emulating stores, for a vCPU that was stopped before one.
 //!
-//! Only what compilers and the kernel's own `memcpy` and `memset` use to write text: plain
-//! moves, and the string instructions, which write element by element and may be stopped
-//! between two. They change no flags, so doing one for a vCPU changes memory, the registers
-//! here, and nothing else.
+//! Only the instructions that compilers and the kernel's `memcpy` and `memset` write text with: moves,
+//! and string instructions, which can be interrupted between two elements. They change no flags, so
+//! emulating one changes memory and the registers here, and nothing else.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use crate::addr::Gva;
 
-/// RFLAGS.DF: string instructions go downwards.
+/// RFLAGS.DF: string instructions decrement their addresses.
 const DIRECTION: u64 = 1 << 10;
 /// RFLAGS.TF: a trap follows each instruction.
 const TRAP: u64 = 1 << 8;
 
-/// GeneralRegisters of a vCPU in 64-bit mode, as far as addresses and moves need them.
+/// The registers of a vCPU in 64-bit mode that addresses and moves need.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GeneralRegisters {
-    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: the order of their encoding.
+    /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15, in the order of their encoding.
     pub general: [u64; 16],
     /// The instruction pointer.
     pub rip: u64,
-    /// The flags.
+    /// RFLAGS.
     pub flags: u64,
-    /// Where FS begins.
+    /// The base of FS.
     pub fs: u64,
-    /// Where GS begins.
+    /// The base of GS.
     pub gs: u64,
 }
 
-/// An instruction that writes to memory and does nothing else but move registers on.
+/// An instruction that writes to memory and changes nothing else but its address registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Store {
     /// Where it writes next.
     pub at: Gva,
-    /// How many bytes, 1, 2, 4 or 8.
+    /// How many bytes: 1, 2, 4 or 8.
     pub width: usize,
     /// What it writes.
     pub value: Value,
-    /// Behind the instruction.
+    /// The next instruction.
     next: u64,
     /// For a string instruction: whether it repeats.
     string: Option<bool>,
@@ -47,9 +46,9 @@ pub struct Store {
 /// What is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Value {
-    /// The lowest bytes of this.
+    /// The lowest bytes of this value.
     Register(u64),
-    /// What is in memory there.
+    /// The bytes at this address.
     Memory(Gva),
 }
 
@@ -58,8 +57,22 @@ const RSI: usize = 6;
 const RDI: usize = 7;
 
 impl Store {
-    /// Decodes the instruction in `code`, which `registers.rip` points to. `None` if it is of
-    /// another kind, and if a trap is to follow it.
+    /// Decodes the instruction at `registers.rip`, which `code` begins with. `None` if it is of another
+    /// kind, or if RFLAGS.TF is set.
+    ///
+    /// ```
+    /// use patcher::addr::Gva;
+    /// use patcher::insn::store::{GeneralRegisters, Store, Value};
+    ///
+    /// let mut registers = GeneralRegisters { rip: 0x1000, ..GeneralRegisters::default() };
+    /// (registers.general[0], registers.general[7]) = (0xcc, 0x2000);
+    /// // mov [rdi], al
+    /// let store = Store::decode(&[0x88, 0x07], &registers).expect("a store");
+    /// assert_eq!((store.at, store.width, store.value), (Gva(0x2000), 1, Value::Register(0xcc)));
+    /// // The caller has performed the write; now the vCPU goes on behind it.
+    /// store.step(&mut registers);
+    /// assert_eq!(registers.rip, 0x1002);
+    /// ```
     #[must_use]
     pub fn decode(code: &[u8], registers: &GeneralRegisters) -> Option<Self> {
         let insn = Decoder::with_ip(64, code, registers.rip, DecoderOptions::NONE).decode();
@@ -81,7 +94,7 @@ impl Store {
             _ => return None,
         };
         let string = insn.is_string_instruction();
-        // With 32-bit addresses other registers move.
+        // With 32-bit addresses only the lower halves of the registers change.
         if string && insn.op0_kind() != OpKind::MemoryESRDI {
             return None;
         }
@@ -97,7 +110,7 @@ impl Store {
         })
     }
 
-    /// Where an instruction of any kind writes or reads memory: the first place that it names.
+    /// The first memory operand of an instruction of any kind.
     #[must_use]
     pub fn place(code: &[u8], registers: &GeneralRegisters) -> Option<Gva> {
         let insn = Decoder::with_ip(64, code, registers.rip, DecoderOptions::NONE).decode();
@@ -105,8 +118,8 @@ impl Store {
         registers.address(&insn, operand).map(Gva)
     }
 
-    /// Moves the registers on, as if it had been written. A string instruction that is not
-    /// through yet is returned to.
+    /// Updates the registers as after the write. RIP stays at a string instruction that has elements
+    /// left.
     pub fn step(&self, registers: &mut GeneralRegisters) {
         let Some(repeats) = self.string else {
             registers.rip = self.next;
@@ -145,7 +158,7 @@ impl GeneralRegisters {
         insn.virtual_address(operand, 0, |register, _, _| self.value(register))
     }
 
-    /// A general register or part of one, or where a segment begins.
+    /// A general register or part of one, or the base of a segment.
     fn value(&self, register: Register) -> Option<u64> {
         match register {
             Register::FS => return Some(self.fs),

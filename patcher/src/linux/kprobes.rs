@@ -1,6 +1,5 @@
-//! Kprobes that the guest has registered, on or off (Linux kernel/kprobes.c: `kprobe_table`, a
-//! hash table by address). Guest memory is not trusted: the lists are walked so far and no
-//! further.
+//! Kprobes that the guest has registered, enabled or not (Linux kernel/kprobes.c: `kprobe_table`, a
+//! hash table by address). Guest memory is not trusted: the walk is bounded.
 
 use crate::addr::Gva;
 use crate::image::offsets::ProbeOffsets;
@@ -12,7 +11,7 @@ use crate::plan::refusal::Refusal;
 const BUCKETS: usize = 64;
 const MOST_PROBES: usize = 1 << 16;
 
-/// Where they are, sorted. None if the kernel does not describe them, or has none.
+/// Their addresses, sorted. Empty if the kernel does not describe `struct kprobe`.
 ///
 /// # Errors
 /// [`Refusal::Unmapped`]; [`Refusal::BadProbes`] when the lists do not end.
@@ -39,7 +38,7 @@ pub fn probes(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Gva>, R
     Ok(found)
 }
 
-/// How many bytes from its address on a probe may change: it may become a jump.
+/// How many bytes a kprobe may change: an optimized one is a jump.
 const REACH: u64 = 5;
 
 /// The first of `probes` that may change bytes between two addresses.

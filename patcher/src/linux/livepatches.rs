@@ -1,6 +1,6 @@
 //! Functions that the guest's own livepatches replace (Linux kernel/livepatch/patch.c: `klp_ops`, a
-//! list of such functions, each with a stack of replacements). Guest memory is not trusted: the
-//! list is walked so far and no further.
+//! list of such functions, each with a stack of replacements). Guest memory is not trusted: the walk
+//! is bounded.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use crate::plan::refusal::Refusal;
 
 const MOST_FUNCTIONS: usize = 1 << 16;
 
-/// Where they are. None if the kernel does not describe them, or has no livepatches.
+/// The replaced functions. Empty if the kernel does not describe `struct klp_ops`, or has none.
 ///
 /// # Errors
 /// [`Refusal::Unmapped`]; [`Refusal::BadLivepatches`] when the list does not end.

@@ -12,7 +12,7 @@ pub trait GuestMemory {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva>;
 }
 
-/// Reads so many bytes.
+/// Reads `size` bytes.
 ///
 /// # Errors
 /// [`Refusal::Unmapped`].

@@ -1,4 +1,4 @@
-//! A running guest's kernel, as its image and its memory describe it: symbols where they are now,
+//! A running guest's kernel, from its image and its memory: symbols at their present addresses,
 //! modules, kprobes, livepatches.
 //!
 //! Everything here reads guest memory through [`GuestMemory`], and trusts none of it.

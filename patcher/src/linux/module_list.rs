@@ -1,16 +1,15 @@
-//! Loaded modules, read from the running guest (Linux kernel/module/main.c: a list from
-//! `modules`). Guest memory is not trusted: every count is bounded, and a list that does not
-//! come back to its head ends in an error.
+//! Loaded modules, read from the running guest (Linux kernel/module/main.c: the list `modules`). Guest
+//! memory is not trusted: every count is bounded, and a list that does not return to its head is an
+//! error.
 
 use std::cell::Cell;
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
 use crate::image::offsets::ModuleOffsets;
+use crate::image::records::{ExceptionRecord, JumpRecord, StaticCallRecord, SymbolRecord, records};
 use crate::image::symbols::Symbols;
-use crate::image::tables::{
-    EXCEPTION, JUMP_ENTRY, STATIC_CALL_SITE, exceptions, jump_entries, static_call_sites,
-};
+use crate::image::tables::{exceptions, jump_entries, static_call_sites};
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::linux::modules::{Module, Modules};
 use crate::linux::view::Kernel;
@@ -21,19 +20,17 @@ const LIVE: u32 = 0;
 const MOST_MODULES: usize = 4096;
 const MOST_SYMBOLS: usize = 1 << 20;
 const MOST_ENTRIES: usize = 1 << 20;
-/// Longest table of names, and longest text, in bytes.
+/// Longest text, in bytes.
 const MOST_BYTES: usize = 64 << 20;
-/// Most that is read of all modules, in bytes; real ones have some 100 KiB of symbols each.
+/// Most that is read for all modules together, in bytes; a real one has some 100 KiB of symbols.
 const BUDGET: usize = 32 << 20;
-/// `MODULE_NAME_LEN` is 56; the rest is never reached.
+/// `MODULE_NAME_LEN`.
 const LONGEST_NAME: usize = 56;
 const LONGEST_SYMBOL: usize = 512;
-/// `Elf64_Sym`.
-const SYMBOL: usize = 24;
 /// `SHN_LORESERVE`.
 const RESERVED: u16 = 0xff00;
 
-/// Reads all modules of a guest whose image runs moved by `slide`.
+/// Reads all modules of a guest whose kernel runs `slide` above its link-time address.
 #[must_use]
 pub fn read_modules(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Modules {
     Modules::new(read_all(image, slide, text))
@@ -46,7 +43,7 @@ fn read_all(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Result<V
     let mut modules = Vec::new();
     let budget = Cell::new(BUDGET);
     let mut next = Gva(read_u64(text, head)?);
-    // Those that are coming or going are counted, too.
+    // Modules that are being loaded or unloaded count, too.
     for _ in 0..MOST_MODULES {
         if next == head {
             return Ok(modules);
@@ -65,7 +62,7 @@ struct Reader<'a> {
     text: &'a dyn GuestMemory,
     at: Gva,
     offsets: &'a ModuleOffsets,
-    /// How much may still be read.
+    /// How many bytes may still be read.
     budget: &'a Cell<usize>,
 }
 
@@ -100,15 +97,15 @@ impl Reader<'_> {
             text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
             symbols: self.symbols()?,
             jump_entries: {
-                let (at, bytes) = self.table(offsets.jump_entries, JUMP_ENTRY)?;
+                let (at, bytes) = self.table(offsets.jump_entries, size_of::<JumpRecord>())?;
                 jump_entries(at, &bytes)
             },
             static_call_sites: {
-                let (at, bytes) = self.table(offsets.static_call_sites, STATIC_CALL_SITE)?;
+                let (at, bytes) = self.table(offsets.static_call_sites, size_of::<StaticCallRecord>())?;
                 static_call_sites(at, &bytes)
             },
             exceptions: {
-                let (at, bytes) = self.table(offsets.exceptions, EXCEPTION)?;
+                let (at, bytes) = self.table(offsets.exceptions, size_of::<ExceptionRecord>())?;
                 exceptions(at, &bytes)
             },
         })
@@ -125,27 +122,26 @@ impl Reader<'_> {
         let (symtab, number, strtab, typetab) = self.offsets.symbols;
         let table = Reader { at: self.pointer(self.offsets.kallsyms)?, ..*self };
         let count = table.count(number, MOST_SYMBOLS)?;
-        let entries = self.bytes(table.pointer(symtab)?, count * SYMBOL)?;
+        let start = table.pointer(symtab)?;
+        let entries = self.bytes(start, count * size_of::<SymbolRecord>())?;
         let kinds = self.bytes(table.pointer(typetab)?, count)?;
         let names = table.pointer(strtab)?;
         let mut symbols = Vec::new();
-        for (entry, kind) in entries.chunks_exact(SYMBOL).zip(kinds) {
-            let (name, rest) = entry.split_first_chunk::<4>().ok_or(bad("a symbol is cut off"))?;
-            let section = u16::from_le_bytes([rest[2], rest[3]]);
-            let value = rest[4..].first_chunk().copied().map_or(0, u64::from_le_bytes);
-            // Undefined: those of the kernel and of other modules. Above: absolute numbers.
+        for ((_, entry), kind) in records::<SymbolRecord>(start, &entries).zip(kinds) {
+            let section = entry.section.get();
+            // 0 is undefined: symbols of the kernel or of other modules. Above are absolute values.
             if section == 0 || section >= RESERVED {
                 continue;
             }
-            let at = Gva(names.0.wrapping_add(u32::from_le_bytes(*name).into()));
-            symbols.push((value, kind, self.name(at)?));
+            let at = Gva(names.0.wrapping_add(entry.name.get().into()));
+            symbols.push((entry.value.get(), kind, self.name(at)?));
         }
         let all = symbols.iter().map(|(at, kind, name)| (*at, *kind, name.as_str()));
         Symbols::new(all).ok_or(bad("its names are too long"))
     }
 
     fn name(&self, at: Gva) -> Result<String, Refusal> {
-        // In short pieces: what lies behind the last name may not be mapped.
+        // In short pieces, because the memory behind the last name may not be mapped.
         const PIECE: usize = 32;
         let mut name = Vec::new();
         while name.len() < LONGEST_SYMBOL {

@@ -7,7 +7,7 @@ use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
 use crate::plan::refusal::Refusal;
 
-/// A module that is loaded and runs. Addresses are those in the guest.
+/// A live module. Addresses are those in the guest.
 #[derive(Debug)]
 pub struct Module {
     /// Its name.
@@ -35,7 +35,7 @@ impl Modules {
     /// No modules.
     pub const NONE: Self = Self { loaded: Vec::new(), unknown: None };
 
-    /// What reading them from the guest came to.
+    /// The result of reading them from the guest.
     #[must_use]
     pub fn new(read: Result<Vec<Module>, Refusal>) -> Self {
         match read {
@@ -44,7 +44,7 @@ impl Modules {
         }
     }
 
-    /// Those that are known.
+    /// The modules that are known.
     #[must_use]
     pub fn known(&self) -> &[Module] {
         &self.loaded
@@ -53,8 +53,8 @@ impl Modules {
     /// All of them.
     ///
     /// # Errors
-    /// [`Refusal::UnknownLayout`] without BTF; [`Refusal::BadModules`] when the guest's lists
-    /// make no sense.
+    /// [`Refusal::UnknownLayout`] without BTF; [`Refusal::BadModules`] when the guest's list is
+    /// inconsistent.
     pub fn all(&self) -> Result<&[Module], Refusal> {
         self.unknown.clone().map_or(Ok(&self.loaded), Err)
     }

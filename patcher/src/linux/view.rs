@@ -1,4 +1,4 @@
-//! A kernel where it runs: its image, moved by KASLR, and the modules it has loaded.
+//! A running kernel: its image, moved by KASLR, and its loaded modules.
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
@@ -9,28 +9,28 @@ use crate::linux::memory::{GuestMemory, read_u32};
 use crate::linux::modules::{Module, Modules};
 use crate::plan::refusal::Refusal;
 
-/// What is farther than this behind a module's last symbol is not the module's, in bytes.
+/// An address farther behind a module's last symbol is not the module's, in bytes.
 const LARGEST_MODULE: usize = 16 << 20;
 
-/// A kernel image and where the guest runs it.
+/// A kernel image and where it runs.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel<'a> {
     /// The image.
     pub image: &'a KernelImage,
     /// How far above its link-time address it runs (KASLR); a multiple of 2 MiB.
     pub slide: u64,
-    /// The modules that it has loaded.
+    /// Its loaded modules.
     pub modules: &'a Modules,
 }
 
 impl<'a> Kernel<'a> {
-    /// Where something that was linked at an address is.
+    /// The live address of a link-time address.
     #[must_use]
     pub fn live(&self, linked: Gva) -> Gva {
         Gva(linked.0.wrapping_add(self.slide))
     }
 
-    /// Where something that is at an address was linked.
+    /// The link-time address of a live address.
     #[must_use]
     pub fn linked(&self, live: Gva) -> Gva {
         Gva(live.0.wrapping_sub(self.slide))
@@ -51,7 +51,7 @@ impl<'a> Kernel<'a> {
         Some(Function { start: self.live(function.start), end: self.live(function.end), ..function })
     }
 
-    /// A live address as a plan writes it, if there is a symbol for it.
+    /// A live address as a plan writes it, if a symbol leads to it.
     #[must_use]
     pub fn identify(&self, at: Gva) -> Option<String> {
         let nearest = |module: &&'a Module| module.symbols.at_or_before(at);
@@ -65,7 +65,7 @@ impl<'a> Kernel<'a> {
         }
     }
 
-    /// Where a symbol is in the guest. Those of a module are written `module:symbol`.
+    /// The live address of a symbol. A module's symbol is written `module:symbol`.
     ///
     /// # Errors
     /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
@@ -90,7 +90,21 @@ impl<'a> Kernel<'a> {
         }
     }
 
-    /// An address as a plan writes it: `symbol`, `symbol+0xoffset`, `0xaddress`.
+    /// The live address that a plan writes as `symbol`, `symbol+0xoffset` or `0xaddress`.
+    ///
+    /// ```
+    /// use patcher::addr::Gva;
+    /// use patcher::image::{KernelImage, Symbols};
+    /// use patcher::linux::{Kernel, Modules};
+    ///
+    /// let symbols = [(0x8100_0000, b'T', "_text"), (0x8100_0040, b'T', "do_syslog")];
+    /// let symbols = Symbols::new(symbols.into_iter()).expect("few");
+    /// let image = KernelImage::from_parts("6.1.0".into(), symbols, Gva(0x8100_0000));
+    /// // KASLR has moved the kernel by 2 MiB.
+    /// let kernel = Kernel { image: &image, slide: 0x20_0000, modules: &Modules::NONE };
+    /// assert_eq!(kernel.address("do_syslog+0x14"), Ok(Gva(0x8120_0054)));
+    /// assert_eq!(kernel.address("do_nothing").unwrap_err().code(), "unknown_symbol");
+    /// ```
     ///
     /// # Errors
     /// As [`Kernel::symbol`], and [`Refusal::BadAddress`].
@@ -111,30 +125,28 @@ impl<'a> Kernel<'a> {
         base.0.checked_add(offset).map(Gva).ok_or_else(bad)
     }
 
-    /// Whether an address is in the part that is given back once the kernel is up. What was
-    /// there has run for the last time.
+    /// Whether an address is in init memory, which is freed once the kernel is up.
     #[must_use]
     pub fn is_init(&self, at: Gva) -> bool {
         self.image.landmarks().init.as_ref().is_some_and(|init| init.contains(&self.linked(at)))
     }
 
-    /// Whether the five bytes at an address are where a function calls the tracer, or could.
+    /// Whether the five bytes at an address are a function's fentry call, or the NOP in its place.
     #[must_use]
     pub fn is_fentry(&self, at: Gva) -> bool {
         self.image.tables().is_fentry(self.linked(at))
     }
 
-    /// Whether there is an instruction of the kernel's own that it replaces by another of the same
-    /// length while it runs, as its image says: a call of the tracer, a static key's jump, a static
-    /// call. (What modules say is in the guest's memory, so that is not asked.) It replaces it just
-    /// as we do, so no other instruction begins inside, and nobody branches there.
+    /// Whether the kernel replaces the instruction at an address by another of the same length while
+    /// it runs, according to the image: a fentry call, a static key's jump, a static call. So no other
+    /// instruction begins inside, and no branch goes there. (Tables of modules are in guest memory,
+    /// which is not trusted.)
     #[must_use]
     pub fn is_patched_by_itself(&self, at: Gva) -> bool {
         self.is_fentry(at) || self.image.tables().is_switched(self.linked(at))
     }
 
-    /// Whether the kernel expects the instruction at an address to fault. Yes, if that can't be
-    /// told.
+    /// Whether the instruction at an address is in the exception table. Yes, if that is not known.
     #[must_use]
     pub fn may_fault(&self, at: Gva) -> bool {
         if let Some(module) = self.module_at(at) {
@@ -177,7 +189,7 @@ impl<'a> Kernel<'a> {
         Ok(own.chain(modules.flat_map(|module| module.static_call_sites.iter().copied())))
     }
 
-    /// The key of a static call, and its trampoline, by the name that the kernel's source has.
+    /// The key and the trampoline of a static call, by its name in the kernel's source.
     ///
     /// # Errors
     /// As [`Kernel::symbol`].
@@ -194,8 +206,7 @@ impl<'a> Kernel<'a> {
         Ok((key, self.symbol(&prefixed(CALL_TRAMPOLINE)).ok()))
     }
 
-    /// Where the kernel notes whether the processor has a feature: bit `feature % 32` of the
-    /// four bytes there.
+    /// The address of the kernel's record of a CPU feature: bit `feature % 32` of the four bytes there.
     ///
     /// # Errors
     /// [`Refusal::UnknownLayout`] without BTF.
@@ -206,7 +217,7 @@ impl<'a> Kernel<'a> {
         Ok(Gva(start.0.wrapping_add(offset + 4 * u64::from(feature / 32))))
     }
 
-    /// Whether the kernel counts the processor as having a feature.
+    /// Whether the kernel has a CPU feature's bit set.
     ///
     /// # Errors
     /// As [`Kernel::feature_word`].

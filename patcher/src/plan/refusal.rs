@@ -1,49 +1,13 @@
-//! Why a plan is refused: a stable code, the place in the plan, what was expected and what
-//! was found. Every code is listed in `docs/limits.md` with its remedy.
+//! Why a plan is refused: a stable code, the place in the plan, what was expected and what was found.
+//! `docs/limits.md` lists every code with its remedy.
 
 use std::fmt;
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
-use serde_path_to_error::{Path, Segment};
 
 use crate::addr::Gva;
 use crate::insn;
-
-/// A place in a plan, as a JSON pointer (RFC 6901). The empty pointer is the whole plan.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Pointer(String);
-
-impl Pointer {
-    /// Takes a pointer that is well-formed already.
-    #[must_use]
-    pub fn new(text: &str) -> Self {
-        Self(text.to_owned())
-    }
-
-    /// The patch with this index.
-    #[must_use]
-    pub fn patch(index: usize) -> Self {
-        Self(format!("/patches/{index}"))
-    }
-
-    pub(crate) fn from_path(path: &Path) -> Self {
-        let mut text = String::new();
-        for segment in path {
-            match segment {
-                Segment::Seq { index } => text += &format!("/{index}"),
-                Segment::Map { key } => text += &format!("/{}", key.replace('~', "~0").replace('/', "~1")),
-                Segment::Enum { .. } | Segment::Unknown => {}
-            }
-        }
-        Self(text)
-    }
-}
-
-impl fmt::Display for Pointer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+pub use crate::plan::pointer::Pointer;
 
 /// A reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +20,7 @@ pub enum Refusal {
         what: String,
     },
     /// The JSON is too long.
-    #[error("the plan has {bytes} bytes, {limit} is the limit")]
+    #[error("the plan has {bytes} bytes; the limit is {limit}")]
     PlanTooLarge {
         /// Its length.
         bytes: usize,
@@ -64,7 +28,7 @@ pub enum Refusal {
         limit: usize,
     },
     /// The plan names another kernel release.
-    #[error("the plan is for kernel {wanted}, the guest runs {running}")]
+    #[error("the plan is for kernel {wanted}, but the guest runs {running}")]
     KernelMismatch {
         /// The plan's release.
         wanted: String,
@@ -72,7 +36,7 @@ pub enum Refusal {
         running: String,
     },
     /// An address is neither a symbol, nor a symbol with an offset, nor a number.
-    #[error("{text:?} is no address: use symbol, symbol+0xoffset or 0xaddress")]
+    #[error("{text:?} is not an address: use symbol, symbol+0xoffset or 0xaddress")]
     BadAddress {
         /// The text.
         text: String,
@@ -84,7 +48,7 @@ pub enum Refusal {
         name: String,
     },
     /// Several symbols have this name.
-    #[error("{name} is ambiguous: it is at {}; give the address itself", list(.at))]
+    #[error("{name} is ambiguous: it is at {}; give the address instead", list(.at))]
     AmbiguousSymbol {
         /// The name.
         name: String,
@@ -92,58 +56,58 @@ pub enum Refusal {
         at: Vec<Gva>,
     },
     /// No static call has this name.
-    #[error("the kernel has no static call {name}")]
+    #[error("the kernel has no static call {name}; `vmm kernel calls` lists the calls")]
     UnknownStaticCall {
         /// The name.
         name: String,
     },
-    /// Nothing in the kernel depends on it.
-    #[error("{name} is no static key, or nothing depends on it")]
+    /// No jump of the kernel is switched by it.
+    #[error("{name} is not a static key, or switches no jump; `vmm kernel keys` lists the keys")]
     UnknownStaticKey {
         /// The name.
         name: String,
     },
-    /// No alternative is chosen by it.
-    #[error("the kernel has no alternative for {name}; vmm kernel features lists them")]
+    /// No alternative depends on the feature.
+    #[error("the kernel has no alternative for {name}; `vmm kernel features` lists the features")]
     UnknownFeature {
         /// The name.
         name: String,
     },
-    /// The kernel's description of a type is missing.
-    #[error("the kernel does not describe {what}: it was built without BTF, or is not known")]
+    /// The kernel's BTF does not describe a type.
+    #[error("the kernel does not describe {what}: it has no BTF, or its layout is not known")]
     UnknownLayout {
         /// Which type.
         what: &'static str,
     },
-    /// The guest's list of modules makes no sense.
+    /// The guest's list of modules is inconsistent.
     #[error("the guest's modules can't be read: {why}")]
     BadModules {
         /// Why.
         why: &'static str,
     },
-    /// A kprobe of the guest's is there, on or off: it remembers the code.
-    #[error("the guest has a kprobe at {probe}, which remembers the code that is there now")]
+    /// The guest has a kprobe there, enabled or not.
+    #[error("the guest has a kprobe at {probe}, which keeps a copy of the code; remove the kprobe first")]
     Probed {
         /// The site.
         at: Gva,
         /// The probe.
         probe: Gva,
     },
-    /// The guest's table of kprobes makes no sense.
+    /// The guest's table of kprobes is inconsistent.
     #[error("the guest's kprobes can't be read: a list does not end")]
     BadProbes,
-    /// A livepatch of the guest's own has replaced the function.
+    /// The guest's own livepatch has replaced the function.
     #[error(
-        "the guest has replaced the function at {function} by a livepatch of its own: nobody would execute what is changed in it"
+        "the guest has replaced the function at {function} by a livepatch, so changed code in it would not be executed"
     )]
     Livepatched {
         /// Where the function begins.
         function: Gva,
     },
-    /// The guest's list of livepatches makes no sense.
+    /// The guest's list of livepatches is inconsistent.
     #[error("the guest's livepatches can't be read: a list does not end")]
     BadLivepatches,
-    /// The guest is in the middle of changing it, or counts its users.
+    /// The guest is changing it, or counts several users of it.
     #[error("{name} can't be changed now: {why}")]
     Busy {
         /// The name.
@@ -152,13 +116,15 @@ pub enum Refusal {
         why: String,
     },
     /// It is only safe on a guest with one vCPU.
-    #[error("the guest has {vcpus} vCPUs, which need their lock prefixes; \"force\" it if you know better")]
+    #[error(
+        "the guest has {vcpus} vCPUs, which need the lock prefixes; \"force\": true removes them all the same"
+    )]
     NeedsOneVcpu {
         /// How many there are.
         vcpus: usize,
     },
-    /// The patch must change as one.
-    #[error("its sites depend on each other, so only {needed} can change them")]
+    /// The strategy changes sites one by one, and these depend on each other.
+    #[error("the sites depend on each other; ask for {needed}, or for auto")]
     NeedsGroup {
         /// Which strategies.
         needed: &'static str,
@@ -169,7 +135,7 @@ pub enum Refusal {
         /// The address.
         at: Gva,
     },
-    /// The site lies in no function, so its instructions can't be told.
+    /// The site lies in no function, so its instruction boundaries are not known.
     #[error("{at} lies in no function of the kernel's text")]
     NotText {
         /// The address.
@@ -193,12 +159,14 @@ pub enum Refusal {
         /// Where that instruction begins.
         begins: Gva,
     },
-    /// The function does not decode as far as the site.
-    #[error("{function} can't be decoded beyond {at}, so no instruction boundary is known at the site")]
+    /// The function can't be decoded as far as the site.
+    #[error(
+        "{function} can't be decoded beyond {at}, so the instruction boundaries at the site are not known"
+    )]
     Undecodable {
         /// The function.
         function: String,
-        /// The first address that is not understood.
+        /// The first address that does not decode.
         at: Gva,
     },
     /// A branch of the function goes to the inside of the site.
@@ -206,11 +174,11 @@ pub enum Refusal {
     BranchIntoSite {
         /// The branch.
         from: Gva,
-        /// Where it goes.
+        /// Its target.
         to: Gva,
     },
     /// The new bytes do not fit.
-    #[error("the replacement has {replacement} bytes, the site only {site}")]
+    #[error("the replacement has {replacement} bytes, but the site only {site}")]
     ReplacementTooLong {
         /// Length of the replacement.
         replacement: usize,
@@ -223,11 +191,11 @@ pub enum Refusal {
         /// The bytes.
         bytes: Vec<u8>,
     },
-    /// The strategy does not look where the vCPUs are, and one may stand inside the site, or
-    /// the plan sets conditions.
+    /// The strategy does not look at the vCPUs' positions, and one may be inside the site, or the plan
+    /// sets conditions.
     #[error(
-        "a vCPU may stand inside the site at {at} ({instructions} instructions), or the plan is conditional; \
-         only inspect looks where they stand"
+        "a vCPU may be inside the site at {at} ({instructions} instructions), or the plan sets conditions; \
+         only inspect looks where the vCPUs are"
     )]
     MultiInstruction {
         /// The site.
@@ -235,8 +203,8 @@ pub enum Refusal {
         /// How many there are now.
         instructions: usize,
     },
-    /// A task that no vCPU runs may come back to the inside of the site.
-    #[error("a task that does not run may come back to {inside}, inside the site at {at}: {why}")]
+    /// A task that is not running may return to the inside of the site.
+    #[error("a task that is not running may return to {inside}, inside the site at {at}: {why}")]
     InteriorReachable {
         /// The site.
         at: Gva,
@@ -246,30 +214,28 @@ pub enum Refusal {
         why: &'static str,
     },
     /// The site can't be changed by one store.
-    #[error(
-        "the {bytes} bytes at {at} are not one instruction in one aligned word of eight bytes, before and after"
-    )]
+    #[error("the {bytes} bytes at {at} are not one instruction within eight aligned bytes, before and after")]
     NotOneStore {
         /// The site.
         at: Gva,
         /// Its length.
         bytes: usize,
     },
-    /// The old instruction can't be executed elsewhere.
+    /// The old instruction can't be executed at another address.
     #[error(
-        "the instruction at {at} can't be executed elsewhere: what it calls or raises would see the address"
+        "the instruction at {at} can't be executed elsewhere: it calls or raises something that would see the other address"
     )]
     NotRelocatable {
         /// The site.
         at: Gva,
     },
-    /// No room is left for copies of instructions.
+    /// The arena for copies of instructions is full.
     #[error("the arena has no room for a copy of the instruction at {at}")]
     ArenaFull {
         /// The site.
         at: Gva,
     },
-    /// A task may be in a copy, so the arena has to stay.
+    /// A task may be in a copy, so the arena can't be removed.
     #[error("the arena can't be removed: {why}")]
     ArenaInUse {
         /// Why.
@@ -293,14 +259,14 @@ pub enum Refusal {
         /// The target.
         to: Gva,
     },
-    /// The guest is already as the patch would make it.
-    #[error("{at} is already as the plan would make it")]
+    /// The guest is already in the state that the patch asks for.
+    #[error("{at} already holds what the plan would write")]
     NothingToDo {
         /// The site.
         at: Gva,
     },
-    /// A patch of this name is applied already.
-    #[error("a patch named {name} is applied already; revert it first or choose another name")]
+    /// A patch of this name is already applied.
+    #[error("a patch named {name} is already applied; revert it first or choose another name")]
     NameTaken {
         /// The name.
         name: String,
@@ -318,7 +284,7 @@ pub enum Refusal {
         name: String,
     },
     /// A later patch lies over this one.
-    #[error("{by} lies over the patch {name}; revert that first")]
+    #[error("the patch {by} lies over {name}; revert {by} first")]
     Covered {
         /// The patch to revert.
         name: String,
@@ -331,8 +297,8 @@ pub enum Refusal {
         /// Why.
         why: String,
     },
-    /// An earlier failure left the guest held; nothing may be written any more.
-    #[error("the guest is held since {name} failed and could not be rolled back")]
+    /// An earlier failure left the guest held; nothing more may be written.
+    #[error("the guest is held because {name} failed and could not be rolled back; end the VM")]
     GuestHeld {
         /// The plan that failed.
         name: String,
@@ -340,7 +306,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// The code of this reason. It never changes.
+    /// The code of this reason. Codes never change.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -416,7 +382,7 @@ pub struct Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.pointer.0.is_empty() {
+        if !self.pointer.as_str().is_empty() {
             write!(f, "{}: ", self.pointer)?;
         }
         write!(f, "{} [{}]", self.refusal, self.refusal.code())
@@ -427,7 +393,7 @@ impl Serialize for Refused {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut fields = serializer.serialize_struct("Refused", 3)?;
         fields.serialize_field("code", self.refusal.code())?;
-        fields.serialize_field("pointer", &self.pointer.0)?;
+        fields.serialize_field("pointer", self.pointer.as_str())?;
         fields.serialize_field("message", &self.refusal.to_string())?;
         fields.end()
     }

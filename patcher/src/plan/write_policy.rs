@@ -1,37 +1,36 @@
-//! The text guard's judgement: what becomes of a write of the guest's to guarded text.
+//! What the text guard does about a guest's write to guarded text.
 //!
-//! A write that touches no site of an applied patch is done as it is. One that does can't
-//! simply be left out: `text_poke` compares afterwards and panics (Linux
-//! arch/x86/kernel/alternative.c, `__text_poke`). So what the guest's own patcher writes is
-//! done, and the policy says what is done about it once it has let go of its locks; only what
-//! somebody else writes can be dropped.
+//! A write that touches no site of an applied patch is performed. A write to a site by the guest's own
+//! patching code can't be dropped: `text_poke` compares afterwards and panics (Linux
+//! arch/x86/kernel/alternative.c, `__text_poke`). So it is performed, and the policy is carried out
+//! once the guest has released its locks. Any other write to a site can be dropped.
 
 use serde::{Deserialize, Serialize};
 
 use crate::insn::INT3;
 
-/// What to do when the guest changes the sites of a patch that is applied.
+/// What to do when the guest writes to a site of an applied patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Policy {
-    /// The guest has its way: the patch is given up where it was replaced.
+    /// The guest's code stays; the patch is given up at that site.
     #[default]
     Yield,
-    /// The patch is put back. What the guest wrote is what reverting it restores.
+    /// The patch is applied again. Reverting it restores what the guest wrote.
     Rebase,
-    /// The patch is put back, and reverting it restores what was there before. Who is not
-    /// the kernel's own patcher writes nothing.
+    /// The patch is applied again, and reverting it restores the original code. A write that is not
+    /// by the kernel's own patching code is dropped.
     Deny,
 }
 
-/// Whether a write that touches a site of a patch is done.
+/// Whether a write that touches a site is performed.
 #[must_use]
 pub fn is_done(policy: Policy, by_patcher: bool) -> bool {
     by_patcher || policy != Policy::Deny
 }
 
-/// Whether a site that holds `now` is as `code`, but for breakpoints that the guest has put on
-/// it.
+/// Whether a site that holds `now` still holds `code`, apart from breakpoints that the guest has
+/// placed.
 #[must_use]
 pub fn stands(code: &[u8], now: &[u8]) -> bool {
     code.len() == now.len() && code.iter().zip(now).all(|(code, now)| code == now || *now == INT3)

@@ -1,34 +1,33 @@
 //! Resolved plan -> program.
 //!
 //! ```text
-//! breakpoint, bypass                           hold, inspect
-//!   bypass: every copy: write, check             hold, or inspect
-//!   publish, arm                                 the guest's locks: check
+//! breakpoint, bypass                              hold, inspect
+//!   bypass: every copy: write, check                hold, or inspect
+//!   publish, arm                                    the guest's locks: check
 //!   every blocker: check, first byte := int3        every site: check old
-//!   fence                                        every site: write new
-//!   the guest's locks: check                     every site: check new
-//!   every site: check old, first byte := int3    fence
-//!   fence                                        release
+//!   fence                                           every site: write new
+//!   the guest's locks: check                        every site: check new
+//!   every site: check old, first byte := int3       fence
+//!   fence                                           release
 //!   every site: remaining bytes
-//!   fence                                      store
-//!   every site: first byte := new                the guest's locks: check
-//!   every site: check new                        every site: store new over old
+//!   fence                                         store
+//!   every site: first byte := new                   the guest's locks: check
+//!   every site: check new                           every site: store new over old
 //!   every blocker: open                             fence
-//!   fence                                        every site: check new
+//!   fence                                           every site: check new
 //!   withdraw, disarm
 //! ```
 //!
-//! If the guest's patchers kept an earlier attempt out, the vCPUs are stopped in a moment in which the
-//! locks look free, and the blockers are shut under that hold.
+//! If an earlier attempt found one of the guest's locks taken, all vCPUs are held at a moment when
+//! the locks are free, and the blockers are placed under that hold.
 //!
-//! The kernel's own data that goes with the sites is checked before the first write to one,
-//! and replaced when all are new. Where `inspect` has blockers, they are shut before it in the
-//! same way, and opened before its last fence.
+//! The kernel's own data is checked before the first write to a site and replaced when all sites hold
+//! the new code. The blockers of `inspect` are placed before it in the same way, and removed before
+//! its last fence.
 //!
-//! Undoing replays the journal backwards, and the fences are steps of it: between restoring
-//! the heads to `int3`, the tails, and the old heads there are the same fences as on the way
-//! forward. `docs/fences.md` says why each is there, `docs/model.md` shows what happens
-//! without it.
+//! Undoing replays the journal backwards with the fences in it, so the writes are undone with the same
+//! fences between them as on the way forward. `docs/fences.md` says why each fence is there;
+//! `model/docs/model.md` shows what happens without it.
 
 use std::sync::Arc;
 
@@ -48,22 +47,41 @@ use crate::site::Site;
 /// What the host's processor promises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Host {
-    /// An aligned store of up to eight bytes to code that other processors execute is seen
-    /// by them as a whole (APM volume 2, 7.6.1; Intel makes no such promise).
+    /// An aligned store of up to eight bytes to code becomes visible to other processors as a whole
+    /// (APM volume 2, 7.6.1; Intel does not guarantee it).
     pub stores_are_whole: bool,
 }
 
-/// Compiles a resolved plan, for which copies of instructions may be put into `arena`.
+/// Compiles a resolved plan. Copies of instructions go into `arena`.
+///
+/// ```
+/// # use patcher::{addr::Gva, plan::{Strategy, refusal::Pointer}, resolve::ResolvedPlan, site::Site};
+/// use patcher::program::compile::{Host, compile};
+/// use patcher::safety::slots::Arena;
+///
+/// # let site = Site { pointer: Pointer::patch(0), at: Gva(0x1000), symbol: "f".into(),
+/// #     old: vec![0x0f, 0x1f, 0x44, 0, 0], new: vec![0xe9, 1, 2, 3, 4],
+/// #     old_inside: vec![], new_inside: vec![], may_fault: false };
+/// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Auto, atomic: false,
+/// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![], sites: vec![site],
+/// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
+/// // `plan` has one site: a five-byte NOP at 0x1000 becomes a jump.
+/// let mut arena = Arena::new(Gva(0x8000), 4096);
+/// let amd = compile(&plan, Host { stores_are_whole: true }, &mut arena).expect("it fits");
+/// assert_eq!((amd.strategy, amd.fences()), (Strategy::Store, 1));
+/// let intel = compile(&plan, Host { stores_are_whole: false }, &mut arena).expect("it fits");
+/// assert_eq!((intel.strategy, intel.fences()), (Strategy::Breakpoint, 3));
+/// ```
 ///
 /// # Errors
-/// Why the strategy that the plan asks for does not fit, site by site, now or when the plan
-/// will be reverted. Copies that were made stay in the arena, unused.
+/// Why the plan's strategy does not fit, for each site: now, or when the plan is reverted. Copies
+/// that were made stay in the arena unused.
 pub fn compile(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program, Vec<Refused>> {
     let program = one_way(plan, host, arena)?;
-    // Nothing is applied that could not be reverted.
+    // A plan that could not be reverted is not applied.
     let strategy = fitting(plan, plan.strategy_back(), host, |site| &site.new_inside)?.0;
     if strategy == Strategy::Bypass {
-        // The copies that it takes are of other instructions.
+        // Reverting needs copies of the new instructions.
         one_way(&plan.reversed(), host, arena)?;
     }
     Ok(program)
@@ -92,10 +110,10 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
     Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, blockers, locks, steps })
 }
 
-/// Where a vCPU may stand inside a site before it is changed.
+/// Selects the reachable boundaries inside a site, before or after the change.
 type Inside = fn(&Site) -> &[Gva];
 
-/// The strategy for a plan that asks for `wanted`, and why. The sites must fit it.
+/// The strategy for a plan that asks for `wanted`, and why. Refused if a site does not fit it.
 fn fitting(
     plan: &ResolvedPlan,
     wanted: Strategy,
@@ -128,7 +146,7 @@ fn choose(plan: &ResolvedPlan, wanted: Strategy, host: Host, inside: Inside) -> 
     }
 }
 
-/// Why a site can't be changed by a strategy.
+/// Why a strategy can't change a site.
 fn misfit(plan: &ResolvedPlan, strategy: Strategy, site: &Site, inside: Inside) -> Option<Refused> {
     let at = site.at;
     let refusal = match strategy {
@@ -164,8 +182,8 @@ fn fence() -> Reversible {
     step(Step::Fence, [Step::Fence])
 }
 
-/// Comparing the old bytes comes right before the first write to a site, so on the way back
-/// it comes right after the last and proves that the site is as it was.
+/// The old bytes are compared right before the first write to a site. When undoing, the same check
+/// comes right after the last write and proves that the site is restored.
 fn check_old(site: &Site) -> Reversible {
     step(check(site.at, &site.old), [check(site.at, &site.old)])
 }
@@ -179,23 +197,23 @@ fn write(at: Gva, new: &[u8], old: &[u8]) -> Reversible {
     step(to(new), [to(old)])
 }
 
-/// The kernel's own word for the state of the sites, which somebody may have changed.
+/// Checks the kernel's own word for the state of the sites; the guest may have changed it.
 fn check_word(datum: &Datum) -> Reversible {
     step(check(datum.at, &datum.old), [])
 }
 
-/// Replaces it in one access: the guest counts there, too.
+/// Replaces it by one atomic access, because the guest changes it, too.
 fn store_word(datum: &Datum) -> Reversible {
     let over = |old: &[u8], new: &[u8]| Step::Store { at: datum.at, old: old.into(), new: new.into() };
     step(over(&datum.old, &datum.new), [over(&datum.new, &datum.old)])
 }
 
-/// The guest does not patch itself: nobody has the lock.
+/// Checks that the guest is not patching itself: the lock is free.
 fn check_free(lock: &Gva) -> Reversible {
     step(check(*lock, &[0; 8]), [])
 }
 
-/// The moment to stop the vCPUs in, if the guest patches itself most of the time.
+/// Waits until the locks are free, if an earlier attempt found one taken.
 fn await_free(plan: &ResolvedPlan) -> impl Iterator<Item = Reversible> {
     let locks = plan.patchers.locks.iter().filter(|_| plan.patchers.busy);
     locks.map(|lock| step(Step::Await { at: *lock }, []))
@@ -211,48 +229,48 @@ fn stopped(stop: Step, plan: &ResolvedPlan, blockers: &[Blocker]) -> Vec<Reversi
     steps.extend(sites.iter().map(|site| write(site.at, &site.new, &site.old)));
     steps.extend(data.iter().map(store_word));
     steps.extend(sites.iter().map(check_new));
-    steps.extend(blockers.iter().map(open));
-    // Nothing that comes now can fail halfway, so nothing needs an undo.
+    steps.extend(blockers.iter().map(remove));
+    // The rest cannot fail, so it needs no undo.
     steps.extend([step(Step::Fence, []), step(Step::Release, [])]);
     steps
 }
 
-/// Shuts the blockers before `steps`, which stop the vCPUs and open them again: who has let go of
-/// his locks does not take others.
+/// Places the blockers before `steps`, which stop the vCPUs and remove them. A vCPU that has released
+/// its locks then cannot take another.
 fn behind_blockers(blockers: &[Blocker], steps: Vec<Reversible>) -> Vec<Reversible> {
     if blockers.is_empty() {
         return steps;
     }
-    let mut behind = open_traps(blockers.iter().map(waits));
-    behind.extend(shut(blockers));
-    behind.extend(steps);
-    behind.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
-    behind
+    let mut all = arm(blockers.iter().map(waits));
+    all.extend(place(blockers));
+    all.extend(steps);
+    all.extend([step(Step::Withdraw, []), step(Step::Disarm, [])]);
+    all
 }
 
 fn waits((at, _): &Blocker) -> (Gva, TrapAction) {
     (*at, TrapAction::Wait)
 }
 
-/// From the fence on, nobody passes.
-fn shut(blockers: &[Blocker]) -> Vec<Reversible> {
-    let is_open = |(at, byte): &Blocker| step(check(*at, &[*byte]), []);
-    let shut = |(at, byte): &Blocker| write(*at, &[INT3], &[*byte]);
+/// Places the blockers. After the fence no vCPU passes one.
+fn place(blockers: &[Blocker]) -> Vec<Reversible> {
+    let check_original = |(at, byte): &Blocker| step(check(*at, &[*byte]), []);
+    let place = |(at, byte): &Blocker| write(*at, &[INT3], &[*byte]);
     let mut steps: Vec<Reversible> =
-        blockers.iter().flat_map(|blocker| [is_open(blocker), shut(blocker)]).collect();
+        blockers.iter().flat_map(|blocker| [check_original(blocker), place(blocker)]).collect();
     if !blockers.is_empty() {
         steps.push(fence());
     }
     steps
 }
 
-fn open((at, byte): &Blocker) -> Reversible {
+fn remove((at, byte): &Blocker) -> Reversible {
     write(*at, &[*byte], &[INT3])
 }
 
-/// Makes a trap table known and has #BP exit.
-fn open_traps(ways: impl IntoIterator<Item = (Gva, TrapAction)>) -> Vec<Reversible> {
-    let table = Arc::new(TrapTable::new(ways));
+/// Publishes a trap table and lets #BP exit.
+fn arm(traps: impl IntoIterator<Item = (Gva, TrapAction)>) -> Vec<Reversible> {
+    let table = Arc::new(TrapTable::new(traps));
     vec![step(Step::Publish(table), [Step::Withdraw, Step::Disarm]), step(Step::Arm, [Step::Fence])]
 }
 
@@ -261,7 +279,7 @@ fn store(plan: &ResolvedPlan) -> Vec<Reversible> {
     let over = |old: &[u8], new: &[u8], at| Step::Store { at, old: old.into(), new: new.into() };
     let mut steps: Vec<Reversible> = plan.patchers.locks.iter().map(check_free).collect();
     for (i, site) in sites.iter().enumerate() {
-        // On the way back the fence comes last: nobody executes new code after it.
+        // When undoing, the fence comes last: no vCPU executes new code after it.
         let undo = (i == 0).then_some(Step::Fence);
         steps.push(step(check(site.at, &site.old), undo));
     }
@@ -281,8 +299,8 @@ fn effect_or_wait(site: &Site) -> (Gva, TrapAction) {
     (site.at, effect(site).unwrap_or(TrapAction::Wait))
 }
 
-/// A way past a site in transit without waiting or executing anything. The old effect comes
-/// first: if the program fails, nobody has seen the new one.
+/// What the monitor may emulate at a site in transit. The old instruction is preferred: if the program
+/// fails, no vCPU has executed the new one.
 fn effect(site: &Site) -> Option<TrapAction> {
     let of = |code| insn::effect(code, site.at).map(TrapAction::Effect);
     of(&site.old).or_else(|| of(&site.new))
@@ -293,20 +311,20 @@ fn bypass(
     arena: &mut Arena,
     copies: &mut Vec<Slot>,
 ) -> Result<Vec<Reversible>, Vec<Refused>> {
-    let (mut steps, mut ways, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut steps, mut traps, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
     for site in &plan.sites {
-        if let Some(way) = effect(site) {
-            ways.push((site.at, way));
+        if let Some(action) = effect(site) {
+            traps.push((site.at, action));
             continue;
         }
-        // The kernel handles a fault there by the instruction's address, which the copy has not.
+        // The exception table has the instruction's own address, not that of a copy.
         let copy = if site.may_fault { Err(NoSlot::Unmovable) } else { arena.copy(site.at, &site.old) };
         match copy {
             Ok(copy) => {
-                // Nothing leads to a copy unless a table says so, so it needs no undo.
+                // A copy is reached only through a trap table, so it needs no undo.
                 steps.push(step(Step::Write { at: copy.at, bytes: copy.code.as_slice().into() }, []));
                 steps.push(step(check(copy.at, &copy.code), []));
-                ways.push((site.at, TrapAction::Slot(copy.at)));
+                traps.push((site.at, TrapAction::Slot(copy.at)));
                 copies.push(copy);
             }
             Err(NoSlot::Unmovable) => {
@@ -318,22 +336,22 @@ fn bypass(
     if !wrong.is_empty() {
         return Err(wrong);
     }
-    steps.extend(trapped(plan, ways));
+    steps.extend(trapped(plan, traps));
     Ok(steps)
 }
 
-fn trapped(plan: &ResolvedPlan, ways: impl IntoIterator<Item = (Gva, TrapAction)>) -> Vec<Reversible> {
+fn trapped(plan: &ResolvedPlan, traps: impl IntoIterator<Item = (Gva, TrapAction)>) -> Vec<Reversible> {
     let (sites, data, blockers) = (&plan.sites, &plan.data, &plan.patchers.blockers);
-    let mut steps = open_traps(ways.into_iter().chain(blockers.iter().map(waits)));
+    let mut steps = arm(traps.into_iter().chain(blockers.iter().map(waits)));
     let are_free = plan.patchers.locks.iter().map(check_free);
     if plan.patchers.busy {
         steps.extend(await_free(plan));
         steps.push(step(Step::Hold, [Step::Fence, Step::Release]));
         steps.extend(are_free);
-        steps.extend(shut(blockers));
+        steps.extend(place(blockers));
         steps.push(step(Step::Release, []));
     } else {
-        steps.extend(shut(blockers));
+        steps.extend(place(blockers));
         steps.extend(are_free);
     }
     steps.extend(data.iter().map(check_word));
@@ -349,7 +367,7 @@ fn trapped(plan: &ResolvedPlan, ways: impl IntoIterator<Item = (Gva, TrapAction)
     steps.extend(sites.iter().map(|site| write(site.at, &site.new[..1], &[INT3])));
     steps.extend(sites.iter().map(check_new));
     steps.extend(data.iter().map(store_word));
-    // All is new. Whoever comes by a blocker now relies on that.
+    // All sites hold the new code. The guest relies on that once a blocker is removed.
     steps.extend(blockers.iter().map(|&(at, byte)| step(Step::Open { at, byte }, [])));
     steps.extend([step(Step::FinalFence, []), step(Step::Withdraw, []), step(Step::Disarm, [])]);
     steps

@@ -1,5 +1,5 @@
 //! From a resolved plan to a changed guest: steps, the compiler that orders them, the session that
-//! walks through them, and the target that executes them.
+//! yields them one by one, and the target that executes them.
 //!
 //! ```text
 //! step ◀── compile          which steps, in which order, with which undo

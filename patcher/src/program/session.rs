@@ -1,5 +1,5 @@
-//! A session: one run of a program. It yields the next step, is told the outcome, and keeps
-//! the journal that brings everything back if a step fails.
+//! A session: one run of a program. It yields the next step and takes its outcome. If a step fails,
+//! it yields the steps that undo what was done (the journal).
 //!
 //! ```text
 //!              step failed                    undo failed
@@ -17,14 +17,14 @@ use crate::program::step::{Failure, Program, Step, StepError};
 /// How a session ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum End {
-    /// Every step was done: all sites are new.
+    /// Every step succeeded: all sites hold the new code.
     Applied,
-    /// A step failed and the journal was replayed: all sites are old.
+    /// A step failed and everything was undone: all sites hold the old code.
     RolledBack {
         /// What failed.
         failure: Failure,
     },
-    /// Undoing failed too: the guest must not run on.
+    /// Undoing failed, too: the guest must not run on.
     Held {
         /// What failed first.
         failure: Failure,
@@ -41,8 +41,8 @@ enum Phase {
     Ended(End),
 }
 
-/// A run of a program. Two runs are equal if they are equally far; that they are of the same
-/// program is for the caller to see to.
+/// A run of a program. Two runs are equal if they are in the same phase; comparing runs of different
+/// programs is meaningless.
 #[derive(Debug, Clone)]
 pub struct Session<'p> {
     program: &'p Program,
@@ -65,34 +65,65 @@ impl Hash for Session<'_> {
 
 impl<'p> Session<'p> {
     /// Starts at the program's first step.
+    ///
+    /// ```
+    /// # use patcher::{addr::Gva, plan::{Strategy, refusal::Pointer}, resolve::ResolvedPlan, site::Site};
+    /// # use patcher::{program::compile::{Host, compile}, safety::slots::Arena};
+    /// use patcher::program::session::{End, Session};
+    /// use patcher::program::step::{Step, StepError};
+    ///
+    /// # let site = Site { pointer: Pointer::patch(0), at: Gva(0x1000), symbol: "f".into(),
+    /// #     old: vec![0x90], new: vec![0xc3], old_inside: vec![], new_inside: vec![], may_fault: false };
+    /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Hold, atomic: false,
+    /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![], sites: vec![site],
+    /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
+    /// # let host = Host { stores_are_whole: false };
+    /// # let program = compile(&plan, host, &mut Arena::new(Gva(0x8000), 4096)).expect("it fits");
+    /// // `program` changes one site under a hold. The write fails.
+    /// let mut session = Session::new(&program);
+    /// let mut done = Vec::new();
+    /// let end = loop {
+    ///     let step = match session.next() {
+    ///         Ok(step) => step.clone(),
+    ///         Err(end) => break end.clone(),
+    ///     };
+    ///     let fails = matches!(&step, Step::Write { bytes, .. } if bytes[..] == [0xc3]);
+    ///     session.outcome(if fails { Err(StepError::Deadline) } else { Ok(()) });
+    ///     done.push(step);
+    /// };
+    /// assert!(matches!(end, End::RolledBack { .. }));
+    /// // Undoing wrote the old code again, then released the vCPUs.
+    /// assert!(done.iter().any(|step| matches!(step, Step::Write { bytes, .. } if bytes[..] == [0x90])));
+    /// assert_eq!(done.last(), Some(&Step::Release));
+    /// ```
     #[must_use]
     pub fn new(program: &'p Program) -> Self {
         let phase = if program.steps.is_empty() { Phase::Ended(End::Applied) } else { Phase::Forward(0) };
         Self { program, phase }
     }
 
-    /// The step to do now, or how the session ended.
+    /// The step to do now, or the end of the session.
     ///
     /// # Errors
-    /// [`End`], when there is nothing left to do. (An error only in the sense of `?`.)
+    /// [`End`], when nothing is left to do. (An error only in the sense of `?`.)
     pub fn next(&self) -> Result<&Step, &End> {
         match &self.phase {
             Phase::Forward(at) => Ok(&self.program.steps[*at].step),
-            // An empty journal never stays: `outcome` ends the session then.
+            // The journal is never empty here: `back` ends the session instead.
             Phase::Back { journal, .. } => Ok(journal.front().unwrap_or(&Step::Fence)),
             Phase::Holding { .. } => Ok(&Step::Hold),
             Phase::Ended(end) => Err(end),
         }
     }
 
-    /// Whether the step to do now may be given up instead, because the deadline passed.
+    /// Whether the session may be stopped by the deadline instead of doing the next step.
     #[must_use]
     pub fn may_give_up(&self) -> bool {
         matches!(self.phase, Phase::Forward(at) if !self.program.steps[at].step.is_closing())
     }
 
-    /// Takes the outcome of the step that [`Session::next`] gave. A closing step counts as
-    /// done whatever is said of it ([`Step::is_closing`]).
+    /// Takes the outcome of the step that [`Session::next`] yielded. A closing step counts as done
+    /// whatever its outcome ([`Step::is_closing`]).
     pub fn outcome(&mut self, result: Result<(), StepError>) {
         let result = match self.next() {
             Ok(step) if step.is_closing() => Ok(()),
@@ -114,7 +145,7 @@ impl<'p> Session<'p> {
                 let step = journal.into_iter().next().unwrap_or(Step::Fence);
                 Phase::Holding { failure, undo: Failure { step, error } }
             }
-            // A hold that can't be had changes nothing about the verdict.
+            // A hold that fails does not change how the session ends.
             (Phase::Holding { failure, undo }, _) => Phase::Ended(End::Held { failure, undo }),
             (ended @ Phase::Ended(_), _) => ended,
         };
@@ -128,9 +159,8 @@ impl<'p> Session<'p> {
         }
     }
 
-    /// What undoes the steps up to `failed`, the last one first. A failed check or store
-    /// changed nothing, so its undo is left out; any other failed step may have been done in
-    /// part, and its undo makes good for that.
+    /// What undoes the steps up to `failed`, the last one first. A failed check or store changed
+    /// nothing, so it is not undone. Any other failed step may be done in part, so it is.
     fn journal(&self, failed: usize) -> VecDeque<Step> {
         let changed = |(index, step): &(usize, &crate::program::step::Reversible)| {
             *index != failed || !matches!(step.step, Step::Check { .. } | Step::Store { .. })

@@ -1,5 +1,5 @@
-//! A program: the steps that take the sites from old to new, each with the steps that undo
-//! it, compiled before anything is written.
+//! A program: the steps that take the sites from old to new, each with the steps that undo it. It is
+//! compiled before anything is written.
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,9 +23,9 @@ pub type Bytes = SmallVec<[u8; 16]>;
 /// One thing to do to the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Step {
-    /// Make the trap table known to every vCPU that leaves the guest from now on.
+    /// Publish the trap table to every vCPU that exits from now on.
     Publish(Arc<TrapTable>),
-    /// From here on a #BP in the guest exits to the monitor, on every vCPU. Ends with a fence.
+    /// Let #BP in the guest exit to the monitor, on every vCPU. Ends with a fence.
     Arm,
     /// Compare guest memory.
     Check {
@@ -34,15 +34,14 @@ pub enum Step {
         /// What must be there.
         bytes: Bytes,
     },
-    /// Write guest memory. One byte is one store; see [`crate::program::target`] for longer ones.
+    /// Write guest memory. One byte is one store; for more see [`crate::program::target::Target`].
     Write {
         /// Where.
         at: Gva,
         /// What.
         bytes: Bytes,
     },
-    /// Replace guest memory by one atomic access to the aligned eight bytes around it, whose
-    /// other bytes stay what they are.
+    /// Compare and replace guest memory by one atomic access to the aligned eight bytes around it.
     Store {
         /// Where.
         at: Gva,
@@ -51,41 +50,40 @@ pub enum Step {
         /// What to put there, of the same length.
         new: Bytes,
     },
-    /// Every vCPU that was in guest mode has left it, and every vCPU executes a serializing
-    /// instruction before its next guest instruction.
+    /// Make every vCPU leave guest mode, and execute a serializing instruction before its next
+    /// guest instruction.
     Fence,
-    /// Put back the byte that was there before a blocker's `int3`. From the first one on there is
-    /// no way back: the guest may look at its text again.
+    /// Remove a blocker: replace its `int3` by the original byte. Nothing is undone after the first
+    /// of these, because the guest may compare text again.
     Open {
         /// Where.
         at: Gva,
-        /// The byte.
+        /// The original byte.
         byte: u8,
     },
-    /// A fence, however long it takes.
+    /// A fence without a deadline.
     FinalFence,
-    /// Wait for a moment in which a word of the guest's is zero: nobody has its lock. Whether that
-    /// is still so is for a [`Step::Check`] to say.
+    /// Wait until a lock of the guest's is free: its word is zero. It may be taken again at once, so
+    /// a [`Step::Check`] must follow.
     Await {
         /// Where.
         at: Gva,
     },
-    /// No vCPU executes guest instructions from here on.
+    /// Stop every vCPU outside of the guest.
     Hold,
-    /// [`Step::Hold`], when every vCPU has come out and stands where this allows; tried again
-    /// and again until then.
+    /// [`Step::Hold`], repeated until every stopped vCPU meets the condition.
     Inspect(Condition),
     /// End of [`Step::Hold`] and [`Step::Inspect`].
     Release,
-    /// #BP is the guest's own affair again.
+    /// Let #BP in the guest go to the guest again.
     Disarm,
-    /// Forget the trap table; vCPUs that wait at a trap go on.
+    /// Withdraw the trap table; vCPUs that wait at a trap resume.
     Withdraw,
 }
 
 impl Step {
-    /// Whether the step closes a program. Such a step does not fail, and no deadline stops
-    /// it: giving up between two of them would leave traps without an owner.
+    /// Whether the step closes a program. Such a step does not fail, and no deadline stops it:
+    /// stopping between two of them would leave breakpoints that no trap table covers.
     #[must_use]
     pub fn is_closing(&self) -> bool {
         matches!(self, Self::Open { .. } | Self::FinalFence | Self::Release | Self::Disarm | Self::Withdraw)
@@ -130,26 +128,26 @@ pub enum StepError {
         /// The address.
         at: Gva,
     },
-    /// A vCPU stood where it may not until the deadline passed.
+    /// A vCPU did not meet the condition before the deadline.
     #[error("until the deadline vCPU {} {why}, last at {place}", .vcpu.0)]
     NotQuiesced {
         /// The vCPU.
         vcpu: VcpuId,
-        /// Where it stood, with its function.
+        /// Its last position, with the function.
         place: String,
-        /// What is wrong with that.
+        /// Which part of the condition failed.
         why: &'static str,
     },
-    /// The guest is about to write to a site, and waits for the program to end.
+    /// The guest is about to write to a site; the writing vCPU waits for the program to end.
     #[error("the guest is about to write to a site")]
     Contended,
     /// The plan's deadline passed.
     #[error("the deadline passed")]
     Deadline,
-    /// The host refused.
+    /// The host failed.
     #[error("{what}")]
     Host {
-        /// What it said.
+        /// The host's error.
         what: String,
     },
 }
@@ -164,7 +162,7 @@ pub struct Failure {
     pub error: StepError,
 }
 
-/// A step and what undoes it, in the order in which that is to be done.
+/// A step and the steps that undo it, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reversible {
     /// The step.
@@ -173,7 +171,7 @@ pub struct Reversible {
     pub undo: SmallVec<[Step; 1]>,
 }
 
-/// The whole way from old to new.
+/// All steps from old to new.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
     /// The strategy that was chosen; never `auto`.
@@ -182,18 +180,18 @@ pub struct Program {
     pub reason: &'static str,
     /// The sites.
     pub sites: Vec<Site>,
-    /// The copies of old instructions that traps lead to.
+    /// The copies of old instructions that vCPUs execute instead of a site.
     pub copies: Vec<Slot>,
-    /// Where vCPUs are kept until the sites are changed.
+    /// Where vCPUs wait until the sites are changed.
     pub blockers: Vec<Blocker>,
-    /// Words of the guest's that must be zero when the sites are changed: its own locks.
+    /// The words of the guest's own locks, which must be zero when the sites are changed.
     pub locks: Vec<Gva>,
     /// The steps.
     pub steps: Vec<Reversible>,
 }
 
 impl Program {
-    /// Whether a program failed because the guest was patching itself. It may be tried again.
+    /// Whether a program failed because the guest was patching itself. The caller may retry.
     #[must_use]
     pub fn was_kept_out(&self, failure: &Failure) -> bool {
         match (&failure.step, &failure.error) {
@@ -205,7 +203,7 @@ impl Program {
         }
     }
 
-    /// How many fences it has, the one inside [`Step::Arm`] apart.
+    /// How many fences it has, not counting the one in [`Step::Arm`].
     #[must_use]
     pub fn fences(&self) -> usize {
         self.steps.iter().filter(|step| matches!(step.step, Step::Fence | Step::FinalFence)).count()

@@ -1,19 +1,19 @@
-//! Whoever executes steps: a live VM, or a simulated one.
+//! What executes steps: a live VM, or a simulated one.
 
 use crate::program::session::{End, Session};
 use crate::program::step::{Program, Step, StepError};
 
 /// Executes steps.
 pub trait Target {
-    /// Does one step, completely or not at all; [`Step::Write`] may be left half done, and
-    /// [`Step::Hold`] and [`Step::Inspect`] may leave vCPUs held, until [`Step::Release`]. A
-    /// write of 1, 2, 4 or 8 bytes that is aligned to its size is one store.
+    /// Does one step. A step that fails has changed nothing, with two exceptions: [`Step::Write`] may
+    /// be half done, and [`Step::Hold`] and [`Step::Inspect`] may leave vCPUs held until
+    /// [`Step::Release`]. An aligned write of 1, 2, 4 or 8 bytes is one store.
     ///
     /// # Errors
     /// Why it was not done. Closing steps do not fail ([`Step::is_closing`]).
     fn perform(&mut self, step: &Step) -> Result<(), StepError>;
 
-    /// Whether the time for going forward is over.
+    /// Whether the plan's deadline has passed.
     fn expired(&self) -> bool;
 }
 

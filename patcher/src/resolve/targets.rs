@@ -1,5 +1,4 @@
-//! What there is to patch in a running guest, by the names that a plan uses, and how it is
-//! now.
+//! What can be patched in a running guest, by the names that a plan uses, with its present state.
 
 use serde::Serialize;
 
@@ -11,7 +10,7 @@ use crate::linux::memory::{read_u32, read_u64};
 use crate::plan::refusal::Refusal;
 use crate::resolve::RunningGuest;
 
-/// Everything that a plan can name, functions and raw sites apart.
+/// Everything that a plan can name, except functions and raw sites.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Targets {
     /// For `static_key`.
@@ -20,7 +19,7 @@ pub struct Targets {
     pub static_calls: Vec<CallTarget>,
     /// For `alternatives`: features of the processor.
     pub features: Vec<FeatureTarget>,
-    /// For `paravirt`: the operations of spinlocks, and what each is now.
+    /// For `paravirt`: the operations of spinlocks.
     pub spinlocks: Vec<SpinlockTarget>,
 }
 
@@ -29,7 +28,7 @@ pub struct Targets {
 pub struct KeyTarget {
     /// Its name.
     pub name: String,
-    /// How many users it has: it is true with one or more. Negative while the guest changes it.
+    /// Its count of users: the key is true if positive. Negative while the guest changes it.
     pub users: i32,
     /// How many jumps it switches.
     pub entries: usize,
@@ -42,18 +41,18 @@ pub struct CallTarget {
     pub name: String,
     /// What it calls; `none` if nothing.
     pub target: String,
-    /// How many calls there are.
+    /// How many call sites it has.
     pub sites: usize,
 }
 
-/// A feature that alternatives are chosen by.
+/// A CPU feature that alternatives depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FeatureTarget {
     /// Its name.
     pub name: String,
-    /// Whether the kernel counts the processor as having it.
+    /// Whether the kernel has the feature's bit set; `None` if that is not known.
     pub present: Option<bool>,
-    /// How many alternatives there are.
+    /// How many alternatives depend on it.
     pub alternatives: usize,
 }
 
@@ -62,14 +61,14 @@ pub struct FeatureTarget {
 pub struct SpinlockTarget {
     /// The operation.
     pub operation: &'static str,
-    /// What does it.
+    /// The function that implements it.
     pub target: String,
 }
 
-/// Lists what there is.
+/// Lists all targets.
 ///
 /// # Errors
-/// [`Refusal::Unmapped`] or what keeps the modules from being read.
+/// [`Refusal::Unmapped`], or why the modules can't be read.
 pub fn list(guest: RunningGuest<'_>) -> Result<Targets, Refusal> {
     let RunningGuest { kernel, text, .. } = guest;
     let name_of = |at: Gva| kernel.identify(at).unwrap_or_else(|| at.to_string());

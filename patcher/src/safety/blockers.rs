@@ -1,35 +1,37 @@
-//! Blockers: where vCPUs are kept while a program is at its sites, by an `int3` that is not at a
-//! site. Who comes by waits until the traps are withdrawn.
+//! Blockers: an `int3` outside of every site, where a vCPU waits until the program's traps are
+//! withdrawn.
 //!
-//! The guest's kernel patches itself, too: it takes locks, compares what is there with what it
-//! expects, and replaces it; where it finds something else it panics. So a program keeps away
-//! everybody who is about to compare, and begins only when nobody has the locks: who comes for
-//! them afterwards comes to a blocker before he looks. Blockers that are shut first and locks that are
-//! looked at then stop nobody who patches nothing; the other way round, while nobody runs, it is
-//! enough that the locks are free for a moment.
+//! The guest's kernel patches itself, too. It takes a lock, compares the text with what it expects,
+//! replaces it, and panics if it finds something else. So no task may be between comparing and
+//! replacing while a program changes sites:
+//!
+//! - By default the blockers are placed first, then the locks must be free. A task that wants a lock
+//!   afterwards reaches a blocker before it compares. This stops only vCPUs that patch text.
+//! - If the locks are rarely free, all vCPUs are held while they are, and the blockers are placed
+//!   under that hold.
 
 use crate::addr::Gva;
 use crate::insn::INT3;
 use crate::linux::{GuestMemory, Kernel};
 use crate::site::Site;
 
-/// An instruction that vCPUs come by, and its first byte.
+/// The address of an instruction, and its first byte.
 pub type Blocker = (Gva, u8);
 
 /// How the guest's kernel patches itself.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Patchers {
-    /// Where it is about to look at text.
+    /// Entries of the functions that compare text.
     pub blockers: Vec<Blocker>,
-    /// The words that are zero while nobody has its locks.
+    /// The words of its locks. Zero means free.
     pub locks: Vec<Gva>,
-    /// Whether they kept a program out before. One that patches all the time lets go of its locks
-    /// for moments only: the blockers are shut in such a moment then, while nobody runs.
+    /// Whether an earlier attempt found a lock taken. The blockers are then placed while all vCPUs
+    /// are held and the locks are free.
     pub busy: bool,
 }
 
 impl Patchers {
-    /// Those that this kernel has. None if it does not describe its mutexes.
+    /// Reads them from the image. Empty if its BTF does not describe `struct mutex`.
     pub(crate) fn of(kernel: &Kernel<'_>, text: &dyn GuestMemory, sites: &[Site]) -> Self {
         let locks = locks(kernel);
         if locks.is_empty() {
@@ -43,18 +45,18 @@ impl Patchers {
     }
 }
 
-/// The words that are zero while a guest's kernel does not patch itself.
+/// The words that are zero while the guest's kernel does not patch itself.
 #[must_use]
 pub fn locks(kernel: &Kernel<'_>) -> Vec<Gva> {
     kernel.image.landmarks().locks.iter().map(|lock| kernel.live(*lock)).collect()
 }
 
-/// Where nobody has a spinlock.
+/// Blockers at functions that are never called with a spinlock held.
 pub(crate) fn unlocked(kernel: &Kernel<'_>, text: &dyn GuestMemory, sites: &[Site]) -> Vec<Blocker> {
     blockers(kernel, text, sites, &kernel.image.landmarks().unlocked)
 }
 
-/// Blockers at these places, but for those where a site is, or somebody's `int3`.
+/// Blockers at these places, except where a site is or an `int3` already stands.
 fn blockers(kernel: &Kernel<'_>, text: &dyn GuestMemory, sites: &[Site], places: &[Gva]) -> Vec<Blocker> {
     let blocker = |place: &Gva| {
         let (at, mut byte) = (kernel.live(*place), [0]);

@@ -1,8 +1,8 @@
-//! Sites of several instructions: who may come back to the boundaries inside?
+//! Sites of several instructions: can a task return to a boundary inside?
 //!
-//! A vCPU can be looked at (strategy `inspect`). A task that no vCPU runs can't, so it must
-//! be shown that none can be there: no call inside returns there, no fault is handled and
-//! returns there, and the kernel does not preempt tasks in kernel mode.
+//! A vCPU's position can be read (strategy `inspect`). That of a task that is not running cannot.
+//! Such a task can't be inside if no call inside the site returns there, no instruction there is in
+//! the exception table, and the kernel does not preempt tasks in kernel mode.
 
 use std::cell::OnceCell;
 
@@ -11,8 +11,7 @@ use crate::insn::{self, Insn};
 use crate::linux::{GuestMemory, Kernel};
 use crate::plan::refusal::Refusal;
 
-/// Where a vCPU may stand inside `code`, which is at `at`: the boundaries between its
-/// instructions that control can come to.
+/// The reachable instruction boundaries inside `code`, which is at `at`.
 #[must_use]
 pub fn boundaries(code: &[u8], at: Gva) -> Vec<Gva> {
     let insns: Vec<Insn> = insn::decode(code, at).collect();
@@ -23,13 +22,14 @@ pub fn boundaries(code: &[u8], at: Gva) -> Vec<Gva> {
         if i > 0 && reached {
             inside.push(insn.at);
         }
-        // What follows a jump is only reached by another.
+        // Code behind a jump is reached only by another branch.
         reached &= !insn.ends;
     }
     inside
 }
 
-/// What a kernel lets tasks do that no vCPU runs. Read when first needed.
+/// Whether tasks that are not running may return to a place. What the guest says of preemption is
+/// read when first needed.
 pub(crate) struct Sleepers<'a> {
     kernel: Kernel<'a>,
     text: &'a dyn GuestMemory,
@@ -41,8 +41,8 @@ impl<'a> Sleepers<'a> {
         Self { kernel, text, preempts: OnceCell::new() }
     }
 
-    /// Refuses `code` at `at` if such a task may come back to one of the boundaries `inside`.
-    /// `calls_sleep` is whether it may sleep in what is called there.
+    /// Refuses `code` at `at` if such a task may return to one of the boundaries `inside`.
+    /// `calls_sleep` tells whether a called function may sleep.
     pub(crate) fn keep_out(
         &self,
         code: &[u8],
@@ -57,10 +57,10 @@ impl<'a> Sleepers<'a> {
         let comes_back = |boundary: Gva| {
             let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
             if calls_sleep && before.is_some_and(|insn| insn.returns) {
-                return Some("what is called before it returns there");
+                return Some("the call before it returns there");
             }
             if self.kernel.may_fault(boundary) {
-                return Some("the kernel's exception table has its instruction");
+                return Some("its instruction may be in the kernel's exception table");
             }
             self.preempts().then_some("the kernel preempts tasks in kernel mode")
         };
@@ -75,14 +75,15 @@ impl<'a> Sleepers<'a> {
     }
 }
 
-/// Whether tasks are preempted in kernel mode. Yes, if that can't be told.
+/// Whether tasks are preempted in kernel mode. Yes, if that is not known.
 #[must_use]
 pub fn preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
     read_preempts(kernel, text).unwrap_or(true)
 }
 
-/// Whether the preempt count tells who holds a spinlock (`CONFIG_PREEMPT_COUNT`, which these
-/// select; with `PREEMPT_RT` most spinlocks are something else). No, if that can't be told.
+/// Whether holding a spinlock raises the preempt count. `CONFIG_PREEMPT` and `PREEMPT_DYNAMIC`
+/// select `CONFIG_PREEMPT_COUNT`; with `PREEMPT_RT` most spinlocks are sleeping locks. No, if that is
+/// not known.
 #[must_use]
 pub(crate) fn counts_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
     banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
@@ -96,7 +97,7 @@ fn banner(kernel: Kernel<'_>, text: &dyn GuestMemory) -> Option<String> {
     Some(std::str::from_utf8(&banner[..end]).ok()?.to_owned())
 }
 
-/// `linux_banner` says how the kernel was built; with `PREEMPT_DYNAMIC` it is chosen at boot
+/// `linux_banner` names the build's preemption model; with `PREEMPT_DYNAMIC` it is chosen at boot
 /// (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
 fn read_preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> Option<bool> {
     let banner = banner(kernel, text)?;

@@ -1,5 +1,5 @@
-//! What makes a change safe: where vCPUs and tasks may be while it is made, who is kept away, and
-//! what becomes of a vCPU that meets a breakpoint.
+//! What makes a change safe: where vCPUs and tasks may be while it is made, where they are stopped,
+//! and what a vCPU does that hits a breakpoint.
 
 pub mod blockers;
 pub mod interior;

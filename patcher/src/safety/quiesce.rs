@@ -1,12 +1,10 @@
-//! Conditions on where the vCPUs stand, for programs that may only go on when nobody is in
-//! the middle of what they change.
+//! Conditions on the position of every vCPU, for programs that change code a vCPU may be in.
 //!
-//! A vCPU that is out of the guest stands at an instruction, and below it on its stack may
-//! lie an interrupted one. Linux counts interrupts, NMIs and softirqs in the preempt count
-//! (include/linux/preempt.h), but only some instructions after the gate; until then the
-//! interrupt flag is clear, because every gate of Linux is an interrupt gate
-//! (arch/x86/kernel/idt.c). So: interrupts enabled and none of these counts set means that
-//! no interrupted instruction lies below.
+//! A stopped vCPU has a next instruction, and its stack may hold the address of an interrupted one.
+//! Linux counts interrupts, NMIs and softirqs in the preempt count (include/linux/preempt.h), some
+//! instructions after the gate. Until then the interrupt flag is clear, because Linux uses interrupt
+//! gates only (arch/x86/kernel/idt.c). So if interrupts are enabled and none of these counts is set,
+//! there is no interrupted instruction.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,10 +15,10 @@ use crate::addr::{Gva, VcpuId};
 const SERVING_SOFTIRQ: u32 = 0x0000_0100;
 const HARDIRQ: u32 = 0x000f_0000;
 const NMI: u32 = 0x00f0_0000;
-/// x86 keeps "no reschedule is needed" here (arch/x86/include/asm/preempt.h).
+/// Inverted: set if no reschedule is needed (arch/x86/include/asm/preempt.h).
 const NO_RESCHEDULE: u32 = 1 << 31;
 
-/// Where a vCPU stands.
+/// The position of a stopped vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VcpuState {
     /// The vCPU.
@@ -34,13 +32,13 @@ pub struct VcpuState {
 /// The privilege a vCPU runs with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// User mode: its kernel stack is empty.
+    /// User mode; the kernel stack is empty.
     User,
-    /// The kernel.
+    /// Kernel mode.
     Kernel {
         /// RFLAGS.IF.
         interrupts: bool,
-        /// Linux' per-CPU preempt count, as it is in memory.
+        /// Linux's per-CPU preempt count, as it is in memory.
         preempt_count: u32,
         /// Whether the current task is the CPU's idle task.
         idle: bool,
@@ -50,14 +48,14 @@ pub enum Mode {
 /// What must hold of every vCPU.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Hash)]
 pub struct Condition {
-    /// Places where no vCPU may stand, and no interrupted instruction lie below one.
+    /// Ranges that may hold no vCPU's next instruction, nor an interrupted one.
     pub inside: Vec<Range<Gva>>,
-    /// Functions where no vCPU may stand.
+    /// Functions that no vCPU may be in.
     pub outside: Vec<Range<Gva>>,
     /// Every vCPU is in user mode, idle, or has a preempt count of zero: it holds no spinlock.
     pub preemptible: bool,
-    /// Besides, interrupts are enabled: it holds none of those either that are taken without
-    /// counting (`arch_spin_lock`).
+    /// As `preemptible`, and interrupts are enabled: it holds no `arch_spin_lock` either, which does
+    /// not raise the count.
     pub unlocked: bool,
 }
 
@@ -66,9 +64,9 @@ pub struct Condition {
 pub struct Offender {
     /// The vCPU.
     pub vcpu: VcpuId,
-    /// Where it stands.
+    /// Its next instruction.
     pub rip: Gva,
-    /// What is wrong with that.
+    /// Which part of the condition fails.
     pub why: &'static str,
 }
 
@@ -79,10 +77,21 @@ impl Condition {
         self.inside.is_empty() && self.outside.is_empty() && !self.preemptible && !self.unlocked
     }
 
-    /// Checks where a vCPU stands.
+    /// Checks one vCPU.
+    ///
+    /// ```
+    /// use patcher::addr::{Gva, VcpuId};
+    /// use patcher::safety::quiesce::{Condition, Mode, VcpuState};
+    ///
+    /// let condition = Condition { outside: vec![Gva(0x1000)..Gva(0x1100)], ..Condition::default() };
+    /// let mode = Mode::Kernel { interrupts: true, preempt_count: 0, idle: false };
+    /// assert!(condition.check(&VcpuState { vcpu: VcpuId(0), rip: Gva(0x1100), mode }).is_ok());
+    /// let offender = condition.check(&VcpuState { vcpu: VcpuId(1), rip: Gva(0x10ff), mode }).unwrap_err();
+    /// assert_eq!((offender.vcpu, offender.rip), (VcpuId(1), Gva(0x10ff)));
+    /// ```
     ///
     /// # Errors
-    /// When it does not meet the condition.
+    /// The vCPU, if it does not meet the condition.
     pub fn check(&self, vcpu: &VcpuState) -> Result<(), Offender> {
         self.why_not(vcpu).map_or(Ok(()), |why| Err(Offender { vcpu: vcpu.vcpu, rip: vcpu.rip, why }))
     }
@@ -100,7 +109,7 @@ impl Condition {
         if !self.inside.is_empty() && (!interrupts || count & (SERVING_SOFTIRQ | HARDIRQ | NMI) != 0) {
             return Some("may have interrupted a site");
         }
-        // An idle task runs with preemption disabled once.
+        // An idle task runs with a preempt count of 1.
         let allowed = u32::from(idle);
         if self.unlocked && (count > allowed || !interrupts) {
             return Some("may hold a spinlock, or wait for one");
@@ -112,7 +121,7 @@ impl Condition {
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("each has come out")?;
-        /// More are only counted.
+        /// More ranges are only counted.
         const LISTED: usize = 3;
         for (ranges, what) in [(&self.inside, "inside"), (&self.outside, "in")] {
             if ranges.len() > LISTED {
@@ -141,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn inside_a_site_nobody_stands_and_nobody_was_interrupted() {
+    fn inside_a_site_no_vcpu_stands_and_none_was_interrupted() {
         let condition = Condition { inside: vec![Gva(11)..Gva(15)], ..Condition::default() };
         let why = |rip, mode| condition.check(&standing(rip, mode)).err().map(|offender| offender.why);
         assert_eq!(why(10, kernel(true, 0, false)), None, "the first instruction was not begun");

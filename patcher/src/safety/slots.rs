@@ -1,9 +1,8 @@
 //! The arena: guest memory that the monitor owns, for copies of instructions.
 //!
-//! This is its bookkeeping; whoever runs the guest maps the memory, and may drop all of it
-//! once nobody can be in a copy. Until then no copy is changed, because a task that was
-//! preempted inside may come back at any time. The same copy is used again when the same
-//! site is patched again, so the arena fills up only with new sites.
+//! This is its bookkeeping; the monitor maps the memory. A copy never changes, because a task that
+//! was preempted in it may resume at any time. The arena as a whole may go once no task can be in a
+//! copy. A site that is patched again gets the same copy, so only new sites take room.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,7 +13,7 @@ use crate::insn;
 /// Copies begin at multiples of this, in bytes.
 const ALIGN: usize = 16;
 
-/// Where there is room, and what is in use.
+/// The copies that were made, and the room that is left.
 #[derive(Debug, Clone)]
 pub struct Arena {
     base: Gva,
@@ -23,16 +22,16 @@ pub struct Arena {
     copies: HashMap<(Gva, Vec<u8>), Slot>,
 }
 
-/// A copy of an instruction, and how it leads back.
+/// A copy of an instruction, followed by a jump back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
     /// Where it is.
     pub at: Gva,
-    /// The instruction, moved there, and a jump to the one behind the original.
+    /// The relocated instruction and a jump to the one behind the original.
     pub code: Vec<u8>,
 }
 
-/// Why there is no copy.
+/// Why no copy was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoSlot {
     /// The instruction can't be executed elsewhere.
@@ -63,7 +62,7 @@ impl Arena {
     /// Provides a copy of the instruction `old`, which is at `at`.
     ///
     /// # Errors
-    /// [`NoSlot`]; nothing is in use then that was not before.
+    /// [`NoSlot`]; the arena is unchanged then.
     pub fn copy(&mut self, at: Gva, old: &[u8]) -> Result<Slot, NoSlot> {
         let key = (at, old.to_vec());
         if let Some(copy) = self.copies.get(&key) {

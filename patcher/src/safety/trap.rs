@@ -1,8 +1,7 @@
-//! Traps: which breakpoints are ours, and what a vCPU that hits one does.
+//! Traps: which breakpoints are the monitor's, and what a vCPU does that hits one.
 //!
-//! A table is immutable. It is published before the first `int3` of a program is written
-//! and withdrawn after the last fence, so every `int3` of ours that a vCPU can meet has an
-//! owner.
+//! A table is immutable. It is published before a program writes its first `int3` and withdrawn after
+//! its last fence, so it covers every `int3` of the monitor's that a vCPU can hit.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,13 +14,13 @@ use crate::insn::{Effect, INT3};
 pub enum TrapAction {
     /// It waits until the table is withdrawn, then executes what is there.
     Wait,
-    /// The monitor does for it what the instruction would do.
+    /// The monitor emulates the instruction.
     Effect(Effect),
-    /// It executes a copy of the old instruction, which leads back to the code behind it.
+    /// It executes a copy of the old instruction, which ends with a jump back.
     Slot(Gva),
 }
 
-/// The sites of the program in flight.
+/// The sites and blockers of the running program.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Hash)]
 pub struct TrapTable {
     sites: BTreeMap<Gva, TrapAction>,
@@ -30,14 +29,14 @@ pub struct TrapTable {
 /// What a vCPU that left the guest at a breakpoint does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// The site is in transit: go this way.
+    /// The breakpoint is the monitor's: do this.
     Pass(TrapAction),
-    /// The byte is no longer `int3`: somebody replaced it after it was fetched. Execute what
-    /// is there now.
+    /// The byte is no longer `int3`: it was replaced after it was fetched. Execute what is there
+    /// now.
     Resume,
-    /// The `int3` is the guest's own: deliver #BP as the processor would have. Only if the
-    /// table is still the one in force; else judge again with that one: a program may have
-    /// been published, and its `int3` written, between reading the table and the byte.
+    /// The `int3` is the guest's own: inject #BP. First make sure that this table is still the
+    /// published one, and judge again if it is not: another program may have published its table
+    /// and written its `int3` between reading the table and the byte.
     Deliver,
 }
 
@@ -49,10 +48,21 @@ impl TrapTable {
     }
 
     /// Judges a breakpoint at `rip`, where memory held `byte` after the table was read.
+    ///
+    /// ```
+    /// use patcher::addr::Gva;
+    /// use patcher::insn::INT3;
+    /// use patcher::safety::trap::{TrapAction, TrapTable, Verdict};
+    ///
+    /// let table = TrapTable::new([(Gva(0x1000), TrapAction::Wait)]);
+    /// assert_eq!(table.judge(Gva(0x1000), INT3), Verdict::Pass(TrapAction::Wait));
+    /// assert_eq!(table.judge(Gva(0x1000), 0x55), Verdict::Resume);
+    /// assert_eq!(table.judge(Gva(0x2000), INT3), Verdict::Deliver);
+    /// ```
     #[must_use]
     pub fn judge(&self, rip: Gva, byte: u8) -> Verdict {
         match (byte, self.sites.get(&rip)) {
-            (INT3, Some(way)) => Verdict::Pass(*way),
+            (INT3, Some(action)) => Verdict::Pass(*action),
             (INT3, None) => Verdict::Deliver,
             _ => Verdict::Resume,
         }
@@ -61,13 +71,14 @@ impl TrapTable {
 
 impl fmt::Display for TrapTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count = |wanted: fn(&TrapAction) -> bool| self.sites.values().filter(|way| wanted(way)).count();
+        let count =
+            |wanted: fn(&TrapAction) -> bool| self.sites.values().filter(|action| wanted(action)).count();
         write!(
             f,
             "{} wait, {} are passed by effect, {} by copy",
-            count(|way| *way == TrapAction::Wait),
-            count(|way| matches!(way, TrapAction::Effect(_))),
-            count(|way| matches!(way, TrapAction::Slot(_)))
+            count(|action| *action == TrapAction::Wait),
+            count(|action| matches!(action, TrapAction::Effect(_))),
+            count(|action| matches!(action, TrapAction::Slot(_)))
         )
     }
 }

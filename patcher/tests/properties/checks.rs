@@ -1,4 +1,4 @@
-//! What must hold for any input. Property tests and fuzz targets share these.
+//! Properties that hold for any input, shared by the property tests and the fuzz targets.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use patcher::addr::Gva;
@@ -28,7 +28,7 @@ pub(crate) fn plan(json: &[u8]) {
     }
 }
 
-/// Where the function begins whose text is made up.
+/// The address of the function with random text.
 const FUNCTION: Gva = Gva(0xffff_ffff_8100_0000);
 
 struct Function<'a>(&'a [u8]);
@@ -42,8 +42,8 @@ impl GuestMemory for Function<'_> {
     }
 }
 
-/// In whatever text: a site that is accepted begins and ends between instructions, nothing
-/// branches into it, and it is whole instructions afterwards.
+/// In any text, an accepted site begins and ends at instruction boundaries, no branch goes into it, and
+/// its new code is whole instructions.
 pub(crate) fn resolve_in(text: &[u8], offset: usize, length: usize, replace: &[u8]) {
     let expect = text.get(offset..offset + length).unwrap_or(&[]).to_vec();
     if expect.is_empty() || replace.is_empty() {
@@ -70,7 +70,7 @@ pub(crate) fn resolve_in(text: &[u8], offset: usize, length: usize, replace: &[u
     assert_eq!(site.new.len(), expect.len());
     assert!(site.new.starts_with(replace));
     assert!(insn::count(&site.new, site.at).is_some(), "{resolved:?}");
-    // It can't be told that no task sleeps inside, so nothing inside may be reachable.
+    // Nothing shows that no task sleeps inside, so no boundary inside may be reachable.
     assert!(site.old_inside.is_empty() && site.new_inside.is_empty(), "{resolved:?}");
 }
 
@@ -78,7 +78,7 @@ fn first(code: &[u8], at: Gva) -> Instruction {
     Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode()
 }
 
-/// Where control goes that enters `code` at `at`, its conditions being true (`taken`) or not.
+/// Where control leaves `code`, entered at `at`, if its conditions hold (`taken`) or not.
 fn leaves(code: &[u8], at: Gva, taken: bool) -> u64 {
     let mut ip = at.0;
     for _ in 0..code.len() {
@@ -91,11 +91,11 @@ fn leaves(code: &[u8], at: Gva, taken: bool) -> u64 {
             _ => insn.next_ip(),
         };
     }
-    panic!("{} goes round and round", insn::hex(code));
+    panic!("{} loops", insn::hex(code));
 }
 
-/// A relocated instruction is the same one, names the same addresses, and control goes to
-/// the same places.
+/// A relocated instruction is the same instruction with the same operand addresses and the same
+/// successors.
 pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
     let old = first(code, from);
     if old.is_invalid() {
@@ -109,7 +109,7 @@ pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
     assert!(insn::count(&moved, to).is_some());
     match old.flow_control() {
         FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
-            // A longer form may need several instructions, so follow them.
+            // The longer form may be several instructions.
             let conditional = old.flow_control() == FlowControl::ConditionalBranch;
             let untaken = if conditional { old.next_ip() } else { old.near_branch_target() };
             let moves = format!("{} -> {}", insn::hex(code), insn::hex(&moved));
@@ -147,7 +147,7 @@ pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
     }
 }
 
-/// Reading any file ends; what was read can be listed.
+/// Reading any file ends, and the result can be listed.
 pub(crate) fn image(file: &[u8]) {
     let Ok(image) = KernelImage::parse(file) else { return };
     assert!(!image.symbols().is_empty());
@@ -156,8 +156,8 @@ pub(crate) fn image(file: &[u8]) {
     let _ = (image.static_calls(), image.tables().feature_counts());
 }
 
-/// Guest memory in which every address is mapped to somewhere in `memory`, or to nothing if
-/// that is the byte `hole`: lists that cycle, tables that overlap, names that do not end.
+/// Guest memory in which every address maps to a byte of `memory`, or is unmapped if that byte is
+/// `hole`: cyclic lists, overlapping tables, unterminated names.
 pub(crate) struct Anywhere<'a> {
     hole: u8,
     memory: &'a [u8],
@@ -182,8 +182,8 @@ impl GuestMemory for Anywhere<'_> {
     }
 }
 
-/// Whatever guest memory holds: modules are read or it is said why not, targets listed, and
-/// every kind of patch expanded or refused. Nothing hangs.
+/// With any guest memory, modules are read or refused, targets are listed, and every kind of patch is
+/// resolved or refused. Nothing hangs.
 pub(crate) fn live(image: &KernelImage, input: &[u8]) {
     const PATCHES: [&str; 8] = [
         r#"{"static_key":"key","enable":true}"#,

@@ -1,6 +1,6 @@
-//! Real kernels cut down to some 100 KiB: the beginning of every table, the code and the names
-//! its entries are about, and the structures whose members are looked up, all as they are and
-//! where they are in the real one. And the beginning of a real module's tables, as guest memory.
+//! Real kernels cut down to some 100 KiB: the beginning of every table, the code and the names that
+//! its entries refer to, and the structures whose members are looked up, all at their real addresses.
+//! And the beginning of a real module's tables, as guest memory.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +10,11 @@ use patcher::image::KernelImage;
 
 use crate::miniature::{self, STRUCTURES};
 
-/// Bytes of each table that stay: a whole number of entries of 4, 8, 12, 14 and 16 bytes.
+/// Bytes kept of each table: a whole number of entries of 4, 8, 12, 14 and 16 bytes.
 const TABLE: u64 = 1344;
-/// Bytes of code around what a table's entry is about.
+/// Bytes of code kept for a table's entry.
 const CODE: u64 = 16;
-/// kallsyms of fewer symbols are not taken for any.
+/// kallsyms with fewer symbols are not recognized.
 const SYMBOLS: usize = 1100;
 /// A length of one byte in kallsyms.
 const LONGEST: usize = 120;
@@ -31,7 +31,7 @@ const TABLES: [(&str, &str); 9] = [
     ("__start_notes", "__stop_notes"),
 ];
 
-/// What else is looked at, and how many bytes of it.
+/// Other objects that are read, and how many bytes of each.
 const OBJECTS: [(&str, u64); 5] = [
     ("linux_banner", 256),
     ("x86_cap_flags", 32 * 32 * 8),
@@ -107,7 +107,7 @@ pub(crate) fn kernel(vmlinux: &[u8], image: &KernelImage) -> Vec<u8> {
     miniature::elf(&segments)
 }
 
-/// The bytes of these ranges, without those that the file has not.
+/// The bytes of these ranges, as far as the file has them.
 fn merged(elf: &Elf<'_>, mut ranges: Vec<(u64, u64)>) -> Vec<(u64, Vec<u8>)> {
     ranges.sort_unstable();
     let mut whole: Vec<(u64, u64)> = Vec::new();

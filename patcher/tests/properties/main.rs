@@ -1,5 +1,5 @@
-//! Properties of plans, resolving, relocation and sessions, on random input. Cases that once
-//! failed are kept in `proptest-regressions` and tried first.
+//! Properties of plans, resolving, relocation and sessions, on random input. Cases that failed are
+//! kept in `proptest-regressions` and run first.
 
 mod checks;
 mod cut;
@@ -35,7 +35,7 @@ fn strategy() -> impl Generator<Value = Strategy> {
     ])
 }
 
-/// JSON that is nearly a plan: one with something put in or taken out.
+/// A plan in JSON with bytes inserted or removed.
 fn nearly_a_plan() -> impl Generator<Value = Vec<u8>> {
     const PLAN: &str = r#"{"version":1,"name":"a","kernel":{"release":"6.1"},"deadline_ms":5,"strategy":"hold",
         "atomic":true,"quiesced":{"preemptible":true,"outside":["f"]},"over":["b"],
@@ -48,7 +48,7 @@ fn nearly_a_plan() -> impl Generator<Value = Vec<u8>> {
     })
 }
 
-/// Sites that do not touch, in text of 64 bytes, and what their code becomes.
+/// Disjoint sites: the gap before each, the old code and the new.
 fn sites() -> impl Generator<Value = Vec<(usize, Vec<u8>, Vec<u8>)>> {
     let site = (0..3_usize, 1..8_usize).prop_flat_map(|(gap, length)| {
         let bytes = || prop::collection::vec(any::<u8>(), length);
@@ -95,7 +95,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
     (plan, memory)
 }
 
-/// Does a step on plain memory; `part` of a write that fails is done.
+/// Performs a step on plain memory. With `part` it fails, and a write is done in part.
 fn perform(memory: &mut [u8], step: &Step, part: Option<usize>) -> Result<(), StepError> {
     let range = |at: Gva, length: usize| {
         let from = usize::try_from(at.0).expect("small");
@@ -149,7 +149,7 @@ fn everything_is_read_from_the_miniature() {
     assert!(image.lock_ops().is_some());
 }
 
-/// Cutting loses nothing of what is small enough.
+/// Cutting down a kernel that is small enough loses nothing.
 #[test]
 fn a_kernel_cut_down_reads_the_same() {
     let file = miniature::vmlinux();
@@ -179,7 +179,7 @@ fn same_beginnings(cut: &KernelImage, whole: &KernelImage) {
     assert_eq!((cut.release(), cut.build_id()), (whole.release(), whole.build_id()));
 }
 
-/// Those of the kernel and of a module; elsewhere nobody knows.
+/// Exception tables of the kernel and of a module; any other address may fault.
 #[test]
 fn instructions_that_may_fault() {
     let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
@@ -195,8 +195,7 @@ fn instructions_that_may_fault() {
     assert!(of_module(0x10) && !of_module(0) && !of_module(0xfff) && of_module(0x1000));
 }
 
-/// Where the kernel says that it replaces an instruction itself, functions are not decoded; around
-/// it they are.
+/// A function is not decoded for an instruction that the kernel replaces itself, but for all others.
 #[test]
 fn places_that_the_kernel_patches_itself() {
     let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
@@ -214,7 +213,7 @@ fn places_that_the_kernel_patches_itself() {
     memory.insert(0, 0xa5);
     let text = checks::Anywhere::new(&memory).expect("memory");
     let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
-    // One instruction, but not the one that is there.
+    // One instruction, other than the present one.
     let replacement = |length| [&[0x3e], &insn::nops(length - 1)[..]].concat();
     let codes = |offset: usize, length: usize| {
         let plan = format!(
@@ -236,9 +235,9 @@ fn places_that_the_kernel_patches_itself() {
     assert_eq!(codes(18, 2), ["undecodable"]);
 }
 
-/// What the fuzzer begins with, written below the folder `FUZZ_CORPUS` if that is set: the
-/// miniature, plain and in a bzImage; the kernel `FUZZ_KERNEL` cut down; as guest memory, the
-/// tables of the module `FUZZ_MODULE`.
+/// Seeds for the fuzzer, written below the folder `FUZZ_CORPUS` if that is set: the miniature, plain
+/// and in a bzImage; the kernel `FUZZ_KERNEL` cut down; as guest memory, the tables of the module
+/// `FUZZ_MODULE`.
 #[test]
 fn seeds_for_the_fuzzer_are_kernels() {
     let small = miniature::vmlinux();
@@ -273,7 +272,7 @@ fn seeds_for_the_fuzzer_are_kernels() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
-    /// A kernel with anything written over it anywhere, and perhaps cut off.
+    /// A kernel with random bytes written over it, and perhaps truncated.
     #[test]
     fn broken_kernels_are_read_or_refused(
         breaks in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), 0..8_usize), 1..8),
@@ -306,10 +305,10 @@ proptest! {
         checks::plan(&json);
     }
 
-    /// Doing a store for a vCPU moves its instruction pointer and the registers of string
-    /// instructions, and no others.
+    /// Emulating a store changes the instruction pointer and the registers of string instructions, and
+    /// no others.
     #[test]
-    fn stores_move_on_what_they_should(
+    fn stores_change_only_their_own_registers(
         prefixes in prop::collection::vec(prop::sample::select(vec![0x66, 0xf3, 0xf2, 0x48, 0x41, 0x67, 0x65]), 0..4),
         opcode in prop_oneof![prop::sample::select(vec![0x88, 0x89, 0xc6, 0xc7, 0xa4, 0xa5, 0xaa, 0xab]), any::<u8>()],
         rest in prop::collection::vec(any::<u8>(), 12),

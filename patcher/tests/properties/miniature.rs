@@ -1,12 +1,12 @@
-//! A kernel in miniature: an ELF file of some 40 KiB with kallsyms, every table, BTF and
-//! notes, laid out as Linux lays them out. What can be read from a real kernel can be read
-//! from it, and everything in it can be broken at random.
+//! A kernel in miniature: an ELF file of some 40 KiB with kallsyms, every table, BTF and notes in
+//! Linux's layout. Everything that is read from a real kernel can be read from it. Property tests,
+//! fuzz targets and documentation examples use it.
 
 use patcher::image::KernelImage;
 
 /// Where its text is linked.
 pub(crate) const BASE: u64 = 0xffff_ffff_8100_0000;
-/// kallsyms of fewer symbols are not taken for any.
+/// kallsyms with fewer symbols are not recognized.
 const FILLERS: usize = 1100;
 
 struct Builder {
@@ -56,7 +56,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 /// A structure: name, size, members with their offsets.
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
-/// Those whose members are looked up.
+/// The structures whose members are looked up.
 pub(crate) const STRUCTURES: [Structure; 11] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (

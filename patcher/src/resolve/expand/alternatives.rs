@@ -1,9 +1,8 @@
-//! Alternatives: code that the kernel chose at boot by the processor's features (Linux
+//! Alternatives: code that the kernel chose at boot by CPU features (Linux
 //! arch/x86/kernel/alternative.c, `apply_alternatives`).
 //!
-//! Of the entries for one place the last one whose condition is met wins, and what is in the
-//! table's order before it is as if it were not there. The kernel's padding has changed from
-//! version to version, so what is there is compared without padding.
+//! Of the entries for one site, the last whose condition is met wins; entries before it have no effect.
+//! The kernel's padding differs between versions, so code is compared without padding.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +12,13 @@ use crate::insn;
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Expansion, rewrite};
+use crate::resolve::expand::expansion::{Code, Expansion};
+use crate::resolve::expand::rewrite;
 
-/// `X86_FEATURE_ALWAYS`, which has no bit of a processor's.
+/// `X86_FEATURE_ALWAYS`, which is no CPU feature.
 const ALWAYS: u16 = 3 * 32 + 21;
 
-/// Makes the code what it would be if the processor had the feature, or had it not.
+/// Makes the code what it would be on a CPU with the feature, or on one without it.
 pub(crate) fn expand(
     kernel: &Kernel<'_>,
     text: &dyn GuestMemory,
@@ -27,26 +27,26 @@ pub(crate) fn expand(
 ) -> Result<Expansion, Refusal> {
     let unknown = || Refusal::UnknownFeature { name: name.to_owned() };
     let feature = kernel.image.tables().feature(name).ok_or_else(unknown)?;
-    let places = places(kernel);
-    let concerned: Vec<&Place<'_>> =
-        places.values().filter(|place| place.entries.iter().any(|entry| entry.feature == feature)).collect();
+    let all = alt_sites(kernel);
+    let concerned: Vec<&AltSite<'_>> =
+        all.values().filter(|site| site.entries.iter().any(|entry| entry.feature == feature)).collect();
     if concerned.is_empty() {
         return Err(unknown());
     }
-    let with = |present| World { features: vec![(feature, present)], pointers: Vec::new() };
+    let with = |present| Overrides { features: vec![(feature, present)], pointers: Vec::new() };
     let (before, after) = (with(!enable), with(enable));
     let mut code = Vec::new();
-    for place in concerned.into_iter().filter(|place| !kernel.is_init(place.at)) {
-        let there = read(text, place.at, place.length)?;
-        let wanted = place.code(kernel, text, &after)?;
-        if same(&there, &wanted, place.at) {
+    for site in concerned.into_iter().filter(|site| !kernel.is_init(site.at)) {
+        let there = read(text, site.at, site.length)?;
+        let wanted = site.code(kernel, text, &after)?;
+        if same(&there, &wanted, site.at) {
             continue;
         }
-        let expected = place.code(kernel, text, &before)?;
-        if !same(&there, &expected, place.at) {
-            return Err(Refusal::ExpectMismatch { at: place.at, expected, found: there });
+        let expected = site.code(kernel, text, &before)?;
+        if !same(&there, &expected, site.at) {
+            return Err(Refusal::ExpectMismatch { at: site.at, expected, found: there });
         }
-        code.push(Code { at: place.at, old: there, new: wanted });
+        code.push(Code { at: site.at, old: there, new: wanted });
     }
     if code.is_empty() {
         return Err(Refusal::NothingToDo { at: kernel.symbol("__alt_instructions")? });
@@ -54,44 +54,44 @@ pub(crate) fn expand(
     Ok(Expansion { code, ..Expansion::default() })
 }
 
-/// What the code is chosen by, where that is not as the guest has it now.
+/// What the choice of code depends on, where it differs from the guest's present state.
 #[derive(Debug, Default)]
-pub(crate) struct World {
-    /// Features, and whether they are there.
+pub(crate) struct Overrides {
+    /// Features, and whether the CPU has them.
     pub(crate) features: Vec<(u16, bool)>,
-    /// Pointers that are called through, and where they lead.
+    /// Pointers that are called through, and their targets.
     pub(crate) pointers: Vec<(Gva, Gva)>,
 }
 
-impl World {
-    /// Where a pointer leads, if that is said.
+impl Overrides {
+    /// The overridden target of a pointer.
     pub(crate) fn target(&self, pointer: Gva) -> Option<Gva> {
         self.pointers.iter().find(|(at, _)| *at == pointer).map(|(_, target)| *target)
     }
 }
 
-/// All entries for one place, in the table's order.
+/// A site with all its entries, in the table's order.
 #[derive(Debug)]
-pub(crate) struct Place<'a> {
+pub(crate) struct AltSite<'a> {
     pub(crate) at: Gva,
     pub(crate) length: usize,
     entries: Vec<&'a Alternative>,
 }
 
-/// All places, by where they are in the guest.
-pub(crate) fn places<'a>(kernel: &Kernel<'a>) -> BTreeMap<Gva, Place<'a>> {
-    let mut places: BTreeMap<Gva, Place<'a>> = BTreeMap::new();
+/// All sites of alternatives, by their address in the guest.
+pub(crate) fn alt_sites<'a>(kernel: &Kernel<'a>) -> BTreeMap<Gva, AltSite<'a>> {
+    let mut sites: BTreeMap<Gva, AltSite<'a>> = BTreeMap::new();
     for entry in kernel.image.tables().alternatives.iter().flatten() {
         let at = kernel.live(entry.at);
-        let place = places.entry(at).or_insert(Place { at, length: 0, entries: Vec::new() });
-        place.length = place.length.max(entry.original.len());
-        place.entries.push(entry);
+        let site = sites.entry(at).or_insert(AltSite { at, length: 0, entries: Vec::new() });
+        site.length = site.length.max(entry.original.len());
+        site.entries.push(entry);
     }
-    places
+    sites
 }
 
-impl<'a> Place<'a> {
-    /// A place that no alternative is for.
+impl<'a> AltSite<'a> {
+    /// A site that no alternative is for.
     pub(crate) fn empty(at: Gva) -> Self {
         Self { at, length: 0, entries: Vec::new() }
     }
@@ -101,11 +101,11 @@ impl<'a> Place<'a> {
         &self,
         kernel: &Kernel<'_>,
         text: &dyn GuestMemory,
-        world: &World,
+        overrides: &Overrides,
     ) -> Result<Option<&'a Alternative>, Refusal> {
         let mut chosen = None;
         for entry in &self.entries {
-            let said = world.features.iter().find(|(feature, _)| *feature == entry.feature);
+            let said = overrides.features.iter().find(|(feature, _)| *feature == entry.feature);
             let present = match (said, entry.feature) {
                 (Some((_, present)), _) => *present,
                 (None, ALWAYS) => true,
@@ -119,9 +119,14 @@ impl<'a> Place<'a> {
     }
 
     /// What the kernel would put here.
-    fn code(&self, kernel: &Kernel<'_>, text: &dyn GuestMemory, world: &World) -> Result<Vec<u8>, Refusal> {
-        match self.chosen(kernel, text, world)? {
-            Some(entry) => self.code_of(kernel, text, entry, world),
+    fn code(
+        &self,
+        kernel: &Kernel<'_>,
+        text: &dyn GuestMemory,
+        overrides: &Overrides,
+    ) -> Result<Vec<u8>, Refusal> {
+        match self.chosen(kernel, text, overrides)? {
+            Some(entry) => self.code_of(kernel, text, entry, overrides),
             None => self.original(text),
         }
     }
@@ -131,7 +136,7 @@ impl<'a> Place<'a> {
         let longest = self.entries.iter().map(|entry| &entry.original).max_by_key(|code| code.len());
         match longest {
             Some(code) => Ok(code.clone()),
-            // Nothing says what it was, so it is what it is.
+            // Nothing records the original, so the present code counts as it.
             None => read(text, self.at, self.length),
         }
     }
@@ -142,10 +147,10 @@ impl<'a> Place<'a> {
         kernel: &Kernel<'_>,
         text: &dyn GuestMemory,
         entry: &Alternative,
-        world: &World,
+        overrides: &Overrides,
     ) -> Result<Vec<u8>, Refusal> {
         let mut code = if entry.direct_call {
-            direct_call(kernel, text, self.at, entry, world)?
+            direct_call(kernel, text, self.at, entry, overrides)?
         } else {
             let from = kernel.live(entry.replacement_at);
             let moved = rewrite::moved(&entry.replacement, from, self.at);
@@ -169,11 +174,11 @@ fn direct_call(
     text: &dyn GuestMemory,
     at: Gva,
     entry: &Alternative,
-    world: &World,
+    overrides: &Overrides,
 ) -> Result<Vec<u8>, Refusal> {
     let undecodable = || Refusal::ReplacementUndecodable { bytes: entry.original.clone() };
     let pointer = rewrite::called_through(&entry.original, at).ok_or_else(undecodable)?;
-    let target = match world.target(pointer) {
+    let target = match overrides.target(pointer) {
         Some(target) => target,
         None => Gva(read_u64(text, pointer)?),
     };

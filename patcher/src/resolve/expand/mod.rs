@@ -1,69 +1,40 @@
-//! Patches in the kernel's own terms: each expands to the code it changes, and to the
-//! kernel's own data that says so.
+//! From a patch in the kernel's own terms to the code and the data that it changes. A file for each
+//! kind of patch.
 
-pub(crate) mod alternatives;
-pub(crate) mod paravirt;
+mod alternatives;
+mod expansion;
+mod paravirt;
+mod raw;
+mod redirect;
 mod rewrite;
-pub(crate) mod smp_locks;
+mod smp_locks;
 pub(crate) mod static_call;
-pub(crate) mod static_key;
+mod static_key;
 
-use crate::addr::Gva;
-use crate::linux::memory::{GuestMemory, read};
+pub use expansion::Datum;
+pub(crate) use expansion::{Code, Expansion, Needs};
+
+use crate::linux::memory::GuestMemory;
+use crate::linux::view::Kernel;
+use crate::plan::Patch;
 use crate::plan::refusal::Refusal;
 
-/// What a patch changes.
-#[derive(Debug, Default)]
-pub(crate) struct Expansion {
-    pub(crate) code: Vec<Code>,
-    pub(crate) data: Vec<Datum>,
-    pub(crate) needs: Needs,
-}
-
-/// Code to change. `old` and `new` have the same length.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Code {
-    pub(crate) at: Gva,
-    pub(crate) old: Vec<u8>,
-    pub(crate) new: Vec<u8>,
-}
-
-/// A word of the kernel's data to change, within eight aligned bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Datum {
-    /// Where it is.
-    pub at: Gva,
-    /// What is there now.
-    pub old: Vec<u8>,
-    /// What will be there.
-    pub new: Vec<u8>,
-}
-
-impl Datum {
-    /// The word with old and new exchanged.
-    #[must_use]
-    pub(crate) fn reversed(&self) -> Self {
-        Self { at: self.at, old: self.new.clone(), new: self.old.clone() }
+/// Expands a patch for a guest with `vcpus` vCPUs.
+pub(crate) fn expand(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    vcpus: usize,
+    patch: &Patch,
+) -> Result<Expansion, Refusal> {
+    match patch {
+        Patch::Raw { at, expect, replace } => raw::expand(kernel, text, at, expect, replace),
+        Patch::Redirect { from, to, keep_fentry } => redirect::expand(kernel, text, from, to, *keep_fentry),
+        Patch::StaticKey { static_key, enable } => static_key::expand(kernel, text, static_key, *enable),
+        Patch::StaticCall { static_call, target } => static_call::expand(kernel, text, static_call, target),
+        Patch::Alternatives { alternatives, enable } => {
+            alternatives::expand(kernel, text, alternatives, *enable)
+        }
+        Patch::SmpLocks { smp_locks, force } => smp_locks::expand(kernel, text, *smp_locks, vcpus, *force),
+        Patch::Paravirt { to } => paravirt::expand(kernel, text, *to),
     }
-}
-
-/// How the code must be changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub(crate) enum Needs {
-    /// Site after site.
-    #[default]
-    Nothing,
-    /// No vCPU may run some of it old and some new.
-    Group,
-    /// Nor may a vCPU hold or wait for a spinlock meanwhile.
-    Unlocked,
-}
-
-/// Reads what is there and compares it.
-pub(crate) fn verify(text: &dyn GuestMemory, at: Gva, expected: &[u8]) -> Result<(), Refusal> {
-    let found = read(text, at, expected.len())?;
-    if found == expected {
-        return Ok(());
-    }
-    Err(Refusal::ExpectMismatch { at, expected: expected.to_vec(), found })
 }

@@ -1,14 +1,13 @@
-//! The spinlocks of a guest, switched between those of a bare machine and those that tell the
-//! host when they wait (Linux arch/x86/kernel/kvm.c, `kvm_spinlock_init`).
+//! The guest's spinlocks, switched between the native ones and those that call the host while they
+//! wait (Linux arch/x86/kernel/kvm.c, `kvm_spinlock_init`).
 //!
-//! Lock and unlock belong together: a waiter that halted is only woken by an unlock that
-//! knows of it. So all operations change as one, while no vCPU holds or waits for a spinlock:
-//! both kinds agree about a lock that nobody holds.
+//! Lock and unlock belong together: only a paravirtual unlock wakes a waiter that halted. So all
+//! operations change at once, while no vCPU holds a spinlock or waits for one. A free lock looks the
+//! same to both.
 //!
-//! What a site looks like follows from the pointers in `pv_ops`, as at boot: a direct call of
-//! what the pointer says, and, on a bare machine, for `unlock` and `vcpu_is_preempted` the
-//! operation itself, which is an alternative by a feature that stands for the pointer
-//! (arch/x86/kernel/paravirt.c, `paravirt_set_cap`).
+//! What a site holds follows from the pointers in `pv_ops`, as at boot: a direct call of the pointer's
+//! target. On bare metal, `unlock` and `vcpu_is_preempted` are inlined by an alternative, whose feature
+//! stands for the pointer (arch/x86/kernel/paravirt.c, `paravirt_set_cap`).
 
 use crate::addr::Gva;
 use crate::image::lock_ops::{IS_PREEMPTED, LockOps, OPERATIONS, UNLOCK};
@@ -17,11 +16,11 @@ use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::plan::Spinlocks;
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::alternatives::{Place, World, places, same};
-use crate::resolve::expand::{Code, Datum, Expansion, Needs};
+use crate::resolve::expand::alternatives::{AltSite, Overrides, alt_sites, same};
+use crate::resolve::expand::expansion::{Code, Datum, Expansion, Needs};
 use crate::safety::interior::counts_spinlocks;
 
-/// What KVM's guest support puts in.
+/// The targets that KVM's guest support installs.
 const KVM: [&str; OPERATIONS.len()] = [
     "__pv_queued_spin_lock_slowpath",
     "__raw_callee_save___pv_queued_spin_unlock",
@@ -41,14 +40,14 @@ pub(crate) fn expand(
     let ops = kernel.image.lock_ops().ok_or(Refusal::UnknownLayout { what: "struct pv_lock_ops" })?;
     let busy = |why: &str| Refusal::Busy { name: "spinlocks".into(), why: why.into() };
     if !counts_spinlocks(*kernel, text) {
-        return Err(busy("the guest's kernel does not count who holds one"));
+        return Err(busy("the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT)"));
     }
     let mut wanted = ops.native.map(|at| kernel.live(at));
     if to == Spinlocks::Kvm {
         for (target, name) in wanted.iter_mut().zip(KVM) {
             *target = kernel.symbol(name)?;
         }
-        // Without it the first waiter would write to address 0 and up.
+        // Without the table the first waiter would write to address 0 and up.
         if read_u64(text, kernel.symbol("pv_lock_hash")?)? == 0 {
             return Err(busy("the guest booted without paravirtual ones and has no table of waiters"));
         }
@@ -60,24 +59,24 @@ pub(crate) fn expand(
     if present == wanted {
         return Err(Refusal::NothingToDo { at: kernel.live(ops.table) });
     }
-    // Only the kernel's own sites are in its tables; a module's are forgotten once it is loaded.
+    // The tables hold the kernel's own sites only; those of a module are dropped after loading.
     if let Some(module) = caller_in_modules(kernel, text, &[present, wanted].concat())? {
         return Err(busy(&format!("the module {module} does without the kernel's lock functions")));
     }
-    let (before, after) = (world(kernel, ops, present), world(kernel, ops, wanted));
+    let (before, after) = (overrides(kernel, ops, present), overrides(kernel, ops, wanted));
     let mut code = Vec::new();
-    for site in sites(kernel, ops) {
-        if kernel.is_init(site.place.at) {
+    for call in lock_calls(kernel, ops) {
+        if kernel.is_init(call.site.at) {
             continue;
         }
-        let old = site.code(kernel, text, &before)?;
-        let there = read(text, site.place.at, old.len())?;
-        if !same(&there, &old, site.place.at) {
-            return Err(Refusal::ExpectMismatch { at: site.place.at, expected: old, found: there });
+        let old = call.code(kernel, text, &before)?;
+        let there = read(text, call.site.at, old.len())?;
+        if !same(&there, &old, call.site.at) {
+            return Err(Refusal::ExpectMismatch { at: call.site.at, expected: old, found: there });
         }
-        let new = site.code(kernel, text, &after)?;
-        if !same(&there, &new, site.place.at) {
-            code.push(Code { at: site.place.at, old: there, new });
+        let new = call.code(kernel, text, &after)?;
+        if !same(&there, &new, call.site.at) {
+            code.push(Code { at: call.site.at, old: there, new });
         }
     }
     let mut data: Vec<Datum> = Vec::new();
@@ -92,8 +91,8 @@ pub(crate) fn expand(
     Ok(Expansion { code, data, needs: Needs::Unlocked })
 }
 
-/// A module that calls one of these itself. On kernels that preempt, modules lock by calling
-/// `_raw_spin_lock` and its like.
+/// A module that calls one of the targets itself. On preemptible kernels modules call
+/// `_raw_spin_lock` and the like instead.
 fn caller_in_modules<'a>(
     kernel: &Kernel<'a>,
     text: &dyn GuestMemory,
@@ -104,7 +103,7 @@ fn caller_in_modules<'a>(
         let start = module.text.start;
         let size = module.text.end.offset_from(start).unwrap_or(0);
         let bytes = read(text, start, size)?;
-        // What looks like such a call by chance is taken for one: nothing else goes there.
+        // Bytes that look like such a call by chance are taken for one.
         let calls = |(at, code): (u64, &[u8])| {
             let distance = code[1..].first_chunk().map(|bytes| i32::from_le_bytes(*bytes))?;
             let next = start.0.wrapping_add(at + 5);
@@ -117,17 +116,21 @@ fn caller_in_modules<'a>(
     Ok(None)
 }
 
-/// The pointers, and the features that stand for them.
-fn world(kernel: &Kernel<'_>, ops: &LockOps, targets: [Gva; OPERATIONS.len()]) -> World {
+/// The pointers of the operations, and the features that stand for two of them.
+fn overrides(kernel: &Kernel<'_>, ops: &LockOps, targets: [Gva; OPERATIONS.len()]) -> Overrides {
     let is_native = |index: usize| targets[index] == kernel.live(ops.native[index]);
-    World {
+    Overrides {
         features: vec![(PVUNLOCK, !is_native(UNLOCK)), (VCPUPREEMPT, !is_native(IS_PREEMPTED))],
         pointers: ops.pointers.iter().map(|at| kernel.live(*at)).zip(targets).collect(),
     }
 }
 
-/// Modules that are loaded later look at the kernel's own note of the features.
-fn features(kernel: &Kernel<'_>, text: &dyn GuestMemory, after: &World) -> Result<Option<Datum>, Refusal> {
+/// Updates the kernel's record of the features, which modules are patched by when they are loaded.
+fn features(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    after: &Overrides,
+) -> Result<Option<Datum>, Refusal> {
     let at = kernel.feature_word(PVUNLOCK)?;
     let old = read_u32(text, at)?;
     let mut new = old;
@@ -140,51 +143,55 @@ fn features(kernel: &Kernel<'_>, text: &dyn GuestMemory, after: &World) -> Resul
 }
 
 /// A call of one of the operations.
-struct Site<'a> {
-    place: Place<'a>,
-    /// The operation's pointer, where a table apart from the alternatives says that it is
-    /// called directly (up to 6.7).
+struct LockCall<'a> {
+    site: AltSite<'a>,
+    /// The operation's pointer, if the site is in `.parainstructions` (up to 6.7).
     pointer: Option<Gva>,
 }
 
-impl Site<'_> {
-    fn code(&self, kernel: &Kernel<'_>, text: &dyn GuestMemory, world: &World) -> Result<Vec<u8>, Refusal> {
-        if let Some(chosen) = self.place.chosen(kernel, text, world)? {
-            return self.place.code_of(kernel, text, chosen, world);
+impl LockCall<'_> {
+    fn code(
+        &self,
+        kernel: &Kernel<'_>,
+        text: &dyn GuestMemory,
+        overrides: &Overrides,
+    ) -> Result<Vec<u8>, Refusal> {
+        if let Some(chosen) = self.site.chosen(kernel, text, overrides)? {
+            return self.site.code_of(kernel, text, chosen, overrides);
         }
-        let at = self.place.at;
-        let target = self.pointer.and_then(|pointer| world.target(pointer));
-        let Some(target) = target else { return self.place.original(text) };
+        let at = self.site.at;
+        let target = self.pointer.and_then(|pointer| overrides.target(pointer));
+        let Some(target) = target else { return self.site.original(text) };
         let mut code = Vec::new();
-        // What does nothing is not called.
+        // An empty function is not called.
         if kernel.symbol("_paravirt_nop") != Ok(target) {
             code.extend(insn::call_rel32(at, target).ok_or(Refusal::OutOfReach { at, to: target })?);
         }
-        code.extend(insn::nops(self.place.length.saturating_sub(code.len())));
+        code.extend(insn::nops(self.site.length.saturating_sub(code.len())));
         Ok(code)
     }
 }
 
-fn sites<'a>(kernel: &Kernel<'a>, ops: &LockOps) -> Vec<Site<'a>> {
-    let mut places = places(kernel);
+fn lock_calls<'a>(kernel: &Kernel<'a>, ops: &LockOps) -> Vec<LockCall<'a>> {
+    let mut alt_sites = alt_sites(kernel);
     let tables = kernel.image.tables();
     let Some(table) = &tables.paravirt_sites else {
-        let calls_one = |place: &Place<'_>| {
-            let pointer = place.called_through();
+        let calls_one = |site: &AltSite<'_>| {
+            let pointer = site.called_through();
             pointer.is_some_and(|pointer| ops.pointers.contains(&kernel.linked(pointer)))
         };
-        let concerned = places.into_values().filter(calls_one);
-        return concerned.map(|place| Site { place, pointer: None }).collect();
+        let concerned = alt_sites.into_values().filter(calls_one);
+        return concerned.map(|site| LockCall { site, pointer: None }).collect();
     };
     let pointer = |operation: u8| Gva(ops.table.0.wrapping_add(8 * u64::from(operation)));
     table
         .iter()
-        .filter(|site| ops.pointers.contains(&pointer(site.operation)))
-        .map(|site| {
-            let at = kernel.live(site.at);
-            let mut place = places.remove(&at).unwrap_or_else(|| Place::empty(at));
-            place.length = place.length.max(site.len.into());
-            Site { place, pointer: Some(kernel.live(pointer(site.operation))) }
+        .filter(|listed| ops.pointers.contains(&pointer(listed.operation)))
+        .map(|listed| {
+            let at = kernel.live(listed.at);
+            let mut site = alt_sites.remove(&at).unwrap_or_else(|| AltSite::empty(at));
+            site.length = site.length.max(listed.len.into());
+            LockCall { site, pointer: Some(kernel.live(pointer(listed.operation))) }
         })
         .collect()
 }

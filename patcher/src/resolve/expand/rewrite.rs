@@ -1,13 +1,13 @@
-//! Code in another place, and code compared without its padding.
+//! Code moved to another address, and code compared without its padding.
 
 use iced_x86::{Code, Decoder, DecoderOptions, Mnemonic, OpKind};
 
 use crate::addr::Gva;
 use crate::insn::{INT3, branch};
 
-/// Code that was made for `from`, so changed that it does the same at `to`: what it branches
-/// to and the memory it names by its own address stay the same, unless they are inside the
-/// code. `None` if it does not decode or a displacement does not fit.
+/// Moves code from `from` to `to`. Branch targets and RIP-relative operands outside of the code stay
+/// the same; those inside move along. `None` if the code does not decode or a displacement does not
+/// fit.
 pub(super) fn moved(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
     let inside = |target: u64| target.wrapping_sub(from.0) < code.len() as u64;
     let mut moved = code.to_vec();
@@ -34,7 +34,7 @@ pub(super) fn moved(code: &[u8], from: Gva, to: Gva) -> Option<Vec<u8>> {
         let field = moved.get_mut(start + offset..start + offset + size)?;
         let bytes = distance.to_le_bytes();
         field.copy_from_slice(bytes.get(..size)?);
-        // It fits if the sign of what is kept says what was left out.
+        // It fits if sign extension restores the whole distance.
         let kept = 64 - 8 * u32::try_from(size).ok()?;
         if distance << kept >> kept != distance {
             return None;
@@ -58,25 +58,25 @@ pub(super) fn called_through(code: &[u8], at: Gva) -> Option<Gva> {
     absolute.then(|| Gva(insn.memory_displacement64()))
 }
 
-/// A piece of code as far as it does something.
+/// An instruction that is not padding.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Deed {
+pub(super) enum Op {
     /// A branch, however long its displacement is.
     Branch(Mnemonic, u64),
     /// Any other instruction, or bytes that are none.
     Other(Vec<u8>),
 }
 
-/// Code without no-operations, jumps over padding, and what lies behind a jump and is `int3`.
-pub(super) fn without_padding(code: &[u8], at: Gva) -> Vec<Deed> {
-    let mut deeds = Vec::new();
+/// Code without NOPs, jumps over padding, and the `int3` behind jumps.
+pub(super) fn without_padding(code: &[u8], at: Gva) -> Vec<Op> {
+    let mut ops = Vec::new();
     let mut decoder = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE);
     while decoder.can_decode() {
         let start = decoder.position();
         let insn = decoder.decode();
         let bytes = &code[start..decoder.position()];
         if insn.is_invalid() {
-            deeds.push(Deed::Other(code[start..].to_vec()));
+            ops.push(Op::Other(code[start..].to_vec()));
             break;
         }
         let padding = code[decoder.position()..].iter().take_while(|byte| **byte == INT3).count();
@@ -87,19 +87,19 @@ pub(super) fn without_padding(code: &[u8], at: Gva) -> Vec<Deed> {
         if let (Mnemonic::Jmp, Some(target)) = (insn.mnemonic(), target) {
             let over = target == insn.next_ip().wrapping_add(padding as u64);
             if !over {
-                deeds.push(Deed::Branch(insn.mnemonic(), target));
+                ops.push(Op::Branch(insn.mnemonic(), target));
             }
             // Not an error: the position is within the code.
             let _ = decoder.set_position(decoder.position() + padding);
             decoder.set_ip(at.0.wrapping_add(decoder.position() as u64));
             continue;
         }
-        deeds.push(match target {
-            Some(target) => Deed::Branch(insn.mnemonic(), target),
-            None => Deed::Other(bytes.to_vec()),
+        ops.push(match target {
+            Some(target) => Op::Branch(insn.mnemonic(), target),
+            None => Op::Other(bytes.to_vec()),
         });
     }
-    deeds
+    ops
 }
 
 #[cfg(test)]

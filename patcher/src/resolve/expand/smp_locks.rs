@@ -1,17 +1,17 @@
-//! Lock prefixes, which a guest with one processor can do without (Linux
+//! Lock prefixes, which a guest with one vCPU does not need (Linux
 //! arch/x86/kernel/alternative.c, `alternatives_smp_lock`).
 
 use crate::insn;
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Expansion, Needs};
+use crate::resolve::expand::expansion::{Code, Expansion, Needs};
 
 const LOCK: u8 = 0xf0;
-/// A segment prefix that does nothing.
+/// A segment prefix without an effect in 64-bit mode.
 const DS: u8 = 0x3e;
 
-/// Turns every prefix into `lock` or into one that does nothing.
+/// Turns every prefix into `lock`, or into one without an effect.
 pub(crate) fn expand(
     kernel: &Kernel<'_>,
     text: &dyn GuestMemory,
@@ -27,13 +27,13 @@ pub(crate) fn expand(
     let (start, end) = (kernel.symbol("_text")?, kernel.symbol("_etext")?);
     let (old, new) = if lock { (DS, LOCK) } else { (LOCK, DS) };
     let mut code = Vec::new();
-    // The table is filled up to whole pages.
+    // The table is padded to whole pages.
     for at in table.iter().map(|at| kernel.live(*at)).filter(|at| start <= *at && *at < end) {
         let bytes = read(text, at, insn::MAX_LENGTH)?;
         let Some(insn) = insn::decode(&bytes, at).next() else {
             return Err(Refusal::ExpectMismatch { at, expected: vec![old], found: bytes });
         };
-        // Some are in code that the guest replaced by other instructions.
+        // The guest may have replaced the instruction by an alternative.
         if bytes[0] == old {
             let old = bytes[..insn.len].to_vec();
             code.push(Code { at, new: [&[new], &old[1..]].concat(), old });

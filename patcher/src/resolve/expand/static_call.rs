@@ -1,30 +1,29 @@
 //! A static call: direct calls and tail jumps that are retargeted together (Linux
 //! kernel/static_call_inline.c, arch/x86/kernel/static_call.c).
 //!
-//! Each update has a trap table of its own, which never changes: a vCPU that ran into a site
-//! in transit is led to the target that was in force then, however many updates follow
-//! before it runs on. That is what the second buffer of a double-buffered site would be
-//! for, so successive updates need not wait for each other's stragglers.
+//! Each update has an immutable trap table of its own. A vCPU that hit a site in transit goes to the
+//! target of that update, however many updates follow before it resumes. So successive updates need
+//! not wait for each other.
 
 use crate::addr::Gva;
 use crate::insn::{self, call_rel32, jcc_rel32, jmp_rel32};
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Datum, Expansion, verify};
+use crate::resolve::expand::expansion::{Code, Datum, Expansion, verify};
 
-/// How a plan says that nothing is called.
+/// The target in a plan if nothing is to be called.
 pub(crate) const NOTHING: &str = "none";
 /// `X86_FEATURE_RETHUNK`: returns are jumps to a thunk (arch/x86/include/asm/cpufeatures.h,
 /// since 5.19).
 const RETHUNK: u16 = 11 * 32 + 14;
 /// `xor eax, eax` of five bytes, where a call of a function that returns 0 would be.
 const RETURN_0: [u8; 5] = [0x2e, 0x2e, 0x2e, 0x31, 0xc0];
-/// `ret`, filled up with `int3`.
+/// `ret`, padded with `int3`.
 const RETURN: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 
-/// Makes the call go to `target`: in every caller, in the trampoline, and for those who call
-/// through the pointer.
+/// Makes the call go to `target`: in every caller, in the trampoline, and in the key, which is called
+/// through as a pointer.
 pub(crate) fn expand(
     kernel: &Kernel<'_>,
     text: &dyn GuestMemory,
@@ -55,7 +54,7 @@ pub(crate) fn expand(
     })
 }
 
-/// What a site is.
+/// The kind of a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Call,
@@ -86,10 +85,10 @@ impl Forms<'_> {
         Ok((old != new).then_some(Code { at, old, new }))
     }
 
-    /// What is there, which must be what leads to `target`.
+    /// The code that is there, which must lead to `target`.
     fn current(&self, at: Gva, kind: Kind, target: Gva) -> Result<Vec<u8>, Refusal> {
         let expected = self.form(at, kind, target)?;
-        // Before returns became jumps to a thunk this was a return; it may still be one.
+        // It may still be a `ret` from before the kernel switched to return thunks.
         if target == Gva(0) && kind == Kind::Tail && read(self.text, at, RETURN.len())? == RETURN {
             return Ok(RETURN.to_vec());
         }
@@ -120,7 +119,7 @@ impl Forms<'_> {
         })
     }
 
-    /// Where returns jump to, if they do.
+    /// The thunk that returns jump to, if there is one.
     fn return_thunk(&self) -> Result<Option<Gva>, Refusal> {
         if !self.kernel.has_feature(self.text, RETHUNK)? {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! A static key: jumps that are no-operations, or the other way round (Linux
+//! A static key, which switches instructions between NOP and jump (Linux
 //! include/linux/jump_label.h, arch/x86/kernel/jump_label.c).
 
 use crate::image::tables::JumpEntry;
@@ -6,10 +6,10 @@ use crate::insn::{self, jmp_rel8, jmp_rel32};
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u32};
 use crate::plan::refusal::Refusal;
-use crate::resolve::expand::{Code, Datum, Expansion, verify};
+use crate::resolve::expand::expansion::{Code, Datum, Expansion, verify};
 
-/// Makes the key true or false, as `static_key_enable` and `static_key_disable` do: every
-/// jump, and the count, so that the guest can go on from there.
+/// Makes the key true or false, as `static_key_enable` and `static_key_disable` do: every jump and the
+/// count. The guest can switch the key again afterwards.
 pub(crate) fn expand(
     kernel: &Kernel<'_>,
     text: &dyn GuestMemory,
@@ -31,7 +31,7 @@ pub(crate) fn expand(
         }
         (2.., false) if count <= i32::MAX.unsigned_abs() => {
             return Err(busy(format!(
-                "the guest counts {count} users of it, which would each take themselves off"
+                "the guest counts {count} users of it, each of which will decrement the count"
             )));
         }
         _ => return Err(busy("the guest is changing it".into())),
@@ -45,7 +45,7 @@ pub(crate) fn expand(
 }
 
 fn switch(text: &dyn GuestMemory, entry: &JumpEntry, enable: bool) -> Result<Code, Refusal> {
-    // The length was chosen when the kernel was built; the first byte tells which.
+    // The kernel's build chose the length; the first byte tells which.
     let short = matches!(read(text, entry.code, 1)?[..], [0xeb | 0x66]);
     let form = |on: bool| {
         let jump = if short {

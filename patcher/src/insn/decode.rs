@@ -1,0 +1,133 @@
+//! Decoding: where instructions begin, where they branch to, how they read.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, OpKind};
+
+use crate::addr::Gva;
+
+/// `int3`, one byte (SDM volume 2, INT n/INTO/INT3/INT1).
+pub const INT3: u8 = 0xcc;
+/// `endbr64`: indirect branches may lead here (SDM volume 2).
+const ENDBR64: [u8; MARKER] = [0xf3, 0x0f, 0x1e, 0xfa];
+/// Length of `endbr64`, in bytes.
+pub(crate) const MARKER: usize = 4;
+/// Length of the fentry call, or of the NOP in its place, in bytes.
+pub(crate) const FENTRY: usize = 5;
+/// Longest instruction, in bytes (SDM volume 2, 2.3.11).
+pub const MAX_LENGTH: usize = 15;
+
+/// One decoded instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Insn {
+    /// Where it begins.
+    pub at: Gva,
+    /// Its length in bytes, 1 to 15.
+    pub len: usize,
+    /// Its branch target, if it is a direct branch or call.
+    pub branch: Option<Gva>,
+    /// Whether control may return to the next instruction from elsewhere: a call, interrupt or
+    /// exception.
+    pub returns: bool,
+    /// Whether control never falls through to the next instruction.
+    pub ends: bool,
+}
+
+/// Decodes `code`, which lies at `at`, up to its end or the first byte that is not an instruction.
+///
+/// ```
+/// use patcher::addr::Gva;
+/// use patcher::insn::decode;
+///
+/// // nop; jmp 0x1000; ret
+/// let insns: Vec<_> = decode(&[0x90, 0xeb, 0xfd, 0xc3], Gva(0x1000)).collect();
+/// assert_eq!(insns.iter().map(|insn| insn.len).collect::<Vec<_>>(), [1, 2, 1]);
+/// assert_eq!((insns[1].at, insns[1].branch, insns[1].ends), (Gva(0x1001), Some(Gva(0x1000)), true));
+/// ```
+pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
+    let mut decoder = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE);
+    let mut insn = Instruction::default();
+    std::iter::from_fn(move || {
+        if !decoder.can_decode() {
+            return None;
+        }
+        decoder.decode_out(&mut insn);
+        (!insn.is_invalid()).then(|| Insn {
+            at: Gva(insn.ip()),
+            len: insn.len(),
+            branch: branch(&insn),
+            returns: returns(&insn),
+            ends: matches!(
+                insn.flow_control(),
+                FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Return
+            ),
+        })
+    })
+}
+
+/// Length of the `endbr64` at a function's entry, which must stay; 0 without one.
+pub(crate) fn marker(entry: &[u8]) -> usize {
+    if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 }
+}
+
+/// The target of a direct branch or call. (To the decoder, `syscall` and `vmcall` are calls, too.)
+pub(crate) fn branch(insn: &Instruction) -> Option<Gva> {
+    let near = insn.op_count() > 0 && insn.op0_kind() == OpKind::NearBranch64;
+    let goes = matches!(
+        insn.flow_control(),
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
+    );
+    (near && goes).then(|| Gva(insn.near_branch_target()))
+}
+
+pub(crate) fn returns(insn: &Instruction) -> bool {
+    matches!(
+        insn.flow_control(),
+        FlowControl::Call
+            | FlowControl::IndirectCall
+            | FlowControl::Interrupt
+            | FlowControl::Exception
+            | FlowControl::XbeginXabortXend
+    )
+}
+
+/// How many instructions `code` holds; `None` if it does not decode or ends inside one.
+#[must_use]
+pub fn count(code: &[u8], at: Gva) -> Option<usize> {
+    let (mut bytes, mut count) = (0, 0);
+    for insn in decode(code, at) {
+        bytes += insn.len;
+        count += 1;
+    }
+    (bytes == code.len()).then_some(count)
+}
+
+/// Disassembles `code` in Intel syntax, one instruction a line.
+#[must_use]
+pub fn disassemble(code: &[u8], at: Gva) -> Vec<String> {
+    let mut formatter = IntelFormatter::new();
+    formatter.options_mut().set_hex_prefix("0x");
+    formatter.options_mut().set_hex_suffix("");
+    formatter.options_mut().set_branch_leading_zeros(false);
+    let mut decoder = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE);
+    let mut lines = Vec::new();
+    while decoder.can_decode() {
+        let start = decoder.position();
+        let insn = decoder.decode();
+        let mut text = String::new();
+        formatter.format(&insn, &mut text);
+        lines.push(format!("{:#x}: {:<21} {text}", insn.ip(), hex::encode(&code[start..decoder.position()])));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn count_wants_whole_instructions() {
+        assert_eq!(count(&[0x0f, 0x1f, 0x44, 0, 0], Gva(0)), Some(1));
+        assert_eq!(count(&[0x0f, 0x1f, 0x44, 0], Gva(0)), None);
+        assert_eq!(count(&[0x90, 0x90], Gva(0)), Some(2));
+        assert_eq!(count(&[0x06], Gva(0)), None);
+    }
+}

@@ -1,0 +1,353 @@
+//! The JSON of a plan: what may be in it, and what is checked before it becomes a [`Plan`].
+
+use serde::Deserialize;
+
+use crate::plan::pointer::Pointer;
+use crate::plan::refusal::{Refusal, Refused};
+use crate::plan::write_policy::Policy;
+use crate::plan::{
+    DEFAULT_DEADLINE_MS, MAX_BYTES, MAX_DEADLINE_MS, MAX_NAME, MAX_OUTSIDE, MAX_PATCHES, MAX_SITE, Patch,
+    Plan, Spinlocks, Strategy, VERSION,
+};
+
+// Every field of `RawPatch` is optional: a missing field is then reported by the kind of patch that
+// needs it, and an unknown field by its name.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPlan {
+    version: u32,
+    name: String,
+    kernel: Option<RawKernel>,
+    deadline_ms: Option<u64>,
+    #[serde(default)]
+    strategy: Strategy,
+    #[serde(default)]
+    atomic: bool,
+    #[serde(default)]
+    quiesced: RawQuiesced,
+    #[serde(default)]
+    over: Vec<String>,
+    on_guest_write: Option<Policy>,
+    patches: Vec<RawPatch>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawKernel {
+    release: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawQuiesced {
+    preemptible: bool,
+    outside: Vec<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawPatch {
+    at: Option<String>,
+    expect: Option<String>,
+    replace: Option<String>,
+    redirect: Option<String>,
+    to: Option<String>,
+    static_key: Option<String>,
+    static_call: Option<String>,
+    target: Option<String>,
+    alternatives: Option<String>,
+    enable: Option<bool>,
+    smp_locks: Option<bool>,
+    force: Option<bool>,
+    paravirt: Option<String>,
+    keep_fentry: Option<bool>,
+}
+
+impl Plan {
+    /// Reads a plan from JSON.
+    ///
+    /// ```
+    /// use patcher::plan::{Patch, Plan, Strategy};
+    ///
+    /// let plan = Plan::parse(
+    ///     br#"{ "version": 1, "name": "demo", "patches": [{ "redirect": "f", "to": "g" }] }"#,
+    /// )
+    /// .expect("well-formed");
+    /// assert_eq!(plan.strategy, Strategy::Auto);
+    /// assert!(matches!(&plan.patches[0], Patch::Redirect { from, to, .. } if from == "f" && to == "g"));
+    ///
+    /// // Every mistake is reported, each with its code and its place.
+    /// let refused = Plan::parse(br#"{ "version": 2, "name": "", "patches": [] }"#).unwrap_err();
+    /// let places: Vec<_> = refused.iter().map(|refused| refused.pointer.to_string()).collect();
+    /// assert_eq!(places, ["/version", "/name", "/patches"]);
+    /// assert_eq!(refused[0].refusal.code(), "plan_malformed");
+    /// ```
+    ///
+    /// # Errors
+    /// Every mistake, each with its place as a JSON pointer (RFC 6901).
+    pub fn parse(json: &[u8]) -> Result<Self, Vec<Refused>> {
+        if json.len() > MAX_BYTES {
+            return Err(vec![Refusal::PlanTooLarge { bytes: json.len(), limit: MAX_BYTES }.at_root()]);
+        }
+        if let Ok(raw) = serde_json::from_slice::<RawPlan>(json) {
+            return raw.check();
+        }
+        // Tracking the path doubles the time, so only a plan that failed is read with it.
+        let mut reader = serde_json::Deserializer::from_slice(json);
+        let raw: RawPlan = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+            let at = Pointer::from_path(error.path());
+            vec![Refusal::PlanMalformed { what: error.into_inner().to_string() }.at(at)]
+        })?;
+        reader.end().map_err(|error| {
+            vec![Refusal::PlanMalformed { what: format!("after the plan: {error}") }.at_root()]
+        })?;
+        raw.check()
+    }
+}
+
+impl RawPlan {
+    fn check(self) -> Result<Plan, Vec<Refused>> {
+        let mut wrong = Vec::new();
+        let mut refuse = |pointer: &str, what: String| {
+            wrong.push(Refusal::PlanMalformed { what }.at(Pointer::new(pointer)));
+        };
+        if self.version != VERSION {
+            refuse("/version", format!("version {} is unknown, {VERSION} is the only one", self.version));
+        }
+        if self.name.is_empty() || self.name.len() > MAX_NAME || !self.name.chars().all(is_name_char) {
+            refuse("/name", format!("a name is 1 to {MAX_NAME} letters, digits, '-', '_' or '.'"));
+        }
+        let deadline_ms = self.deadline_ms.unwrap_or(DEFAULT_DEADLINE_MS);
+        if !(1..=MAX_DEADLINE_MS).contains(&deadline_ms) {
+            refuse("/deadline_ms", format!("a deadline is 1 to {MAX_DEADLINE_MS} milliseconds"));
+        }
+        if self.patches.is_empty() || self.patches.len() > MAX_PATCHES {
+            refuse(
+                "/patches",
+                format!("a plan has 1 to {MAX_PATCHES} patches, this one {}", self.patches.len()),
+            );
+        }
+        let one_by_one = matches!(self.strategy, Strategy::Store | Strategy::Breakpoint | Strategy::Bypass);
+        if self.atomic && one_by_one && self.patches.len() > 1 {
+            refuse(
+                "/strategy",
+                "it changes sites one after another; an atomic plan of several needs hold or inspect".into(),
+            );
+        }
+        if self.quiesced.outside.len() > MAX_OUTSIDE {
+            refuse("/quiesced/outside", format!("{MAX_OUTSIDE} functions are the limit"));
+        }
+        let conditional = self.quiesced.preemptible || !self.quiesced.outside.is_empty();
+        if conditional && !matches!(self.strategy, Strategy::Auto | Strategy::Inspect) {
+            refuse(
+                "/strategy",
+                "\"quiesced\" needs inspect: no other strategy looks where the vCPUs are".into(),
+            );
+        }
+        let mut patches = Vec::with_capacity(self.patches.len());
+        for (i, patch) in self.patches.into_iter().enumerate() {
+            match patch.check() {
+                Ok(patch) => patches.push(patch),
+                Err((field, what)) => refuse(&format!("/patches/{i}{field}"), what),
+            }
+        }
+        if !wrong.is_empty() {
+            return Err(wrong);
+        }
+        Ok(Plan {
+            name: self.name,
+            release: self.kernel.map(|kernel| kernel.release),
+            deadline_ms,
+            strategy: self.strategy,
+            atomic: self.atomic,
+            preemptible: self.quiesced.preemptible,
+            outside: self.quiesced.outside,
+            over: self.over,
+            on_guest_write: self.on_guest_write,
+            patches,
+        })
+    }
+}
+
+fn is_name_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
+}
+
+/// The kinds of patches: the field that selects each, and the fields that go with it.
+const KINDS: &str = "a patch has \"at\" with \"expect\" and \"replace\", \"redirect\" with \"to\", \
+    \"static_key\" with \"enable\", \"static_call\" with \"target\", \"alternatives\" with \"enable\", \
+    \"smp_locks\", or \"paravirt\" with \"to\"";
+
+impl RawPatch {
+    fn check(mut self) -> Result<Patch, (&'static str, String)> {
+        let patch = self.take()?;
+        match self.left_over() {
+            None => Ok(patch),
+            Some(field) => Err((field, format!("this does not belong here: {KINDS}"))),
+        }
+    }
+
+    /// Takes the fields of one kind of patch.
+    fn take(&mut self) -> Result<Patch, (&'static str, String)> {
+        let missing = || ("", KINDS.to_owned());
+        if let Some(at) = self.at.take() {
+            let (expect, replace) = self.expect.take().zip(self.replace.take()).ok_or_else(missing)?;
+            let expect = bytes(&expect).map_err(|what| ("/expect", what))?;
+            let replace = bytes(&replace).map_err(|what| ("/replace", what))?;
+            return Ok(Patch::Raw { at, expect, replace });
+        }
+        if let Some(from) = self.redirect.take() {
+            let to = self.to.take().ok_or_else(missing)?;
+            return Ok(Patch::Redirect { from, to, keep_fentry: self.keep_fentry.take().unwrap_or(false) });
+        }
+        if let Some(static_key) = self.static_key.take() {
+            return Ok(Patch::StaticKey { static_key, enable: self.enable.take().ok_or_else(missing)? });
+        }
+        if let Some(static_call) = self.static_call.take() {
+            return Ok(Patch::StaticCall { static_call, target: self.target.take().ok_or_else(missing)? });
+        }
+        if let Some(alternatives) = self.alternatives.take() {
+            return Ok(Patch::Alternatives { alternatives, enable: self.enable.take().ok_or_else(missing)? });
+        }
+        if let Some(smp_locks) = self.smp_locks.take() {
+            return Ok(Patch::SmpLocks { smp_locks, force: self.force.take().unwrap_or(false) });
+        }
+        if let Some(group) = self.paravirt.take() {
+            if group != "spinlocks" {
+                return Err(("/paravirt", format!("{group:?} is unknown; \"spinlocks\" is the only group")));
+            }
+            let to = match self.to.take().ok_or_else(missing)?.as_str() {
+                "native" => Spinlocks::Native,
+                "kvm" => Spinlocks::Kvm,
+                other => return Err(("/to", format!("{other:?} is neither \"native\" nor \"kvm\""))),
+            };
+            return Ok(Patch::Paravirt { to });
+        }
+        Err(missing())
+    }
+
+    /// The first field that no kind has taken.
+    fn left_over(&self) -> Option<&'static str> {
+        let fields = [
+            ("/expect", self.expect.is_some()),
+            ("/replace", self.replace.is_some()),
+            ("/redirect", self.redirect.is_some()),
+            ("/to", self.to.is_some()),
+            ("/static_key", self.static_key.is_some()),
+            ("/static_call", self.static_call.is_some()),
+            ("/target", self.target.is_some()),
+            ("/alternatives", self.alternatives.is_some()),
+            ("/enable", self.enable.is_some()),
+            ("/smp_locks", self.smp_locks.is_some()),
+            ("/force", self.force.is_some()),
+            ("/paravirt", self.paravirt.is_some()),
+            ("/keep_fentry", self.keep_fentry.is_some()),
+        ];
+        fields.into_iter().find(|(_, there)| *there).map(|(field, _)| field)
+    }
+}
+
+/// The bytes of a site in hex digits; ASCII white space is ignored.
+fn bytes(text: &str) -> Result<Vec<u8>, String> {
+    let digits = text.replace(|c: char| c.is_ascii_whitespace(), "");
+    let bytes = hex::decode(digits).map_err(|_| format!("{text:?} is not pairs of hex digits"))?;
+    if (1..=MAX_SITE).contains(&bytes.len()) {
+        Ok(bytes)
+    } else {
+        Err(format!("a site has 1 to {MAX_SITE} bytes, not {}", bytes.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(json: &str) -> Vec<(String, &'static str)> {
+        Plan::parse(json.as_bytes())
+            .expect_err("it should be refused")
+            .iter()
+            .map(|refused| (refused.pointer.to_string(), refused.refusal.code()))
+            .collect()
+    }
+
+    #[test]
+    fn bytes_are_pairs_of_hex_digits() {
+        assert_eq!(bytes("0f 1F\n44"), Ok(vec![0x0f, 0x1f, 0x44]));
+        for bad in ["0", "0g", "0x90", "é0", ""] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_full_plan_is_read() {
+        let plan = Plan::parse(
+            br#"{"version":1,"name":"a","kernel":{"release":"6.1"},"deadline_ms":5,"strategy":"hold","atomic":true,
+                "patches":[{"redirect":"f","to":"g"},{"at":"f+0x14","expect":"0f1f","replace":"90"}]}"#,
+        )
+        .expect("a plan");
+        assert_eq!(plan.release.as_deref(), Some("6.1"));
+        assert_eq!(plan.patches.len(), 2);
+        assert_eq!(plan.deadline_ms, 5);
+    }
+
+    #[test]
+    fn every_kind_of_patch_is_read() {
+        let patch = |json: &str| {
+            let plan = format!(r#"{{"version":1,"name":"a","patches":[{json}]}}"#);
+            Plan::parse(plan.as_bytes()).expect("a plan").patches.remove(0)
+        };
+        assert_eq!(
+            patch(r#"{"static_key":"k+0x8","enable":false}"#),
+            Patch::StaticKey { static_key: "k+0x8".into(), enable: false }
+        );
+        assert_eq!(
+            patch(r#"{"static_call":"c","target":"none"}"#),
+            Patch::StaticCall { static_call: "c".into(), target: "none".into() }
+        );
+        assert_eq!(
+            patch(r#"{"alternatives":"smap","enable":true}"#),
+            Patch::Alternatives { alternatives: "smap".into(), enable: true }
+        );
+        assert_eq!(patch(r#"{"smp_locks":true}"#), Patch::SmpLocks { smp_locks: true, force: false });
+        assert_eq!(patch(r#"{"paravirt":"spinlocks","to":"kvm"}"#), Patch::Paravirt { to: Spinlocks::Kvm });
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        let malformed = |at: &str| vec![(at.to_owned(), "plan_malformed")];
+        assert_eq!(refused("{"), malformed(""));
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"at":"f","bogus":1}]}"#),
+            malformed("/patches/0/bogus")
+        );
+        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":7}]}"#), malformed("/patches/0/at"));
+        assert_eq!(refused(r#"{"version":1,"name":"a","patches":[{"at":"f"}]}"#), malformed("/patches/0"));
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"at":"f","expect":"9","replace":"90"}]}"#),
+            malformed("/patches/0/expect")
+        );
+        assert_eq!(
+            refused(r#"{"version":2,"name":"","deadline_ms":0,"patches":[]}"#),
+            [
+                ("/version", "plan_malformed"),
+                ("/name", "plan_malformed"),
+                ("/deadline_ms", "plan_malformed"),
+                ("/patches", "plan_malformed")
+            ]
+            .map(|(at, code)| (at.to_owned(), code))
+        );
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"redirect":"f","to":"g"}]} x"#),
+            malformed("")
+        );
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"static_key":"k","enable":true,"to":"g"}]}"#),
+            malformed("/patches/0/to")
+        );
+        assert_eq!(
+            refused(r#"{"version":1,"name":"a","patches":[{"paravirt":"spinlocks","to":"xen"}]}"#),
+            malformed("/patches/0/to")
+        );
+        assert_eq!(refused(&" ".repeat(MAX_BYTES + 1)), [(String::new(), "plan_too_large")]);
+    }
+}

@@ -1,0 +1,123 @@
+//! Checking the code of a site against the guest around it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use crate::addr::Gva;
+use crate::image::symbols::Function;
+use crate::insn;
+use crate::linux::kprobes::{among, probes};
+use crate::linux::livepatches::livepatched;
+use crate::linux::memory::{GuestMemory, read};
+use crate::linux::view::Kernel;
+use crate::plan::refusal::{Pointer, Refusal};
+use crate::resolve::expand::{Code, Needs};
+use crate::resolve::shape::Shape;
+use crate::safety::interior::{Sleepers, boundaries};
+use crate::site::Site;
+
+/// Functions longer than this, in bytes, are not decoded.
+const MAX_FUNCTION: usize = 1 << 20;
+
+/// What the sites of one plan are checked with.
+pub(crate) struct SiteChecker<'a> {
+    kernel: Kernel<'a>,
+    text: &'a dyn GuestMemory,
+    sleepers: Sleepers<'a>,
+    /// Where the guest has kprobes.
+    probes: Vec<Gva>,
+    /// Functions that the guest's own livepatches replace.
+    livepatched: Vec<Range<Gva>>,
+    /// Whether a copy of the old instruction may be executed elsewhere.
+    bypass: bool,
+    /// Shapes by function start: a plan of thousands of sites has many in one function.
+    shapes: RefCell<HashMap<Gva, Rc<Shape>>>,
+}
+
+impl<'a> SiteChecker<'a> {
+    /// Reads the guest's kprobes and livepatches.
+    pub(crate) fn new(kernel: Kernel<'a>, text: &'a dyn GuestMemory, bypass: bool) -> Result<Self, Refusal> {
+        Ok(Self {
+            probes: probes(&kernel, text)?,
+            livepatched: livepatched(&kernel, text)?,
+            sleepers: Sleepers::new(kernel, text),
+            kernel,
+            text,
+            bypass,
+            shapes: RefCell::default(),
+        })
+    }
+
+    /// Refuses code in a function that a livepatch of the guest has replaced: it would never be
+    /// executed.
+    pub(crate) fn executed(&self, code: &Code) -> Result<(), Refusal> {
+        match self.livepatched.iter().find(|function| function.contains(&code.at)) {
+            Some(function) => Err(Refusal::Livepatched { function: function.start }),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks code against the instructions around it. `named` is the function's name in the plan,
+    /// if the plan has one.
+    pub(crate) fn site(
+        &self,
+        pointer: &Pointer,
+        named: Option<&str>,
+        Code { at, old, new }: Code,
+        needs: Needs,
+    ) -> Result<Site, Refusal> {
+        let end = at.plus(old.len()).ok_or(Refusal::Unmapped { at })?;
+        let function = self.kernel.function_at(at).ok_or(Refusal::NotText { at })?;
+        if end > function.end {
+            return Err(Refusal::NotText { at: function.end });
+        }
+        // Checked before decoding: the text may hold the kprobe's `int3` or jump.
+        unprobed(&self.probes, at, end)?;
+        // Where the kernel replaces one instruction by another itself, the boundaries are known.
+        // Decoding thousands of functions would take longer than patching them.
+        if !self.kernel.is_patched_by_itself(at) || insn::count(&old, at) != Some(1) {
+            self.shape(&function)?.holds(at, end, &function)?;
+        }
+        if insn::count(&new, at).is_none() {
+            return Err(Refusal::ReplacementUndecodable { bytes: new });
+        }
+        if old == new {
+            return Err(Refusal::NothingToDo { at });
+        }
+        let (old_inside, new_inside) = (boundaries(&old, at), boundaries(&new, at));
+        // The lock functions that are called at these sites do not sleep.
+        let calls_sleep = needs != Needs::Unlocked;
+        self.sleepers.keep_out(&old, at, &old_inside, calls_sleep)?;
+        self.sleepers.keep_out(&new, at, &new_inside, calls_sleep)?;
+        let may_fault = self.bypass && self.kernel.may_fault(at);
+        let offset = at.offset_from(function.start).unwrap_or(0);
+        // Of several names of a function, report the one that the plan uses.
+        let is_its =
+            |named: &&str| *named != function.name && self.kernel.symbol(named) == Ok(function.start);
+        let known = named.filter(is_its);
+        let name = known.unwrap_or(function.name);
+        let symbol = if offset == 0 { name.to_owned() } else { format!("{name}+{offset:#x}") };
+        Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })
+    }
+
+    fn shape(&self, function: &Function<'_>) -> Result<Rc<Shape>, Refusal> {
+        if let Some(shape) = self.shapes.borrow().get(&function.start) {
+            return Ok(shape.clone());
+        }
+        let size = function.end.offset_from(function.start).unwrap_or(0);
+        if size > MAX_FUNCTION {
+            return Err(Refusal::NotText { at: function.start });
+        }
+        let code = read(self.text, function.start, size)?;
+        let shape = Rc::new(Shape::of(&code, function.start));
+        self.shapes.borrow_mut().insert(function.start, shape.clone());
+        Ok(shape)
+    }
+}
+
+/// Refuses a range of bytes in which the guest has a kprobe.
+pub(crate) fn unprobed(probes: &[Gva], at: Gva, end: Gva) -> Result<(), Refusal> {
+    among(probes, at, end).map_or(Ok(()), |probe| Err(Refusal::Probed { at, probe }))
+}

@@ -1,0 +1,47 @@
+//! A jump from a function's entry to another function.
+//!
+//! It takes the place of the fentry call. The guest's function tracer compares what it left there
+//! and gives up tracing altogether if it finds something else (Linux arch/x86/kernel/ftrace.c,
+//! `ftrace_verify_code`), so the jump goes behind the fentry call while tracing is in use there.
+
+use crate::insn;
+use crate::linux::memory::{GuestMemory, read};
+use crate::linux::view::Kernel;
+use crate::plan::refusal::Refusal;
+use crate::resolve::expand::expansion::{Code, Expansion};
+
+/// Length of `jmp rel32`, in bytes.
+const JMP_REL32: usize = 5;
+/// Opcode of `call rel32`.
+const CALL: u8 = 0xe8;
+
+/// Replaces whole instructions at the entry of `from` by a jump to `to`, padded with NOPs.
+pub(crate) fn expand(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    from: &str,
+    to: &str,
+    keep_fentry: bool,
+) -> Result<Expansion, Refusal> {
+    let (from, to) = (kernel.address(from)?, kernel.address(to)?);
+    let entry = read(text, from, insn::MARKER + insn::FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
+    let mut skip = insn::marker(&entry);
+    let is_fentry = from.plus(skip).is_some_and(|at| kernel.is_fentry(at));
+    let in_use = entry[skip] == CALL;
+    if is_fentry && (keep_fentry || in_use) {
+        skip += insn::FENTRY;
+    }
+    let at = from.plus(skip).ok_or(Refusal::Unmapped { at: from })?;
+    let mut length = 0;
+    for insn in insn::decode(&entry[skip..], at) {
+        length += insn.len;
+        if length >= JMP_REL32 {
+            break;
+        }
+    }
+    let jump = insn::jmp_rel32(at, to).ok_or(Refusal::OutOfReach { at, to })?;
+    let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
+    let mut new = jump.to_vec();
+    new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
+    Ok(Expansion::of(Code { at, old, new }))
+}

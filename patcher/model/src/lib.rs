@@ -15,7 +15,7 @@
 //! | `guest` | the guest's writes to its own text, its `int3`s and its patchers |
 //! | `invariants` | what must hold |
 //!
-//! A file uses only files below it:
+//! A file uses only files below it (the test `house` of the crate `tests` enforces that):
 //! `explore, scenario, code < state < memory < invariants < trap, monitor < guest < vcpu < machine`.
 //!
 //! # Assumptions

@@ -57,13 +57,13 @@ pub(crate) fn transitions<'p>(
             let byte =
                 if scenario.rules.rereads_byte { memory::read(scenario, state, rip, 1)[0] } else { INT3 };
             let (what, result) = match table.judge(rip, byte) {
-                Verdict::Resume => ("re-enters and executes the present code", Ok(enters(vcpu.context()))),
+                Verdict::Resume => ("lets it execute the present code", Ok(enters(vcpu.context()))),
                 Verdict::Pass(TrapAction::Wait) => ("lets it wait", Ok(stays(BpExit::Waiting))),
                 Verdict::Pass(TrapAction::Effect(_)) => {
                     ("emulates the instruction", Ok(enters(Context::Elsewhere)))
                 }
                 Verdict::Pass(TrapAction::Slot(slot)) => {
-                    ("continues in the slot", Ok(enters(Context::At { rip: slot, begun: None })))
+                    ("sends it to the slot", Ok(enters(Context::At { rip: slot, begun: None })))
                 }
                 Verdict::Deliver if scenario.rules.rechecks_table && published != state.published => {
                     ("finds that the table changed", Ok(stays(BpExit::Exited)))

@@ -4,38 +4,47 @@ use std::collections::HashSet;
 use std::fmt;
 use std::hash::Hash;
 
-/// Something that moves from state to state.
+/// A transition system.
 pub trait System {
-    /// A state. Equal states have equal futures.
+    /// A state. Equal states have the same transitions.
     type State: Clone + Eq + Hash;
 
-    /// Where it begins.
+    /// The initial state.
     fn start(&self) -> Self::State;
 
-    /// Everything that can happen next, always in the same order: what it is, for people, if
-    /// they are to be `told`, and what it leads to.
-    fn moves(&self, state: &Self::State, told: bool) -> Vec<(String, Result<Self::State, Violation>)>;
+    /// Every transition out of `state`, always in the same order. Descriptions are empty unless
+    /// `describe` is set.
+    fn transitions(&self, state: &Self::State, describe: bool) -> Vec<Transition<Self::State>>;
 }
 
-/// A promise that was broken.
+/// One thing that can happen in a state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transition<S> {
+    /// What happens, for a trace.
+    pub description: String,
+    /// The state that it leads to, or the invariant that it breaks.
+    pub result: Result<S, Violation>,
+}
+
+/// An invariant that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation(pub String);
 
-/// What was explored without finding a violation.
+/// The size of a state space without a violation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Explored {
-    /// Different states.
+    /// Distinct states.
     pub states: usize,
-    /// Moves between them.
-    pub moves: usize,
+    /// Transitions between them.
+    pub transitions: usize,
 }
 
-/// A way to a violation.
+/// A run that ends in a violation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Counterexample {
-    /// What happened, in order.
+    /// Descriptions of its transitions, in order.
     pub trace: Vec<String>,
-    /// What that broke.
+    /// What the last one breaks.
     pub violation: Violation,
 }
 
@@ -48,44 +57,54 @@ impl fmt::Display for Counterexample {
     }
 }
 
-/// Explores every state that can be reached.
+/// Visits every reachable state.
 ///
 /// # Errors
-/// A shortest way to a violation.
+/// A shortest run that ends in a violation.
 pub fn explore<S: System>(system: &S) -> Result<Explored, Box<Counterexample>> {
     let start = system.start();
-    // Every state, with the one that it was first reached from and by which of its moves.
+    // Every state, with its predecessor and the index of the predecessor's transition to it.
     let mut states = vec![(start.clone(), 0, 0)];
     let mut known = HashSet::from([start]);
-    let (mut next, mut moves) = (0, 0);
+    let (mut next, mut transitions) = (0, 0);
     while next < states.len() {
         let state = states[next].0.clone();
-        for (index, (_, result)) in system.moves(&state, false).into_iter().enumerate() {
-            moves += 1;
-            match result {
+        for (index, transition) in system.transitions(&state, false).into_iter().enumerate() {
+            transitions += 1;
+            match transition.result {
                 Ok(state) => {
                     if known.insert(state.clone()) {
                         states.push((state, next, index));
                     }
                 }
                 Err(violation) => {
-                    let told =
-                        |at: usize, index: usize| system.moves(&states[at].0, true).swap_remove(index).0;
-                    let mut trace = vec![told(next, index)];
-                    let mut at = next;
-                    while at != 0 {
-                        let (_, from, index) = states[at];
-                        trace.push(told(from, index));
-                        at = from;
-                    }
-                    trace.reverse();
+                    let trace = trace(system, &states, next, index);
                     return Err(Box::new(Counterexample { trace, violation }));
                 }
             }
         }
         next += 1;
     }
-    Ok(Explored { states: states.len(), moves })
+    Ok(Explored { states: states.len(), transitions })
+}
+
+/// The descriptions from the initial state to the transition `index` of the state `at`.
+fn trace<S: System>(
+    system: &S,
+    states: &[(S::State, usize, usize)],
+    mut at: usize,
+    index: usize,
+) -> Vec<String> {
+    let describe =
+        |at: usize, index: usize| system.transitions(&states[at].0, true).swap_remove(index).description;
+    let mut trace = vec![describe(at, index)];
+    while at != 0 {
+        let (_, from, index) = states[at];
+        trace.push(describe(from, index));
+        at = from;
+    }
+    trace.reverse();
+    trace
 }
 
 #[cfg(test)]
@@ -102,18 +121,19 @@ mod tests {
             0
         }
 
-        fn moves(&self, at: &u32, _: bool) -> Vec<(String, Result<u32, Violation>)> {
+        fn transitions(&self, at: &u32, _: bool) -> Vec<Transition<u32>> {
             let to = |next: u32| {
                 let bad = self.0 == Some(next);
-                (format!("to {next}"), if bad { Err(Violation("forbidden".into())) } else { Ok(next) })
+                let result = if bad { Err(Violation("forbidden".into())) } else { Ok(next) };
+                Transition { description: format!("to {next}"), result }
             };
             [at + 1, at + 2].into_iter().filter(|next| *next <= 9).map(to).collect()
         }
     }
 
     #[test]
-    fn everything_is_explored_and_the_shortest_way_is_told() {
-        assert_eq!(explore(&Counter(None)), Ok(Explored { states: 10, moves: 17 }));
+    fn every_state_is_visited_and_the_trace_is_a_shortest_one() {
+        assert_eq!(explore(&Counter(None)), Ok(Explored { states: 10, transitions: 17 }));
         let found = explore(&Counter(Some(5))).expect_err("5 can be reached");
         assert_eq!(found.trace.len(), 3, "{found}");
         assert_eq!(found.trace.last().map(String::as_str), Some("to 5"));

@@ -31,6 +31,17 @@ pub(crate) const MONITOR: Law = Law(&[
     &["cli"],
 ]);
 
+pub(crate) const MODEL: Law = Law(&[
+    &["explore", "scenario", "code"],
+    &["state"],
+    &["memory"],
+    &["invariants"],
+    &["trap", "monitor"],
+    &["guest"],
+    &["vcpu"],
+    &["machine"],
+]);
+
 impl Law {
     /// What breaks it, each in a sentence.
     pub(crate) fn violations(&self, sources: &[Source], arrows: &[Arrow]) -> Vec<String> {

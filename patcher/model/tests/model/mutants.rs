@@ -1,20 +1,20 @@
-//! What the checker finds when something is taken out. A checker that finds nothing proves
-//! nothing.
+//! What the checker finds when a step, an undo or a rule is taken out. A checker that finds nothing
+//! proves nothing.
 
 use std::collections::BTreeSet;
 
 use model::explore::explore;
-use model::machine::{Fetch, Guest, World};
+use model::scenario::{Fetch, GuestActivity, Scenario};
 use patcher::addr::Gva;
 use patcher::plan::Strategy;
 use patcher::program::step::{Program, Step};
 use patcher::safety::quiesce::Condition;
 
-use super::strategies::replaces;
-use super::worlds::{
-    Change, KEY, SEVERAL, TEXT, ZERO, among_busy_patchers, patches_itself, program, self_patching, with_door,
-    world,
+use super::scenarios::{
+    Change, KEY, SEVERAL, TEXT, ZERO, among_busy_patchers, patches_itself, program, scenario, self_patching,
+    with_blocker,
 };
+use super::strategies::replaces;
 
 /// Something taken out of a program, or of the monitor.
 struct Mutant {
@@ -23,144 +23,148 @@ struct Mutant {
     changes: &'static [Change],
     compiled: fn(Strategy, &[Change]) -> Program,
     program: fn(&mut Program),
-    world: fn(&mut World<'_>),
+    scenario: fn(&mut Scenario<'_>),
 }
 
 const MUTANTS: &[Mutant] = &[
     breakpoint("the fence after `int3`", |p| remove(p, is_fence, 0), same),
     breakpoint("the fence after the remaining bytes", |p| remove(p, is_fence, 1), same),
-    breakpoint("the fence after the first bytes", |p| remove(p, is_drain, 0), same),
+    breakpoint("the fence after the first bytes", |p| remove(p, is_final_fence, 0), same),
     breakpoint("the undo of the fence after `int3`", |p| no_undo(p, is_fence, 0), same),
     breakpoint("the undo of the fence after the remaining bytes", |p| no_undo(p, is_fence, 1), same),
-    breakpoint("the fence before the traps are withdrawn, undoing", |p| no_undo(p, is_arm, 0), same),
+    breakpoint(
+        "the fence before the trap table is withdrawn, while undoing",
+        |p| no_undo(p, is_arm, 0),
+        same,
+    ),
     breakpoint("publishing the trap table", |p| remove(p, is_publish, 0), same),
     breakpoint("withdrawing the trap table", |p| remove(p, is_withdraw, 0), same),
-    breakpoint("withdrawing and disarming, undoing", |p| no_undo(p, is_publish, 0), same),
-    breakpoint("interception", |p| remove(p, is_arm, 0), same),
+    breakpoint("withdrawing and disarming, while undoing", |p| no_undo(p, is_publish, 0), same),
+    breakpoint("interception of #BP", |p| remove(p, is_arm, 0), same),
     breakpoint("disarming last: it comes before the last fence", disarm_early, same),
     breakpoint("withdrawing last: it comes before the first bytes", withdraw_early, same),
     breakpoint("the comparison with the old bytes", |p| remove(p, is_check, 0), foreign),
     breakpoint("the undo of `int3`", |p| no_undo(p, is_write, 0), same),
     breakpoint("the undo of the remaining bytes", |p| no_undo(p, is_write, 1), same),
     breakpoint("the undo of the first bytes", |p| no_undo(p, is_write, 2), same),
-    breakpoint("reading the byte again after a trap", same_program, |w| w.rules.reads_again = false),
-    breakpoint("looking again at the table before delivering #BP", same_program, |w| {
+    breakpoint("reading the byte again after a trap", same_program, |w| w.rules.rereads_byte = false),
+    breakpoint("checking the table again before injecting #BP", same_program, |w| {
         replaces(w);
-        w.rules.looks_twice = false;
+        w.rules.rechecks_table = false;
     }),
-    Mutant { strategy: Strategy::Bypass, ..breakpoint("writing and checking the copy", no_copy, same) },
+    Mutant { strategy: Strategy::Bypass, ..breakpoint("writing and checking the slot", no_copy, same) },
     hold("the hold", |p| remove(p, is_hold, 0), same),
     hold("the fence before the release", |p| remove(p, is_fence, 0), same),
     hold("the release", |p| remove(p, is_release, 0), same),
-    hold("the fence and the release, undoing", |p| no_undo(p, is_hold, 0), same),
+    hold("the fence and the release, while undoing", |p| no_undo(p, is_hold, 0), same),
     hold("the comparison with the old bytes", |p| remove(p, is_check, 0), foreign),
     hold("the comparison with the new bytes", |p| remove(p, is_check, 1), |w| w.lost_writes = true),
     hold("the undo of a write", |p| no_undo(p, is_write, 0), same),
     Mutant {
         strategy: Strategy::Breakpoint,
         changes: &[KEY, ZERO],
-        ..hold("changing a group as one", same_program, |w| w.atomic = true)
+        ..hold("changing the group under one hold", same_program, |w| w.atomic = true)
     },
     store("the fence", |p| remove(p, is_fence, 0), same),
-    store("the fence, undoing", |p| no_undo(p, is_check, 0), same),
+    store("the fence, while undoing", |p| no_undo(p, is_check, 0), same),
     store("the undo of a store", |p| no_undo(p, is_store, 0), same),
-    store("that the store is atomic", same_program, |w| {
+    store("the atomicity of the store", same_program, |w| {
         let site = w.program.sites[0].at;
-        w.guest = Guest::Writes(Gva(site.0 - 1), 0xaa);
+        w.guest = GuestActivity::WritesByte(Gva(site.0 - 1), 0xaa);
         w.rules.stores_are_atomic = false;
     }),
-    store("a processor that shows it as a whole", same_program, |w| w.fetch = Fetch::Bytes),
+    store("a processor that fetches the store as a whole", same_program, |w| w.fetch = Fetch::Bytes),
     inspect("the condition", unconditional, same),
-    inspect("knowing what was interrupted", same_program, |w| w.rules.tells_interrupted = false),
-    blocker("the blocker's own byte, put back", |p| remove(p, is_write, 2), same),
+    inspect("the report of interrupted code", same_program, |w| w.rules.reports_interrupted = false),
+    blocker("removing the blocker", |p| remove(p, is_write, 2), same),
     blocker("the undo of the blocker", |p| no_undo(p, is_write, 0), same),
-    blocker("publishing the blocker", |p| remove(p, is_publish, 0), same),
+    blocker("publishing the trap table with the blocker", |p| remove(p, is_publish, 0), same),
     blocker("interception at the blocker", |p| remove(p, is_arm, 0), same),
-    blocker("the fence before those at the blocker go on", |p| remove(p, is_fence, 1), same),
-    patcher("the guest's own lock", |p| remove(p, is_check, 1)),
-    patcher("the blocker to the guest's own patching", |p| remove(p, is_write, 0)),
-    patcher("opening the blocker", |p| remove(p, is_open, 0)),
-    patcher("opening the blocker last: it comes before the remaining bytes", open_early),
-    patcher("the fence before the guest's lock is looked at", |p| remove(p, is_fence, 0)),
+    blocker("the fence before the vCPUs at the blocker go on", |p| remove(p, is_fence, 1), same),
+    patcher("the check of the guest's lock", |p| remove(p, is_check, 1)),
+    patcher("the blocker before the guest's own patching", |p| remove(p, is_write, 0)),
+    patcher("removing the blocker", |p| remove(p, is_open, 0)),
+    patcher("removing the blocker last: it comes before the remaining bytes", remove_blocker_early),
+    patcher("the fence before the check of the guest's lock", |p| remove(p, is_fence, 0)),
     Mutant {
         strategy: Strategy::Hold,
         changes: &[KEY],
-        ..patcher("the guest's own lock", |p| remove(p, is_check, 0))
+        ..patcher("the check of the guest's lock", |p| remove(p, is_check, 0))
     },
-    busy("the busy guest's own lock, seen under the hold", |p| remove(p, is_check, 0)),
-    busy("the hold in which the blockers are shut", |p| {
+    busy("the check of the busy guest's lock under the hold", |p| remove(p, is_check, 0)),
+    busy("the hold in which the blockers are placed", |p| {
         remove(p, is_hold, 0);
         remove(p, is_release, 0);
     }),
-    busy("letting go of that hold", |p| remove(p, is_release, 0)),
-    busy("letting go of that hold, undoing", |p| no_undo(p, is_hold, 0)),
-    busy("the blocker to the busy guest's patching", |p| remove(p, is_write, 0)),
+    busy("the release of that hold", |p| remove(p, is_release, 0)),
+    busy("the release of that hold, while undoing", |p| no_undo(p, is_hold, 0)),
+    busy("the blocker before the busy guest's patching", |p| remove(p, is_write, 0)),
     busy("the fence before that hold ends", |p| remove(p, is_fence, 0)),
 ];
 
-/// A guest that is patching itself most of the time.
+/// A guest that patches itself most of the time.
 const fn busy(name: &'static str, change: fn(&mut Program)) -> Mutant {
     Mutant { compiled: among_busy_patchers, ..patcher(name, change) }
 }
 
-const fn breakpoint(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+const fn breakpoint(name: &'static str, change: fn(&mut Program), scenario: fn(&mut Scenario<'_>)) -> Mutant {
     Mutant {
         name,
         strategy: Strategy::Breakpoint,
         changes: &[ZERO],
         compiled: program,
         program: change,
-        world,
+        scenario,
     }
 }
 
-const fn hold(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Hold, changes: &[KEY], compiled: program, program: change, world }
+const fn hold(name: &'static str, change: fn(&mut Program), scenario: fn(&mut Scenario<'_>)) -> Mutant {
+    Mutant { name, strategy: Strategy::Hold, changes: &[KEY], compiled: program, program: change, scenario }
 }
 
-const fn store(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { name, strategy: Strategy::Store, changes: &[KEY], compiled: program, program: change, world }
+const fn store(name: &'static str, change: fn(&mut Program), scenario: fn(&mut Scenario<'_>)) -> Mutant {
+    Mutant { name, strategy: Strategy::Store, changes: &[KEY], compiled: program, program: change, scenario }
 }
 
-const fn inspect(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
+const fn inspect(name: &'static str, change: fn(&mut Program), scenario: fn(&mut Scenario<'_>)) -> Mutant {
     Mutant {
         name,
         strategy: Strategy::Inspect,
         changes: &[SEVERAL],
         compiled: program,
         program: change,
-        world,
+        scenario,
     }
 }
 
-const fn blocker(name: &'static str, change: fn(&mut Program), world: fn(&mut World<'_>)) -> Mutant {
-    Mutant { compiled: |_, changes| with_door(changes), ..inspect(name, change, world) }
+const fn blocker(name: &'static str, change: fn(&mut Program), scenario: fn(&mut Scenario<'_>)) -> Mutant {
+    Mutant { compiled: |_, changes| with_blocker(changes), ..inspect(name, change, scenario) }
 }
 
 const fn patcher(name: &'static str, change: fn(&mut Program)) -> Mutant {
-    let world = |world: &mut World<'_>| {
-        patches_itself(world);
-        world.interrupts = false;
+    let scenario = |scenario: &mut Scenario<'_>| {
+        patches_itself(scenario);
+        scenario.interrupts = false;
     };
-    Mutant { compiled: self_patching, ..breakpoint(name, change, world) }
+    Mutant { compiled: self_patching, ..breakpoint(name, change, scenario) }
 }
 
-fn same(_: &mut World<'_>) {}
+fn same(_: &mut Scenario<'_>) {}
 fn same_program(_: &mut Program) {}
 
-/// The site holds what neither the plan nor anybody here knows; nobody executes it.
-fn foreign(world: &mut World<'_>) {
-    for site in &world.program.sites {
+/// The sites hold bytes that the plan does not know; no vCPU executes them.
+fn foreign(scenario: &mut Scenario<'_>) {
+    for site in &scenario.program.sites {
         let last = usize::try_from(site.end().0 - TEXT.0).expect("small") - 1;
-        world.memory[0].1[last] ^= 0xff;
+        scenario.memory[0].1[last] ^= 0xff;
     }
-    world.vcpus = 0;
+    scenario.vcpus = 0;
 }
 
 fn is_fence(step: &Step) -> bool {
     *step == Step::Fence
 }
-fn is_drain(step: &Step) -> bool {
+fn is_final_fence(step: &Step) -> bool {
     *step == Step::FinalFence
 }
 fn is_open(step: &Step) -> bool {
@@ -207,7 +211,7 @@ fn no_undo(program: &mut Program, which: fn(&Step) -> bool, nth: usize) {
 }
 
 fn disarm_early(program: &mut Program) {
-    let last_fence = find(program, is_drain, 0);
+    let last_fence = find(program, is_final_fence, 0);
     let disarm = program.steps.pop().expect("disarm");
     program.steps.insert(last_fence, disarm);
 }
@@ -217,7 +221,7 @@ fn withdraw_early(program: &mut Program) {
     program.steps.insert(find(program, is_fence, 1), withdraw);
 }
 
-fn open_early(program: &mut Program) {
+fn remove_blocker_early(program: &mut Program) {
     let open = program.steps.remove(find(program, is_open, 0));
     program.steps.insert(find(program, is_fence, 1), open);
 }
@@ -232,19 +236,19 @@ fn unconditional(program: &mut Program) {
 }
 
 #[test]
-fn whatever_is_taken_out_is_missed() {
+fn every_mutant_is_caught() {
     let mut survivors = Vec::new();
     let mut table = Vec::new();
     for mutant in MUTANTS {
         let mut mutated = (mutant.compiled)(mutant.strategy, mutant.changes);
         (mutant.program)(&mut mutated);
-        let mut world = world(&mutated);
+        let mut scenario = scenario(&mutated);
         if mutant.strategy == Strategy::Store {
-            world.fetch = Fetch::Words;
+            scenario.fetch = Fetch::Words;
         }
-        (mutant.world)(&mut world);
+        (mutant.scenario)(&mut scenario);
         let name = format!("{:?} without {}", mutant.strategy, mutant.name);
-        match explore(&world) {
+        match explore(&scenario) {
             Ok(explored) => survivors.push(format!("{name} ({} states)", explored.states)),
             Err(found) => {
                 println!("{name}:\n{found}\n");
@@ -258,9 +262,10 @@ fn whatever_is_taken_out_is_missed() {
             }
         }
     }
-    assert!(survivors.is_empty(), "nobody missed:\n{}", survivors.join("\n"));
+    assert!(survivors.is_empty(), "no invariant breaks for these mutants:\n{}", survivors.join("\n"));
     let page = include_str!("../../docs/model.md");
     let rows: BTreeSet<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
     let expected: BTreeSet<&str> = table.iter().map(String::as_str).collect();
+    assert_eq!(expected.len(), MUTANTS.len(), "two mutants have the same row: rename one");
     assert_eq!(rows, expected, "docs/model.md does not have this table:\n{}", table.join("\n"));
 }

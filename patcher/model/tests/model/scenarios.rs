@@ -1,6 +1,6 @@
-//! Small worlds: a few sites, and what runs on them.
+//! Small scenarios: a few sites, and the programs that change them.
 
-use model::machine::{Guest, World};
+use model::scenario::{GuestActivity, Scenario};
 use patcher::addr::Gva;
 use patcher::plan::Strategy;
 use patcher::plan::refusal::Pointer;
@@ -28,7 +28,7 @@ pub(crate) struct Change {
 /// `nopl 0(rax,rax)` becomes a jump, as a static key does, within one aligned word.
 pub(crate) const KEY: Change =
     Change { offset: 1, old: &[0x0f, 0x1f, 0x44, 0, 0], new: &[0xe9, 0x11, 0x22, 0, 0] };
-/// `xor eax, eax` becomes `mov eax, ecx`: neither has an effect that the monitor could have.
+/// `xor eax, eax` becomes `mov eax, ecx`: the monitor can emulate neither.
 pub(crate) const ZERO: Change = Change { offset: 8, old: &[0x31, 0xc0], new: &[0x89, 0xc8] };
 /// `clc` becomes `stc`: one byte.
 pub(crate) const FLAG: Change = Change { offset: 11, old: &[0xf8], new: &[0xf9] };
@@ -81,11 +81,11 @@ fn compiled(plan: &ResolvedPlan) -> Program {
     compile(plan, host, &mut Arena::new(ARENA, ARENA_SIZE)).expect("it fits")
 }
 
-/// An instruction of one byte that is not changed.
+/// Where the blocker goes: an instruction of one byte that the program does not change.
 const BLOCKER: (Gva, u8) = (Gva(TEXT.0 + 14), 0x90);
 
 /// A program by inspection, with a blocker.
-pub(crate) fn with_door(changes: &[Change]) -> Program {
+pub(crate) fn with_blocker(changes: &[Change]) -> Program {
     compiled(&ResolvedPlan { blockers: vec![BLOCKER], unlocked: true, ..plan(Strategy::Inspect, changes) })
 }
 
@@ -98,19 +98,19 @@ pub(crate) fn self_patching(strategy: Strategy, changes: &[Change]) -> Program {
     compiled(&ResolvedPlan { patchers, ..plan(strategy, changes) })
 }
 
-/// The same, when an attempt was kept out.
+/// The same, when the guest's patching kept an earlier attempt out.
 pub(crate) fn among_busy_patchers(strategy: Strategy, changes: &[Change]) -> Program {
     let patchers = Patchers { blockers: vec![BLOCKER], locks: vec![LOCK], busy: true };
     compiled(&ResolvedPlan { patchers, ..plan(strategy, changes) })
 }
 
-/// Makes the guest of a world patch itself.
-pub(crate) fn patches_itself(world: &mut World<'_>) {
-    world.guest = Guest::Patches { lock: LOCK, blocker: BLOCKER.0 };
+/// Makes the guest patch itself.
+pub(crate) fn patches_itself(scenario: &mut Scenario<'_>) {
+    scenario.guest = GuestActivity::PatchesText { lock: LOCK, blocker: BLOCKER.0 };
 }
 
-/// A program in a world whose memory is as its sites begin.
-pub(crate) fn world(program: &Program) -> World<'_> {
+/// A program in a memory that holds the old bytes of its sites.
+pub(crate) fn scenario(program: &Program) -> Scenario<'_> {
     let mut text = vec![0x90; 16];
     for site in &program.sites {
         let from = site.at.offset_from(TEXT).expect("in the text");
@@ -123,5 +123,5 @@ pub(crate) fn world(program: &Program) -> World<'_> {
     if !program.locks.is_empty() {
         memory.push((LOCK, vec![0; 8]));
     }
-    World::new(program, memory)
+    Scenario::new(program, memory)
 }

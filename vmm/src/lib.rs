@@ -7,7 +7,7 @@
 //!                   └─▶ api::server ─▶ commands to the controller
 //! ```
 //!
-//! Each folder is a room, and a room uses only rooms below it: `host, memory < kvm, boot, devices,
+//! Each folder is a room, and a room uses only rooms below it: `x86, host, memory < kvm, boot, devices,
 //! config < guest < sync, text_guard, api (data) < vcpu < machine < patch < api::server < monitor <
 //! cli`. The test `house` of the crate `tests` enforces that.
 
@@ -26,3 +26,4 @@ pub mod patch;
 pub mod sync;
 pub mod text_guard;
 pub mod vcpu;
+pub mod x86;

@@ -168,11 +168,11 @@ impl Listener for EventSink {
         self.controls.located(found);
     }
 
-    fn protected_write(&self) {
+    fn init_gate_written(&self) {
         self.controls.protected_write();
     }
 
-    fn touched(&self) {
+    fn patch_written(&self) {
         self.controls.touched();
     }
 }

@@ -19,7 +19,7 @@ pub(crate) const PATCHER: Law = Law(&[
 ]);
 
 pub(crate) const MONITOR: Law = Law(&[
-    &["host", "memory"],
+    &["x86", "host", "memory"],
     &["kvm", "boot", "devices", "config"],
     &["guest"],
     &["sync", "text_guard", "api"],

@@ -7,13 +7,12 @@ use patcher::addr::Gpa;
 
 use crate::memory::layout::{GDT, PAGE_TABLES, ZERO_PAGE};
 use crate::memory::{Error, GuestRam, PAGE};
+use crate::x86::{EFER_LMA, code_segment};
 
 const CR0_PE: u64 = 1;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
-/// Long mode is in use.
-pub(crate) const EFER_LMA: u64 = 1 << 10;
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_LARGE: u64 = 1 << 7;
 const GIB: u64 = 1 << 30;
@@ -49,11 +48,6 @@ pub fn write_tables(ram: &GuestRam) -> Result<(), Error> {
 #[must_use]
 pub fn regs(entry: u64) -> kvm_regs {
     kvm_regs { rip: entry, rsi: ZERO_PAGE, rflags: RFLAGS_RESERVED, ..Default::default() }
-}
-
-/// A segment of 64-bit code.
-pub(crate) fn code_segment(selector: u16, type_: u8, dpl: u8) -> kvm_segment {
-    kvm_segment { limit: u32::MAX, selector, type_, present: 1, dpl, s: 1, l: 1, g: 1, ..Default::default() }
 }
 
 /// System registers, starting from those of a vCPU after reset.

@@ -1,5 +1,5 @@
-//! What is known of a running guest, to tell of a vCPU in its own words: which function, which
-//! task, and whether it is patching text.
+//! Describes a vCPU in the guest's terms: which function, which task, and whether it is the kernel's
+//! own patcher.
 
 use std::ops::Range;
 
@@ -11,7 +11,8 @@ use patcher::safety::blockers;
 use crate::guest::events::Who;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
-use crate::guest::vcpu_state::{PerCpu, VcpuRegisters};
+use crate::guest::per_cpu::PerCpu;
+use crate::guest::vcpu_state::VcpuRegisters;
 
 /// Longest name of a task, with its end (Linux include/linux/sched.h, `TASK_COMM_LEN`).
 const NAME: usize = 16;
@@ -20,11 +21,11 @@ const MUTEX_FLAGS: u64 = 7;
 /// Where the upper half of the address space begins, with four levels of page tables or five.
 const UPPER_HALF: u64 = 1 << 63;
 
-/// A guest's kernel, and where it keeps what is asked here.
+/// A guest's kernel, and the addresses that descriptions need.
 #[derive(Debug)]
 pub struct Introspection {
     kernel: GuestKernel,
-    data: Option<PerCpu>,
+    per_cpu: Option<PerCpu>,
     comm: Option<u64>,
     locks: Vec<Gva>,
     /// Where the kernel's own code begins in memory, and how long it is, in bytes.
@@ -32,11 +33,11 @@ pub struct Introspection {
 }
 
 impl Introspection {
-    /// Looks the places up. What is not to be found is not told.
+    /// Looks the addresses up. What is not found is left out of descriptions.
     #[must_use]
     pub fn new(kernel: &GuestKernel) -> Self {
         let comm = kernel.kernel().image.offsets().task_comm;
-        let data = PerCpu::find(kernel).ok();
+        let per_cpu = PerCpu::find(kernel).ok();
         let place = |name| {
             let at = kernel.kernel().symbol(name).ok()?;
             Some((at, kernel.translate(at)?.at))
@@ -45,7 +46,7 @@ impl Introspection {
             let size = end.offset_from(start)? as u64;
             (from.0 + size == to.0).then_some((from, size))
         });
-        Self { data, comm, text, locks: blockers::locks(&kernel.kernel()), kernel: kernel.clone() }
+        Self { per_cpu, comm, text, locks: blockers::locks(&kernel.kernel()), kernel: kernel.clone() }
     }
 
     /// Where the kernel's own code lies in memory. `None` if it is not in one piece.
@@ -68,14 +69,14 @@ impl Introspection {
         &self.kernel
     }
 
-    /// Where a vCPU stands, and what runs there.
+    /// A vCPU's function and task.
     #[must_use]
-    pub fn who(&self, vcpu: VcpuId, registers: &VcpuRegisters) -> Who {
+    pub fn describe(&self, vcpu: VcpuId, registers: &VcpuRegisters) -> Who {
         let (symbol, task) = (self.symbol_of(registers), self.task_name(registers));
         Who { symbol, task, ..Who::at(vcpu, registers.rip()) }
     }
 
-    /// Where a vCPU stands, if it is in the kernel.
+    /// Where a vCPU's instruction pointer is, as `function+0xoffset`, if it is in the kernel.
     #[must_use]
     pub fn symbol_of(&self, registers: &VcpuRegisters) -> Option<String> {
         self.symbol(registers.rip()).filter(|_| registers.in_kernel())
@@ -88,7 +89,7 @@ impl Introspection {
     }
 
     fn task_name(&self, registers: &VcpuRegisters) -> Option<String> {
-        let task = self.data.as_ref()?.task(&self.kernel, registers)?;
+        let task = self.per_cpu.as_ref()?.task(&self.kernel, registers)?;
         let mut name = [0; NAME];
         self.kernel.read(Gva(task.0.wrapping_add(self.comm?)), &mut name).ok()?;
         let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME);
@@ -99,16 +100,16 @@ impl Introspection {
     /// temporary mapping, which is in the lower half of the address space (Linux
     /// arch/x86/kernel/alternative.c, `__text_poke`, since 5.2), and with one of the locks.
     #[must_use]
-    pub fn is_patcher(&self, registers: &VcpuRegisters, at: Gva) -> bool {
-        let task = self.data.as_ref().and_then(|data| data.task(&self.kernel, registers));
+    pub fn is_kernel_patcher(&self, registers: &VcpuRegisters, at: Gva) -> bool {
+        let task = self.per_cpu.as_ref().and_then(|per_cpu| per_cpu.task(&self.kernel, registers));
         let owner = |lock: &Gva| read_u64(&self.kernel, *lock).ok().map(|owner| Gva(owner & !MUTEX_FLAGS));
         let locked = self.locks.is_empty() || self.locks.iter().any(|lock| owner(lock) == task);
         registers.in_kernel() && at.0 & UPPER_HALF == 0 && locked && task.is_some()
     }
 
-    /// Whether nobody has the locks of the kernel's own patcher.
+    /// Whether the locks of the kernel's own patcher are free.
     #[must_use]
-    pub fn is_calm(&self) -> bool {
+    pub fn patching_locks_are_free(&self) -> bool {
         are_free(&self.kernel, &self.locks)
     }
 }

@@ -1,11 +1,11 @@
-//! Finding the kernel in a running guest: where it is (KASLR), its page tables, and proof
-//! that it is the kernel whose image was given.
+//! The kernel of a running guest: where it is (KASLR), its page tables, and proof that it is the
+//! kernel whose image was given.
 //!
 //! Linux puts the address of `entry_SYSCALL_64` into `MSR_LSTAR` when it sets up a CPU
 //! (arch/x86/kernel/cpu/common.c, `syscall_init`), early in boot and before it starts other
-//! CPUs. From it follows the slide; from the page tables in CR3 at that moment the physical
-//! place; from there the kernel's own top-level table, `init_top_pgt`, which is used from
-//! then on, whatever process a vCPU is running.
+//! CPUs. From it follows the slide; from the page tables in CR3 at that moment, the physical
+//! address; from there the kernel's own top-level table, `init_top_pgt`, which is used from
+//! then on, whichever process a vCPU is running.
 
 use std::sync::Arc;
 
@@ -13,16 +13,13 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gpa, Gva};
 use patcher::image::KernelImage;
-use patcher::linux::module_list::read_modules;
 use patcher::linux::{GuestMemory, Kernel, Modules};
 use patcher::plan::refusal::Refusal;
-use patcher::program::step::Bytes;
-use smallvec::smallvec;
 
 use crate::memory::GuestRam;
-use crate::memory::paging::{self, LargePages, Mapping, PageTables, Pieces};
+use crate::memory::paging::{Mapping, PageTables, Pieces};
+use crate::x86::MSR_LSTAR;
 
-const MSR_LSTAR: u32 = 0xc000_0082;
 /// Kernel text lies in the upper half.
 const UPPER_HALF: u64 = 1 << 63;
 /// KASLR moves the kernel by multiples of this (`CONFIG_PHYSICAL_ALIGN`).
@@ -103,11 +100,10 @@ impl GuestKernel {
         Kernel { image: &self.image, slide: self.slide, modules: &self.modules }
     }
 
-    /// The same with the modules that are loaded now.
+    /// The same kernel with these modules loaded.
     #[must_use]
-    pub fn with_modules(&self) -> Self {
-        let modules = Arc::new(read_modules(&self.image, self.slide, &Mapped::of(self)));
-        Self { modules, ..self.clone() }
+    pub(super) fn with(&self, modules: Modules) -> Self {
+        Self { modules: Arc::new(modules), ..self.clone() }
     }
 
     /// Where `_text` is.
@@ -136,7 +132,12 @@ impl GuestKernel {
     pub fn replace_entry(&self, at: Gpa, old: u64, new: u64) -> Result<(), String> {
         let (old, new) = (old.to_le_bytes(), new.to_le_bytes());
         let replaced = self.ram.exchange(at, &old, &new).map_err(|error| error.to_string())?;
-        replaced.map_err(|_| format!("the page-table entry at {at} was changed by somebody else"))
+        replaced.map_err(|_| format!("the page-table entry at {at} was changed by the guest"))
+    }
+
+    /// The guest's RAM.
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.ram
     }
 
     /// The physical pieces of a range, all of them, or the first address that has none.
@@ -148,81 +149,5 @@ impl GuestKernel {
 impl GuestMemory for GuestKernel {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
         self.tables.read_in(&self.ram, at, into)
-    }
-}
-
-/// The kernel's memory for somebody who goes from place to place: where its text and data are mapped
-/// is looked up once, until that is to be forgotten.
-#[derive(Debug)]
-pub struct Mapped<'k> {
-    kernel: &'k GuestKernel,
-    pages: LargePages,
-}
-
-impl<'k> Mapped<'k> {
-    /// Knows nothing yet.
-    #[must_use]
-    pub fn of(kernel: &'k GuestKernel) -> Self {
-        Self { kernel, pages: LargePages::default() }
-    }
-
-    /// Whose memory it is.
-    #[must_use]
-    pub fn kernel(&self) -> &'k GuestKernel {
-        self.kernel
-    }
-
-    /// Looks up anew from here on.
-    pub fn forget(&self) {
-        self.pages.forget();
-    }
-
-    fn translate(&self, at: Gva) -> Option<Mapping> {
-        self.pages.translate(at, |at| self.kernel.translate(at))
-    }
-
-    /// The physical pieces of a range, all of them, or the first address that has none.
-    pub(crate) fn pieces(&self, at: Gva, length: usize) -> Result<Pieces, Gva> {
-        paging::pieces(at, length, |at| self.translate(at))
-    }
-
-    /// Whether memory holds these bytes; what else it holds, if not.
-    ///
-    /// # Errors
-    /// The first address that is not mapped, or is not RAM.
-    pub fn compare(&self, at: Gva, bytes: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
-        let mut found: Bytes = smallvec![0; bytes.len()];
-        self.read(at, &mut found)?;
-        Ok(if *found == *bytes { Ok(()) } else { Err(found.into_vec()) })
-    }
-
-    /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).
-    ///
-    /// # Errors
-    /// `Ok(Err(found))` when something else is there; the address when it is not mapped or
-    /// not RAM. Nothing was written then.
-    pub fn exchange(&self, at: Gva, old: &[u8], new: &[u8]) -> Result<Result<(), Vec<u8>>, Gva> {
-        let mapping = self.translate(at).ok_or(at)?;
-        self.kernel.ram.exchange(mapping.at, old, new).map_err(|_| at)
-    }
-
-    /// Writes guest memory. Nothing is written unless the whole range is mapped.
-    ///
-    /// # Errors
-    /// The first address that is not mapped, or is not RAM.
-    pub fn write(&self, at: Gva, bytes: &[u8]) -> Result<(), Gva> {
-        let mut rest = bytes;
-        for (piece, size) in self.pieces(at, bytes.len())? {
-            let (now, later) = rest.split_at(size);
-            self.kernel.ram.write(piece, now).map_err(|_| at)?;
-            rest = later;
-        }
-        Ok(())
-    }
-}
-
-impl GuestMemory for Mapped<'_> {
-    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
-        paging::read(&self.kernel.ram, at, into, |at| self.translate(at))
     }
 }

@@ -1,7 +1,10 @@
-//! What the monitor knows of the guest: where its kernel is, where its vCPUs stand, who does what.
+//! What the monitor knows of the guest: its kernel, its vCPUs' registers and tasks, and the event log.
 
+pub mod cached_translations;
 pub mod events;
 pub mod introspect;
 pub mod kernel;
 pub mod locks;
+mod modules;
+pub mod per_cpu;
 pub mod vcpu_state;

@@ -16,8 +16,8 @@ use patcher::safety::slots::Arena;
 
 use crate::api::command::Answer;
 use crate::api::wire::{PatchState, Refusals, Report, Timing};
+use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
-use crate::guest::kernel::Mapped;
 use crate::patch::arena::GuestArena;
 use crate::patch::engine::{Applied, Engine, refused, us};
 use crate::patch::executor::Executor;
@@ -45,7 +45,7 @@ impl Engine {
             .iter()
             .filter(|patch| in_use(patch))
             .flat_map(|patch| patch.plan.sites.iter().map(|site| (patch.plan.name.as_str(), site)));
-        resolve(&plan, self.guest(&Mapped::of(&kernel)), taken)
+        resolve(&plan, self.guest(&CachedTranslations::of(&kernel)), taken)
     }
 
     /// Resolves and compiles a plan. Nothing is written.
@@ -114,7 +114,8 @@ impl Engine {
                 return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
             }
             let kernel = self.kernel().map_err(root)?.clone();
-            let probed = probed(self.guest(&Mapped::of(&kernel)), &self.patches[index].plan.sites);
+            let probed =
+                probed(self.guest(&CachedTranslations::of(&kernel)), &self.patches[index].plan.sites);
             if !probed.is_empty() {
                 return Err(probed);
             }
@@ -189,7 +190,7 @@ impl Engine {
         }
         let resolved = asked.elapsed();
         let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
-        let places = Mapped::of(&kernel);
+        let places = CachedTranslations::of(&kernel);
         let pieces = plan.sites.iter().map(|site| places.pieces(site.at, site.old.len()));
         let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten());
         let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);

@@ -128,14 +128,14 @@ impl Controller {
     fn close_text(&mut self) {
         self.closed = Instant::now();
         // Where there is no socket nobody reads the image, and no plan comes.
-        if !self.engine.guard.knows_text()
+        if !self.engine.guard.is_text_known()
             && self.engine.image.is_parsed()
             && let Ok(text) = self.engine.text()
         {
-            self.engine.guard.know_text(&text);
+            self.engine.guard.set_text(&text);
         }
         // If it can't be done ahead, programs do it.
-        let _ = self.engine.guard.close_text();
+        let _ = self.engine.guard.preprotect_text();
     }
 
     fn obey(&mut self, command: Command, asked: Instant) -> Answer {
@@ -193,7 +193,7 @@ impl Controller {
             return;
         }
         let page = self.engine.kernel().map_err(|refusal| refusal.to_string()).and_then(init_gate::page);
-        let close = |page| self.engine.guard.close_gate(page).map_err(|error| error.to_string());
+        let close = |page| self.engine.guard.close_init_gate(page).map_err(|error| error.to_string());
         if let Err(why) = page.and_then(close) {
             if self.engine.config.guard {
                 eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
@@ -205,7 +205,7 @@ impl Controller {
     /// Does what is to be done before init, and lets the vCPU at the gate go on.
     fn open_gate(&mut self) {
         // Another vCPU may have come before.
-        if !self.engine.guard.is_gate_closed() {
+        if !self.engine.guard.is_init_gate_closed() {
             return;
         }
         self.settle_at_init(|controller, plan| controller.engine.apply(plan, Instant::now()));
@@ -214,7 +214,7 @@ impl Controller {
         {
             eprintln!("vmm: --guard: {why}; text is not guarded");
         }
-        if let Err(error) = self.engine.guard.open_gate() {
+        if let Err(error) = self.engine.guard.open_init_gate() {
             eprintln!("vmm: {error}");
         }
     }

@@ -20,7 +20,8 @@ use crate::api::wire::{
     ArenaInfo, GuardInfo, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
 };
 use crate::config::Config;
-use crate::guest::kernel::{GuestKernel, Located, Mapped};
+use crate::guest::cached_translations::CachedTranslations;
+use crate::guest::kernel::{GuestKernel, Located};
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
 use crate::machine::Machine;
@@ -116,9 +117,9 @@ impl Engine {
             patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
             breakpoints: self.rendezvous.delivered(),
             guard: GuardInfo {
-                pages: self.guard.pages(),
-                writes: self.guard.hits(),
-                pages_ahead: self.guard.pages_ahead(),
+                pages: self.guard.guarded_pages(),
+                writes: self.guard.stopped_writes(),
+                pages_ahead: self.guard.preprotected_pages(),
             },
             uptime_ms: ms(self.started.elapsed()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -133,11 +134,11 @@ impl Engine {
         }
         // Until the kernel is known nothing has a name.
         let _ = self.kernel();
-        let scene = self.guard.scene();
+        let introspection = self.guard.introspection();
         let line = |(vcpu, registers): &(VcpuId, VcpuRegisters)| VcpuLine {
             vcpu: vcpu.0,
             rip: registers.rip(),
-            symbol: scene.and_then(|scene| scene.symbol_of(registers)),
+            symbol: introspection.and_then(|introspection| introspection.symbol_of(registers)),
             kernel: registers.in_kernel(),
             interrupts: registers.interrupts(),
         };
@@ -161,7 +162,7 @@ impl Engine {
             let found = self.located.ok_or_else(|| not_ready("it has not set up system calls yet"))?;
             let image = self.image.parsed().map_err(|why| not_ready(&why))?;
             let kernel = GuestKernel::new(image, found, self.vm.ram().clone())?;
-            self.guard.introduce(&kernel);
+            self.guard.set_kernel(&kernel);
             self.kernel = Some(kernel);
         }
         self.kernel.as_ref().ok_or(Refusal::GuestNotReady { why: String::new() })
@@ -174,10 +175,10 @@ impl Engine {
 
     pub(super) fn targets(&mut self) -> Result<Targets, Refusal> {
         let kernel = self.kernel()?.with_modules();
-        targets::list(self.guest(&Mapped::of(&kernel)))
+        targets::list(self.guest(&CachedTranslations::of(&kernel)))
     }
 
-    pub(super) fn guest<'k>(&self, memory: &'k Mapped<'k>) -> RunningGuest<'k> {
+    pub(super) fn guest<'k>(&self, memory: &'k CachedTranslations<'k>) -> RunningGuest<'k> {
         RunningGuest { kernel: memory.kernel().kernel(), text: memory, vcpus: usize::from(self.config.cpus) }
     }
 

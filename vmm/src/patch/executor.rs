@@ -11,9 +11,10 @@ use patcher::program::target::Target;
 use patcher::resolve::ResolvedPlan;
 use patcher::safety::quiesce::Condition;
 
-use crate::guest::kernel::{GuestKernel, Mapped};
+use crate::guest::cached_translations::CachedTranslations;
+use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
-use crate::guest::vcpu_state;
+use crate::guest::per_cpu;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
@@ -24,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// A running guest as the target of one program.
 pub struct Executor<'m> {
     kernel: &'m GuestKernel,
-    memory: Mapped<'m>,
+    memory: CachedTranslations<'m>,
     rendezvous: &'m Rendezvous,
     until: Instant,
     /// How often somebody asked for the time since the last fence.
@@ -44,7 +45,7 @@ impl<'m> Executor<'m> {
         rendezvous.reset_counters();
         Self {
             kernel,
-            memory: Mapped::of(kernel),
+            memory: CachedTranslations::of(kernel),
             rendezvous,
             until,
             asked: Cell::new(0),
@@ -93,10 +94,10 @@ impl<'m> Executor<'m> {
             let mut slice = SHORTEST;
             let offender = loop {
                 let vcpus = self.meet(|r, patience| r.inspect(&asked, patience))?;
-                let offenders = vcpu_state::offenders(condition, self.kernel, &vcpus)
+                let offenders = per_cpu::offenders(condition, self.kernel, &vcpus)
                     .map_err(|what| StepError::Host { what })?;
                 let Some(first) = offenders.first().copied() else { return Ok(()) };
-                if self.guard.is_some_and(Guard::is_waited_for) {
+                if self.guard.is_some_and(Guard::has_waiting_vcpu) {
                     return Err(StepError::Contended);
                 }
                 if began.elapsed() > ROUND || self.is_late() {

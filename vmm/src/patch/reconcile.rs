@@ -14,9 +14,10 @@ use patcher::resolve::{ResolvedPlan, probed};
 use patcher::site::Site;
 
 use crate::api::wire::PatchState;
+use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
 use crate::guest::introspect::Introspection;
-use crate::guest::kernel::{GuestKernel, Mapped};
+use crate::guest::kernel::GuestKernel;
 use crate::patch::engine::Engine;
 
 /// Least time between two looks at what the guest did to patches: it is given time to be
@@ -36,7 +37,7 @@ impl Engine {
     /// Where the kernel's own text is, once the guest is far enough.
     pub(super) fn text(&mut self) -> Result<Range<Gpa>, String> {
         self.kernel().map_err(|refusal| refusal.to_string())?;
-        let text = self.guard.scene().and_then(Introspection::text);
+        let text = self.guard.introspection().and_then(Introspection::text);
         text.ok_or_else(|| "the kernel's text is not in one piece".to_owned())
     }
 
@@ -48,7 +49,7 @@ impl Engine {
             self.tell_conflict(&plan.name, format!("its pages are not all guarded: {error}"));
         }
         if self.config.guard || plan.on_guest_write.is_some() {
-            self.guard.touch(&plan.name);
+            self.guard.recheck(&plan.name);
             self.unsettled = true;
         }
     }
@@ -56,17 +57,18 @@ impl Engine {
     /// Looks at the patches whose sites the guest wrote to, if it is not patching any more;
     /// otherwise that is to be done later.
     pub(super) fn settle(&mut self) {
-        let is_calm = |engine: &Self| engine.guard.scene().is_none_or(Introspection::is_calm);
+        let is_calm =
+            |engine: &Self| engine.guard.introspection().is_none_or(Introspection::patching_locks_are_free);
         self.unsettled = true;
         if self.settled.elapsed() < SETTLE_PAUSE || !is_calm(self) {
             return;
         }
         (self.unsettled, self.settled) = (false, Instant::now());
-        let news = self.guard.take_news();
-        if news.beside {
+        let news = self.guard.take_guest_writes();
+        if news.near_site {
             self.look_for_livepatches();
         }
-        for name in news.touched {
+        for name in news.patches {
             let Ok(index) = self.find(&name) else { continue };
             let Some(kernel) =
                 self.kernel.clone().filter(|_| self.patches[index].state == PatchState::Applied)
@@ -75,7 +77,7 @@ impl Engine {
             };
             let (gone, changed) = look(&self.patches[index].plan, &kernel);
             if !is_calm(self) {
-                self.guard.touch(&name);
+                self.guard.recheck(&name);
                 self.unsettled = true;
             } else if !gone.is_empty() {
                 self.give_up(index, &gone, "is gone with its module");
@@ -151,7 +153,7 @@ impl Engine {
             (old != datum.new).then(|| Datum { at: datum.at, old, new: datum.new.clone() })
         };
         let plan = ResolvedPlan { sites, data: whole.data.iter().filter_map(word).collect(), ..whole };
-        let probed = probed(self.guest(&Mapped::of(&kernel)), &plan.sites);
+        let probed = probed(self.guest(&CachedTranslations::of(&kernel)), &plan.sites);
         if !probed.is_empty() {
             return Err(reasons(probed));
         }

@@ -1,5 +1,5 @@
-//! Delivers #BP to the guest, as the processor would have if nobody had intercepted it (SDM
-//! volume 3, 6.12 and 6.14; APM volume 2, 8.9).
+//! Delivers #BP to the guest, as the processor would have done without the interception (SDM
+//! volume 3, 6.12 and 6.14; APM volume 2, 8.9). [`super::breakpoint`] judges which ones.
 //!
 //! `KVM_GUESTDBG_INJECT_BP` is not used where this can do it: KVM on AMD processors finds out
 //! which address to give the handler by decoding the instruction that is there when it injects
@@ -10,18 +10,12 @@
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use patcher::addr::{Gpa, Gva};
 
-use crate::boot::registers::{EFER_LMA, code_segment};
-use crate::guest::vcpu_state::RFLAGS_IF;
 use crate::memory::GuestRam;
 use crate::memory::paging::PageTables;
+use crate::x86::{EFER_LMA, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_TF, RFLAGS_VM, code_segment};
 
 /// Vector of #BP.
 const VECTOR: u64 = 3;
-
-const TRAP_FLAG: u64 = 1 << 8;
-const NESTED_TASK: u64 = 1 << 14;
-const RESUME_FLAG: u64 = 1 << 16;
-const VIRTUAL_8086: u64 = 1 << 17;
 
 const INTERRUPT_GATE: u8 = 0xe;
 const TRAP_GATE: u8 = 0xf;
@@ -52,16 +46,12 @@ pub(super) enum Unusual {
 ///
 /// # Errors
 /// See [`Unusual`].
-pub(super) fn breakpoint(
-    regs: &mut kvm_regs,
-    sregs: &mut kvm_sregs,
-    ram: &GuestRam,
-) -> Result<bool, Unusual> {
+pub(super) fn inject(regs: &mut kvm_regs, sregs: &mut kvm_sregs, ram: &GuestRam) -> Result<bool, Unusual> {
     if sregs.efer & EFER_LMA == 0 {
         return Err(Unusual::Mode);
     }
     let memory = Memory { ram, tables: PageTables::of(sregs) };
-    let gate = Gate::read(&memory, sregs.idt)?;
+    let gate = IdtGate::read(&memory, sregs.idt)?;
     let ring = sregs.ss.dpl;
     let code = memory.code_segment(sregs.gdt, gate.selector)?;
     // int3 asks the gate's privilege level; the handler is never less privileged.
@@ -85,7 +75,7 @@ pub(super) fn breakpoint(
     memory.push(stack, &frame)?;
     regs.rsp = stack;
     regs.rip = gate.handler;
-    regs.rflags &= !(TRAP_FLAG | NESTED_TASK | RESUME_FLAG | VIRTUAL_8086);
+    regs.rflags &= !(RFLAGS_TF | RFLAGS_NT | RFLAGS_RF | RFLAGS_VM);
     if gate.kind == INTERRUPT_GATE {
         regs.rflags &= !RFLAGS_IF;
     }
@@ -102,7 +92,7 @@ pub(super) fn breakpoint(
 }
 
 /// A descriptor of the interrupt table (SDM volume 3, figure 6-8).
-struct Gate {
+struct IdtGate {
     handler: u64,
     selector: u16,
     /// Which stack it asks for; 0 for none.
@@ -111,7 +101,7 @@ struct Gate {
     dpl: u8,
 }
 
-impl Gate {
+impl IdtGate {
     fn read(memory: &Memory<'_>, table: kvm_dtable) -> Result<Self, Unusual> {
         let offset = VECTOR * GATE;
         if u64::from(table.limit) < offset + GATE - 1 {
@@ -193,13 +183,13 @@ mod tests {
     const CODE: u16 = 0x10;
     const FLAGS: u64 = 0x10246;
 
-    struct World {
+    struct TestMemory {
         ram: GuestRam,
         regs: kvm_regs,
         sregs: kvm_sregs,
     }
 
-    impl World {
+    impl TestMemory {
         fn new(ring: u8) -> Self {
             let ram = GuestRam::new(1 << 20).expect("memory");
             let put = |at: u64, value: u64| ram.write(Gpa(at), &value.to_le_bytes()).expect("RAM");
@@ -211,14 +201,14 @@ mod tests {
             put(TASK + TASK_RSP0, RING0);
             put(TASK + TASK_IST1 + 8, OWN);
             let table = |base, limit| kvm_dtable { base, limit, padding: [0; 3] };
-            let regs = kvm_regs { rip: RIP, rsp: STACK + 8, rflags: FLAGS | TRAP_FLAG, ..Default::default() };
+            let regs = kvm_regs { rip: RIP, rsp: STACK + 8, rflags: FLAGS | RFLAGS_TF, ..Default::default() };
             let mut sregs = kvm_sregs { cr3: 0x1000, efer: EFER_LMA, ..Default::default() };
             (sregs.idt, sregs.gdt, sregs.tr.base) = (table(IDT, 0xfff), table(GDT, 0x7f), TASK);
             (sregs.cs.selector, sregs.ss.selector) = if ring == 0 { (CODE, 0x18) } else { (0x33, 0x2b) };
             (sregs.cs.dpl, sregs.ss.dpl) = (ring, ring);
-            let world = Self { ram, regs, sregs };
-            world.gate(0xee, 0);
-            world
+            let test = Self { ram, regs, sregs };
+            test.gate(0xee, 0);
+            test
         }
 
         fn gate(&self, kind: u8, stack: u8) {
@@ -233,7 +223,7 @@ mod tests {
         }
 
         fn deliver(&mut self) -> Result<bool, Unusual> {
-            breakpoint(&mut self.regs, &mut self.sregs, &self.ram)
+            inject(&mut self.regs, &mut self.sregs, &self.ram)
         }
 
         fn frame(&self) -> [u64; 5] {
@@ -243,43 +233,43 @@ mod tests {
 
     #[test]
     fn in_the_kernel_the_stack_goes_on() {
-        let mut world = World::new(0);
-        assert_eq!(world.deliver(), Ok(false));
-        assert_eq!(world.regs.rsp, STACK - 40, "aligned to 16 bytes first");
-        assert_eq!(world.frame(), [RIP + 1, CODE.into(), FLAGS | TRAP_FLAG, STACK + 8, 0x18]);
-        assert_eq!(world.regs.rip, HANDLER);
-        assert_eq!(world.regs.rflags, FLAGS & !(RFLAGS_IF | RESUME_FLAG));
-        assert_eq!((world.sregs.cs.selector, world.sregs.ss.selector), (CODE, 0x18));
+        let mut test = TestMemory::new(0);
+        assert_eq!(test.deliver(), Ok(false));
+        assert_eq!(test.regs.rsp, STACK - 40, "aligned to 16 bytes first");
+        assert_eq!(test.frame(), [RIP + 1, CODE.into(), FLAGS | RFLAGS_TF, STACK + 8, 0x18]);
+        assert_eq!(test.regs.rip, HANDLER);
+        assert_eq!(test.regs.rflags, FLAGS & !(RFLAGS_IF | RFLAGS_RF));
+        assert_eq!((test.sregs.cs.selector, test.sregs.ss.selector), (CODE, 0x18));
     }
 
     #[test]
     fn from_user_space_the_ring_and_the_stack_change() {
-        let mut world = World::new(3);
-        assert_eq!(world.deliver(), Ok(true));
-        assert_eq!(world.regs.rsp, RING0 - 40);
-        assert_eq!(world.frame(), [RIP + 1, 0x33, FLAGS | TRAP_FLAG, STACK + 8, 0x2b]);
-        let (cs, ss) = (world.sregs.cs, world.sregs.ss);
+        let mut test = TestMemory::new(3);
+        assert_eq!(test.deliver(), Ok(true));
+        assert_eq!(test.regs.rsp, RING0 - 40);
+        assert_eq!(test.frame(), [RIP + 1, 0x33, FLAGS | RFLAGS_TF, STACK + 8, 0x2b]);
+        let (cs, ss) = (test.sregs.cs, test.sregs.ss);
         assert_eq!((cs.selector, cs.dpl, cs.l, cs.db, cs.present, cs.type_), (CODE, 0, 1, 0, 1, 0xb));
         assert_eq!((ss.selector, ss.dpl, ss.unusable), (0, 0, 1));
     }
 
     #[test]
     fn a_gate_may_have_its_own_stack_and_leave_interrupts_on() {
-        let mut world = World::new(0);
-        world.gate(0xef, 2);
-        assert_eq!(world.deliver(), Ok(false));
-        assert_eq!(world.regs.rsp, OWN - 40);
-        assert_eq!(world.regs.rflags & RFLAGS_IF, FLAGS & RFLAGS_IF);
+        let mut test = TestMemory::new(0);
+        test.gate(0xef, 2);
+        assert_eq!(test.deliver(), Ok(false));
+        assert_eq!(test.regs.rsp, OWN - 40);
+        assert_eq!(test.regs.rflags & RFLAGS_IF, FLAGS & RFLAGS_IF);
     }
 
     #[test]
     fn what_would_raise_something_else_is_left_alone() {
-        let refused = |ring, change: fn(&mut World), why| {
-            let mut world = World::new(ring);
-            change(&mut world);
-            let before = (world.regs, world.sregs);
-            assert_eq!(world.deliver(), Err(why));
-            assert_eq!((world.regs, world.sregs), before);
+        let refused = |ring, change: fn(&mut TestMemory), why| {
+            let mut test = TestMemory::new(ring);
+            change(&mut test);
+            let before = (test.regs, test.sregs);
+            assert_eq!(test.deliver(), Err(why));
+            assert_eq!((test.regs, test.sregs), before);
         };
         refused(0, |w| w.sregs.efer = 0, Unusual::Mode);
         refused(0, |w| w.gate(0x6e, 0), Unusual::Gate);
@@ -289,7 +279,7 @@ mod tests {
         refused(0, |w| w.sregs.gdt.limit = 0x16, Unusual::Gate);
         refused(0, |w| w.regs.rsp = 0x40_0000, Unusual::Unmapped(Gva(0x40_0000 - 40)));
         refused(0, |w| w.sregs.idt.base = 0x40_0000, Unusual::Unmapped(Gva(0x40_0030)));
-        let data = |w: &mut World| w.ram.write(Gpa(GDT + 0x15), &[0x93]).expect("RAM");
+        let data = |w: &mut TestMemory| w.ram.write(Gpa(GDT + 0x15), &[0x93]).expect("RAM");
         refused(0, data, Unusual::Gate);
     }
 }

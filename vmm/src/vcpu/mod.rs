@@ -1,6 +1,15 @@
-//! A vCPU's thread: enter the guest, handle what made it leave, again.
+//! A vCPU's thread: its run loop.
+//!
+//! ```text
+//!   Rendezvous::enter ─▶ KVM_RUN ─▶ Rendezvous::leave ─▶ handle the exit ─▶ again
+//!                                                         │
+//!        #BP exit: breakpoint.rs judges it, inject_bp.rs delivers the guest's own
+//!        write to a protected page: emulate_store.rs
+//!        ports, memory without RAM, power: here, by the devices
+//! ```
 
-mod guarded;
+mod breakpoint;
+mod emulate_store;
 mod inject_bp;
 
 use std::io;
@@ -8,21 +17,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_INJECT_BP, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
 use kvm_ioctls::VcpuFd;
-use patcher::addr::{Gva, VcpuId};
-use patcher::insn::Effect;
-use patcher::safety::trap::{TrapAction, Verdict};
+use patcher::addr::VcpuId;
 
 use crate::devices::ports::Ports;
 use crate::devices::power::PowerRequest;
-use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::{self, Located};
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::Kick;
-use crate::memory::paging::{Mapping, PageTables};
 use crate::sync::rendezvous::{Entry, Rendezvous};
 use crate::text_guard::Guard;
 
@@ -41,17 +46,17 @@ pub enum Ending {
     Failed(String),
 }
 
-/// Whom a vCPU tells what happened.
+/// What the vCPU threads report to.
 pub trait Listener: Send + Sync {
     /// The machine ends.
     fn ended(&self, ending: Ending);
-    /// The kernel was found; called once, on the first vCPU, which goes on when it returns.
+    /// The kernel was found. Called once, on the first vCPU's thread; the vCPU goes on when it returns.
     fn located(&self, found: Located);
-    /// The guest wrote to the gate's page ([`Guard::is_gate`]). The vCPU tries again when it
-    /// returns.
-    fn protected_write(&self);
-    /// The guest changed the site of a patch. Does not wait.
-    fn touched(&self);
+    /// The guest wrote to the page of the init gate ([`Guard::is_init_gate`]). The vCPU tries again
+    /// when it returns.
+    fn init_gate_written(&self);
+    /// The guest wrote to the site of a patch, or near it. Does not wait.
+    fn patch_written(&self);
 }
 
 /// A vCPU and all that its thread needs.
@@ -69,7 +74,7 @@ pub struct Vcpu {
     locating: bool,
     /// For tests: the guest's breakpoints are delivered by KVM.
     reinject: bool,
-    /// A write that nothing explained: the instruction, and how often.
+    /// A write that stopped the vCPU without a known reason: the instruction, and how often.
     unexplained: (u64, u32),
 }
 
@@ -78,31 +83,24 @@ pub struct Vcpu {
 pub struct VcpuContext {
     /// The VM.
     pub vm: Arc<Vm>,
-    /// Where they meet the controller.
+    /// Where the controller stops them.
     pub rendezvous: Arc<Rendezvous>,
     /// The devices.
     pub ports: Arc<Ports>,
     /// The text guard.
     pub guard: Arc<Guard>,
-    /// Whom they tell.
+    /// What they report to.
     pub listener: Arc<dyn Listener>,
 }
 
-/// Why the guest was left, as far as the loop cares.
-enum Left {
-    GoOn,
-    ForGood(Ending),
-}
-
-/// After so long out of the guest its watchdog is told that it was not to blame.
+/// After so long out of the guest, the guest's watchdog is told (`KVM_KVMCLOCK_CTRL`).
 const LONG_STALL: Duration = Duration::from_secs(1);
 
 impl Vcpu {
-    /// Puts a vCPU together. The first one looks for the kernel if `locating`.
+    /// A vCPU that is not started yet. The first one also looks for the kernel.
     #[must_use]
-    pub fn new(id: VcpuId, (fd, kick): (VcpuFd, Arc<Kick>), around: VcpuContext) -> Self {
-        let VcpuContext { vm, rendezvous, ports, guard, listener } = around;
-        let (intercepting, locating, reinject, unexplained) = (false, id.0 == 0, false, (0, 0));
+    pub fn new(id: VcpuId, (fd, kick): (VcpuFd, Arc<Kick>), context: VcpuContext) -> Self {
+        let VcpuContext { vm, rendezvous, ports, guard, listener } = context;
         Self {
             id,
             fd,
@@ -112,10 +110,10 @@ impl Vcpu {
             ports,
             guard,
             listener,
-            intercepting,
-            locating,
-            reinject,
-            unexplained,
+            intercepting: false,
+            locating: id.0 == 0,
+            reinject: false,
+            unexplained: (0, 0),
         }
     }
 
@@ -131,53 +129,51 @@ impl Vcpu {
     /// # Errors
     /// When the system has no thread left.
     pub fn spawn(self) -> io::Result<JoinHandle<()>> {
-        std::thread::Builder::new().name(format!("vcpu{}", self.id.0)).spawn(move || self.work())
+        std::thread::Builder::new().name(format!("vcpu{}", self.id.0)).spawn(move || self.run())
     }
 
-    fn work(mut self) {
+    fn run(mut self) {
         self.kick.adopt_current_thread();
+        if let Some(ending) = self.run_until_stopped() {
+            self.listener.ended(ending);
+        }
+        self.kick.disown();
+    }
+
+    /// Does what [`Rendezvous::enter`] says until the machine ends. `None` if it was told to stop.
+    fn run_until_stopped(&mut self) -> Option<Ending> {
         loop {
             match self.rendezvous.enter(self.id, self.intercepting) {
-                Entry::Stop => break,
+                Entry::Stop => return None,
                 Entry::Intercept(on) => {
                     self.rendezvous.stall_begins(self.id);
                     if let Err(what) = self.set_debug(on, 0) {
-                        self.listener.ended(Ending::Failed(what));
-                        break;
+                        return Some(Ending::Failed(what));
                     }
                     self.intercepting = on;
-                    continue;
                 }
                 Entry::Report => {
                     self.rendezvous.stall_begins(self.id);
                     match self.registers() {
                         Ok(registers) => self.rendezvous.report(self.id, registers),
-                        Err(what) => {
-                            self.listener.ended(Ending::Failed(what));
-                            break;
-                        }
+                        Err(what) => return Some(Ending::Failed(what)),
                     }
-                    continue;
                 }
-                Entry::Run => {}
-            }
-            if self.rendezvous.stall_ends(self.id) > LONG_STALL {
-                // Fails on guests without a kvm clock, which have no such watchdog.
-                let _ = self.fd.kvmclock_ctrl();
-            }
-            match self.pass() {
-                Left::GoOn => {}
-                Left::ForGood(ending) => {
-                    self.listener.ended(ending);
-                    break;
+                Entry::Run => {
+                    if self.rendezvous.stall_ends(self.id) > LONG_STALL {
+                        // Fails on guests without a kvm clock, which have no such watchdog.
+                        let _ = self.fd.kvmclock_ctrl();
+                    }
+                    if let Some(ending) = self.run_once() {
+                        return Some(ending);
+                    }
                 }
             }
         }
-        self.kick.disown();
     }
 
-    /// Enters the guest once.
-    fn pass(&mut self) -> Left {
+    /// Enters the guest once, and handles its exit. Returns how the machine ends, if it does.
+    fn run_once(&mut self) -> Option<Ending> {
         let exit = exit::run(&mut self.fd);
         self.rendezvous.leave(self.id);
         if matches!(exit, Exit::Interrupted | Exit::Breakpoint(_) | Exit::ProtectedWrite) {
@@ -189,7 +185,7 @@ impl Vcpu {
                 self.ports.read(port, data);
                 None
             }
-            Exit::PortOut(port, data) => self.ports.write(port, data).map(|wish| match wish {
+            Exit::PortOut(port, data) => self.ports.write(port, data).map(|request| match request {
                 PowerRequest::Off => Ending::PowerOff,
                 PowerRequest::Reset => Ending::Reset,
             }),
@@ -198,22 +194,27 @@ impl Vcpu {
                 None
             }
             Exit::Breakpoint(at) => self.breakpoint(at).err().map(Ending::Failed),
-            Exit::ProtectedWrite => self.protected_write().err().map(Ending::Failed),
+            Exit::ProtectedWrite => self.emulate_store().err().map(Ending::Failed),
             Exit::Reset => Some(Ending::Reset),
             Exit::PowerOff => Some(Ending::PowerOff),
             Exit::TripleFault => Some(Ending::TripleFault),
             Exit::Failed(what) => Some(Ending::Failed(format!("vCPU {}: {what}", self.id.0))),
         };
+        self.locate_kernel();
+        ending
+    }
+
+    /// Looks for the kernel until it is found, on the first vCPU.
+    fn locate_kernel(&mut self) {
         if self.locating
             && let Some(found) = kernel::look(&self.fd)
         {
             self.locating = false;
             self.listener.located(found);
         }
-        ending.map_or(Left::GoOn, Left::ForGood)
     }
 
-    /// Waits for the controller, which may want to know where this vCPU stands meanwhile.
+    /// Waits for the controller, which may inspect this vCPU's registers meanwhile.
     fn parked<T>(&self, wait: impl FnOnce() -> T) -> Result<T, String> {
         self.rendezvous.park(self.id, self.registers()?);
         let result = wait();
@@ -223,96 +224,6 @@ impl Vcpu {
 
     fn registers(&self) -> Result<VcpuRegisters, String> {
         VcpuRegisters::read(&self.fd).map_err(|error| format!("vCPU {}: its registers: {error}", self.id.0))
-    }
-
-    /// Handles an `int3` that left the guest.
-    fn breakpoint(&self, at: Gva) -> Result<(), String> {
-        loop {
-            let table = self.rendezvous.traps();
-            // Fetched anew it is what it is now, or a page fault.
-            let Some(byte) = self.byte_at(at)? else { return Ok(()) };
-            match table.judge(at, byte) {
-                Verdict::Resume => return Ok(()),
-                Verdict::Pass(way) => {
-                    self.rendezvous.count_trap(self.id);
-                    self.guard.events().tell(Kind::Trap, || self.trapped(way));
-                    if !self.passes(way)? {
-                        self.parked(|| self.rendezvous.wait_at_trap(&table))?;
-                    }
-                    return Ok(());
-                }
-                // A program began in between: the byte may be its own.
-                Verdict::Deliver if !Arc::ptr_eq(&table, &self.rendezvous.traps()) => {}
-                Verdict::Deliver => return self.deliver(),
-            }
-        }
-    }
-
-    fn trapped(&self, way: TrapAction) -> Details {
-        let what = match way {
-            TrapAction::Wait => "ran into a breakpoint of a program and waits",
-            TrapAction::Slot(_) => "ran into a breakpoint of a program and goes through a copy",
-            TrapAction::Effect(_) => "ran into a breakpoint of a program and goes past it",
-        };
-        let who = VcpuRegisters::read(&self.fd).ok().map(|registers| self.guard.who(self.id, &registers));
-        Details { who, patch: None, what: what.to_owned() }
-    }
-
-    /// Gives the guest its own breakpoint.
-    fn deliver(&self) -> Result<(), String> {
-        self.rendezvous.count_delivery(self.id);
-        let failed = |error: kvm_ioctls::Error| format!("vCPU {}: delivering #BP: {error}", self.id.0);
-        let mut regs = self.fd.get_regs().map_err(failed)?;
-        let mut sregs = self.fd.get_sregs().map_err(failed)?;
-        if !self.reinject
-            && let Ok(changed) = inject_bp::breakpoint(&mut regs, &mut sregs, self.vm.ram())
-        {
-            if changed {
-                self.fd.set_sregs(&sregs).map_err(failed)?;
-            }
-            return self.fd.set_regs(&regs).map_err(failed);
-        }
-        // Where entering the handler faults, KVM knows what comes of it.
-        self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP)
-    }
-
-    /// The page tables that the guest uses on this vCPU.
-    fn tables(&self) -> Result<PageTables, kvm_ioctls::Error> {
-        Ok(PageTables::of(&self.fd.get_sregs()?))
-    }
-
-    /// Takes the vCPU past a site in transit. `false` if it has to wait.
-    fn passes(&self, way: TrapAction) -> Result<bool, String> {
-        let failed = |error: kvm_ioctls::Error| format!("vCPU {}: passing a trap: {error}", self.id.0);
-        let to = match way {
-            TrapAction::Wait => return Ok(false),
-            TrapAction::Slot(to) | TrapAction::Effect(Effect::GoTo(to) | Effect::Call { to, .. }) => to,
-        };
-        let mut regs = self.fd.get_regs().map_err(failed)?;
-        if let TrapAction::Effect(Effect::Call { returns, .. }) = way {
-            regs.rsp = regs.rsp.wrapping_sub(8);
-            let tables = self.tables().map_err(failed)?;
-            let stack = tables.translate_in(self.vm.ram(), Gva(regs.rsp)).filter(|_| regs.rsp % 8 == 0);
-            let pushed = |stack: Mapping| self.vm.ram().write(stack.at, &returns.0.to_le_bytes()).is_ok();
-            if !stack.is_some_and(pushed) {
-                // The call would fault; it will do so by itself when it waited.
-                return Ok(false);
-            }
-        }
-        regs.rip = to.0;
-        self.fd.set_regs(&regs).map_err(failed)?;
-        Ok(true)
-    }
-
-    /// Reads a byte as this vCPU sees it, user space included. `None` where nothing is mapped
-    /// any more: the guest may have moved the page meanwhile.
-    fn byte_at(&self, at: Gva) -> Result<Option<u8>, String> {
-        let failed = |what: String| format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0);
-        let tables = self.tables().map_err(|e| failed(e.to_string()))?;
-        let Some(found) = tables.translate_in(self.vm.ram(), at) else { return Ok(None) };
-        let mut byte = [0];
-        self.vm.ram().read(found.at, &mut byte).map_err(|e| failed(e.to_string()))?;
-        Ok(Some(byte[0]))
     }
 
     fn set_debug(&self, intercept: bool, inject: u32) -> Result<(), String> {

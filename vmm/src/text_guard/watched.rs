@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use patcher::addr::{Gpa, Gva};
+use patcher::addr::Gva;
 use patcher::plan::write_policy::Policy;
 use patcher::site::Site;
 
 use crate::guest::kernel::GuestKernel;
-use crate::memory::PAGE;
 use crate::memory::paging::Piece;
+use crate::text_guard::pieces::{page_of, split_at_pages};
 
 /// A site that is watched.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub(super) struct Watched {
     pub(super) policy: Policy,
     /// Where it lies, page by page.
     pub(super) pieces: Vec<Piece>,
-    /// Whether its pages are guarded for its sake.
+    /// Whether its plan asks to guard its pages.
     pub(super) is_guarded: bool,
 }
 
@@ -42,8 +42,8 @@ impl Watched {
         })
     }
 
-    /// Whether the site is still where it was: a module may be gone, and its memory used for
-    /// something else.
+    /// Whether the site is still where it was: its module may have been removed, and the memory
+    /// used for something else.
     pub(super) fn is_there(&self, kernel: &GuestKernel) -> bool {
         let length = self.pieces.iter().map(|(_, length)| length).sum();
         kernel.pieces(self.at, length).is_ok_and(|now| split_at_pages(now) == self.pieces)
@@ -51,33 +51,8 @@ impl Watched {
 
     /// The pages it lies on, each once.
     pub(super) fn pages(&self) -> Vec<u64> {
-        let mut pages: Vec<u64> = self.pieces.iter().map(|(at, _)| at.0 & !(PAGE - 1)).collect();
+        let mut pages: Vec<u64> = self.pieces.iter().map(|(at, _)| page_of(*at)).collect();
         pages.dedup();
         pages
-    }
-}
-
-/// Pieces may be as long as a large page; a guard knows small ones.
-pub(crate) fn split_at_pages(pieces: impl IntoIterator<Item = Piece>) -> Vec<Piece> {
-    let mut small = Vec::new();
-    for (at, length) in pieces {
-        let (mut at, mut left) = (at.0, length as u64);
-        while left > 0 {
-            let here = left.min(PAGE - at % PAGE);
-            small.push((Gpa(at), usize::try_from(here).unwrap_or(0)));
-            (at, left) = (at + here, left - here);
-        }
-    }
-    small
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pieces_are_split_at_pages() {
-        let split = split_at_pages(vec![(Gpa(PAGE - 2), 5), (Gpa(8 * PAGE), 1)]);
-        assert_eq!(split, [(Gpa(PAGE - 2), 2), (Gpa(PAGE), 3), (Gpa(8 * PAGE), 1)]);
     }
 }

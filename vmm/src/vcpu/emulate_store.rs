@@ -1,4 +1,5 @@
-//! A vCPU that was stopped at a write to a protected page.
+//! A guest write to guarded text is emulated here: the instruction is decoded, the guard judges its
+//! store and does it through mapping B, and the vCPU's registers move on.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use patcher::addr::{Gpa, Gva};
@@ -11,26 +12,26 @@ use crate::memory::paging::{PageTables, Piece};
 use crate::text_guard::{Attempt, Lift, Write, split_at_pages};
 use crate::vcpu::Vcpu;
 
-/// How often a vCPU may be stopped at the same write while nothing explains it: the page may
-/// have been let go in the meantime.
+/// How often a vCPU may be stopped at the same write for no known reason: the page may have become
+/// writable since.
 const UNEXPLAINED: u32 = 1000;
 
-/// How many elements of a string are written until the vCPU is asked what else it is wanted
-/// for: it comes back for the rest.
+/// How many elements of a string instruction are written before the vCPU looks for requests; it comes
+/// back for the rest.
 const ELEMENTS: u32 = 4096;
 
 impl Vcpu {
-    /// Does for the vCPU what it was stopped at, if the guard allows it.
-    pub(super) fn protected_write(&mut self) -> Result<(), String> {
+    /// Does the write that stopped the vCPU, if the guard allows it.
+    pub(super) fn emulate_store(&mut self) -> Result<(), String> {
         let failed = |error: kvm_ioctls::Error| format!("vCPU {}: a guarded write: {error}", self.id.0);
         let (regs, sregs) = (self.fd.get_regs().map_err(failed)?, self.fd.get_sregs().map_err(failed)?);
         let mut stopped = Stopped {
             tables: PageTables::of(&sregs),
             is_64_bit: sregs.cs.l != 0,
-            standing: VcpuRegisters::of(&regs, &sregs),
+            vcpu_registers: VcpuRegisters::of(&regs, &sregs),
             registers: decoded(&regs, &sregs),
         };
-        let unknown = self.write_for(&mut stopped)?;
+        let unknown = self.write_elements(&mut stopped)?;
         if stopped.registers != decoded(&regs, &sregs) {
             let mut after = regs;
             let general = stopped.registers.general;
@@ -42,18 +43,18 @@ impl Vcpu {
             self.unexplained = (0, 0);
             return Ok(());
         };
-        // The controller is asked only about what is its own: it may be waiting for this vCPU.
-        if at.is_some_and(|at| self.guard.is_gate(at)) {
-            return self.parked(|| self.listener.protected_write());
+        // Only the init gate waits for the controller, which may itself be waiting for this vCPU.
+        if at.is_some_and(|at| self.guard.is_init_gate(at)) {
+            return self.parked(|| self.listener.init_gate_written());
         }
         let times = if self.unexplained.0 == regs.rip { self.unexplained.1 + 1 } else { 1 };
         self.unexplained = (regs.rip, times);
         if times > UNEXPLAINED { Err(format!("vCPU {}: KVM_RUN: bad address", self.id.0)) } else { Ok(()) }
     }
 
-    /// Goes through the instruction as far as its writes are guarded. If it did not begin with a
-    /// guarded one, returns where it writes, as far as that is to be found out.
-    fn write_for(&self, stopped: &mut Stopped) -> Result<Option<Option<Gpa>>, String> {
+    /// Goes through the instruction as far as its writes are guarded. If the first one is not, returns
+    /// where the instruction writes, as far as that can be told.
+    fn write_elements(&self, stopped: &mut Stopped) -> Result<Option<Option<Gpa>>, String> {
         let start = stopped.registers.rip;
         let code = if stopped.is_64_bit { self.code(&stopped.tables, Gva(start)) } else { Vec::new() };
         let (mut known, mut elements) = (false, 0);
@@ -71,7 +72,7 @@ impl Vcpu {
             };
             let write = Write {
                 vcpu: self.id,
-                registers: &stopped.standing,
+                registers: &stopped.vcpu_registers,
                 at: store.at,
                 pieces: &pieces,
                 bytes: &bytes,
@@ -79,10 +80,10 @@ impl Vcpu {
             match self.guard.attempt(&write).map_err(|error| format!("vCPU {}: {error}", self.id.0))? {
                 Attempt::NotGuarded => break,
                 Attempt::InFlight => self.parked(|| self.guard.wait_for_program())?,
-                Attempt::Done { touched } => {
+                Attempt::Done { notify } => {
                     store.step(&mut stopped.registers);
-                    if touched {
-                        self.listener.touched();
+                    if notify {
+                        self.listener.patch_written();
                     }
                 }
             }
@@ -99,14 +100,14 @@ impl Vcpu {
 
     fn lift(&self, stopped: &Stopped, code: &[u8]) -> Lift {
         let Some(at) = self.place(stopped, code) else { return Lift::NotGuarded };
-        let lift = self.guard.lift(self.id, &stopped.standing, at);
+        let lift = self.guard.lift(self.id, &stopped.vcpu_registers, at);
         if lift == Lift::Lifted {
-            self.listener.touched();
+            self.listener.patch_written();
         }
         lift
     }
 
-    /// What is to be written, and where. `None` if that is not all memory.
+    /// What is to be written, and where. `None` if some of it is not RAM.
     fn bytes_and_pieces(&self, stopped: &Stopped, store: &Store) -> Option<(Vec<u8>, Vec<Piece>)> {
         let pieces = self.pieces(&stopped.tables, store.at, store.width)?;
         let bytes = match store.value {
@@ -130,7 +131,7 @@ impl Vcpu {
     fn code(&self, tables: &PageTables, at: Gva) -> Vec<u8> {
         let mut code = vec![0; MAX_LENGTH];
         let on_page = usize::try_from(PAGE - at.0 % PAGE).unwrap_or(MAX_LENGTH);
-        // The next page may not be there; the instruction may end before it.
+        // The next page may not be mapped; the instruction may end before it.
         let is_there = |length: &usize| tables.read_in(self.vm.ram(), at, &mut code[..*length]).is_ok();
         let length = [MAX_LENGTH, on_page.min(MAX_LENGTH)].into_iter().find(is_there);
         code.truncate(length.unwrap_or(0));
@@ -138,11 +139,11 @@ impl Vcpu {
     }
 }
 
-/// A vCPU that was stopped.
+/// A vCPU that is stopped at a write.
 struct Stopped {
     tables: PageTables,
     is_64_bit: bool,
-    standing: VcpuRegisters,
+    vcpu_registers: VcpuRegisters,
     registers: store::GeneralRegisters,
 }
 

@@ -1,0 +1,90 @@
+//! Linux' per-CPU data, found from outside: which task runs on a vCPU, and whether the vCPU meets a
+//! program's condition.
+//!
+//! GS.base of a vCPU in the kernel is one of `__per_cpu_offset`, except for some instructions after
+//! entry and before exit: there nothing is known of the vCPU.
+
+use patcher::addr::{Gva, VcpuId};
+use patcher::linux::memory::{read_u32, read_u64};
+use patcher::safety::quiesce::{Condition, Mode, Offender, VcpuState};
+
+use crate::guest::kernel::GuestKernel;
+use crate::guest::vcpu_state::VcpuRegisters;
+
+/// No more CPUs than these are looked for in `__per_cpu_offset`.
+const MOST_CPUS: u64 = 64;
+
+/// Which vCPUs do not meet a condition.
+///
+/// # Errors
+/// A text when the kernel's per-CPU data is not to be found.
+pub fn offenders(
+    condition: &Condition,
+    kernel: &GuestKernel,
+    vcpus: &[(VcpuId, VcpuRegisters)],
+) -> Result<Vec<Offender>, String> {
+    if condition.is_empty() {
+        return Ok(Vec::new());
+    }
+    let data = PerCpu::find(kernel)?;
+    let judge = |(vcpu, registers): &(VcpuId, VcpuRegisters)| {
+        let (vcpu, rip) = (*vcpu, registers.rip());
+        let mode = if registers.in_kernel() { data.mode(kernel, registers) } else { Some(Mode::User) };
+        match mode {
+            Some(mode) => condition.check(&VcpuState { vcpu, rip, mode }).err(),
+            None => Some(Offender { vcpu, rip, why: "enters or leaves the kernel" }),
+        }
+    };
+    Ok(vcpus.iter().filter_map(judge).collect())
+}
+
+/// Offsets into a CPU's data, and the CPUs' bases.
+#[derive(Debug)]
+pub(crate) struct PerCpu {
+    bases: Vec<u64>,
+    preempt_count: u64,
+    current: u64,
+    idle: u64,
+}
+
+impl PerCpu {
+    pub(crate) fn find(kernel: &GuestKernel) -> Result<Self, String> {
+        // Per-CPU symbols are offsets: the slide is not for them.
+        let offset = |name: &str| kernel.kernel().image.symbols().only(name).map(|at| at.0);
+        // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
+        // struct pcpu_hot): the current task first, the preempt count eight bytes on.
+        let hot = offset("pcpu_hot");
+        let preempt_count = offset("__preempt_count").or(hot.map(|hot| hot + 8));
+        let current = offset("current_task").or(hot);
+        let (Some(preempt_count), Some(current), Some(idle)) =
+            (preempt_count, current, offset("idle_threads"))
+        else {
+            return Err("the kernel's per-CPU symbols are not known".into());
+        };
+        let table = kernel.kernel().symbol("__per_cpu_offset").map_err(|refusal| refusal.to_string())?;
+        let base = |cpu: u64| read_u64(kernel, Gva(table.0 + 8 * cpu)).ok();
+        let bases = (0..MOST_CPUS).map_while(base).collect();
+        Ok(Self { bases, preempt_count, current, idle })
+    }
+
+    /// The task that runs on a vCPU: its `struct task_struct`.
+    pub(crate) fn task(&self, kernel: &GuestKernel, registers: &VcpuRegisters) -> Option<Gva> {
+        let known = registers.in_kernel() && self.bases.contains(&registers.gs_base());
+        let at = Gva(registers.gs_base().wrapping_add(self.current));
+        read_u64(kernel, at).ok().filter(|_| known).map(Gva)
+    }
+
+    fn mode(&self, kernel: &GuestKernel, registers: &VcpuRegisters) -> Option<Mode> {
+        let base = registers.gs_base();
+        if !self.bases.contains(&base) {
+            return None;
+        }
+        let at = |offset: u64| Gva(base.wrapping_add(offset));
+        let word = |offset: u64| read_u64(kernel, at(offset)).ok();
+        Some(Mode::Kernel {
+            interrupts: registers.interrupts(),
+            preempt_count: read_u32(kernel, at(self.preempt_count)).ok()?,
+            idle: word(self.current)? == word(self.idle)?,
+        })
+    }
+}

@@ -1,0 +1,149 @@
+//! A guest write that stopped a vCPU: it is judged, and done for the vCPU through mapping B. Called
+//! on the vCPU's thread; `docs/guard.md` has the table of what becomes of a write.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+use patcher::addr::{Gpa, Gva, VcpuId};
+use patcher::insn;
+use patcher::plan::write_policy::is_done;
+
+use crate::guest::events::{Details, Kind};
+use crate::guest::vcpu_state::VcpuRegisters;
+use crate::memory::paging::Piece;
+use crate::memory::{self, PAGE_SIZE};
+use crate::text_guard::guard::Guard;
+use crate::text_guard::pieces::page_of;
+use crate::text_guard::state::Judgement;
+use crate::text_guard::watched::Watched;
+
+/// A write that a vCPU is about to do.
+pub struct Write<'a> {
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// Its registers.
+    pub registers: &'a VcpuRegisters,
+    /// The address it uses.
+    pub at: Gva,
+    /// Where that leads, page by page.
+    pub pieces: &'a [Piece],
+    /// What it writes.
+    pub bytes: &'a [u8],
+}
+
+/// What became of a write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Attempt {
+    /// It was done, or a policy denied it; the vCPU goes on behind it.
+    Done {
+        /// The controller must be notified: the write concerns a patch, and is the first one that
+        /// does since [`Guard::take_guest_writes`].
+        notify: bool,
+    },
+    /// None of its pages is guarded: the vCPU can do it itself.
+    NotGuarded,
+    /// It must wait for the program in flight, then be tried again.
+    InFlight,
+}
+
+/// What became of a page that a vCPU writes to by an instruction that can't be emulated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lift {
+    /// It is no longer guarded.
+    Lifted,
+    /// It was not guarded.
+    NotGuarded,
+    /// The vCPU must wait for the program in flight, then try again.
+    InFlight,
+}
+
+impl Guard {
+    /// Does the write that stopped a vCPU.
+    ///
+    /// # Errors
+    /// The write was not done, or only in part.
+    pub fn attempt(&self, write: &Write<'_>) -> Result<Attempt, memory::Error> {
+        let mut protector = self.lock();
+        match protector.state.judge(write.pieces) {
+            Judgement::NotGuarded => return Ok(Attempt::NotGuarded),
+            Judgement::Open if protector.open(write.pieces, self.now()) => return Ok(Attempt::NotGuarded),
+            Judgement::Open => {
+                // The vCPU can't do it, so it is done as if the page were guarded.
+                self.perform(write)?;
+                return Ok(Attempt::Done { notify: false });
+            }
+            Judgement::InFlight => return Ok(Attempt::InFlight),
+            Judgement::Guarded => {}
+        }
+        let written = protector.state.watch_list.at(write.pieces);
+        let introspection = self.introspection();
+        let is_there = |site: &&Arc<Watched>| {
+            introspection.is_some_and(|introspection| site.is_there(introspection.kernel()))
+        };
+        let here: Vec<&Arc<Watched>> = written.iter().filter(is_there).collect();
+        let by_patcher = introspection
+            .is_some_and(|introspection| introspection.is_kernel_patcher(write.registers, write.at));
+        let done = here.iter().all(|site| is_done(site.policy, by_patcher));
+        if done {
+            self.perform(write)?;
+        }
+        self.stopped_writes.fetch_add(1, SeqCst);
+        let notify = protector.state.watch_list.note_write(write.pieces, &written);
+        drop(protector);
+        let kind = if by_patcher { Kind::GuestWrite } else { Kind::UnexpectedWrite };
+        self.events().tell(kind, || self.details(write, here.last().map(|site| &***site), done));
+        Ok(Attempt::Done { notify })
+    }
+
+    fn perform(&self, write: &Write<'_>) -> Result<(), memory::Error> {
+        let mut rest = write.bytes;
+        for &(at, length) in write.pieces {
+            let (here, behind) = rest.split_at(length);
+            self.ram.store(at, here)?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn details(&self, write: &Write<'_>, watched: Option<&Watched>, done: bool) -> Details {
+        let at = write.pieces.first().map_or(Gpa(0), |(at, _)| *at);
+        let symbol = self.introspection().and_then(|introspection| introspection.symbol_in_memory(at));
+        let place = symbol.unwrap_or_else(|| format!("guest-physical {at}"));
+        let done = if done { "wrote" } else { "was kept from writing" };
+        Details {
+            who: Some(self.describe_vcpu(write.vcpu, write.registers)),
+            patch: watched.map(|watched| watched.patch.to_string()),
+            what: format!("{done} {} to {place}, through {}", insn::hex(write.bytes), write.at),
+        }
+    }
+
+    /// Gives up the guard of the page there, for a vCPU whose write can't be emulated; then the vCPU
+    /// can do it.
+    #[must_use]
+    pub fn lift(&self, vcpu: VcpuId, registers: &VcpuRegisters, at: Gpa) -> Lift {
+        let page = page_of(at);
+        let whole = [(Gpa(page), PAGE_SIZE)];
+        let mut protector = self.lock();
+        match protector.state.judge(&whole) {
+            Judgement::NotGuarded => return Lift::NotGuarded,
+            Judgement::Open => {
+                protector.open(&whole, self.now());
+                return Lift::NotGuarded;
+            }
+            Judgement::InFlight => return Lift::InFlight,
+            Judgement::Guarded => {}
+        }
+        Self::report(protector.lift(page, self.now()));
+        drop(protector);
+        self.stopped_writes.fetch_add(1, SeqCst);
+        self.events().tell(Kind::Unguarded, || Details {
+            who: Some(self.describe_vcpu(vcpu, registers)),
+            patch: None,
+            what: format!(
+                "writes to the page at guest-physical {page:#x} by an instruction that is not known; \
+                 the page is guarded no more"
+            ),
+        });
+        Lift::Lifted
+    }
+}

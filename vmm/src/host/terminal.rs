@@ -1,15 +1,16 @@
-//! The terminal, raw while a guest has it, and the keys that do not go to the guest.
+//! The terminal, raw while a guest has it, and the keys that are for the monitor.
 
 use std::io::{self, IsTerminal, Stdin};
 
-use vmm_sys_util::terminal::Terminal;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 /// Keeps standard input raw, if it is a terminal, until dropped.
-#[derive(Debug)]
-pub struct Raw(Option<Stdin>);
+pub struct Raw(Option<(Stdin, Termios)>);
 
 impl Raw {
-    /// Makes the terminal raw.
+    /// Makes the terminal raw, as cfmakeraw(3), except for its output: the monitor writes its own
+    /// lines there while the guest runs, and those end in a bare line feed. The guest's end in CR and
+    /// LF, which output processing leaves as they look.
     ///
     /// # Errors
     /// What the system returned.
@@ -18,8 +19,9 @@ impl Raw {
         if !stdin.is_terminal() {
             return Ok(Self(None));
         }
-        stdin.lock().set_raw_mode()?;
-        Ok(Self(Some(stdin)))
+        let before = tcgetattr(&stdin)?;
+        tcsetattr(&stdin, OptionalActions::Now, &raw(&before))?;
+        Ok(Self(Some((stdin, before))))
     }
 
     /// Whether there is a terminal.
@@ -31,29 +33,37 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        if let Some(stdin) = &self.0 {
-            // A terminal that is gone needs no restoring.
-            let _ = stdin.lock().set_canon_mode();
+        if let Some((stdin, before)) = &self.0 {
+            // It fails only when the terminal has hung up, and then nothing is left to restore.
+            let _ = tcsetattr(stdin, OptionalActions::Now, before);
         }
     }
+}
+
+fn raw(before: &Termios) -> Termios {
+    let mut raw = before.clone();
+    raw.make_raw();
+    raw.output_modes = before.output_modes;
+    raw
 }
 
 const CTRL_A: u8 = 1;
 const CTRL_C: u8 = 3;
 
-/// Finds the keys that are for the monitor: Ctrl-C and Ctrl-A x end it; Ctrl-A c and
-/// Ctrl-A Ctrl-A give the guest a Ctrl-C and a Ctrl-A.
+/// Tells the monitor's keys from the guest's: Ctrl-C and Ctrl-A x end the monitor; Ctrl-A c sends
+/// the guest a Ctrl-C, Ctrl-A Ctrl-A a Ctrl-A.
 #[derive(Debug, Default)]
 pub struct Keys {
+    /// The last byte was a Ctrl-A that is not yet used.
     prefixed: bool,
 }
 
 /// What typed bytes mean.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Typed {
-    /// What goes to the guest.
+    /// Bytes for the guest.
     pub guest: Vec<u8>,
-    /// Whether the monitor is to end.
+    /// Whether the monitor must end.
     pub quit: bool,
 }
 

@@ -11,6 +11,8 @@ pub fn send(pid: u32, name: &str) -> Result<()> {
     let signal = match name {
         "INT" => Signal::INT,
         "TERM" => Signal::TERM,
+        "HUP" => Signal::HUP,
+        "QUIT" => Signal::QUIT,
         _ => bail!("SIG{name} is not sent here"),
     };
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a process id")?;

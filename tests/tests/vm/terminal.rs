@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, Termios, tcgetattr};
+use rustix::termios::{InputModes, LocalModes, Termios, tcgetattr};
 use tests::lab::Lab;
 
 use super::Test;
@@ -16,6 +16,7 @@ use super::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("terminal::ctrl_a_x_ends_it_and_restores_the_terminal", |lab| typed(lab, b"\x01x")),
     ("terminal::ctrl_c_ends_it_and_restores_the_terminal", |lab| typed(lab, b"\x03")),
+    ("terminal::signals_end_it_and_restore_the_terminal", signals),
     ("terminal::typing_reaches_the_guest", typing),
 ];
 
@@ -27,6 +28,12 @@ struct Session {
     before: Termios,
 }
 
+/// Modes with which the terminal keeps keys from the guest, or changes them: lines, echo, Ctrl-C,
+/// Ctrl-V; Ctrl-S and Ctrl-Q, Enter.
+const COOKED_LOCAL: LocalModes =
+    LocalModes::ICANON.union(LocalModes::ECHO).union(LocalModes::ISIG).union(LocalModes::IEXTEN);
+const COOKED_INPUT: InputModes = InputModes::IXON.union(InputModes::ICRNL);
+
 /// Starts a VM on a pseudo-terminal and waits until its init is up.
 fn start(lab: &Lab) -> Result<Session> {
     let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
@@ -35,7 +42,10 @@ fn start(lab: &Lab) -> Result<Session> {
     let path = ptsname(&person, Vec::new())?.into_string()?;
     let terminal = OpenOptions::new().read(true).write(true).open(path)?;
     let before = tcgetattr(&terminal)?;
-    ensure!(before.local_modes.contains(LocalModes::ICANON | LocalModes::ECHO), "a strange terminal");
+    ensure!(
+        before.local_modes.contains(COOKED_LOCAL) && before.input_modes.contains(COOKED_INPUT),
+        "not a terminal's usual modes: {before:?}"
+    );
     let mut child = Command::new(&lab.vmm)
         .arg("--kernel")
         .arg(&lab.kernel)
@@ -49,7 +59,15 @@ fn start(lab: &Lab) -> Result<Session> {
     let mut session = Session { person: File::from(person), terminal, child, output, before };
     session.read_until("@end ready")?;
     let raw = tcgetattr(session.terminal.as_fd())?;
-    ensure!(!raw.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO), "the terminal is not raw");
+    ensure!(
+        !raw.local_modes.intersects(COOKED_LOCAL) && !raw.input_modes.intersects(COOKED_INPUT),
+        "the terminal is not raw: {raw:?}"
+    );
+    ensure!(
+        raw.output_modes == session.before.output_modes,
+        "the monitor's own lines need {:?}",
+        session.before
+    );
     Ok(session)
 }
 
@@ -70,7 +88,9 @@ impl Session {
         let status = self.child.wait()?;
         ensure!(status.code() == Some(0), "it ended with {status}");
         let after = tcgetattr(self.terminal.as_fd())?;
-        ensure!(after.local_modes == self.before.local_modes, "{:?} became {:?}", self.before, after);
+        // All of it: modes, special characters, line discipline, speeds.
+        let (before, after) = (format!("{:?}", self.before), format!("{after:?}"));
+        ensure!(before == after, "{before} became {after}");
         Ok(())
     }
 }
@@ -79,6 +99,15 @@ fn typed(lab: &Lab, keys: &[u8]) -> Result<()> {
     let mut session = start(lab)?;
     session.person.write_all(keys)?;
     session.end()
+}
+
+fn signals(lab: &Lab) -> Result<()> {
+    for signal in ["HUP", "QUIT"] {
+        let session = start(lab)?;
+        tests::signal::send(session.child.id(), signal)?;
+        session.end().with_context(|| format!("SIG{signal}"))?;
+    }
+    Ok(())
 }
 
 fn typing(lab: &Lab) -> Result<()> {

@@ -1,5 +1,5 @@
-//! ACPI tables of a hardware-reduced machine: what a kernel without MP-table support needs
-//! to find its CPUs, its serial port and its power switch.
+//! ACPI tables of a hardware-reduced machine (ACPI 6.5, 4.1): the CPUs, the serial port, reset and
+//! power-off.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope};
@@ -19,14 +19,14 @@ use crate::memory::{Error, GuestRam};
 const OEM: [u8; 6] = *b"RSTVMM";
 const TABLE: [u8; 8] = *b"LIVEPTCH";
 
-/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.10): no VGA, no CMOS clock. The keyboard controller
-/// bit stays clear too: there is one for reset only.
+/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.10): no VGA, no CMOS clock. Its bit 1 (8042) stays clear: the
+/// keyboard controller here only resets.
 const NO_VGA_NO_CMOS: u16 = 1 << 2 | 1 << 5;
 
 /// Writes the tables for `cpus` processors.
 ///
 /// # Errors
-/// When they do not fit in RAM.
+/// When RAM is too small to hold them.
 pub fn write(ram: &GuestRam, cpus: u8) -> Result<(), Error> {
     let mut next = ACPI_TABLES;
     let mut put = |table: &dyn Aml| {
@@ -34,7 +34,7 @@ pub fn write(ram: &GuestRam, cpus: u8) -> Result<(), Error> {
         table.to_aml_bytes(&mut bytes);
         let at = next;
         next += (bytes.len() as u64).next_multiple_of(16);
-        debug_assert!(next <= HIGH_MEMORY, "ACPI tables overflow their place");
+        debug_assert!(next <= HIGH_MEMORY, "ACPI tables end at {next:#x}, above {HIGH_MEMORY:#x}");
         ram.write(Gpa(at), &bytes).map(|()| at)
     };
     let dsdt = put(&dsdt())?;
@@ -77,8 +77,8 @@ fn madt(cpus: u8) -> MADT {
     madt
 }
 
-/// The DSDT: COM1, without which user space can't write to it on a hardware-reduced machine,
-/// and `\_S5`, without which there is no power-off.
+/// The DSDT: COM1, because a hardware-reduced machine has no legacy interrupt for it, and `\_S5`,
+/// without which Linux offers no power-off.
 fn dsdt() -> Dsdt {
     let mut code = Vec::new();
     let ports = IO::new(COM1, COM1, 1, 8);

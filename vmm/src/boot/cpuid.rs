@@ -1,22 +1,23 @@
-//! CPUID: what KVM supports, with each vCPU's place in the topology filled in: one package,
-//! one thread a core.
+//! CPUID: the leaves that KVM supports, with each vCPU's place in the topology: one package, one
+//! thread a core.
 
 use std::arch::x86_64::__cpuid;
 
 use kvm_bindings::CpuId;
 
-/// Topology leaves (SDM volume 2, CPUID).
+/// Extended topology leaves (SDM volume 2, CPUID, leaves 0BH and 1FH).
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+/// Domain types of these leaves, ECX bits 8 to 15.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
-/// Leaf 1: EDX bit 28, more than one logical processor.
+/// Leaf 1, EDX bit 28: EBX bits 16 to 23 count the package's logical processors (SDM volume 2, CPUID).
 const HTT: u32 = 1 << 28;
-/// Leaf 1: ECX bit 31, running under a hypervisor.
+/// Leaf 1, ECX bit 31: running under a hypervisor (APM volume 3, E.3.2).
 const HYPERVISOR: u32 = 1 << 31;
 
-/// Whether this machine's processor promises that an aligned store to code is seen as a
-/// whole: AMD's and Hygon's do (APM volume 2, 7.6.1). Not if it is itself emulated, which the
-/// hypervisor bit can't tell from virtualized: emulators fetch byte by byte (QEMU's TCG does).
+/// Whether instruction fetch on this machine's processor sees an aligned store as a whole: AMD and
+/// Hygon guarantee it (APM volume 2, 7.6.1). Under a hypervisor the answer is no: its bit does not
+/// tell virtualization from emulation, and emulators fetch byte by byte (QEMU's TCG does).
 #[must_use]
 pub fn shows_stores_as_a_whole() -> bool {
     let (vendor, features) = (__cpuid(0), __cpuid(1));
@@ -24,7 +25,7 @@ pub fn shows_stores_as_a_whole() -> bool {
     (vendor == b"AuthenticAMD" || vendor == b"HygonGenuine") && features.ecx & HYPERVISOR == 0
 }
 
-/// Fills in what depends on the vCPU. `apic_id` is its index.
+/// Fills in the fields that depend on the vCPU. `apic_id` is its index.
 pub fn place(cpuid: &mut CpuId, apic_id: u8, cpus: u8) {
     let (id, count) = (u32::from(apic_id), u32::from(cpus));
     let core_bits = count.next_power_of_two().trailing_zeros();
@@ -37,7 +38,8 @@ pub fn place(cpuid: &mut CpuId, apic_id: u8, cpus: u8) {
                     entry.edx |= HTT;
                 }
             }
-            // Deterministic cache parameters: cores in the package, none sharing beyond it.
+            // Deterministic cache parameters: EAX bits 14 to 25, no sharing between cores; bits 26 to
+            // 31, core numbers in the package less one (SDM volume 2, CPUID, leaf 4).
             4 if entry.eax & 0x1f != 0 => {
                 entry.eax = entry.eax & 0x3fff | ((1 << core_bits) - 1) << 26;
             }
@@ -49,8 +51,9 @@ pub fn place(cpuid: &mut CpuId, apic_id: u8, cpus: u8) {
                 };
                 entry.edx = id;
             }
-            // AMD (APM volume 3, E.4): core count and the width of a core's number.
+            // The width of a core's number, and the core count less one (APM volume 3, E.4).
             0x8000_0008 => entry.ecx = core_bits << 12 | (count - 1),
+            // APIC id, core and node (APM volume 3, E.4).
             0x8000_001e => {
                 entry.eax = id;
                 entry.ebx = id;

@@ -1,5 +1,5 @@
-//! Loading a bzImage, its initrd and its command line, and the zero page that tells the
-//! kernel about them (Linux Documentation/arch/x86/boot.rst).
+//! Loads a bzImage, its initrd and its command line, and writes the zero page that describes them
+//! (Linux Documentation/arch/x86/boot.rst).
 
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -15,12 +15,15 @@ use vm_memory::GuestAddress;
 use crate::memory::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, RSDP, ZERO_PAGE};
 use crate::memory::{self, GuestRam, PAGE};
 
-/// The 64-bit entry lies this far into the protected-mode kernel.
+/// Offset of the 64-bit entry in the protected-mode kernel (boot.rst, "64-bit Boot Protocol").
 const ENTRY_64: u64 = 0x200;
-/// `XLF_KERNEL_64`: the kernel has a 64-bit entry.
+/// The first protocol with `xloadflags`, 2.12 (boot.rst).
+const PROTOCOL_2_12: u16 = 0x20c;
+/// `XLF_KERNEL_64` of `xloadflags` (boot.rst): the kernel has a 64-bit entry.
 const HAS_64_BIT_ENTRY: u16 = 1;
-/// A boot loader without a number of its own.
+/// `type_of_loader` of a boot loader without an assigned number (boot.rst).
 const LOADER_UNDEFINED: u8 = 0xff;
+/// Types of memory ranges (ACPI 6.5, table 15.1).
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
@@ -32,10 +35,10 @@ pub enum Error {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The kernel is no bzImage, or broken.
+    /// The kernel is not a bzImage with a 64-bit entry, or is damaged.
     #[error("{path} is no bzImage that can be loaded: {what}")]
     Kernel {
         /// The file.
@@ -43,7 +46,7 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
-    /// The command line is too long or has bytes that it can't have.
+    /// The command line is too long or has bytes that are not allowed.
     #[error("the kernel command line: {0}")]
     CommandLine(String),
     /// RAM is too small.
@@ -51,9 +54,9 @@ pub enum Error {
     TooSmall {
         /// What does not fit.
         what: &'static str,
-        /// What it needs.
+        /// What it needs, in MiB.
         needed: u64,
-        /// What there is.
+        /// What the guest has below the device gap, in MiB.
         available: u64,
     },
     /// RAM can't be written.
@@ -69,7 +72,8 @@ pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     std::fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })
 }
 
-/// Loads the kernel `image` (read from `path`) and what goes with it. Returns its entry.
+/// Loads the kernel `image` (read from `path`), its initrd and its command line. Returns the
+/// kernel's 64-bit entry.
 ///
 /// # Errors
 /// See [`Error`].
@@ -95,17 +99,18 @@ pub fn load(
     }
     fits("the kernel", HIGH_MEMORY + image.len() as u64)?;
     let loaded = BzImage::load(
-        ram.writer(),
+        ram.monitor_view(),
         Some(GuestAddress(HIGH_MEMORY)),
         &mut Cursor::new(image),
         Some(GuestAddress(HIGH_MEMORY)),
     )
     .map_err(|e| broken(e.to_string()))?;
     let mut header = loaded.setup_header.ok_or_else(|| broken("it has no setup header".into()))?;
-    if header.version < 0x20c || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
+    if header.version < PROTOCOL_2_12 || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
         return Err(broken("it has no 64-bit entry (boot protocol 2.12 and XLF_KERNEL_64)".into()));
     }
-    // The kernel unpacks itself to its preferred address or above where it was loaded.
+    // Without KASLR the kernel unpacks itself to the higher of its preferred and its load address
+    // (boot.rst, `init_size`).
     let unpacked_end = header.pref_address.max(HIGH_MEMORY) + u64::from(header.init_size);
     fits("the unpacked kernel", unpacked_end)?;
 
@@ -113,7 +118,7 @@ pub fn load(
     header.cmd_line_ptr = u32::try_from(COMMAND_LINE).unwrap_or(u32::MAX);
     let text =
         Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(|e| Error::CommandLine(e.to_string()))?;
-    load_cmdline(ram.writer(), GuestAddress(COMMAND_LINE), &text)
+    load_cmdline(ram.monitor_view(), GuestAddress(COMMAND_LINE), &text)
         .map_err(|e| Error::CommandLine(e.to_string()))?;
     if let Some(initrd) = initrd {
         let size = initrd.len() as u64;
@@ -128,8 +133,8 @@ pub fn load(
     Ok(loaded.kernel_load.0 + ENTRY_64)
 }
 
-/// The size of a bzImage by its own header: boot sector, setup sectors, and `syssize` units
-/// of 16 bytes.
+/// The size of a bzImage by its header (boot.rst, `setup_sects`, `syssize`, `header`): boot sector,
+/// setup sectors (0 means 4), and `syssize` units of 16 bytes.
 fn stated_size(image: &[u8]) -> Option<u64> {
     let setup = match *image.get(0x1f1)? {
         0 => 4,
@@ -153,6 +158,9 @@ fn write_zero_page(
         (entry.addr, entry.size, entry.r#type) = (addr, size, kind);
     }
     params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
-    LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, GuestAddress(ZERO_PAGE)), ram.writer())
-        .map_err(|e| e.to_string())
+    LinuxBootConfigurator::write_bootparams(
+        &BootParams::new(&params, GuestAddress(ZERO_PAGE)),
+        ram.monitor_view(),
+    )
+    .map_err(|e| e.to_string())
 }

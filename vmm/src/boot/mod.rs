@@ -1,4 +1,4 @@
-//! Getting a Linux kernel to run: 64-bit boot protocol, ACPI tables, CPU features.
+//! What a vCPU needs to start Linux: the 64-bit boot protocol, ACPI tables, CPUID.
 
 pub mod acpi;
 pub mod cpuid;

@@ -9,23 +9,34 @@ use crate::memory::layout::{GDT, PAGE_TABLES, ZERO_PAGE};
 use crate::memory::{Error, GuestRam, PAGE};
 use crate::x86::{EFER_LMA, code_segment};
 
+// Protection and paging on, with the paging-structure entries of long mode (SDM volume 3, 2.5).
 const CR0_PE: u64 = 1;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
+/// IA32_EFER.LME: long mode is enabled (SDM volume 3, 2.2.1).
 const EFER_LME: u64 = 1 << 8;
+/// P and R/W of a paging-structure entry (SDM volume 3, table 4-18).
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
+/// PS of a page-directory entry: a page of 2 MiB (SDM volume 3, table 4-18).
 const PAGE_LARGE: u64 = 1 << 7;
 const GIB: u64 = 1 << 30;
-/// RFLAGS bit 1 always reads as one.
+/// RFLAGS bit 1 always reads as one (SDM volume 1, 3.4.3).
 const RFLAGS_RESERVED: u64 = 2;
 
-/// `__BOOT_CS` = 0x10 and `__BOOT_DS` = 0x18: 64-bit code and flat data.
+/// The selectors that the boot protocol asks for.
+const BOOT_CS: u16 = 0x10;
+const BOOT_DS: u16 = 0x18;
+/// The GDT: null, unused, 64-bit code at [`BOOT_CS`], flat data at [`BOOT_DS`] (SDM volume 3, 3.4.5).
 const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Segment types (SDM volume 3, table 3-1): code, execute and read, accessed.
+const CODE_ACCESSED: u8 = 0xb;
+/// Data, read and write, accessed.
+const DATA_ACCESSED: u8 = 0x3;
 
-/// Writes the GDT and page tables.
+/// Writes the GDT and the page tables.
 ///
 /// # Errors
-/// When RAM is too small for them.
+/// When RAM is too small to hold them.
 pub fn write_tables(ram: &GuestRam) -> Result<(), Error> {
     for (at, descriptor) in (GDT..).step_by(8).zip(DESCRIPTORS) {
         ram.write(Gpa(at), &descriptor.to_le_bytes())?;
@@ -44,7 +55,7 @@ pub fn write_tables(ram: &GuestRam) -> Result<(), Error> {
     Ok(())
 }
 
-/// General registers to start the kernel at `entry`.
+/// General registers at the kernel's 64-bit `entry`.
 #[must_use]
 pub fn regs(entry: u64) -> kvm_regs {
     kvm_regs { rip: entry, rsi: ZERO_PAGE, rflags: RFLAGS_RESERVED, ..Default::default() }
@@ -53,8 +64,8 @@ pub fn regs(entry: u64) -> kvm_regs {
 /// System registers, starting from those of a vCPU after reset.
 #[must_use]
 pub fn sregs(reset: &kvm_sregs) -> kvm_sregs {
-    let code = code_segment(0x10, 0xb, 0);
-    let data = kvm_segment { selector: 0x18, type_: 0x3, db: 1, l: 0, ..code };
+    let code = code_segment(BOOT_CS, CODE_ACCESSED, 0);
+    let data = kvm_segment { selector: BOOT_DS, type_: DATA_ACCESSED, db: 1, l: 0, ..code };
     let mut sregs = *reset;
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);

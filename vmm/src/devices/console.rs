@@ -1,15 +1,14 @@
-//! The serial console: a 16550 at COM1 whose output goes to a stream and whose input comes
-//! from one.
+//! The serial console: a 16550 UART at COM1.
 
 use std::io::{self, Write};
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use vm_superio::Serial;
 use vm_superio::serial::SerialEvents;
 
 use crate::devices::irq_line::IrqLine;
 
-/// Raised when the guest has read all its input, so that more may be given.
+/// Signals that the guest has read all its input, so that the UART can take more.
 struct Drained(IrqLine);
 
 impl SerialEvents for Drained {
@@ -17,7 +16,7 @@ impl SerialEvents for Drained {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        // The line can only refuse when it is raised already.
+        // Writing to an eventfd fails only if it is signalled already.
         let _ = self.0.event().write(1);
     }
 }
@@ -27,35 +26,30 @@ type Uart = Serial<IrqLine, Drained, Box<dyn Write + Send>>;
 /// COM1.
 pub struct Console(Mutex<Uart>);
 
-/// Where a console's input may be put, and when.
+/// What became of input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Input {
-    /// So many bytes were taken.
+    /// The UART took this many bytes.
     Taken(usize),
-    /// The buffer is full: wait for the drained line.
+    /// The UART's buffer is full: wait for `drained`.
     Full,
 }
 
 impl Console {
-    /// A console that interrupts through `interrupt`, writes to `output`, and raises
-    /// `drained` when its input is used up.
+    /// A console that interrupts by `interrupt`, writes to `output`, and signals `drained` when the
+    /// guest has read all its input.
     #[must_use]
     pub fn new(interrupt: IrqLine, drained: IrqLine, output: Box<dyn Write + Send>) -> Self {
         Self(Mutex::new(Serial::with_events(interrupt, Drained(drained), output)))
     }
 
-    fn uart(&self) -> std::sync::MutexGuard<'_, Uart> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn read(&self, offset: u8) -> u8 {
-        self.uart().read(offset)
+        self.0.lock().read(offset)
     }
 
     pub(super) fn write(&self, offset: u8, value: u8) {
-        // The guest can't be told that the terminal is gone; its output is lost, as on a
-        // serial line that nobody listens to.
-        let _ = self.uart().write(offset, value);
+        // If the output is closed, what the guest writes is lost, as on an unplugged serial line.
+        let _ = self.0.lock().write(offset, value);
     }
 
     /// Gives input to the guest.
@@ -63,7 +57,7 @@ impl Console {
     /// # Errors
     /// When the interrupt can't be raised.
     pub fn input(&self, bytes: &[u8]) -> io::Result<Input> {
-        let mut uart = self.uart();
+        let mut uart = self.0.lock();
         if uart.fifo_capacity() == 0 {
             return Ok(Input::Full);
         }

@@ -1,23 +1,23 @@
-//! Interrupt lines.
+//! Lines that a device signals, each an eventfd.
 
 use std::io;
 
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// An event that a device raises: an interrupt line, or a request of the guest.
+/// An eventfd that a device signals: an interrupt by `KVM_IRQFD`, or a wake-up of the event loop.
 #[derive(Debug)]
 pub struct IrqLine(EventFd);
 
 impl IrqLine {
-    /// A new, quiet one.
+    /// A new line, not signalled.
     ///
     /// # Errors
-    /// When the system has no descriptor left.
+    /// What `eventfd` returned.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Self)
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Self)
     }
 
-    /// The descriptor to wait on or to hand to KVM.
+    /// The eventfd, for KVM or the event loop.
     pub fn event(&self) -> &EventFd {
         &self.0
     }

@@ -1,4 +1,4 @@
-//! The devices of the machine, and the port bus that they sit on.
+//! The machine's devices, and the port bus that dispatches to them.
 
 pub mod console;
 pub mod irq_line;

@@ -1,19 +1,26 @@
 //! The port bus.
 
-use std::sync::{Mutex, PoisonError};
+use parking_lot::Mutex;
 
 use crate::devices::console::Console;
 use crate::devices::power::{Power, PowerRequest};
 use crate::memory::layout::{COM1, I8042, RESET, SLEEP_CONTROL};
 
-/// All that answers to ports. Ports that nobody has read as all ones, as on a PC.
+/// COM1's last port, the scratch register.
+const COM1_LAST: u16 = COM1 + 7;
+/// The keyboard controller's command and status port.
+const I8042_COMMAND: u16 = I8042 + 4;
+/// ACPI sleep status register (ACPI 6.5, 4.8.3.7).
+const SLEEP_STATUS: u16 = SLEEP_CONTROL + 1;
+
+/// Dispatches port accesses. A port without a device reads as all ones, as on a PC.
 pub struct Ports {
     console: Console,
     power: Mutex<Power>,
 }
 
 impl Ports {
-    /// A bus with these devices.
+    /// A bus with the given devices.
     #[must_use]
     pub fn new(console: Console, power: Power) -> Self {
         Self { console, power: Mutex::new(power) }
@@ -25,36 +32,32 @@ impl Ports {
         &self.console
     }
 
-    /// Answers a read.
+    /// Serves a port read.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         data.fill(0xff);
         let [byte] = data else { return };
         *byte = match port {
-            COM1..=0x3ff => self.console.read(low_byte(port - COM1)),
-            I8042..=0x64 => self.power().read_i8042(low_byte(port - I8042)),
-            // ACPI sleep status: nothing to report.
-            0x601 => 0,
+            COM1..=COM1_LAST => self.console.read(low_byte(port - COM1)),
+            I8042..=I8042_COMMAND => self.power.lock().read_i8042(low_byte(port - I8042)),
+            // WAK_STS stays clear: the machine does not wake up from a sleep state.
+            SLEEP_STATUS => 0,
             _ => *byte,
         };
     }
 
-    /// Takes a write; returns what the guest wants, if that was what it meant.
+    /// Serves a port write; returns the power request if it made one.
     pub fn write(&self, port: u16, data: &[u8]) -> Option<PowerRequest> {
         let &[byte] = data else { return None };
         match port {
-            COM1..=0x3ff => {
+            COM1..=COM1_LAST => {
                 self.console.write(low_byte(port - COM1), byte);
                 None
             }
-            I8042..=0x64 => self.power().write_i8042(low_byte(port - I8042), byte),
+            I8042..=I8042_COMMAND => self.power.lock().write_i8042(low_byte(port - I8042), byte),
             SLEEP_CONTROL => Power::sleep(byte),
             RESET => Some(PowerRequest::Reset),
             _ => None,
         }
-    }
-
-    fn power(&self) -> std::sync::MutexGuard<'_, Power> {
-        self.power.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

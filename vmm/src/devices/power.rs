@@ -1,8 +1,11 @@
-//! Reset and power-off: the keyboard controller's reset line and ACPI's sleep control.
+//! Reset and power-off: the i8042's reset line and the ACPI sleep control register.
 
 use vm_superio::{I8042Device, Trigger};
 
-/// What the guest wants of the machine.
+/// `SLP_EN` of the sleep control register (ACPI 6.5, 4.8.3.7).
+const SLP_EN: u8 = 1 << 5;
+
+/// What a port write asks of the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PowerRequest {
     /// Power off.
@@ -11,7 +14,7 @@ pub enum PowerRequest {
     Reset,
 }
 
-/// Remembers that the keyboard controller pulsed the reset line.
+/// Whether the keyboard controller has pulsed the reset line.
 #[derive(Debug, Default)]
 struct Pulsed(std::cell::Cell<bool>);
 
@@ -23,11 +26,11 @@ impl Trigger for Pulsed {
     }
 }
 
-/// The keyboard controller, as far as a reset needs one.
+/// The reset part of an i8042 keyboard controller.
 pub struct Power(I8042Device<Pulsed>);
 
 impl Power {
-    /// A new one.
+    /// A controller after reset.
     #[must_use]
     pub fn new() -> Self {
         Self(I8042Device::new(Pulsed::default()))
@@ -42,10 +45,10 @@ impl Power {
         self.0.reset_evt().0.take().then_some(PowerRequest::Reset)
     }
 
-    /// The sleep control register (ACPI 6.5, 4.8.3.7): `SLP_EN` is bit 5, `SLP_TYPx` bits
-    /// 2 to 4. The only sleep state there is is S5.
+    /// Serves a write to the sleep control register. `SLP_TYPx` is not looked at: the DSDT offers S5
+    /// only.
     pub(super) fn sleep(value: u8) -> Option<PowerRequest> {
-        (value & 1 << 5 != 0).then_some(PowerRequest::Off)
+        (value & SLP_EN != 0).then_some(PowerRequest::Off)
     }
 }
 

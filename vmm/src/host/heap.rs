@@ -1,19 +1,20 @@
-//! The monitor's own heap: what is large goes back to the system when it is freed.
+//! The monitor's heap: a large block goes back to the system when it is freed.
 //!
-//! glibc maps a large allocation by itself and unmaps it when freed, but then takes the next ones of
-//! up to that size from its heap (mallopt(3), "dynamic mmap threshold"), which stays. A kernel image
-//! is unpacked once, into 60 MiB; that the heap keeps, and with transparent large pages all of it.
+//! glibc maps a large block by `mmap` and unmaps it when it is freed, but then raises its threshold,
+//! so that later blocks of that size come from the heap, which keeps them (mallopt(3), "dynamic mmap
+//! threshold"). Unpacking a kernel image takes 60 MiB once. A threshold that is set stays.
 //!
-//! Unsafe code: one call into the C library. Invariant: it takes integers and sets one.
+//! Unsafe code: `mallopt`. Invariant: it takes two integers by value and sets one inside the C library,
+//! under its own lock.
 #![allow(unsafe_code)]
 
-/// From which size an allocation is large, in bytes. Requests and plans for thousands of sites are
-/// not: to map memory the process's `mmap_lock` is needed, and programs should not wait for that.
+/// The size in bytes from which a block is large. API requests and plans for thousands of sites are
+/// smaller: `mmap` takes the process's `mmap_lock`, which a program should not wait for.
 const LARGE: i32 = 1 << 20;
 
-/// Makes it so, for the whole process from here on. Where the C library does not know of this, nothing
-/// is lost but memory.
-pub fn give_back_what_is_large() {
+/// Sets the threshold for the whole process. A C library without this option keeps more memory;
+/// nothing else changes.
+pub fn unmap_large_blocks_when_freed() {
     // SAFETY: see the module's invariant.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
 }

@@ -1,4 +1,4 @@
-//! The host's kernel and C library: calls that have nothing to do with KVM or guests.
+//! The host's kernel and C library: what concerns neither KVM nor a guest.
 
 pub mod heap;
 pub mod membarrier;

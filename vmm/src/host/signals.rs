@@ -1,50 +1,113 @@
-//! SIGINT and SIGTERM as a descriptor for the event loop.
+//! The signals that end the monitor, as a descriptor for the event loop.
 //!
-//! Unsafe code: `signalfd` and reading it. Invariants: the signals are blocked before any
-//! thread is started, so that no thread takes them; the descriptor is owned by [`Signals`].
-#![allow(unsafe_code)]
+//! A handler (`signal-hook`) writes to a socket, whose other end the event loop watches. The signals
+//! are blocked in every thread but the event loop's, so that none of them interrupts a vCPU.
 
-use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 
-use vmm_sys_util::signal::{block_signal, create_sigset};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::low_level::pipe;
+use vmm_sys_util::signal::{self, block_signal, unblock_signal};
 
-/// The signals that end the monitor.
+/// Signals that end the monitor even if it was started with them ignored, as a shell without job
+/// control starts a background process with SIGINT ignored.
+const ALWAYS: [i32; 2] = [SIGINT, SIGTERM];
+/// Signals that end the monitor unless it was started with them ignored, as `nohup` does with SIGHUP.
+const UNLESS_IGNORED: [i32; 2] = [SIGHUP, SIGQUIT];
+
+/// A descriptor that is readable once one of the signals was delivered.
 #[derive(Debug)]
-pub struct Signals(File);
+pub struct Signals {
+    delivered: UnixStream,
+    handled: Vec<i32>,
+}
 
 impl Signals {
-    /// Blocks the signals for this thread and all that it starts, and makes them readable.
+    /// Installs the handlers, and blocks the signals in this thread and in all threads that it starts
+    /// from here on.
     ///
     /// # Errors
     /// What the system returned.
     pub fn new() -> io::Result<Self> {
-        let signals = [libc::SIGINT, libc::SIGTERM];
-        for signal in signals {
-            block_signal(signal).map_err(|e| io::Error::other(format!("blocking signal {signal}: {e:?}")))?;
+        // Without procfs no signal counts as ignored.
+        let ignored = ignored(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
+        let is_ignored = |signal: &i32| ignored >> (signal - 1) & 1 == 1;
+        let handled = UNLESS_IGNORED.into_iter().filter(|signal| !is_ignored(signal)).chain(ALWAYS).collect();
+        let (delivered, handler_end) = UnixStream::pair()?;
+        delivered.set_nonblocking(true)?;
+        let signals = Self { delivered, handled };
+        for &signal in &signals.handled {
+            block(signal)?;
+            pipe::register(signal, handler_end.try_clone()?)?;
         }
-        let set = create_sigset(&signals).map_err(io::Error::from)?;
-        // SAFETY: `set` is an initialized signal set; -1 asks for a new descriptor.
-        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel just returned it; nobody else owns it.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+        Ok(signals)
     }
 
-    /// Which signal came, if one did.
-    pub fn take(&mut self) -> Option<i32> {
-        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        self.0.read_exact(&mut info).ok()?;
-        let number = u32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
-        i32::try_from(number).ok()
+    /// Has the calling thread take the signals, those included that were sent since
+    /// [`Signals::new`].
+    ///
+    /// # Errors
+    /// What the system returned.
+    pub fn unblock(&self) -> io::Result<()> {
+        self.handled.iter().try_for_each(|&signal| {
+            unblock_signal(signal).map_err(|e| io::Error::other(format!("unblocking signal {signal}: {e:?}")))
+        })
+    }
+
+    /// Whether a signal was delivered since the last call.
+    pub fn take(&mut self) -> bool {
+        // The handler writes a byte a signal; the rest is read by the next call.
+        self.delivered.read(&mut [0; 16]).is_ok_and(|signals| signals > 0)
     }
 }
 
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.delivered.as_raw_fd()
+    }
+}
+
+fn block(signal: i32) -> io::Result<()> {
+    match block_signal(signal) {
+        Ok(()) | Err(signal::Error::SignalAlreadyBlocked(_)) => Ok(()),
+        Err(error) => Err(io::Error::other(format!("blocking signal {signal}: {error:?}"))),
+    }
+}
+
+/// The ignored signals of a process, a bit each, from its `status` file (proc_pid_status(5), `SigIgn`).
+fn ignored(status: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use signal_hook::low_level::raise;
+
+    use super::*;
+
+    /// One test for all: handlers and `raise` concern the whole process or the thread.
+    #[test]
+    fn signals_wait_until_they_are_unblocked() {
+        let mut signals = Signals::new().expect("handlers");
+        let handled = signals.handled.clone();
+        assert!(ALWAYS.iter().all(|signal| handled.contains(signal)), "{handled:?}");
+        for &signal in &handled {
+            raise(signal).expect("raised");
+            assert!(!signals.take(), "signal {signal} is blocked");
+            signals.unblock().expect("unblocked");
+            assert!(signals.take(), "signal {signal}");
+            assert!(!signals.take(), "signal {signal} came once");
+            handled.iter().try_for_each(|&signal| block(signal)).expect("blocked again");
+        }
+    }
+
+    #[test]
+    fn ignored_signals_are_read_from_the_status_file() {
+        let status = "Name:\tvmm\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\tffff\n";
+        assert_eq!(ignored(status), 1 << (SIGHUP - 1) | 1 << 12);
+        assert_eq!(ignored(""), 0);
     }
 }

@@ -1,15 +1,23 @@
-//! The terminal, raw while a guest has it, and the keys that do not go to the guest.
+//! The terminal, raw while a guest has it, and the keys that are for the monitor.
 
-use std::io::{self, IsTerminal, Stdin};
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic;
+use std::sync::Arc;
 
-use vmm_sys_util::terminal::Terminal;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-/// Keeps standard input raw, if it is a terminal, until dropped.
-#[derive(Debug)]
-pub struct Raw(Option<Stdin>);
+/// Keeps standard input raw, if it is a terminal, until dropped or until any thread panics.
+pub struct Raw(Option<Arc<Saved>>);
+
+/// A terminal, and its settings before it became raw.
+struct Saved {
+    terminal: OwnedFd,
+    before: Termios,
+}
 
 impl Raw {
-    /// Makes the terminal raw.
+    /// Makes standard input raw.
     ///
     /// # Errors
     /// What the system returned.
@@ -18,8 +26,25 @@ impl Raw {
         if !stdin.is_terminal() {
             return Ok(Self(None));
         }
-        stdin.lock().set_raw_mode()?;
-        Ok(Self(Some(stdin)))
+        Self::of(stdin.as_fd().try_clone_to_owned()?)
+    }
+
+    /// Makes a terminal raw, as cfmakeraw(3), except for its output: the monitor writes lines of its
+    /// own there while the guest runs, and those end in a bare line feed.
+    fn of(terminal: OwnedFd) -> io::Result<Self> {
+        let before = tcgetattr(&terminal)?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        raw.output_modes = before.output_modes;
+        tcsetattr(&terminal, OptionalActions::Now, &raw)?;
+        let saved = Arc::new(Saved { terminal, before });
+        // A panic that aborts drops nothing.
+        let (on_panic, next) = (saved.clone(), panic::take_hook());
+        panic::set_hook(Box::new(move |info| {
+            on_panic.restore();
+            next(info);
+        }));
+        Ok(Self(Some(saved)))
     }
 
     /// Whether there is a terminal.
@@ -29,11 +54,17 @@ impl Raw {
     }
 }
 
+impl Saved {
+    fn restore(&self) {
+        // It fails only when the terminal has hung up, and then nothing is left to restore.
+        let _ = tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
+    }
+}
+
 impl Drop for Raw {
     fn drop(&mut self) {
-        if let Some(stdin) = &self.0 {
-            // A terminal that is gone needs no restoring.
-            let _ = stdin.lock().set_canon_mode();
+        if let Some(saved) = &self.0 {
+            saved.restore();
         }
     }
 }
@@ -41,19 +72,20 @@ impl Drop for Raw {
 const CTRL_A: u8 = 1;
 const CTRL_C: u8 = 3;
 
-/// Finds the keys that are for the monitor: Ctrl-C and Ctrl-A x end it; Ctrl-A c and
-/// Ctrl-A Ctrl-A give the guest a Ctrl-C and a Ctrl-A.
+/// Tells the monitor's keys from the guest's: Ctrl-C and Ctrl-A x end the monitor; Ctrl-A c sends
+/// the guest a Ctrl-C, Ctrl-A Ctrl-A a Ctrl-A.
 #[derive(Debug, Default)]
 pub struct Keys {
+    /// The last byte was a Ctrl-A that is not yet used.
     prefixed: bool,
 }
 
 /// What typed bytes mean.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Typed {
-    /// What goes to the guest.
+    /// Bytes for the guest.
     pub guest: Vec<u8>,
-    /// Whether the monitor is to end.
+    /// Whether the monitor must end.
     pub quit: bool,
 }
 
@@ -75,7 +107,39 @@ impl Keys {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::{InputModes, LocalModes, OutputModes};
+
     use super::*;
+
+    #[test]
+    fn the_terminal_is_raw_until_the_end_or_a_panic() {
+        let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
+        grantpt(&keyboard).and_then(|()| unlockpt(&keyboard)).expect("its other end");
+        let path = ptsname(&keyboard, Vec::new()).expect("its path").into_string().expect("UTF-8");
+        let terminal = File::options().read(true).write(true).open(path).expect("the terminal");
+        // With all special characters, line discipline and speeds; Termios has no `PartialEq`.
+        let settings = || format!("{:?}", tcgetattr(&terminal).expect("settings"));
+        let raw = || Raw::of(terminal.try_clone().expect("a descriptor").into()).expect("raw");
+
+        let before = settings();
+        let guard = raw();
+        let now = tcgetattr(&terminal).expect("settings");
+        let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG | LocalModes::IEXTEN;
+        assert!(!now.local_modes.intersects(cooked), "{now:?}");
+        assert!(!now.input_modes.intersects(InputModes::IXON | InputModes::ICRNL), "{now:?}");
+        assert!(now.output_modes.contains(OutputModes::OPOST), "{now:?}");
+        drop(guard);
+        assert_eq!(settings(), before);
+
+        let guard = raw();
+        assert_ne!(settings(), before);
+        std::thread::spawn(|| panic!("on purpose")).join().expect_err("it panicked");
+        assert_eq!(settings(), before);
+        drop(guard);
+    }
 
     #[test]
     fn keys_for_the_monitor_are_kept_from_the_guest() {

@@ -1,13 +1,17 @@
 //! Guest RAM: one memfd, mapped twice.
 //!
-//! KVM runs the guest on mapping A; the monitor reads and writes through mapping B. So a
-//! page can be write-protected for the guest (`mprotect` of A) and still be patched (B).
-//! Both ask for large pages: a guest touches most of its first 100 MiB while it boots, and
-//! each page is an exit (in the rig, 2.3 s to init and power-off with them, 4.5 s without).
+//! KVM runs the guest on the guest view; the monitor reads and writes through the monitor view.
+//! So a page can be write-protected for the guest (`mprotect` of the guest view) and still be
+//! patched. Both views ask for transparent huge pages: a guest touches most of its first 100 MiB
+//! while it boots, and the first touch of each page is an exit (in the rig, boot and power-off take
+//! 2.3 s with huge pages, 4.5 s without).
 //!
-//! Unsafe code: `mprotect` on mapping A, advice on both. Invariant: nothing in this process
-//! holds a reference into mapping A or writes through it; only KVM uses it, and KVM turns a
-//! write to a protected page into an exit.
+//! Unsafe code: `mprotect` of the guest view, `madvise` of both. Invariants:
+//! - Both calls get a page-aligned range inside one mapping that the caller owns.
+//! - No code of this process reads or writes the guest view, or holds a reference into it; only KVM
+//!   does. So `mprotect` can't fault this process, and KVM turns a write to a protected page into an
+//!   exit.
+//! - `MADV_HUGEPAGE` changes no content and no protection (madvise(2)).
 #![allow(unsafe_code)]
 
 pub mod layout;
@@ -15,10 +19,11 @@ pub mod paging;
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use patcher::addr::Gpa;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mm::{Advice, MprotectFlags, madvise, mprotect};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
@@ -29,18 +34,18 @@ use crate::memory::layout::{ARENA, ARENA_SIZE, DEVICE_GAP, DEVICE_GAP_END};
 
 /// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
-/// The same, for what counts in the host's own sizes.
+/// The same as a `usize`.
 pub const PAGE_SIZE: usize = 4096;
 
-/// Why RAM could not be made or reached.
+/// Why guest RAM could not be created or accessed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No memfd of this size.
+    /// The memfd could not be created, sized or duplicated.
     #[error("a memfd of {bytes} bytes: {source}")]
     Memfd {
         /// The size.
         bytes: u64,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The memfd could not be mapped.
@@ -54,53 +59,64 @@ pub enum Error {
     Access {
         /// The address.
         at: Gpa,
-        /// What vm-memory said.
+        /// vm-memory's error.
         source: GuestMemoryError,
     },
     /// The protection of a page could not be changed.
     #[error("protecting guest-physical {at:#x}: {source}", at = .at.0)]
     Protect {
-        /// The page.
+        /// The first page.
         at: Gpa,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }
 
-/// A piece of RAM as KVM wants to know it.
+/// A KVM memory slot (KVM API, `KVM_SET_USER_MEMORY_REGION`).
 #[derive(Debug, Clone, Copy)]
 pub struct Slot {
     /// Guest-physical start.
     pub guest: u64,
     /// Size in bytes.
     pub bytes: u64,
-    /// Start in mapping A.
+    /// Start in the guest view.
     pub host: u64,
+}
+
+/// A guest-physical range and where its content is in the memfd.
+#[derive(Debug, Clone, Copy)]
+struct Backing {
+    guest: u64,
+    file_offset: u64,
+    bytes: u64,
 }
 
 /// The guest's memory.
 #[derive(Debug)]
 pub struct GuestRam {
     guest_view: GuestMemoryMmap,
-    writer: GuestMemoryMmap,
+    monitor_view: GuestMemoryMmap,
 }
 
 impl GuestRam {
-    /// Makes `bytes` of zeroed RAM, split around the device gap below 4 GiB, and the arena.
+    /// Creates `bytes` of zeroed RAM, split around the device gap below 4 GiB, and the arena.
     ///
     /// # Errors
-    /// When the memory can't be had or mapped.
+    /// [`Error::Memfd`], [`Error::Map`] or [`Error::Arrange`].
     pub fn new(bytes: u64) -> Result<Self, Error> {
         let file = memfd(bytes + ARENA_SIZE)?;
         let low = bytes.min(DEVICE_GAP);
-        let mut parts = vec![(0, 0, low), (ARENA, bytes, ARENA_SIZE)];
+        let mut parts = vec![
+            Backing { guest: 0, file_offset: 0, bytes: low },
+            Backing { guest: ARENA, file_offset: bytes, bytes: ARENA_SIZE },
+        ];
         if bytes > low {
-            parts.push((DEVICE_GAP_END, low, bytes - low));
+            parts.push(Backing { guest: DEVICE_GAP_END, file_offset: low, bytes: bytes - low });
         }
-        Ok(Self { guest_view: map(&file, &parts)?, writer: map(&file, &parts)? })
+        Ok(Self { guest_view: map(&file, &parts)?, monitor_view: map(&file, &parts)? })
     }
 
-    /// RAM's pieces and the arena, for KVM.
+    /// The memory slots for KVM: RAM and the arena.
     pub fn slots(&self) -> Vec<Slot> {
         self.guest_view
             .iter()
@@ -112,15 +128,16 @@ impl GuestRam {
             .collect()
     }
 
-    /// RAM as the guest is told of it: where each piece begins, and its size in bytes.
+    /// The RAM that the guest's memory map lists, so without the arena: start and size in bytes of
+    /// each region.
     pub fn usable_ram(&self) -> impl Iterator<Item = (u64, u64)> {
-        let pieces = self.writer.iter().map(|region| (region.start_addr().0, region.len()));
-        pieces.filter(|(start, _)| *start != ARENA)
+        let regions = self.monitor_view.iter().map(|region| (region.start_addr().0, region.len()));
+        regions.filter(|(start, _)| *start != ARENA)
     }
 
-    /// The monitor's own view, for loaders.
-    pub fn writer(&self) -> &GuestMemoryMmap {
-        &self.writer
+    /// The monitor's view, for loaders.
+    pub fn monitor_view(&self) -> &GuestMemoryMmap {
+        &self.monitor_view
     }
 
     /// Reads RAM.
@@ -128,18 +145,18 @@ impl GuestRam {
     /// # Errors
     /// [`Error::Access`] when a byte of the range is not RAM.
     pub fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), Error> {
-        self.writer.read_slice(into, GuestAddress(at.0)).map_err(|source| Error::Access { at, source })
+        self.monitor_view.read_slice(into, GuestAddress(at.0)).map_err(|source| Error::Access { at, source })
     }
 
     /// Writes RAM. A range of 1, 2, 4 or 8 bytes that is aligned to its size is written with
-    /// one store; another byte by byte, in no promised order.
+    /// one store; any other range byte by byte, in no guaranteed order.
     ///
     /// # Errors
     /// [`Error::Access`] when a byte of the range is not RAM; bytes before it may have been
     /// written.
     pub fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
         let to = GuestAddress(at.0);
-        let memory = &self.writer;
+        let memory = &self.monitor_view;
         let done = match *bytes {
             [a] => memory.store(a, to, Ordering::SeqCst),
             [a, b] if at.0.is_multiple_of(2) => {
@@ -156,16 +173,16 @@ impl GuestRam {
         done.map_err(|source| Error::Access { at, source })
     }
 
-    /// Replaces `old` by `new` with one atomic access to the aligned eight bytes around them,
-    /// whose other bytes stay. Both have the same length and lie within such eight bytes.
+    /// Replaces `old` by `new` with one atomic access to the aligned eight bytes that hold them;
+    /// the other bytes keep their value. `old` and `new` have the same length.
     ///
     /// # Errors
-    /// [`Error::Access`] when it is not RAM. The inner error is what is there instead of
-    /// `old`; nothing was written then.
+    /// [`Error::Access`] when the word is not RAM or the range crosses into the next word. The inner
+    /// error holds the bytes found instead of `old`; nothing was written then.
     pub fn exchange(&self, at: Gpa, old: &[u8], new: &[u8]) -> Result<Result<(), Vec<u8>>, Error> {
         let access = |source| Error::Access { at, source };
         let (word, from) = (at.0 & !7, usize::try_from(at.0 & 7).unwrap_or(0));
-        let slice = self.writer.get_slice(GuestAddress(word), 8).map_err(access)?;
+        let slice = self.monitor_view.get_slice(GuestAddress(word), 8).map_err(access)?;
         let cell = slice.get_atomic_ref::<AtomicU64>(0).map_err(|e| access(e.into()))?;
         loop {
             let there = cell.load(Ordering::SeqCst);
@@ -178,15 +195,15 @@ impl GuestRam {
             }
             part.copy_from_slice(new);
             let stored = u64::from_le_bytes(bytes);
-            // If it fails a neighbour changed; look again.
+            // On failure another writer changed the word: compare again.
             if cell.compare_exchange(there, stored, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
                 return Ok(Ok(()));
             }
         }
     }
 
-    /// Writes up to eight bytes as a processor would: with one access if they lie within
-    /// aligned eight bytes, otherwise one for each such word, the lower one first.
+    /// Writes up to eight bytes as a processor would: with one access if an aligned word of eight
+    /// bytes holds them all, else with one access a word, the lower word first.
     ///
     /// # Errors
     /// [`Error::Access`] when a byte of the range is not RAM; bytes before it may have been
@@ -195,14 +212,14 @@ impl GuestRam {
         let access = |source| Error::Access { at, source };
         let (word, from) = (at.0 & !7, usize::try_from(at.0 & 7).unwrap_or(0));
         let (here, behind) = bytes.split_at(bytes.len().min(8 - from));
-        let slice = self.writer.get_slice(GuestAddress(word), 8).map_err(access)?;
+        let slice = self.monitor_view.get_slice(GuestAddress(word), 8).map_err(access)?;
         let cell = slice.get_atomic_ref::<AtomicU64>(0).map_err(|e| access(e.into()))?;
         let with_bytes = |there: u64| {
             let mut word = there.to_le_bytes();
             word[from..from + here.len()].copy_from_slice(here);
             Some(u64::from_le_bytes(word))
         };
-        // It is tried until no neighbour changes meanwhile, so it does not fail.
+        // It can't fail: `with_bytes` never returns `None`.
         let _ = cell.fetch_update(Ordering::SeqCst, Ordering::SeqCst, with_bytes);
         if behind.is_empty() { Ok(()) } else { self.store(Gpa(word + 8), behind) }
     }
@@ -212,17 +229,19 @@ impl GuestRam {
     /// # Errors
     /// [`Error::Access`] when it is not in RAM or not aligned.
     pub fn load_u64(&self, at: Gpa) -> Result<u64, Error> {
-        self.writer.load(GuestAddress(at.0), Ordering::SeqCst).map_err(|source| Error::Access { at, source })
+        self.monitor_view
+            .load(GuestAddress(at.0), Ordering::SeqCst)
+            .map_err(|source| Error::Access { at, source })
     }
 
     /// Makes pages read-only for the guest, or writable again. The monitor's own writes are not
-    /// affected. While a page is read-only a guest's write makes `KVM_RUN` fail with `EFAULT`
-    /// before the write took effect; re-entering tries it again. No vCPU still writes to it
-    /// when this returns: KVM is told by its MMU notifier, and flushes the TLBs.
+    /// affected. A guest's write to a read-only page makes `KVM_RUN` fail with `EFAULT` before the
+    /// write takes effect; the next `KVM_RUN` repeats it. When this returns, no vCPU writes to the
+    /// pages through an old translation: the MMU notifier makes KVM flush the vCPUs' TLBs.
     ///
     /// # Errors
-    /// [`Error::Access`] when the pages are not in one piece of RAM; [`Error::Protect`] when
-    /// the system refuses.
+    /// [`Error::Access`] when the pages are not in one region; [`Error::Protect`] when `mprotect`
+    /// fails.
     pub fn write_protect(&self, pages: &Range<Gpa>, protected: bool) -> Result<(), Error> {
         let (start, end) = (pages.start.0 & !(PAGE - 1), pages.end.0.next_multiple_of(PAGE));
         let at = Gpa(start);
@@ -237,43 +256,37 @@ impl GuestRam {
             .guest_view
             .get_host_address(GuestAddress(start))
             .map_err(|source| Error::Access { at, source })?;
-        let prot = if protected { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
-        // SAFETY: `host` is the start of a page inside mapping A, which lives as long as
-        // `self`; regions are page-aligned and this one holds all of the pages, so they belong
-        // to it. Per the module invariant nothing but KVM accesses them.
-        let result = unsafe { libc::mprotect(host.cast(), size, prot) };
-        if result == 0 { Ok(()) } else { Err(Error::Protect { at, source: std::io::Error::last_os_error() }) }
+        let access = if protected { MprotectFlags::READ } else { MprotectFlags::READ | MprotectFlags::WRITE };
+        // SAFETY:
+        // - `host` is page-aligned, as regions are; the check above keeps `size` bytes from there
+        //   inside this region's mapping, which lives as long as `self`.
+        // - Only KVM accesses the guest view (module invariant).
+        let done = unsafe { mprotect(host.cast(), size, access) };
+        done.map_err(|error| Error::Protect { at, source: error.into() })
     }
 
-    /// Whether memory was handed to the guest as RAM there.
+    /// Whether a byte is RAM or arena.
     #[must_use]
     pub fn contains(&self, at: Gpa) -> bool {
-        self.writer.address_in_range(GuestAddress(at.0))
+        self.monitor_view.address_in_range(GuestAddress(at.0))
     }
 }
 
 fn memfd(bytes: u64) -> Result<File, Error> {
-    let fail = |source| Error::Memfd { bytes, source };
-    // SAFETY: the name is a NUL-terminated literal and the flags are valid.
-    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(fail(std::io::Error::last_os_error()));
-    }
-    // SAFETY: `fd` was just returned by the kernel and nobody else owns it.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(bytes).map_err(fail)?;
-    Ok(file)
+    let file = memfd_create(c"guest-ram", MemfdFlags::CLOEXEC).map(File::from).map_err(std::io::Error::from);
+    file.and_then(|file| file.set_len(bytes).map(|()| file)).map_err(|source| Error::Memfd { bytes, source })
 }
 
-fn map(file: &File, parts: &[(u64, u64, u64)]) -> Result<GuestMemoryMmap, Error> {
+fn map(file: &File, parts: &[Backing]) -> Result<GuestMemoryMmap, Error> {
     let mut regions = Vec::new();
-    for &(guest, offset, bytes) in parts {
+    for &Backing { guest, file_offset, bytes } in parts {
         let file = file.try_clone().map_err(|source| Error::Memfd { bytes, source })?;
         let size = usize::try_from(bytes).map_err(|e| Error::Arrange(e.to_string()))?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size).map_err(Error::Map)?;
-        // SAFETY: the range is the mapping that was just made; the advice changes no content.
-        // It is only advice: where the host gives none, nothing is lost but speed.
-        unsafe { libc::madvise(mapping.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+        let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), size).map_err(Error::Map)?;
+        // SAFETY: the range is the whole of the mapping just made, which outlives the call; the
+        // advice changes no content and no protection.
+        // Where the host has no huge pages it fails, and costs speed only.
+        let _ = unsafe { madvise(mapping.as_ptr().cast(), size, Advice::LinuxHugepage) };
         let region = GuestRegionMmap::new(mapping, GuestAddress(guest))
             .ok_or_else(|| Error::Arrange(format!("{bytes:#x} bytes at {guest:#x} do not fit")))?;
         regions.push(region);
@@ -293,8 +306,8 @@ mod tests {
         assert_eq!((slots[0].guest, slots[0].bytes), (0, DEVICE_GAP));
         assert_eq!((slots[1].guest, slots[1].bytes), (ARENA, ARENA_SIZE));
         assert_eq!((slots[2].guest, slots[2].bytes), (DEVICE_GAP_END, 2 * PAGE));
-        let told: Vec<_> = ram.usable_ram().collect();
-        assert_eq!(told, [(0, DEVICE_GAP), (DEVICE_GAP_END, 2 * PAGE)]);
+        let usable: Vec<_> = ram.usable_ram().collect();
+        assert_eq!(usable, [(0, DEVICE_GAP), (DEVICE_GAP_END, 2 * PAGE)]);
         let last = Gpa(DEVICE_GAP_END + 2 * PAGE - 8);
         ram.write(last, &0x1122_3344_5566_7788_u64.to_le_bytes()).expect("written");
         assert_eq!(ram.load_u64(last).expect("read"), 0x1122_3344_5566_7788);

@@ -1,7 +1,7 @@
-//! Walking the guest's page tables from outside (SDM volume 3, 4.5; APM volume 2, 5.3).
+//! Walks the guest's page tables from outside (SDM volume 3, 4.5; APM volume 2, 5.3).
 //!
-//! The guest's memory is not trusted: whatever the tables hold, a walk ends after as many
-//! loads as there are levels.
+//! The guest's memory is not trusted: whatever the tables hold, a walk takes at most one load a
+//! level.
 
 use std::cell::Cell;
 
@@ -11,13 +11,16 @@ use smallvec::SmallVec;
 
 use crate::memory::GuestRam;
 
+/// CR4.LA57: five levels (SDM volume 3, 4.1.1).
 const CR4_LA57: u64 = 1 << 12;
+/// P of a paging-structure entry (SDM volume 3, tables 4-14 to 4-20).
 const PRESENT: u64 = 1;
+/// PS: the entry maps a page of 2 MiB or 1 GiB (SDM volume 3, tables 4-16 and 4-18).
 const LARGE: u64 = 1 << 7;
-/// Bits 12 to 51 hold an address.
+/// Bits 12 to 51 hold the address: MAXPHYADDR is at most 52 (SDM volume 3, 4.1.4).
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-/// A set of page tables.
+/// The root of a page-table walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageTables {
     /// The top-level table.
@@ -26,12 +29,12 @@ pub struct PageTables {
     pub levels: u8,
 }
 
-/// A piece of memory: where, and how many bytes.
+/// A contiguous guest-physical range: start and length in bytes.
 pub type Piece = (Gpa, usize);
-/// The pieces of a range; most ranges are in one.
+/// The pieces that a virtual range maps to; most ranges map to one.
 pub type Pieces = SmallVec<[Piece; 2]>;
 
-/// Where an address leads.
+/// What an address maps to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {
     /// The physical address.
@@ -43,8 +46,8 @@ pub struct Mapping {
 }
 
 impl PageTables {
-    /// Those that a vCPU uses. (`KVM_TRANSLATE` would not do: it translates as the kernel does
-    /// with SMAP on, so no address of user space.)
+    /// The tables that a vCPU uses. `KVM_TRANSLATE` does not serve: it walks with the kernel's
+    /// rights, so with SMAP on it translates no address of user space.
     #[must_use]
     pub fn of(sregs: &kvm_sregs) -> Self {
         Self { root: Gpa(sregs.cr3), levels: if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 } }
@@ -56,7 +59,7 @@ impl PageTables {
         self.translate(address, |entry| ram.load_u64(entry).ok())
     }
 
-    /// The pieces of memory that a range leads to, all of them.
+    /// All pieces that a range maps to.
     ///
     /// # Errors
     /// The first address that is not mapped.
@@ -64,7 +67,7 @@ impl PageTables {
         pieces(at, length, |at| self.translate_in(ram, at))
     }
 
-    /// Reads what a range leads to.
+    /// Reads a range.
     ///
     /// # Errors
     /// The first address that is not mapped, or `at` if a piece is not RAM; `into` may be
@@ -73,8 +76,7 @@ impl PageTables {
         read(ram, at, into, |at| self.translate_in(ram, at))
     }
 
-    /// Where the entry for `address` lies in the table of two-megabyte pages. `None` if the
-    /// walk ends above it.
+    /// The address of the page-directory entry for `address`. `None` if the walk ends above it.
     pub fn directory_entry(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Gpa> {
         let mut table = self.root.0 & ADDRESS;
         for level in (1..u32::from(self.levels)).rev() {
@@ -91,8 +93,8 @@ impl PageTables {
         None
     }
 
-    /// Translates an address. `None` if it is not mapped, not canonical, or if a table lies
-    /// outside of what `load` can read.
+    /// Translates an address. `None` if it is not mapped, is not canonical, or `load` can't read a
+    /// table.
     pub fn translate(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Mapping> {
         let bits = 12 + 9 * u32::from(self.levels);
         let upper = address.0 >> (bits - 1);
@@ -108,6 +110,7 @@ impl PageTables {
                 return None;
             }
             let is_leaf = level == 0 || entry & LARGE != 0;
+            // PS is reserved above the PDPT (SDM volume 3, tables 4-14 and 4-15).
             if is_leaf && level > 2 {
                 return None;
             }
@@ -123,7 +126,7 @@ impl PageTables {
     }
 }
 
-/// The pieces of memory that a range leads to, all of them.
+/// All pieces that a range maps to.
 ///
 /// # Errors
 /// The first address that is not mapped.
@@ -140,7 +143,7 @@ pub fn pieces(at: Gva, length: usize, translate: impl Fn(Gva) -> Option<Mapping>
     Ok(pieces)
 }
 
-/// Reads what a range leads to.
+/// Reads a range.
 ///
 /// # Errors
 /// As [`PageTables::read_in`].
@@ -161,23 +164,24 @@ pub fn read(
     Ok(())
 }
 
-/// Large pages that were translated before. Kernels map their own text and data by those, and do not
-/// move them.
+/// A cache of translations of large pages. A kernel maps its text and data by large pages and does
+/// not move them.
 #[derive(Debug, Default)]
 pub struct LargePages {
-    known: [Cell<Option<(Gva, Mapping)>>; KNOWN],
-    /// Which is forgotten for the next.
+    /// The start of each page and its mapping.
+    known: [Cell<Option<(Gva, Mapping)>>; CAPACITY],
+    /// The index of the next to be replaced.
     oldest: Cell<usize>,
 }
 
-/// How many pages are known at a time: a kernel's text and data are on about as many.
-const KNOWN: usize = 16;
+/// Pages in the cache: about as many as hold a kernel's text and data.
+const CAPACITY: usize = 16;
 
-/// The least size of a large page.
+/// The size of the smallest large page, in bytes.
 const LARGE_SIZE: u64 = 2 << 20;
 
 impl LargePages {
-    /// Translates an address: without the tables, if it is on a page that is known.
+    /// Translates an address, by `walk` unless its page is in the cache.
     pub fn translate(&self, at: Gva, walk: impl FnOnce(Gva) -> Option<Mapping>) -> Option<Mapping> {
         let is_on = |(start, page): &(Gva, Mapping)| (start.0..start.0 + page.size).contains(&at.0);
         if let Some((start, page)) = self.known.iter().filter_map(Cell::get).find(is_on) {
@@ -186,17 +190,17 @@ impl LargePages {
         }
         let found = walk(at)?;
         let offset = found.size - found.left;
-        // The last page of the address space would end where it begins.
+        // The end of the address space's last page does not fit in 64 bits.
         if found.size >= LARGE_SIZE && at.0 < u64::MAX - found.size {
             let page = Mapping { at: Gpa(found.at.0 - offset), left: found.size, size: found.size };
             let oldest = self.oldest.get();
             self.known[oldest].set(Some((Gva(at.0 - offset), page)));
-            self.oldest.set((oldest + 1) % KNOWN);
+            self.oldest.set((oldest + 1) % CAPACITY);
         }
         Some(found)
     }
 
-    /// Forgets them.
+    /// Empties the cache.
     pub fn forget(&self) {
         for page in &self.known {
             page.set(None);
@@ -259,7 +263,7 @@ mod tests {
         for other in [start - 1, start + (2 << 20)] {
             assert_eq!(last.translate(Gva(other), |_| None), None);
         }
-        for others in 1..KNOWN as u64 {
+        for others in 1..CAPACITY as u64 {
             last.translate(Gva(start - others * (2 << 20)), large);
         }
         assert_eq!(last.translate(Gva(KERNEL), |_| None), large(Gva(KERNEL)), "so many are known");

@@ -1,0 +1,32 @@
+//! Events of the vCPUs: to the controller, except for the end.
+
+use std::sync::Arc;
+
+use crate::guest::kernel::Located;
+use crate::monitor::shutdown::Shutdown;
+use crate::patch::controller::Controls;
+use crate::vcpu::{Ending, Listener};
+
+/// The vCPUs' [`Listener`].
+pub(super) struct EventSink {
+    pub(super) controls: Controls,
+    pub(super) shutdown: Arc<Shutdown>,
+}
+
+impl Listener for EventSink {
+    fn ended(&self, ending: Ending) {
+        self.shutdown.begin(ending);
+    }
+
+    fn located(&self, found: Located) {
+        self.controls.located(found);
+    }
+
+    fn init_gate_written(&self) {
+        self.controls.protected_write();
+    }
+
+    fn patch_written(&self) {
+        self.controls.touched();
+    }
+}

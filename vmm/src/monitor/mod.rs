@@ -1,0 +1,150 @@
+//! Runs one VM: builds machine, controller and control socket, runs the event loop until the VM ends,
+//! and takes everything down again. Each of the event loop's subscribers has a file of its own.
+
+mod api_accept;
+mod console_input;
+mod event_sink;
+mod shutdown;
+mod signal_events;
+mod watch;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+
+use crate::api::server::{self, Socket};
+use crate::boot::kernel;
+use crate::config::Config;
+use crate::devices::irq_line::IrqLine;
+use crate::host::heap;
+use crate::host::priority;
+use crate::host::signals::Signals;
+use crate::host::terminal::Raw;
+use crate::machine::{self, Machine};
+use crate::monitor::api_accept::ApiAccept;
+use crate::monitor::console_input::ConsoleInput;
+use crate::monitor::event_sink::EventSink;
+use crate::monitor::shutdown::{Shutdown, ShutdownEvents};
+use crate::monitor::signal_events::SignalEvents;
+use crate::patch::controller::Controller;
+use crate::patch::engine::Engine;
+use crate::patch::image::Image;
+use crate::patch::init_gate::AtInit;
+use crate::vcpu::{Ending, Listener};
+
+/// Why a VM could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The machine could not be built.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// The control socket could not be made.
+    #[error(transparent)]
+    Socket(#[from] server::Error),
+    /// A call to the host failed.
+    #[error("the host: {0}")]
+    Host(#[from] io::Error),
+    /// The event loop failed.
+    #[error("the event loop: {0}")]
+    Events(String),
+}
+
+impl From<event_manager::Error> for Error {
+    fn from(error: event_manager::Error) -> Self {
+        Self::Events(error.to_string())
+    }
+}
+
+/// What to run.
+pub struct Options {
+    /// The machine.
+    pub config: Config,
+    /// The control socket's path.
+    pub socket: Option<PathBuf>,
+    /// A plan to apply right before the guest starts init.
+    pub at_init: Option<AtInit>,
+}
+
+/// Runs a VM until it ends.
+///
+/// # Errors
+/// See [`Error`]; nothing of the VM is left then.
+pub fn run(options: Options) -> Result<Ending, Error> {
+    let Options { config, socket, at_init } = options;
+    heap::unmap_large_blocks_when_freed();
+    let signals = Signals::new()?;
+    let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
+    let socket = socket.map(|path| Socket::bind(&path)).transpose()?;
+    let drained = IrqLine::new()?;
+    let on_drained = drained.event().try_clone()?;
+    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained)?;
+    let image = Arc::new(Image::new(file));
+
+    if at_init.is_some() {
+        // The plan needs the symbols before init starts, so they are read before the guest runs.
+        if let Err(why) = image.parsed() {
+            return Err(Error::Host(io::Error::other(format!("--patch needs the kernel's symbols: {why}"))));
+        }
+    } else if socket.is_some() {
+        // So that the first plan does not wait for the symbols.
+        let image = image.clone();
+        std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
+    }
+    let (controls, controller) = Controller::new(Engine::new(config, &machine, image), at_init).spawn()?;
+    let shutdown = Arc::new(Shutdown::new()?);
+
+    let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
+    let raw = Raw::new()?;
+    events.add_subscriber(Box::new(ShutdownEvents(shutdown.clone())));
+    events.add_subscriber(Box::new(ConsoleInput::new(
+        machine.ports().clone(),
+        on_drained,
+        raw.is_terminal(),
+        shutdown.clone(),
+    )?));
+    if let Some(socket) = socket {
+        let connections = server::start(controls.clone(), machine.guard().events().clone())?;
+        events.add_subscriber(Box::new(ApiAccept { socket, connections }));
+    }
+
+    let listener: Arc<dyn Listener> =
+        Arc::new(EventSink { controls: controls.clone(), shutdown: shutdown.clone() });
+    if let Err(error) = machine.start(&listener) {
+        shutdown.begin(Ending::Failed(error.to_string()));
+    }
+    // All threads have been started, with the signals blocked.
+    if let Err(error) = signals.unblock() {
+        shutdown.begin(Ending::Failed(error.to_string()));
+    }
+    events.add_subscriber(Box::new(SignalEvents { signals, shutdown: shutdown.clone() }));
+    // From here on this thread only passes events on. Without the right to a higher priority it keeps
+    // its own.
+    let _ = priority::raise();
+    let ending = loop {
+        if let Some(ending) = shutdown.ending() {
+            break ending;
+        }
+        match events.run() {
+            Ok(_) => {}
+            // A signal was delivered: one of `signals`, or another such as SIGWINCH.
+            Err(event_manager::Error::Epoll(error))
+                if io::Error::from(error).kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => break Ending::Failed(error.to_string()),
+        }
+    };
+    machine.shut_down();
+    drop(raw);
+    drop(events);
+    drop(listener);
+    drop(controls);
+    // The controller's thread ends with the last handle to it; a client's connection may hold one.
+    drop(controller);
+    Ok(ending)
+}
+
+/// Flushes standard output, so that the last of the guest's console output is not lost.
+pub fn flush() {
+    let _ = io::stdout().flush();
+}

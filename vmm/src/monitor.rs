@@ -21,8 +21,9 @@ use crate::host::heap;
 use crate::host::priority;
 use crate::host::signals::Signals;
 use crate::host::terminal::{Keys, Raw};
-use crate::machine::{self, Machine};
+use crate::machine::{self, Breakpoints, Machine};
 use crate::patch::controller::{Controller, Controls};
+use crate::patch::driver::{Direct, Driver};
 use crate::patch::engine::Engine;
 use crate::patch::image::Image;
 use crate::patch::init_gate::AtInit;
@@ -59,6 +60,23 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// A plan to apply when the guest is about to start init.
     pub at_init: Option<AtInit>,
+    /// What is not as usual.
+    pub hooks: Hooks,
+}
+
+/// What a program that is built around this library may have otherwise than usual. The command
+/// line does not reach it; tests do.
+pub struct Hooks {
+    /// Who drives programs.
+    pub driver: Box<dyn Driver>,
+    /// When #BP exits are on, and who delivers the guest's own.
+    pub breakpoints: Breakpoints,
+}
+
+impl Default for Hooks {
+    fn default() -> Self {
+        Self { driver: Box::new(Direct), breakpoints: Breakpoints::default() }
+    }
 }
 
 /// Runs a machine until it ends.
@@ -66,14 +84,14 @@ pub struct Options {
 /// # Errors
 /// See [`Error`]; everything is taken down again.
 pub fn run(options: Options) -> Result<Ending, Error> {
-    let Options { config, socket, at_init } = options;
+    let Options { config, socket, at_init, hooks } = options;
     heap::give_back_what_is_large();
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     let socket = socket.map(|path| Socket::bind(&path)).transpose()?;
     let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
-    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained)?;
+    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained, hooks.breakpoints)?;
     let image = Arc::new(Image::new(file));
 
     if at_init.is_some() {
@@ -86,7 +104,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         let image = image.clone();
         std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
     }
-    let (controls, controller) = Controller::new(Engine::new(config, &machine, image), at_init).spawn()?;
+    let engine = Engine::new(config, &machine, image, hooks.driver);
+    let (controls, controller) = Controller::new(engine, at_init).spawn()?;
     let ends = Arc::new(Ends { ending: Mutex::default(), event: EventFd::new(libc::EFD_NONBLOCK)? });
 
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;

@@ -9,7 +9,6 @@ use patcher::program::compile::compile;
 use patcher::program::session::End;
 use patcher::program::step::Program;
 use patcher::program::step::StepError;
-use patcher::program::target::drive;
 use patcher::resolve::{ResolvedPlan, probed, resolve};
 use patcher::safety::blockers;
 use patcher::safety::slots::Arena;
@@ -199,15 +198,10 @@ impl Engine {
             let scope = self.guard.begin(pieces.clone(), held);
             let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
             let mut target = Executor::new(&kernel, &self.rendezvous, until).behind(&self.guard);
-            if self.config.fail_programs {
-                target.fail_at(self.fail_at);
-            }
-            target.linger(self.config.linger);
-            let end = drive(&program, &mut target);
+            let end = self.driver.drive(&program, &mut target);
             let total = asked.elapsed();
             // The change is in force. Letting go of its pages may take its time.
             drop(scope);
-            self.fail_at = if target.failure_is_due() { 0 } else { self.fail_at + 1 };
             match &end {
                 End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
                 _ => break (end, total),

@@ -26,6 +26,7 @@ use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::layout::ARENA;
 use crate::patch::arena::GuestArena;
+use crate::patch::driver::Driver;
 use crate::patch::executor::Executor;
 use crate::patch::image::Image;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
@@ -61,8 +62,7 @@ pub struct Engine {
     pub(super) located: Option<Located>,
     pub(super) kernel: Option<GuestKernel>,
     pub(super) patches: Vec<Applied>,
-    /// For tests: the step of the next program that is to fail.
-    pub(super) fail_at: usize,
+    pub(super) driver: Box<dyn Driver>,
     pub(super) held_by: Option<String>,
     /// The guest changed sites of patches, and was not through yet when that was looked at.
     pub(super) unsettled: bool,
@@ -74,7 +74,7 @@ pub struct Engine {
 impl Engine {
     /// Of a machine that is not started yet.
     #[must_use]
-    pub fn new(config: Config, machine: &Machine, image: Arc<Image>) -> Self {
+    pub fn new(config: Config, machine: &Machine, image: Arc<Image>, driver: Box<dyn Driver>) -> Self {
         Self {
             config,
             vm: machine.vm().clone(),
@@ -87,7 +87,7 @@ impl Engine {
             located: None,
             kernel: None,
             patches: Vec::new(),
-            fail_at: 0,
+            driver,
             held_by: None,
             unsettled: false,
             settled: Instant::now(),

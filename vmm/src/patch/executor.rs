@@ -31,10 +31,6 @@ pub struct Executor<'m> {
     asked: Cell<u32>,
     /// Where the guest's writes to the sites wait.
     guard: Option<&'m Guard>,
-    /// For tests: how many steps are to be done before one fails.
-    until_failure: Option<usize>,
-    /// For tests: how long to rest after each fence.
-    linger: Duration,
 }
 
 impl<'m> Executor<'m> {
@@ -42,16 +38,7 @@ impl<'m> Executor<'m> {
     #[must_use]
     pub fn new(kernel: &'m GuestKernel, rendezvous: &'m Rendezvous, until: Instant) -> Self {
         rendezvous.reset_counters();
-        Self {
-            kernel,
-            memory: Mapped::of(kernel),
-            rendezvous,
-            until,
-            asked: Cell::new(0),
-            guard: None,
-            until_failure: None,
-            linger: Duration::ZERO,
-        }
+        Self { kernel, memory: Mapped::of(kernel), rendezvous, until, asked: Cell::new(0), guard: None }
     }
 
     /// Gives up waiting for vCPUs to stand where they may as soon as one waits for the program:
@@ -59,22 +46,6 @@ impl<'m> Executor<'m> {
     #[must_use]
     pub fn behind(self, guard: &'m Guard) -> Self {
         Self { guard: Some(guard), ..self }
-    }
-
-    /// For tests: makes the step after so many fail, a write when half of it is done.
-    pub fn fail_at(&mut self, step: usize) {
-        self.until_failure = Some(step);
-    }
-
-    /// For tests: rests so long after each fence.
-    pub fn linger(&mut self, linger: Duration) {
-        self.linger = linger;
-    }
-
-    /// For tests: whether that step did not come.
-    #[must_use]
-    pub fn failure_is_due(&self) -> bool {
-        self.until_failure.is_some()
     }
 
     /// Holds when every vCPU stands where it may. Those that do stay out, and the others go on
@@ -196,26 +167,13 @@ impl<'m> Executor<'m> {
 impl Target for Executor<'_> {
     fn perform(&mut self, step: &Step) -> Result<(), StepError> {
         let unmapped = |at| StepError::Unmapped { at };
-        self.until_failure = match self.until_failure {
-            Some(0) if !step.is_closing() => {
-                self.until_failure = None;
-                if let Step::Write { at, bytes } = step {
-                    self.memory.write(*at, &bytes[..bytes.len() / 2]).map_err(unmapped)?;
-                }
-                return Err(StepError::Host { what: "it was made to fail".into() });
-            }
-            left => left.map(|left| left.saturating_sub(1)),
-        };
         match step {
             Step::Publish(table) => self.rendezvous.publish(table.clone()),
             Step::Withdraw => self.rendezvous.withdraw(),
             Step::Disarm => self.rendezvous.disarm(),
             Step::Release => self.rendezvous.release(),
             Step::Arm => self.meet(Rendezvous::arm)?,
-            Step::Fence => {
-                self.meet(Rendezvous::fence)?;
-                std::thread::sleep(self.linger);
-            }
+            Step::Fence => self.meet(Rendezvous::fence)?,
             Step::Open { at, byte } => self.memory.write(*at, &[*byte]).map_err(unmapped)?,
             // vCPUs that were kicked come out when the host lets them run.
             Step::FinalFence => while self.meet(Rendezvous::fence).is_err() {},

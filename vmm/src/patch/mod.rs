@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod arena;
 pub mod controller;
+pub mod driver;
 pub mod engine;
 pub mod executor;
 pub mod image;

@@ -139,3 +139,49 @@ fn was_kept_out_to_the_end(failure: &Failure, program: &Program, attempts: usize
 fn us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use patcher::addr::Gva;
+    use patcher::program::step::Step;
+
+    use super::*;
+
+    const LOCK: Gva = Gva(0x100);
+
+    fn program() -> Program {
+        Program {
+            strategy: Strategy::Hold,
+            reason: "",
+            sites: Vec::new(),
+            copies: Vec::new(),
+            blockers: Vec::new(),
+            locks: vec![LOCK],
+            steps: Vec::new(),
+        }
+    }
+
+    /// What a report says after so many attempts, the last of which was rolled back at a check.
+    fn rolled_back(at: Gva, error: StepError, attempts: usize) -> (bool, String) {
+        let failure = Failure { step: Step::Check { at, bytes: [0; 8][..].into() }, error };
+        let outcome = Outcome::of(End::RolledBack { failure }, &program(), attempts);
+        assert_eq!(outcome.state, PatchState::RolledBack);
+        (outcome.found_other, outcome.failure.expect("a failure"))
+    }
+
+    #[test]
+    fn a_taken_lock_is_told_from_other_code_at_a_site() {
+        let mismatch = || StepError::Mismatch { found: vec![1; 8] };
+        let (found_other, why) = rolled_back(LOCK, mismatch(), 3);
+        assert!(!found_other && why.contains("patching itself, 3 times"), "{why}");
+        let (found_other, why) = rolled_back(Gva(0x200), mismatch(), 1);
+        assert!(found_other && why.contains("found 0101010101010101 instead"), "{why}");
+    }
+
+    #[test]
+    fn a_deadline_after_several_attempts_is_blamed_on_what_kept_them_out() {
+        let why = |attempts| rolled_back(Gva(0x200), StepError::Deadline, attempts).1;
+        assert!(why(1).ends_with("the deadline passed"), "{}", why(1));
+        assert!(why(2).contains("patching itself, 2 times"), "{}", why(2));
+    }
+}

@@ -15,7 +15,7 @@ use crate::api::command::Answer;
 use crate::api::wire::{PatchState, Refusals};
 use crate::guest::kernel::Mapped;
 use crate::patch::arena::GuestArena;
-use crate::patch::engine::{Engine, refused};
+use crate::patch::engine::{Engine, at_root, refused};
 use crate::patch::kernel_locks::wait_while_taken;
 
 /// How long a plan that does not fit is resolved again while the guest patches itself.
@@ -56,12 +56,11 @@ impl Engine {
 
     fn resolve(&mut self, json: &[u8]) -> Result<ResolvedPlan, Vec<Refused>> {
         let plan = Plan::parse(json)?;
-        let root = |refusal: Refusal| vec![refusal.at_root()];
-        self.not_held().map_err(root)?;
+        self.not_held().map_err(at_root)?;
         if self.patches.applied().any(|patch| patch.plan.name == plan.name) {
-            return Err(root(Refusal::NameTaken { name: plan.name }));
+            return Err(at_root(Refusal::NameTaken { name: plan.name }));
         }
-        let kernel = self.kernel().map_err(root)?;
+        let kernel = self.kernel().map_err(at_root)?;
         let kernel = if plan.concerns_modules() { kernel.with_modules() } else { kernel.clone() };
         resolve(&plan, self.guest(&Mapped::of(&kernel)), self.patches.taken_sites())
     }
@@ -78,10 +77,9 @@ impl Engine {
         if plan.strategy != Strategy::Bypass {
             return compile(plan, self.host, &mut Arena::new(Gva(0), 0));
         }
-        let root = |refusal: Refusal| vec![refusal.at_root()];
         if self.arena.is_none() {
-            let placed = GuestArena::place(self.kernel().map_err(root)?);
-            self.arena = Some(placed.map_err(|why| root(Refusal::GuestNotReady { why }))?);
+            let placed = GuestArena::place(self.kernel().map_err(at_root)?);
+            self.arena = Some(placed.map_err(|why| at_root(Refusal::GuestNotReady { why }))?);
         }
         let mut nowhere = Arena::new(Gva(0), 0);
         let slots = self.arena.as_mut().map_or(&mut nowhere, |placed| &mut placed.slots);

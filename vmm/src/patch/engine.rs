@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::{Gpa, VcpuId};
-use patcher::plan::refusal::Refusal;
+use patcher::plan::refusal::{Refusal, Refused};
 use patcher::program::compile::Host;
 use patcher::resolve::RunningGuest;
 use patcher::resolve::targets::{self, Targets};
@@ -208,6 +208,12 @@ impl Engine {
     }
 }
 
+/// A refusal that concerns the whole plan, as a list.
+pub(super) fn at_root(refusal: Refusal) -> Vec<Refused> {
+    vec![refusal.at_root()]
+}
+
+/// The same, as an answer.
 pub(super) fn refused(refusal: Refusal) -> Answer {
-    Answer::Refused(Refusals::new(vec![refusal.at_root()]))
+    Answer::Refused(Refusals::new(at_root(refusal)))
 }

@@ -10,7 +10,7 @@ use crate::api::command::Answer;
 use crate::api::wire::{PatchState, Refusals, Report};
 use crate::guest::kernel::{GuestKernel, Mapped};
 use crate::guest::locks::are_free;
-use crate::patch::engine::Engine;
+use crate::patch::engine::{Engine, at_root};
 use crate::patch::kernel_locks::wait_while_taken;
 use crate::sync::rendezvous::Rendezvous;
 
@@ -29,17 +29,16 @@ impl Engine {
     }
 
     fn try_revert(&mut self, name: &str, given_at: Instant) -> Result<Report, Vec<Refused>> {
-        let root = |refusal: Refusal| vec![refusal.at_root()];
-        self.not_held().map_err(root)?;
-        let patch = self.patches.get(name).map_err(root)?;
+        self.not_held().map_err(at_root)?;
+        let patch = self.patches.get(name).map_err(at_root)?;
         if !patch.is_applied() {
-            return Err(root(Refusal::NotApplied { name: name.to_owned() }));
+            return Err(at_root(Refusal::NotApplied { name: name.to_owned() }));
         }
         if let Some(by) = self.patches.covered_by(name) {
-            return Err(root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
+            return Err(at_root(Refusal::Covered { name: name.to_owned(), by: by.to_owned() }));
         }
         let back = patch.plan.reversed();
-        let kernel = self.kernel().map_err(root)?.clone();
+        let kernel = self.kernel().map_err(at_root)?.clone();
         let probed = probed(self.guest(&Mapped::of(&kernel)), &back.sites);
         if !probed.is_empty() {
             return Err(probed);
@@ -60,16 +59,15 @@ impl Engine {
 
     /// Runs the program of a reversed plan, without the sites that the guest has replaced.
     fn run_back(&mut self, mut back: ResolvedPlan, given_at: Instant) -> Result<Report, Vec<Refused>> {
-        let root = |refusal: Refusal| vec![refusal.at_root()];
         let until = Instant::now() + Duration::from_millis(back.deadline_ms);
         let (mut superseded, mut unexplained) = (0, 0);
         loop {
             let program = self.compile(&back)?;
-            let report = Report { superseded, ..self.execute(&back, program, given_at).map_err(root)? };
+            let report = Report { superseded, ..self.execute(&back, program, given_at).map_err(at_root)? };
             if !report.found_other || Instant::now() > until {
                 return Ok(report);
             }
-            let kernel = self.kernel().map_err(root)?.clone();
+            let kernel = self.kernel().map_err(at_root)?.clone();
             let Some(replaced) = replaced(&kernel, &self.rendezvous, &back, until) else {
                 return Ok(report);
             };

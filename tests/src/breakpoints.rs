@@ -17,7 +17,7 @@ use crate::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm, field};
 pub fn delivered(lab: &Lab, mode: &str, count: usize) -> Result<()> {
     let setup = Setup {
         command_line: "log_buf_len=8M".into(),
-        arguments: vec!["--breakpoints".into(), mode.into()],
+        switches: vec!["--breakpoints".into(), mode.into()],
         ..Setup::cpus(4)
     };
     let mut vm = Vm::start(lab, &setup)?;

@@ -18,6 +18,7 @@ use guest::rig::wire::Request;
 use guest::rig::{Emulator, Rig, Stream};
 
 const VMM: &str = "LAB_VMM";
+const VMM_LAB: &str = "LAB_VMM_LAB";
 const KERNEL: &str = "LAB_KERNEL";
 const LATER_KERNEL: &str = "LAB_LATER_KERNEL";
 const INITRD: &str = "LAB_INITRD";
@@ -33,6 +34,8 @@ const BOCHS_SLOWNESS: u32 = 20;
 pub struct Lab {
     /// The monitor.
     pub vmm: PathBuf,
+    /// The monitor with switches for tests (`vmm-lab`).
+    pub vmm_lab: PathBuf,
     /// The stock kernel, Linux 6.1.
     pub kernel: PathBuf,
     /// A stock kernel of a later generation, Linux 6.12.
@@ -52,12 +55,14 @@ impl Lab {
         let in_rig = std::env::var_os(IN_RIG).is_some_and(|value| value == "true");
         let (kernel, later_kernel) = (path(KERNEL)?, path(LATER_KERNEL)?);
         let slow = std::env::var(SLOW).ok().and_then(|value| value.parse().ok()).unwrap_or(1);
-        Some(Self { vmm: path(VMM)?, kernel, later_kernel, initrd: path(INITRD)?, in_rig, slow })
+        let (vmm, vmm_lab, initrd) = (path(VMM)?, path(VMM_LAB)?, path(INITRD)?);
+        Some(Self { vmm, vmm_lab, kernel, later_kernel, initrd, in_rig, slow })
     }
 
     fn environment(&self) -> Vec<(String, String)> {
         [
             (VMM, self.vmm.display().to_string()),
+            (VMM_LAB, self.vmm_lab.display().to_string()),
             (KERNEL, self.kernel.display().to_string()),
             (LATER_KERNEL, self.later_kernel.display().to_string()),
             (INITRD, self.initrd.display().to_string()),
@@ -96,8 +101,9 @@ pub fn prepare() -> Result<Place> {
     let (emulator, slow) = match wanted.as_str() {
         "bochs" => (Emulator::Bochs, BOCHS_SLOWNESS),
         "" if usable_kvm(&binaries.vmm) => {
-            let (vmm, kernel) = (binaries.vmm, kernel.bzimage);
-            return Ok(Place::Here(Lab { vmm, kernel, later_kernel, initrd, in_rig: false, slow: 1 }));
+            let Binaries { vmm, vmm_lab, .. } = binaries;
+            let (kernel, in_rig) = (kernel.bzimage, false);
+            return Ok(Place::Here(Lab { vmm, vmm_lab, kernel, later_kernel, initrd, in_rig, slow: 1 }));
         }
         "" | "qemu" => (Emulator::Qemu(qemu::corrected()?), 1),
         other => bail!("{RIG}={other}: there are qemu and bochs"),
@@ -109,6 +115,7 @@ pub fn prepare() -> Result<Place> {
         &binaries.rig_init,
         &[
             ("bin/vmm", &binaries.vmm),
+            ("bin/vmm-lab", &binaries.vmm_lab),
             ("bin/self", &me),
             ("guest/bzImage", &kernel.bzimage),
             ("guest/bzImage-later", &later_kernel),
@@ -117,6 +124,7 @@ pub fn prepare() -> Result<Place> {
     )?;
     let lab = Lab {
         vmm: "/bin/vmm".into(),
+        vmm_lab: "/bin/vmm-lab".into(),
         kernel: "/guest/bzImage".into(),
         later_kernel: "/guest/bzImage-later".into(),
         initrd: "/guest/initrd".into(),

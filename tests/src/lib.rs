@@ -2,6 +2,7 @@
 
 pub mod breakpoints;
 pub mod campaigns;
+pub mod drivers;
 pub mod guard;
 pub mod lab;
 pub mod matrix;

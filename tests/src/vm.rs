@@ -47,19 +47,28 @@ pub struct Setup {
     pub command_line: String,
     /// Added to the monitor's command line.
     pub arguments: Vec<String>,
+    /// Switches of `vmm-lab`, which is started instead of `vmm` if there are any.
+    pub switches: Vec<String>,
 }
 
 impl Setup {
     /// A VM of so many vCPUs.
     #[must_use]
     pub fn cpus(cpus: u8) -> Self {
-        Self { kernel: None, cpus, memory_mib: 256, command_line: String::new(), arguments: Vec::new() }
+        Self {
+            kernel: None,
+            cpus,
+            memory_mib: 256,
+            command_line: String::new(),
+            arguments: Vec::new(),
+            switches: Vec::new(),
+        }
     }
 
     /// The same with programs that take their time, so that vCPUs meet what is in transit.
     #[must_use]
     pub fn lingering(mut self) -> Self {
-        self.arguments.extend(["--linger-ms".into(), "1".into()]);
+        self.switches.extend(["--linger-ms".into(), "1".into()]);
         self
     }
 }
@@ -96,7 +105,8 @@ impl Vm {
     /// With all that it printed when it does not come up.
     pub fn start(lab: &Lab, setup: &Setup) -> Result<Self> {
         let folder = TempDir::new()?;
-        let mut child = Command::new(&lab.vmm)
+        let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
+        let mut child = Command::new(monitor)
             .arg("--kernel")
             .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")
@@ -107,6 +117,7 @@ impl Vm {
             .arg("--api-socket")
             .arg(folder.path().join("socket"))
             .args(&setup.arguments)
+            .args(&setup.switches)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -1,7 +1,6 @@
 //! What the user asked for, checked.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use crate::memory::PAGE;
 
@@ -24,17 +23,6 @@ pub enum Fence {
     Kick,
 }
 
-/// For tests: when #BP exits are on, and who delivers those that are the guest's own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Breakpoints {
-    /// While a program needs it; the monitor.
-    AsNeeded,
-    /// Always; the monitor.
-    Always,
-    /// Always; KVM (`KVM_GUESTDBG_INJECT_BP`), which may go wrong.
-    AlwaysByKvm,
-}
-
 /// A machine to be built.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -52,12 +40,6 @@ pub struct Config {
     pub fence: Fence,
     /// Whether the kernel's text is guarded from init on.
     pub guard: bool,
-    /// For tests: the n-th program fails at its n-th step.
-    pub fail_programs: bool,
-    /// For tests: how long programs rest after each fence.
-    pub linger: Duration,
-    /// For tests: how breakpoints are treated.
-    pub breakpoints: Breakpoints,
 }
 
 /// Why the machine can't be as asked.
@@ -98,20 +80,7 @@ impl Config {
             return Err(Error::Memory { mib: memory_mib });
         }
         let command_line = command_line.unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned());
-        let (cpus, guard, fail_programs, breakpoints) = (count, false, false, Breakpoints::AsNeeded);
-        let linger = Duration::ZERO;
-        Ok(Self {
-            kernel,
-            initrd,
-            command_line,
-            cpus,
-            memory_mib,
-            fence,
-            guard,
-            fail_programs,
-            linger,
-            breakpoints,
-        })
+        Ok(Self { kernel, initrd, command_line, cpus: count, memory_mib, fence, guard: false })
     }
 
     /// Memory in bytes, whole pages.

@@ -8,7 +8,7 @@ use patcher::addr::VcpuId;
 use patcher::program::compile::Host;
 
 use crate::boot::{acpi, cpuid, kernel, registers};
-use crate::config::{Breakpoints, Config, Fence};
+use crate::config::{Config, Fence};
 use crate::devices::console::Console;
 use crate::devices::irq_line::IrqLine;
 use crate::devices::ports::Ports;
@@ -39,6 +39,18 @@ pub enum Error {
     Host(#[from] io::Error),
 }
 
+/// When #BP exits are on, and who delivers the #BP that are the guest's own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Breakpoints {
+    /// While a program needs them; the monitor.
+    #[default]
+    AsNeeded,
+    /// Always; the monitor.
+    Always,
+    /// Always; KVM (`KVM_GUESTDBG_INJECT_BP`), which may go wrong (`docs/breakpoints.md`).
+    AlwaysByKvm,
+}
+
 /// A machine that is ready to start.
 pub struct Machine {
     vm: Arc<Vm>,
@@ -63,6 +75,7 @@ impl Machine {
         image: &[u8],
         output: Box<dyn io::Write + Send>,
         drained: IrqLine,
+        breakpoints: Breakpoints,
     ) -> Result<Self, Error> {
         let initrd = config.initrd.as_deref().map(kernel::read).transpose()?;
         let ram = Arc::new(GuestRam::new(config.memory_bytes())?);
@@ -102,16 +115,12 @@ impl Machine {
             vm,
             ports,
             guard,
-            rendezvous: Arc::new(Rendezvous::new(
-                kicks,
-                barrier,
-                config.breakpoints != Breakpoints::AsNeeded,
-            )),
+            rendezvous: Arc::new(Rendezvous::new(kicks, barrier, breakpoints != Breakpoints::AsNeeded)),
             vcpus,
             threads: Vec::new(),
             uses_membarrier: barrier.is_some(),
             host,
-            breakpoints: config.breakpoints,
+            breakpoints,
         })
     }
 

@@ -1,32 +1,22 @@
 //! The program `vmm`.
 
-use std::io::{Read, Write};
-use std::path::Path;
+use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use hyper::Method;
-use patcher::plan::{MAX_BYTES, Plan};
 use serde_json::Value;
 use vmm::api::client;
-use vmm::api::command::Answer;
-use vmm::api::wire::Refusals;
-use vmm::boot;
-use vmm::cli::args::{At, Cli, Command, KernelCommand, Patch, Run, Vm};
+use vmm::cli::args::{At, Cli, Command, KernelCommand, Patch, Vm};
 use vmm::cli::render::{self, Style};
+use vmm::cli::run::{BAD_INPUT, print_answer, read_plan, run_vm};
 use vmm::cli::{doctor, kernel_file};
-use vmm::config::Config;
-use vmm::monitor::{self, Options};
-use vmm::patch::init_gate::AtInit;
-use vmm::vcpu::Ending;
+use vmm::monitor::Hooks;
 
-const BAD_INPUT: u8 = 2;
 const REFUSED: u8 = 3;
 const ROLLED_BACK: u8 = 4;
 const GUEST_HELD: u8 = 5;
-const GUEST_RESET: u8 = 10;
-const GUEST_CRASHED: u8 = 11;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -36,7 +26,7 @@ fn main() -> ExitCode {
         (Some(Command::Events { at, follow }), _) => events_command(&at, follow),
         (Some(Command::Kernel(command)), _) => Ok(kernel_command(&command)),
         (Some(Command::Doctor { json }), _) => Ok(doctor::run(json)),
-        (None, Some(run)) => run_vm(run),
+        (None, Some(run)) => run_vm(run, Hooks::default()),
         (None, None) => {
             eprintln!("vmm: --kernel is missing; see vmm --help");
             Ok(BAD_INPUT)
@@ -49,90 +39,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn run_vm(run: Run) -> Result<u8> {
-    let mut config = match Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory, run.fence) {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("vmm: {error}");
-            return Ok(BAD_INPUT);
-        }
-    };
-    config.guard = run.guard;
-    config.fail_programs = run.fail_programs;
-    config.linger = std::time::Duration::from_millis(run.linger_ms);
-    config.breakpoints = run.breakpoints;
-    let at_init = match run.patch {
-        None => None,
-        Some(path) => {
-            let plan = read_plan(&path)?;
-            if let Err(refused) = Plan::parse(&plan) {
-                let value = serde_json::to_value(Refusals::new(refused))?;
-                print_answer(&value, run.json)?;
-                return Ok(BAD_INPUT);
-            }
-            let json = run.json;
-            Some(AtInit { plan, then: Box::new(move |answer| print_outcome(answer, json)) })
-        }
-    };
-    let ending = match monitor::run(Options { config, socket: run.api_socket, at_init }) {
-        Ok(ending) => ending,
-        Err(error) => {
-            let bad_input = matches!(
-                error,
-                monitor::Error::Socket(_)
-                    | monitor::Error::Machine(vmm::machine::Error::Boot(
-                        boot::kernel::Error::File { .. }
-                            | boot::kernel::Error::Kernel { .. }
-                            | boot::kernel::Error::CommandLine(_)
-                            | boot::kernel::Error::TooSmall { .. }
-                    ))
-            );
-            eprintln!("vmm: {error}");
-            return Ok(if bad_input { BAD_INPUT } else { 1 });
-        }
-    };
-    monitor::flush();
-    Ok(match ending {
-        Ending::PowerOff | Ending::Stopped => 0,
-        Ending::Reset => GUEST_RESET,
-        Ending::TripleFault => {
-            eprintln!("vmm: the guest crashed (triple fault)");
-            GUEST_CRASHED
-        }
-        Ending::Failed(what) => {
-            eprintln!("vmm: {what}");
-            1
-        }
-    })
-}
-
-/// Prints the outcome of `--patch` before init starts.
-fn print_outcome(answer: Answer, json: bool) {
-    let value = match &answer {
-        Answer::Report(report) => serde_json::to_value(report),
-        Answer::Refused(refusals) => serde_json::to_value(refusals),
-        Answer::Failed(what) => Ok(serde_json::json!({ "error": what })),
-        other => Ok(serde_json::json!({ "error": format!("{other:?}") })),
-    };
-    // The guest boots on whoever reads this.
-    if let Ok(value) = value {
-        let _ = print_answer(&value, json);
-    }
-}
-
-fn read_plan(path: &Path) -> Result<Vec<u8>> {
-    let mut plan = Vec::new();
-    // One byte more than a plan may have, so that too long a one is told, not cut off.
-    let limit = MAX_BYTES as u64 + 1;
-    if path.as_os_str() == "-" {
-        std::io::stdin().take(limit).read_to_end(&mut plan).context("standard input")?;
-    } else {
-        let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
-        file.take(limit).read_to_end(&mut plan).with_context(|| path.display().to_string())?;
-    }
-    Ok(plan)
 }
 
 fn patch_command(patch: &Patch) -> Result<u8> {
@@ -208,15 +114,4 @@ fn ask_for(at: &At, method: Method, uri: &str, body: Vec<u8>, choose: impl FnOnc
         (_, Some("held")) => GUEST_HELD,
         _ => 1,
     })
-}
-
-fn print_answer(value: &Value, json: bool) -> Result<()> {
-    let text = if json {
-        serde_json::to_string_pretty(value)? + "\n"
-    } else {
-        render::answer(value, Style::detect())
-    };
-    let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    Ok(stdout.flush()?)
 }

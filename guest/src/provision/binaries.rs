@@ -13,6 +13,8 @@ use crate::{Error, output_of};
 pub struct Binaries {
     /// The monitor.
     pub vmm: PathBuf,
+    /// The same with switches for tests.
+    pub vmm_lab: PathBuf,
     /// Init of a guest.
     pub guest_init: PathBuf,
     /// Init of the rig's host.
@@ -36,7 +38,8 @@ pub fn build() -> Result<Binaries, Error> {
     let stdout = output_of(
         Command::new(cargo)
             .current_dir(workspace)
-            .args(["build", "--quiet", "--package", "vmm", "--package", "guest", "--bins"])
+            .args(["build", "--quiet", "--package", "vmm", "--package", "guest", "--package", "tests"])
+            .args(["--bin", "vmm", "--bin", "vmm-lab", "--bin", "guest-init", "--bin", "rig-init"])
             .args(["--message-format", "json-render-diagnostics"])
             .stderr(Stdio::inherit()),
     )?;
@@ -49,8 +52,12 @@ pub fn build() -> Result<Binaries, Error> {
             .cloned()
             .ok_or_else(|| Error::Archive(format!("cargo built no program called {name}")))
     };
-    let binaries =
-        Binaries { vmm: find("vmm")?, guest_init: find("guest-init")?, rig_init: find("rig-init")? };
+    let binaries = Binaries {
+        vmm: find("vmm")?,
+        vmm_lab: find("vmm-lab")?,
+        guest_init: find("guest-init")?,
+        rig_init: find("rig-init")?,
+    };
     step.done();
     Ok(binaries)
 }

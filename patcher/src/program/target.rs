@@ -18,7 +18,7 @@ pub trait Target {
 }
 
 /// Runs a program to its end.
-pub fn drive(program: &Program, target: &mut impl Target) -> End {
+pub fn drive(program: &Program, target: &mut (impl Target + ?Sized)) -> End {
     let mut session = Session::new(program);
     loop {
         let result = match session.next() {

@@ -28,7 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
 const STRATEGIES: [&str; 5] = ["store", "breakpoint", "bypass", "hold", "inspect"];
 
 fn failing() -> Setup {
-    Setup { arguments: vec!["--fail-programs".into()], memory_mib: 128, ..Setup::cpus(2) }
+    Setup { switches: vec!["--fail-programs".into()], memory_mib: 128, ..Setup::cpus(2) }
 }
 
 /// Two sites: one changed by its effect, one that needs a copy, both in one aligned word each.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Breakpoints, Fence};
+use crate::config::Fence;
 
 /// A KVM microVM monitor that live-patches its guest's kernel from outside.
 #[derive(Debug, Parser)]
@@ -65,17 +65,6 @@ pub struct Run {
     /// Guard the kernel's text against writes that are not its own patcher's, from init on.
     #[arg(long)]
     pub guard: bool,
-    /// For tests: the n-th program fails at its n-th step; when one has no n-th step it is
-    /// counted from the first again.
-    #[arg(long, hide = true)]
-    pub fail_programs: bool,
-    /// For tests: programs rest so long after each fence, in milliseconds, so that vCPUs meet what is
-    /// in transit.
-    #[arg(long, hide = true, default_value_t = 0)]
-    pub linger_ms: u64,
-    /// For tests: when breakpoints are intercepted, and who delivers the guest's own.
-    #[arg(long, hide = true, value_enum, default_value_t = Breakpoints::AsNeeded)]
-    pub breakpoints: Breakpoints,
     /// Print the outcome of --patch as JSON.
     #[arg(long)]
     pub json: bool,

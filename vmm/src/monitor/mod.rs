@@ -22,13 +22,14 @@ use crate::host::heap;
 use crate::host::priority;
 use crate::host::signals::Signals;
 use crate::host::terminal::Raw;
-use crate::machine::{self, Machine};
+use crate::machine::{self, Breakpoints, Machine};
 use crate::monitor::api_accept::ApiAccept;
 use crate::monitor::console_input::ConsoleInput;
 use crate::monitor::event_sink::EventSink;
 use crate::monitor::shutdown::{Shutdown, ShutdownEvents};
 use crate::monitor::signal_events::SignalEvents;
 use crate::patch::controller::Controller;
+use crate::patch::driver::{Direct, Driver};
 use crate::patch::engine::Engine;
 use crate::patch::image::Image;
 use crate::patch::init_gate::AtInit;
@@ -65,6 +66,23 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// A plan to apply right before the guest starts init.
     pub at_init: Option<AtInit>,
+    /// What differs from the shipped monitor.
+    pub hooks: Hooks,
+}
+
+/// What another program that is built on this library may change. The shipped command line does not
+/// reach it; tests do.
+pub struct Hooks {
+    /// Drives programs.
+    pub driver: Box<dyn Driver>,
+    /// When #BP exits are on, and what delivers the guest's own.
+    pub breakpoints: Breakpoints,
+}
+
+impl Default for Hooks {
+    fn default() -> Self {
+        Self { driver: Box::new(Direct), breakpoints: Breakpoints::default() }
+    }
 }
 
 /// Runs a VM until it ends.
@@ -72,14 +90,14 @@ pub struct Options {
 /// # Errors
 /// See [`Error`]; nothing of the VM is left then.
 pub fn run(options: Options) -> Result<Ending, Error> {
-    let Options { config, socket, at_init } = options;
+    let Options { config, socket, at_init, hooks } = options;
     heap::unmap_large_blocks_when_freed();
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     let socket = socket.map(|path| Socket::bind(&path)).transpose()?;
     let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
-    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained)?;
+    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained, hooks.breakpoints)?;
     let image = Arc::new(Image::new(file));
 
     if at_init.is_some() {
@@ -92,7 +110,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         let image = image.clone();
         std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
     }
-    let (controls, controller) = Controller::new(Engine::new(config, &machine, image), at_init).spawn()?;
+    let engine = Engine::new(config, &machine, image, hooks.driver);
+    let (controls, controller) = Controller::new(engine, at_init).spawn()?;
     let shutdown = Arc::new(Shutdown::new()?);
 
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;

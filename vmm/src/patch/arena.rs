@@ -4,11 +4,11 @@
 //! shares (Linux arch/x86/kernel/head_64.S, `level2_kernel_pgt`). At boot it clears the
 //! entries around its image (arch/x86/mm/init_64.c, `cleanup_highmap`) and never looks at
 //! them again. One of them, the nearest free one, is made to map the arena as one large
-//! page: read, execute, kernel only. An entry that was not present is in no TLB, so nobody
-//! needs to flush. From there every byte of the kernel is within reach of a rel32.
+//! page: read, execute, kernel only. No TLB has an entry that was not present, so none needs to
+//! be flushed. From there every byte of the kernel is within reach of a rel32.
 //!
-//! It is unmapped only when that is asked for, and once it is shown that nobody can be in a
-//! copy or come back to one. `docs/arena.md` has the argument and the limits.
+//! It is unmapped only on request, and once it is shown that no task can be in a copy or come
+//! back to one. `docs/arena.md` has the argument and the limits.
 
 use patcher::addr::{Gpa, Gva};
 use patcher::safety::slots::Arena;
@@ -25,8 +25,8 @@ const ENTRIES: u64 = 512;
 /// The arena of one guest: what is in it, and where it is, or will be, mapped.
 #[derive(Debug, Clone)]
 pub struct GuestArena {
-    /// Its bookkeeping.
-    pub arena: Arena,
+    /// Which of its bytes are copies.
+    pub slots: Arena,
     entry: Gpa,
     mapped: bool,
 }
@@ -39,7 +39,7 @@ impl GuestArena {
     pub fn place(kernel: &GuestKernel) -> Result<Self, String> {
         let (base, entry) = find(kernel)?;
         let size = usize::try_from(ARENA_SIZE).map_err(|error| error.to_string())?;
-        Ok(Self { arena: Arena::new(base, size), entry, mapped: false })
+        Ok(Self { slots: Arena::new(base, size), entry, mapped: false })
     }
 
     /// Maps it, if it is not mapped yet.

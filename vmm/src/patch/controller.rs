@@ -1,5 +1,12 @@
-//! The controller: the one thread that changes the guest. It takes commands in order, so
-//! programs never interleave.
+//! The controller: the one thread that changes the guest. It takes messages in order, so programs
+//! never interleave.
+//!
+//! ```text
+//!   API server ── command ───────┐                 ┌─▶ engine: apply, revert, info, ...
+//!   first vCPU ── located ───────┼─▶ one channel ──┼─▶ init gate: close, open
+//!   vCPUs ─────── protected ─────┤                 └─▶ engine: reconcile
+//!                 write, touched ┘
+//! ```
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -9,16 +16,19 @@ use crate::api::command::{Answer, Command};
 use crate::api::wire::{Fits, Refusals};
 use crate::guest::kernel::Located;
 use crate::host::priority;
-use crate::patch::engine::{Applied, Engine, PAUSE_PATIENCE, refused};
-use crate::patch::init_gate::{self, AtInit};
-use crate::patch::reconcile::SETTLE_PAUSE;
+use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
+use crate::patch::init_gate::{AtInit, InitGate};
+use crate::patch::reconcile::INTERVAL;
 use crate::text_guard;
 
+/// Called when a message was dealt with.
+type Done = Box<dyn FnOnce() + Send>;
+
 enum Message {
-    /// A command, when it was given, and who waits for the answer.
+    /// A command, when it was given, and what takes the answer.
     Command(Command, Instant, Box<dyn FnOnce(Answer) + Send>),
-    Located(Located, Box<dyn FnOnce() + Send>),
-    ProtectedWrite(Box<dyn FnOnce() + Send>),
+    Located(Located, Done),
+    ProtectedWrite(Done),
     Touched,
 }
 
@@ -33,47 +43,46 @@ impl Controls {
         self.0.send(Message::Command(command, Instant::now(), Box::new(reply))).is_ok()
     }
 
-    /// Tells where the kernel is and waits until that is dealt with.
+    /// Says where the kernel is, and waits until that is dealt with.
     pub fn located(&self, found: Located) {
         self.wait(|done| Message::Located(found, done));
     }
 
-    /// Tells of a write to the gate's page and waits until that is dealt with.
+    /// Says that the guest writes to the init gate's page, and waits until that is dealt with.
     pub fn protected_write(&self) {
         self.wait(Message::ProtectedWrite);
     }
 
-    /// Tells that the guest changed the site of a patch.
+    /// Says that the guest changed the site of a patch.
     pub fn touched(&self) {
-        // If the controller has ended there is nothing to look after.
+        // A controller that has ended reconciles nothing.
         let _ = self.0.send(Message::Touched);
     }
 
-    fn wait(&self, message: impl FnOnce(Box<dyn FnOnce() + Send>) -> Message) {
+    fn wait(&self, message: impl FnOnce(Done) -> Message) {
         let (sender, receiver) = mpsc::sync_channel(1);
-        // The receiver is right here until an answer came; nobody else can miss it.
+        // The channel has room for the only message it gets.
         let done = Box::new(move || _ = sender.send(()));
         if self.0.send(message(done)).is_ok() {
-            // If the controller ends without an answer there is nothing to wait for.
+            // An error means that the controller has ended, and there is nothing to wait for.
             let _ = receiver.recv();
         }
     }
 }
 
-/// The controller's thread before it is started: the engine, and what is to be done around boot.
+/// The controller's thread before it is started.
 pub struct Controller {
     engine: Engine,
-    /// What to do when the guest is about to start init.
-    at_init: Option<AtInit>,
-    /// When text was last looked at that is to be protected ahead of programs.
-    closed: Instant,
+    init_gate: InitGate,
+    /// When text was last protected ahead of programs.
+    protected_at: Instant,
 }
 
 impl Controller {
     /// A controller that has not started yet.
     #[must_use]
     pub fn new(engine: Engine, at_init: Option<AtInit>) -> Self {
-        Self { engine, at_init, closed: Instant::now() }
+        Self { engine, init_gate: InitGate::new(at_init), protected_at: Instant::now() }
     }
 
     /// Starts the thread. It ends when the last [`Controls`] is gone.
@@ -83,7 +92,7 @@ impl Controller {
     pub fn spawn(self) -> std::io::Result<(Controls, JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel();
         let serve = move || {
-            // Where it may not, it takes its turn.
+            // Where this is not permitted the thread runs with the usual priority.
             let _ = priority::raise();
             self.serve(&receiver);
         };
@@ -94,71 +103,61 @@ impl Controller {
     fn serve(mut self, messages: &Receiver<Message>) {
         while let Some(message) = self.next(messages) {
             match message {
-                Message::Command(command, asked, reply) => reply(self.obey(command, asked)),
+                Message::Command(command, given_at, reply) => reply(self.obey(command, given_at)),
                 Message::Located(found, done) => {
-                    self.engine.located = Some(found);
-                    self.close_gate();
+                    self.engine.set_located(found);
+                    self.init_gate.close(&mut self.engine);
                     done();
                 }
                 Message::ProtectedWrite(done) => {
-                    self.open_gate();
+                    self.init_gate.open(&mut self.engine);
                     done();
                 }
-                Message::Touched => self.engine.settle(),
+                Message::Touched => self.engine.reconcile(),
             }
         }
     }
 
-    /// The next message; `None` when nobody is left to send one. Until it comes, what the guest
-    /// did to patches is looked at again from time to time, if need be, and text is protected
-    /// ahead of programs.
+    /// The next message; `None` once every [`Controls`] is gone. Until it comes, reconciles from
+    /// time to time if need be, and protects text ahead of programs.
     fn next(&mut self, messages: &Receiver<Message>) -> Option<Message> {
         loop {
-            let rest = text_guard::REST.saturating_sub(self.closed.elapsed());
-            match messages.recv_timeout(if self.engine.unsettled { SETTLE_PAUSE } else { rest }) {
+            let rest = text_guard::REST.saturating_sub(self.protected_at.elapsed());
+            let must_reconcile = self.engine.must_reconcile;
+            match messages.recv_timeout(if must_reconcile { INTERVAL } else { rest }) {
                 Ok(message) => return Some(message),
                 Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) if self.engine.unsettled => self.engine.settle(),
-                Err(RecvTimeoutError::Timeout) => self.close_text(),
+                Err(RecvTimeoutError::Timeout) if must_reconcile => self.engine.reconcile(),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.protected_at = Instant::now();
+                    self.engine.protect_text_ahead();
+                }
             }
         }
     }
 
-    /// Protects text ahead of programs.
-    fn close_text(&mut self) {
-        self.closed = Instant::now();
-        // Where there is no socket nobody reads the image, and no plan comes.
-        if !self.engine.guard.is_text_known()
-            && self.engine.image.is_parsed()
-            && let Ok(text) = self.engine.text()
-        {
-            self.engine.guard.set_text(&text);
-        }
-        // If it can't be done ahead, programs do it.
-        let _ = self.engine.guard.preprotect_text();
-    }
-
-    fn obey(&mut self, command: Command, asked: Instant) -> Answer {
+    fn obey(&mut self, command: Command, given_at: Instant) -> Answer {
+        let engine = &mut self.engine;
         match command {
-            Command::Info => Answer::Info(Box::new(self.engine.info())),
-            Command::Vcpus => match self.engine.vcpus() {
+            Command::Info => Answer::Info(Box::new(engine.info())),
+            Command::Vcpus => match engine.vcpus() {
                 Ok(vcpus) => Answer::Vcpus(vcpus),
                 Err(error) => Answer::Failed(error.to_string()),
             },
-            Command::Pause { hurry } => match self.engine.rendezvous.pause(PAUSE_PATIENCE, hurry) {
-                Ok(()) => Answer::Done(asked.elapsed()),
+            Command::Pause { hurry } => match engine.rendezvous.pause(PAUSE_PATIENCE, hurry) {
+                Ok(()) => Answer::Done(given_at.elapsed()),
                 Err(error) => Answer::Failed(error.to_string()),
             },
             Command::Resume => {
-                self.engine.rendezvous.resume();
-                Answer::Done(asked.elapsed())
+                engine.rendezvous.resume();
+                Answer::Done(given_at.elapsed())
             }
-            Command::RemoveArena => match self.engine.remove_arena() {
-                Ok(()) => Answer::Done(asked.elapsed()),
+            Command::RemoveArena => match engine.remove_arena() {
+                Ok(()) => Answer::Done(given_at.elapsed()),
                 Err(answer) => answer,
             },
-            Command::Apply(json) => self.engine.apply(&json, asked),
-            Command::Check(json) => match self.engine.prepare(&json) {
+            Command::Apply(json) => engine.apply(&json, given_at),
+            Command::Check(json) => match engine.prepare(&json) {
                 Ok((_, program)) => Answer::Fits(Box::new(Fits {
                     state: "fits",
                     strategy: program.strategy,
@@ -167,62 +166,23 @@ impl Controller {
                 })),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
-            Command::Explain(json) => match self.engine.prepare(&json) {
+            Command::Explain(json) => match engine.prepare(&json) {
                 Ok((_, program)) => Answer::Program(Box::new(program)),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
-            Command::Targets => match self.engine.targets() {
+            Command::Targets => match engine.targets() {
                 Ok(targets) => Answer::Targets(Box::new(targets)),
                 Err(refusal) => refused(refusal),
             },
             Command::List => {
-                self.engine.look_for_livepatches();
-                Answer::Patches(self.engine.patches.iter().map(Applied::summary).collect())
+                engine.count_livepatched();
+                Answer::Patches(engine.patches.summaries())
             }
-            Command::Show(name) => match self.engine.find(&name) {
-                Ok(index) => Answer::Report(Box::new(self.engine.patches[index].report.clone())),
+            Command::Show(name) => match engine.patches.get(&name) {
+                Ok(patch) => Answer::Report(Box::new(patch.report.clone())),
                 Err(refusal) => refused(refusal),
             },
-            Command::Revert(name) => self.engine.revert(&name, asked),
-        }
-    }
-
-    /// Makes the guest wait right before it starts init, if there is something to be done then.
-    fn close_gate(&mut self) {
-        if self.at_init.is_none() && !self.engine.config.guard {
-            return;
-        }
-        let page = self.engine.kernel().map_err(|refusal| refusal.to_string()).and_then(init_gate::page);
-        let close = |page| self.engine.guard.close_init_gate(page).map_err(|error| error.to_string());
-        if let Err(why) = page.and_then(close) {
-            if self.engine.config.guard {
-                eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
-            }
-            self.settle_at_init(|_, _| Answer::Failed(format!("can't wait for init: {why}")));
-        }
-    }
-
-    /// Does what is to be done before init, and lets the vCPU at the gate go on.
-    fn open_gate(&mut self) {
-        // Another vCPU may have come before.
-        if !self.engine.guard.is_init_gate_closed() {
-            return;
-        }
-        self.settle_at_init(|controller, plan| controller.engine.apply(plan, Instant::now()));
-        if self.engine.config.guard
-            && let Err(why) = self.engine.guard_text()
-        {
-            eprintln!("vmm: --guard: {why}; text is not guarded");
-        }
-        if let Err(error) = self.engine.guard.open_init_gate() {
-            eprintln!("vmm: {error}");
-        }
-    }
-
-    fn settle_at_init(&mut self, apply: impl FnOnce(&mut Self, &[u8]) -> Answer) {
-        if let Some(at_init) = self.at_init.take() {
-            let answer = apply(self, &at_init.plan);
-            (at_init.then)(answer);
+            Command::Revert(name) => engine.revert(&name, given_at),
         }
     }
 }

@@ -1,81 +1,62 @@
-//! The state of patching: what is known of the guest, and which patches it has. Applying and
-//! reverting are in [`super::apply`], looking after what the guest does to patches is in
-//! [`super::reconcile`].
+//! The state of patching: what is known of the guest, and which patches it has.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::addr::VcpuId;
-use patcher::plan::refusal::Refusal;
+use patcher::addr::{Gpa, VcpuId};
+use patcher::plan::refusal::{Refusal, Refused};
 use patcher::program::compile::Host;
-use patcher::program::step::Step;
-use patcher::program::target::Target;
+use patcher::resolve::RunningGuest;
 use patcher::resolve::targets::{self, Targets};
-use patcher::resolve::{ResolvedPlan, RunningGuest};
-use patcher::safety::interior;
-use patcher::safety::quiesce::Condition;
 
 use crate::api::command::Answer;
-use crate::api::wire::{
-    ArenaInfo, GuardInfo, Info, KernelInfo, PatchState, PatchSummary, Refusals, Report, State, VcpuLine,
-};
+use crate::api::wire::{ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, State, VcpuLine};
 use crate::config::Config;
 use crate::guest::cached_translations::CachedTranslations;
+use crate::guest::introspect::Introspection;
 use crate::guest::kernel::{GuestKernel, Located};
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
 use crate::machine::Machine;
-use crate::memory::layout::ARENA;
 use crate::patch::arena::GuestArena;
-use crate::patch::executor::Executor;
+use crate::patch::driver::Driver;
 use crate::patch::image::Image;
+use crate::patch::patch_set::PatchSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
 /// How long a pause waits for vCPUs that the host preempted.
 pub(super) const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
-/// How long the arena's removal waits until nobody is in it.
-const REMOVAL_PATIENCE: Duration = Duration::from_secs(2);
-
-/// A patch that was applied.
-pub(super) struct Applied {
-    pub(super) plan: ResolvedPlan,
-    pub(super) state: PatchState,
-    pub(super) report: Report,
-    /// How many sites the guest has replaced.
-    pub(super) superseded: usize,
-    /// How many lay in functions that the guest livepatches, when that was last looked at.
-    pub(super) livepatched: usize,
-}
 
 /// What is known of the machine, its guest and the patches that were applied to it.
 pub struct Engine {
-    pub(super) config: Config,
-    vm: Arc<Vm>,
+    config: Config,
+    pub(super) vm: Arc<Vm>,
     pub(super) rendezvous: Arc<Rendezvous>,
     pub(super) guard: Arc<Guard>,
     uses_membarrier: bool,
     pub(super) host: Host,
+    pub(super) driver: Box<dyn Driver>,
     /// Copies of instructions; mapped into the guest when first needed.
     pub(super) arena: Option<GuestArena>,
-    pub(super) image: Arc<Image>,
-    pub(super) located: Option<Located>,
-    pub(super) kernel: Option<GuestKernel>,
-    pub(super) patches: Vec<Applied>,
-    /// For tests: the step of the next program that is to fail.
-    pub(super) fail_at: usize,
+    image: Arc<Image>,
+    located: Option<Located>,
+    kernel: Option<GuestKernel>,
+    pub(super) patches: PatchSet,
+    /// The patch whose program could be neither finished nor undone; the guest is held.
     pub(super) held_by: Option<String>,
-    /// The guest changed sites of patches, and was not through yet when that was looked at.
-    pub(super) unsettled: bool,
+    /// The guest may have changed sites of patches since that was last looked at.
+    pub(super) must_reconcile: bool,
     /// When that was last looked at.
-    pub(super) settled: Instant,
+    pub(super) reconciled_at: Instant,
     started: Instant,
 }
 
 impl Engine {
     /// Of a machine that is not started yet.
     #[must_use]
-    pub fn new(config: Config, machine: &Machine, image: Arc<Image>) -> Self {
+    pub fn new(config: Config, machine: &Machine, image: Arc<Image>, driver: Box<dyn Driver>) -> Self {
         Self {
             config,
             vm: machine.vm().clone(),
@@ -83,15 +64,15 @@ impl Engine {
             guard: machine.guard().clone(),
             uses_membarrier: machine.uses_membarrier(),
             host: machine.host(),
+            driver,
             arena: None,
             image,
             located: None,
             kernel: None,
-            patches: Vec::new(),
-            fail_at: 0,
+            patches: PatchSet::default(),
             held_by: None,
-            unsettled: false,
-            settled: Instant::now(),
+            must_reconcile: false,
+            reconciled_at: Instant::now(),
             started: Instant::now(),
         }
     }
@@ -112,17 +93,27 @@ impl Engine {
                 .arena
                 .as_ref()
                 .filter(|arena| arena.is_mapped())
-                .map(|arena| ArenaInfo { base: arena.arena.range().start, used_bytes: arena.arena.used() }),
+                .map(|arena| ArenaInfo { base: arena.slots.range().start, used_bytes: arena.slots.used() }),
             fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
-            patches: self.patches.iter().filter(|patch| patch.state == PatchState::Applied).count(),
+            patches: self.patches.applied().count(),
             breakpoints: self.rendezvous.delivered(),
             guard: GuardInfo {
                 pages: self.guard.guarded_pages(),
                 writes: self.guard.stopped_writes(),
                 pages_ahead: self.guard.preprotected_pages(),
             },
-            uptime_ms: ms(self.started.elapsed()),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    fn state(&self) -> State {
+        if self.held_by.is_some() {
+            State::Held
+        } else if self.rendezvous.is_paused() {
+            State::Paused
+        } else {
+            State::Running
         }
     }
 
@@ -132,7 +123,7 @@ impl Engine {
         if self.held_by.is_none() {
             self.rendezvous.release();
         }
-        // Until the kernel is known nothing has a name.
+        // Without the kernel there are no symbols.
         let _ = self.kernel();
         let introspection = self.guard.introspection();
         let line = |(vcpu, registers): &(VcpuId, VcpuRegisters)| VcpuLine {
@@ -145,17 +136,18 @@ impl Engine {
         Ok(inspected?.iter().map(line).collect())
     }
 
-    pub(super) fn state(&self) -> State {
-        if self.held_by.is_some() {
-            State::Held
-        } else if self.rendezvous.is_paused() {
-            State::Paused
-        } else {
-            State::Running
-        }
+    /// What there is to patch by name.
+    pub(super) fn targets(&mut self) -> Result<Targets, Refusal> {
+        let kernel = self.kernel()?.with_modules();
+        targets::list(self.guest(&CachedTranslations::of(&kernel)))
     }
 
-    /// The guest's kernel, once it is far enough.
+    /// Takes where the kernel was found.
+    pub(super) fn set_located(&mut self, found: Located) {
+        self.located = Some(found);
+    }
+
+    /// The guest's kernel, once it has set up system calls.
     pub(super) fn kernel(&mut self) -> Result<&GuestKernel, Refusal> {
         if self.kernel.is_none() {
             let not_ready = |why: &str| Refusal::GuestNotReady { why: why.to_owned() };
@@ -168,20 +160,16 @@ impl Engine {
         self.kernel.as_ref().ok_or(Refusal::GuestNotReady { why: String::new() })
     }
 
-    pub(super) fn find(&self, name: &str) -> Result<usize, Refusal> {
-        let unknown = || Refusal::UnknownPatch { name: name.to_owned() };
-        self.patches.iter().position(|patch| patch.plan.name == name).ok_or_else(unknown)
-    }
-
-    pub(super) fn targets(&mut self) -> Result<Targets, Refusal> {
-        let kernel = self.kernel()?.with_modules();
-        targets::list(self.guest(&CachedTranslations::of(&kernel)))
+    /// The guest's kernel, if [`Engine::kernel`] has found it.
+    pub(super) fn known_kernel(&self) -> Option<&GuestKernel> {
+        self.kernel.as_ref()
     }
 
     pub(super) fn guest<'k>(&self, memory: &'k CachedTranslations<'k>) -> RunningGuest<'k> {
         RunningGuest { kernel: memory.kernel().kernel(), text: memory, vcpus: usize::from(self.config.cpus) }
     }
 
+    /// Refuses what a held guest can't be asked for.
     pub(super) fn not_held(&self) -> Result<(), Refusal> {
         match &self.held_by {
             Some(name) => Err(Refusal::GuestHeld { name: name.clone() }),
@@ -189,55 +177,44 @@ impl Engine {
         }
     }
 
-    /// Removes the arena once nobody is in a copy or may come back to one.
-    pub(super) fn remove_arena(&mut self) -> Result<(), Answer> {
-        let Some(mut arena) = self.arena.take().filter(GuestArena::is_mapped) else { return Ok(()) };
-        let removed = self.unmap(&mut arena);
-        // If it had to stay, the copies stay too; otherwise it begins anew.
-        self.arena = Some(arena).filter(GuestArena::is_mapped);
-        removed
+    /// Whether all of the kernel's text is to be guarded from init on.
+    pub(super) fn wants_text_guarded(&self) -> bool {
+        self.config.guard
     }
 
-    pub(super) fn unmap(&mut self, arena: &mut GuestArena) -> Result<(), Answer> {
-        self.not_held().map_err(refused)?;
-        let kernel = self.kernel().map_err(refused)?.clone();
-        if interior::preempts(kernel.kernel(), &kernel) {
-            return Err(refused(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" }));
+    /// Guards all of the kernel's own text.
+    pub(super) fn guard_text(&mut self) -> Result<(), String> {
+        let text = self.text()?;
+        self.guard.guard_text(&text).map_err(|error| error.to_string())
+    }
+
+    /// Protects text ahead of programs, as far as the guest does not write to it.
+    pub(super) fn protect_text_ahead(&mut self) {
+        // The image is parsed only for a VM with a control socket; without one no plan comes.
+        if !self.guard.is_text_known()
+            && self.image.is_parsed()
+            && let Ok(text) = self.text()
+        {
+            self.guard.set_text(&text);
         }
-        let nobody = Condition { inside: vec![arena.arena.range()], ..Condition::default() };
-        let mut target = Executor::new(&kernel, &self.rendezvous, Instant::now() + REMOVAL_PATIENCE);
-        let removed =
-            target.perform(&Step::Inspect(nobody)).map_err(|error| error.to_string()).and_then(|()| {
-                arena.unmap(&kernel)?;
-                self.vm.remake_slot(ARENA).map_err(|error| error.to_string())
-            });
-        self.rendezvous.release();
-        removed.map_err(|what| Answer::Failed(format!("removing the arena: {what}")))
+        // What can't be protected ahead is protected by the programs that need it.
+        let _ = self.guard.preprotect_text();
+    }
+
+    /// Where the kernel's own text is, once the kernel is known.
+    fn text(&mut self) -> Result<Range<Gpa>, String> {
+        self.kernel().map_err(|refusal| refusal.to_string())?;
+        let text = self.guard.introspection().and_then(Introspection::text);
+        text.ok_or_else(|| "the kernel's text is not in one piece".to_owned())
     }
 }
 
-impl Applied {
-    pub(super) fn summary(&self) -> PatchSummary {
-        PatchSummary {
-            name: self.plan.name.clone(),
-            state: self.state,
-            sites: self.plan.sites.len(),
-            superseded: self.superseded,
-            livepatched: if self.state == PatchState::Applied { self.livepatched } else { 0 },
-            on_guest_write: self.plan.on_guest_write,
-            strategy: self.report.strategy,
-        }
-    }
+/// A refusal that concerns the whole plan, as a list.
+pub(super) fn at_root(refusal: Refusal) -> Vec<Refused> {
+    vec![refusal.at_root()]
 }
 
+/// The same, as an answer.
 pub(super) fn refused(refusal: Refusal) -> Answer {
-    Answer::Refused(Refusals::new(vec![refusal.at_root()]))
-}
-
-pub(super) fn ms(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-pub(super) fn us(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+    Answer::Refused(Refusals::new(at_root(refusal)))
 }

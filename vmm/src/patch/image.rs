@@ -1,12 +1,13 @@
-//! The kernel image of the guest, read once, by whoever needs it first.
+//! The kernel image of the guest: read from its file when first needed, and once.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
 use patcher::image::KernelImage;
 
-/// The kernel image, read from its file when first needed, by whoever needs it first.
+/// A kernel image that is read when first needed.
 pub struct Image {
-    /// Empty, once it was read: it is as large as all that is known of it.
+    /// The file's content; empty once it was read, as it is as large as all that follows from it.
     file: Mutex<Vec<u8>>,
     parsed: OnceLock<Result<Arc<KernelImage>, String>>,
 }
@@ -18,7 +19,7 @@ impl Image {
         Self { file: Mutex::new(file), parsed: OnceLock::new() }
     }
 
-    /// Whether somebody has read it.
+    /// Whether it was read.
     #[must_use]
     pub fn is_parsed(&self) -> bool {
         self.parsed.get().is_some()
@@ -30,7 +31,7 @@ impl Image {
     /// Why it can't be read.
     pub fn parsed(&self) -> Result<Arc<KernelImage>, String> {
         let parse = || {
-            let file = std::mem::take(&mut *self.file.lock().unwrap_or_else(PoisonError::into_inner));
+            let file = std::mem::take(&mut *self.file.lock());
             KernelImage::parse(&file).map(Arc::new).map_err(|e| e.to_string())
         };
         self.parsed.get_or_init(parse).clone()

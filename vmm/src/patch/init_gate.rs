@@ -1,16 +1,26 @@
-//! The gate before init: a guest that is about to start init waits for a plan to be applied.
+//! The init gate: a guest that is about to start init waits until a plan is applied and its text
+//! is guarded.
 //!
 //! The kernel frees its init sections, overwriting them with a pattern, right before it
 //! starts init (Linux `init/main.c`, `kernel_init` and `free_initmem`; `mm/page_alloc.c`,
-//! `free_reserved_area`). A page of them that nobody writes to otherwise is protected from
+//! `free_reserved_area`). A page of them that is written to by nothing else is protected from
 //! the time the kernel is found; the write to it is the signal, and the vCPU that does it
 //! waits. `docs/gate.md` has the alternatives.
+//!
+//! ```text
+//!   kernel found ─▶ close: protect the page ─▶ the guest writes to it ─▶ open: apply, guard text,
+//!                        │ there is none                                       unprotect the page
+//!                        └─▶ the outcome says so; the VM runs unpatched
+//! ```
+
+use std::time::Instant;
 
 use patcher::addr::{Gpa, Gva};
 
 use crate::api::command::Answer;
 use crate::guest::kernel::GuestKernel;
 use crate::memory::PAGE;
+use crate::patch::engine::Engine;
 
 /// A plan to apply when the guest is about to start init, and what becomes of it.
 pub struct AtInit {
@@ -20,11 +30,60 @@ pub struct AtInit {
     pub then: Box<dyn FnOnce(Answer) + Send>,
 }
 
-/// The page that the kernel writes to right before it starts init.
-///
-/// # Errors
-/// Why there is none.
-pub fn page(kernel: &GuestKernel) -> Result<Gpa, String> {
+/// What is to be done at the gate.
+pub(super) struct InitGate {
+    /// `None` once its outcome is known.
+    at_init: Option<AtInit>,
+}
+
+impl InitGate {
+    pub(super) fn new(at_init: Option<AtInit>) -> Self {
+        Self { at_init }
+    }
+
+    /// Makes the guest wait right before it starts init, if there is something to be done then.
+    pub(super) fn close(&mut self, engine: &mut Engine) {
+        let guards_text = engine.wants_text_guarded();
+        if self.at_init.is_none() && !guards_text {
+            return;
+        }
+        let page = engine.kernel().map_err(|refusal| refusal.to_string()).and_then(page);
+        let close = |page| engine.guard.close_init_gate(page).map_err(|error| error.to_string());
+        if let Err(why) = page.and_then(close) {
+            if guards_text {
+                eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
+            }
+            self.conclude(|_| Answer::Failed(format!("can't wait for init: {why}")));
+        }
+    }
+
+    /// Does what is to be done before init, and lets the vCPU at the gate go on.
+    pub(super) fn open(&mut self, engine: &mut Engine) {
+        // Another vCPU's write may have opened it already.
+        if !engine.guard.is_init_gate_closed() {
+            return;
+        }
+        self.conclude(|plan| engine.apply(plan, Instant::now()));
+        if engine.wants_text_guarded()
+            && let Err(why) = engine.guard_text()
+        {
+            eprintln!("vmm: --guard: {why}; text is not guarded");
+        }
+        if let Err(error) = engine.guard.open_init_gate() {
+            eprintln!("vmm: {error}");
+        }
+    }
+
+    /// Reports the outcome of the plan, if there is one and that was not done yet.
+    fn conclude(&mut self, outcome: impl FnOnce(&[u8]) -> Answer) {
+        if let Some(AtInit { plan, then }) = self.at_init.take() {
+            then(outcome(&plan));
+        }
+    }
+}
+
+/// The page that the kernel writes to right before it starts init, or why there is none.
+fn page(kernel: &GuestKernel) -> Result<Gpa, String> {
     let symbol = |name| kernel.kernel().symbol(name).map_err(|refusal| refusal.to_string());
     let (start, end) = (symbol("__setup_start")?, symbol("__setup_end")?);
     let page = Gva(start.0.next_multiple_of(PAGE));

@@ -1,10 +1,30 @@
-//! Patching a running guest: the controller thread, and what it does with plans.
+//! Patching a running guest: the controller's thread, and what it does with plans.
+//!
+//! ```text
+//!   JSON ─▶ apply: parse, resolve, compile          a refusal: nothing was written
+//!              │ program
+//!              ▼
+//!           execute: guard the sites, begin again while the guest patches itself
+//!              │ driver ─▶ session (patcher) ─ steps ─▶ executor ─▶ vCPUs, memory
+//!              ▼
+//!           report ─▶ patch set ◀── reconcile: sites that the guest wrote to
+//!                        │
+//!                        └─▶ revert: the plan the other way round, through execute
+//! ```
+//!
+//! All of it runs on the thread of [`controller`], on the state that [`engine`] keeps.
 
-pub mod apply;
+mod apply;
 pub mod arena;
 pub mod controller;
+pub mod driver;
 pub mod engine;
+mod execute;
 pub mod executor;
 pub mod image;
 pub mod init_gate;
-pub mod reconcile;
+mod kernel_locks;
+mod patch_set;
+mod reconcile;
+mod remove_arena;
+mod revert;

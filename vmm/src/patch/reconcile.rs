@@ -1,9 +1,17 @@
-//! What is done about a guest that has changed the sites of patches: once it is through.
+//! What becomes of a patch whose sites the guest has written to, once the guest has finished.
+//!
+//! ```text
+//!   a vCPU wrote to a site ─▶ must_reconcile ─▶ the guest is not patching itself ─▶ compare each site
+//!                                  ▲ │ it is: again after INTERVAL                      │
+//!                                  └─┘                         ┌────────────────────────┤
+//!                                        as patched: nothing ◀─┤ unmapped: give up      │
+//!                                                              └ changed: by policy ────┘
+//!                                          yield: give up · rebase, deny: put back
+//! ```
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use patcher::addr::{Gpa, Gva};
+use patcher::addr::Gva;
 use patcher::insn;
 use patcher::linux::livepatches::livepatched;
 use patcher::linux::memory::read;
@@ -13,141 +21,128 @@ use patcher::resolve::expand::Datum;
 use patcher::resolve::{ResolvedPlan, probed};
 use patcher::site::Site;
 
-use crate::api::wire::PatchState;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
 use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
 use crate::patch::engine::Engine;
+use crate::text_guard::Guard;
 
-/// Least time between two looks at what the guest did to patches: it is given time to be
-/// through, and can't make the controller busy.
-pub(super) const SETTLE_PAUSE: Duration = Duration::from_millis(2);
+/// Least time between two comparisons: the guest is given time to finish, and can't keep the
+/// controller busy.
+pub(super) const INTERVAL: Duration = Duration::from_millis(2);
 
-/// A site that is not as its patch left it: which one of the plan's, and what is there.
-type Changed = (usize, Vec<u8>);
+/// A site that is not as its patch left it.
+struct Changed {
+    /// Which of the plan's sites.
+    index: usize,
+    at: Gva,
+    /// What is there.
+    now: Vec<u8>,
+}
 
 impl Engine {
-    /// Guards all of the kernel's own text.
-    pub(super) fn guard_text(&mut self) -> Result<(), String> {
-        let text = self.text()?;
-        self.guard.guard_text(&text).map_err(|error| error.to_string())
-    }
-
-    /// Where the kernel's own text is, once the guest is far enough.
-    pub(super) fn text(&mut self) -> Result<Range<Gpa>, String> {
-        self.kernel().map_err(|refusal| refusal.to_string())?;
-        let text = self.guard.introspection().and_then(Introspection::text);
-        text.ok_or_else(|| "the kernel's text is not in one piece".to_owned())
-    }
-
-    /// Has the guard look after a patch that was applied, and looks at it once: its program ended
-    /// before anybody watched.
+    /// Has the guard watch the sites of a patch that was applied. They are compared once: its
+    /// program ended before they were watched.
     pub(super) fn watch(&mut self, plan: &ResolvedPlan) {
-        let Some(kernel) = &self.kernel else { return };
+        let Some(kernel) = self.known_kernel() else { return };
         if let Err(error) = self.guard.watch(plan, kernel) {
-            self.tell_conflict(&plan.name, format!("its pages are not all guarded: {error}"));
+            self.emit_conflict(&plan.name, format!("its pages are not all guarded: {error}"));
         }
-        if self.config.guard || plan.on_guest_write.is_some() {
+        if self.wants_text_guarded() || plan.on_guest_write.is_some() {
             self.guard.recheck(&plan.name);
-            self.unsettled = true;
+            self.must_reconcile = true;
         }
     }
 
-    /// Looks at the patches whose sites the guest wrote to, if it is not patching any more;
-    /// otherwise that is to be done later.
-    pub(super) fn settle(&mut self) {
-        let is_calm =
-            |engine: &Self| engine.guard.introspection().is_none_or(Introspection::patching_locks_are_free);
-        self.unsettled = true;
-        if self.settled.elapsed() < SETTLE_PAUSE || !is_calm(self) {
+    /// Compares the patches whose sites the guest wrote to with what is there, unless it is
+    /// patching itself; then that remains to be done.
+    pub(super) fn reconcile(&mut self) {
+        self.must_reconcile = true;
+        if self.reconciled_at.elapsed() < INTERVAL || !is_calm(&self.guard) {
             return;
         }
-        (self.unsettled, self.settled) = (false, Instant::now());
-        let news = self.guard.take_guest_writes();
-        if news.near_site {
-            self.look_for_livepatches();
+        (self.must_reconcile, self.reconciled_at) = (false, Instant::now());
+        let writes = self.guard.take_guest_writes();
+        if writes.near_site {
+            self.count_livepatched();
         }
-        for name in news.patches {
-            let Ok(index) = self.find(&name) else { continue };
-            let Some(kernel) =
-                self.kernel.clone().filter(|_| self.patches[index].state == PatchState::Applied)
-            else {
+        for name in writes.patches {
+            let Some(kernel) = self.known_kernel() else { continue };
+            let Ok(patch) = self.patches.get(&name) else { continue };
+            if !patch.is_applied() {
                 continue;
-            };
-            let (gone, changed) = look(&self.patches[index].plan, &kernel);
-            if !is_calm(self) {
+            }
+            let (unmapped, changed) = compare(&patch.plan, kernel);
+            if !is_calm(&self.guard) {
                 self.guard.recheck(&name);
-                self.unsettled = true;
-            } else if !gone.is_empty() {
-                self.give_up(index, &gone, "is gone with its module");
+                self.must_reconcile = true;
+            } else if !unmapped.is_empty() {
+                self.give_up(&name, &unmapped, "is gone with its module");
             } else if !changed.is_empty() {
-                self.decide(index, changed);
+                self.follow_policy(&name, &changed);
             }
         }
     }
 
-    /// Looks which patches lie in functions that livepatches of the guest's own replace, and tells
-    /// what changed. Their code stays as it is: it is theirs again when the livepatch is gone.
-    pub(super) fn look_for_livepatches(&mut self) {
-        let Some(kernel) = &self.kernel else { return };
-        // If the list can't be read it is being changed: that will be seen the next time.
+    /// Counts the sites of patches in functions that livepatches of the guest's own replace, and
+    /// says where that has changed. Their code stays: it is executed again when the livepatch is
+    /// gone.
+    pub(super) fn count_livepatched(&mut self) {
+        let Some(kernel) = self.known_kernel() else { return };
+        // A list that can't be read is being changed: it is read again at the next chance.
         let Ok(functions) = livepatched(&kernel.kernel(), kernel) else { return };
-        let is_in_vain = |site: &&Site| functions.iter().any(|function| function.contains(&site.at));
-        let mut news = Vec::new();
-        for patch in self.patches.iter_mut().filter(|patch| patch.state == PatchState::Applied) {
-            let sites = patch.plan.sites.iter().filter(is_in_vain).count();
-            if sites != std::mem::replace(&mut patch.livepatched, sites) {
-                let what = match sites {
-                    0 => "in no function that the guest livepatches any more".to_owned(),
-                    sites => format!("not executed at {sites} sites: the guest livepatches their functions"),
-                };
-                news.push((patch.plan.name.clone(), what));
-            }
+        let is_livepatched = |site: &Site| functions.iter().any(|function| function.contains(&site.at));
+        let mut conflicts = Vec::new();
+        for patch in self.patches.applied_mut() {
+            let what = match patch.count_livepatched(is_livepatched) {
+                None => continue,
+                Some(0) => "in no function that the guest livepatches any more".to_owned(),
+                Some(sites) => {
+                    format!("not executed at {sites} sites: the guest livepatches their functions")
+                }
+            };
+            conflicts.push((patch.plan.name.clone(), what));
         }
-        for (name, what) in news {
-            self.tell_conflict(&name, what);
+        for (name, what) in conflicts {
+            self.emit_conflict(&name, what);
         }
     }
 
     /// Does what a patch's policy says about the sites that the guest has changed.
-    fn decide(&mut self, index: usize, changed: Vec<Changed>) {
-        let patch = &self.patches[index];
-        let name = patch.plan.name.clone();
-        let by_name = |(site, _): &Changed| patch.plan.sites[*site].at;
-        let all: Vec<Gva> = changed.iter().map(by_name).collect();
+    fn follow_policy(&mut self, name: &str, changed: &[Changed]) {
+        let Ok(patch) = self.patches.get(name) else { return };
         let policy = patch.plan.on_guest_write.unwrap_or_default();
+        let sites: Vec<Gva> = changed.iter().map(|changed| changed.at).collect();
         if policy == Policy::Yield {
-            return self.give_up(index, &all, "was replaced by the guest");
+            return self.give_up(name, &sites, "was replaced by the guest");
         }
-        match self.put_back(index, &changed) {
+        let whole = patch.plan.clone();
+        match self.put_back(whole, changed) {
             Ok(()) => {
-                if policy == Policy::Rebase {
-                    let sites = &mut self.patches[index].plan.sites;
-                    for (site, now) in &changed {
-                        sites[*site] = rebased(&sites[*site], now);
-                    }
-                }
                 let what = match policy {
-                    Policy::Rebase => "put back over what the guest wrote, which reverting restores",
+                    Policy::Rebase => {
+                        self.rebase(name, changed);
+                        "put back over what the guest wrote, which reverting restores"
+                    }
                     _ => "put back, and what the guest wrote is lost",
                 };
-                self.tell_conflict(&name, format!("{} sites: {what}", changed.len()));
+                self.emit_conflict(name, format!("{} sites: {what}", changed.len()));
             }
-            Err(why) => self.give_up(index, &all, &format!("could not be put back ({why})")),
+            Err(why) => self.give_up(name, &sites, &format!("could not be put back ({why})")),
         }
     }
 
     /// Applies a patch again where the guest has replaced it.
-    fn put_back(&mut self, index: usize, changed: &[Changed]) -> Result<(), String> {
-        let asked = Instant::now();
-        let whole = self.patches[index].plan.clone();
-        let Some(kernel) = self.kernel.clone() else { return Ok(()) };
+    fn put_back(&mut self, whole: ResolvedPlan, changed: &[Changed]) -> Result<(), String> {
+        let given_at = Instant::now();
+        let Some(kernel) = self.known_kernel().cloned() else { return Ok(()) };
         let reasons = |refused: Vec<Refused>| {
             let reasons: Vec<String> = refused.iter().map(|refused| refused.refusal.to_string()).collect();
             reasons.join("; ")
         };
-        let sites: Vec<Site> = changed.iter().map(|(site, now)| rebased(&whole.sites[*site], now)).collect();
+        let sites =
+            changed.iter().map(|changed| rebased(&whole.sites[changed.index], &changed.now)).collect();
         let word = |datum: &Datum| {
             let old = read(&kernel, datum.at, datum.new.len()).ok()?;
             (old != datum.new).then(|| Datum { at: datum.at, old, new: datum.new.clone() })
@@ -158,52 +153,53 @@ impl Engine {
             return Err(reasons(probed));
         }
         let program = self.compile(&plan).map_err(reasons)?;
-        let report = self.execute(&plan, program, asked).map_err(|refusal| refusal.to_string())?;
-        match report.failure {
-            None => Ok(()),
-            Some(failure) => Err(failure),
+        let report = self.execute(&plan, program, given_at).map_err(|refusal| refusal.to_string())?;
+        report.failure.map_or(Ok(()), Err)
+    }
+
+    /// Takes what the guest wrote for what reverting is to restore.
+    fn rebase(&mut self, name: &str, changed: &[Changed]) {
+        if let Some(patch) = self.patches.get_mut(name) {
+            for Changed { index, now, .. } in changed {
+                patch.plan.sites[*index] = rebased(&patch.plan.sites[*index], now);
+            }
         }
     }
 
-    /// A patch is in force no more at some of its sites.
-    fn give_up(&mut self, index: usize, sites: &[Gva], why: &str) {
-        let patch = &mut self.patches[index];
-        let name = patch.plan.name.clone();
-        self.guard.forget_some(&name, |at| sites.contains(&at));
-        patch.superseded += sites.len();
-        patch.plan.sites.retain(|site| !sites.contains(&site.at));
-        if patch.plan.sites.is_empty() {
-            patch.state = PatchState::Superseded;
-            patch.report.state = PatchState::Superseded;
-        }
-        patch.report.superseded = patch.superseded;
+    /// Takes a patch for not in force at these sites any more.
+    fn give_up(&mut self, name: &str, sites: &[Gva], why: &str) {
+        self.guard.forget_some(name, |at| sites.contains(&at));
+        let Some(patch) = self.patches.get_mut(name) else { return };
+        patch.supersede(sites);
         let what = match patch.plan.sites.len() {
             0 => format!("superseded: it {why}"),
             left => format!("superseded at {} sites, {left} are left: it {why}", sites.len()),
         };
-        self.tell_conflict(&name, what);
+        self.emit_conflict(name, what);
     }
 
-    fn tell_conflict(&self, name: &str, what: String) {
-        self.guard.events().tell(Kind::Conflict, || Details {
-            who: None,
-            patch: Some(name.to_owned()),
-            what,
-        });
+    fn emit_conflict(&self, name: &str, what: String) {
+        let details = || Details { who: None, patch: Some(name.to_owned()), what };
+        self.guard.events().tell(Kind::Conflict, details);
     }
 }
 
+/// Whether the guest is not patching itself.
+fn is_calm(guard: &Guard) -> bool {
+    guard.introspection().is_none_or(Introspection::patching_locks_are_free)
+}
+
 /// The sites that are not mapped any more, and those that are not as the patch left them.
-fn look(plan: &ResolvedPlan, kernel: &GuestKernel) -> (Vec<Gva>, Vec<Changed>) {
-    let (mut gone, mut changed) = (Vec::new(), Vec::new());
+fn compare(plan: &ResolvedPlan, kernel: &GuestKernel) -> (Vec<Gva>, Vec<Changed>) {
+    let (mut unmapped, mut changed) = (Vec::new(), Vec::new());
     for (index, site) in plan.sites.iter().enumerate() {
         match read(kernel, site.at, site.new.len()) {
             Ok(now) if stands(&site.new, &now) => {}
-            Ok(now) => changed.push((index, now)),
-            Err(_) => gone.push(site.at),
+            Ok(now) => changed.push(Changed { index, at: site.at, now }),
+            Err(_) => unmapped.push(site.at),
         }
     }
-    (gone, changed)
+    (unmapped, changed)
 }
 
 /// A site whose old code is what is there now.

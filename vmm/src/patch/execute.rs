@@ -1,0 +1,187 @@
+//! Executes one program on the guest: begins again while the guest patches itself, and reports
+//! what became of it.
+
+use std::time::{Duration, Instant};
+
+use patcher::plan::Strategy;
+use patcher::plan::refusal::Refusal;
+use patcher::program::session::End;
+use patcher::program::step::{Failure, Program, StepError};
+use patcher::resolve::ResolvedPlan;
+
+use crate::api::wire::{PatchState, Report, Timing};
+use crate::guest::cached_translations::CachedTranslations;
+use crate::guest::events::{Details, Kind};
+use crate::patch::engine::Engine;
+use crate::patch::executor::Executor;
+use crate::patch::kernel_locks::wait_while_taken;
+use crate::text_guard::split_at_pages;
+
+impl Engine {
+    /// Runs the program of a resolved plan that was given at `given_at`.
+    pub(super) fn execute(
+        &mut self,
+        plan: &ResolvedPlan,
+        mut program: Program,
+        given_at: Instant,
+    ) -> Result<Report, Refusal> {
+        let kernel = self.kernel()?.clone();
+        if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
+            arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
+        }
+        let prepared = given_at.elapsed();
+        let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
+        let places = CachedTranslations::of(&kernel);
+        let pieces = plan.sites.iter().map(|site| places.pieces(site.at, site.old.len()));
+        let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten());
+        let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
+        let mut attempts = 0;
+        let (end, total) = loop {
+            attempts += 1;
+            let scope = self.guard.begin(pieces.clone(), held);
+            let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
+            let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);
+            let end = self.driver.drive(&program, &mut target);
+            let total = given_at.elapsed();
+            // The change is in force. Unprotecting its pages may take its time.
+            drop(scope);
+            match &end {
+                End::RolledBack { failure } if program.was_kept_out(failure) && Instant::now() < until => {}
+                _ => break (end, total),
+            }
+            wait_while_taken(&kernel, &program.locks, until);
+            if attempts == 1
+                && let Ok(other) = self.compile(&plan.among_busy_patchers())
+            {
+                program = other;
+            }
+        };
+        let counters = self.rendezvous.counters();
+        let Outcome { state, failure, found_other } = Outcome::of(end, &program, attempts);
+        if state == PatchState::Held {
+            self.held_by = Some(plan.name.clone());
+        }
+        Ok(Report {
+            name: plan.name.clone(),
+            state,
+            failure,
+            found_other,
+            strategy: program.strategy,
+            reason: program.reason.to_owned(),
+            timing: Timing {
+                total_us: us(total),
+                program_us: us(total.saturating_sub(prepared)),
+                fences: counters.fences,
+                longest_fence_us: counters.longest_fence_ns / 1000,
+                longest_stall_us: counters.longest_stall_ns / 1000,
+                attempts,
+            },
+            traps: counters.traps,
+            superseded: 0,
+            sites: program.sites,
+        })
+    }
+
+    /// Emits an event that says what became of a program.
+    pub(super) fn emit_patch_event(&self, report: &Report) {
+        self.guard.events().tell(Kind::Patch, || {
+            let (sites, attempts) = (report.sites.len(), report.timing.attempts);
+            let what = match (&report.failure, report.state) {
+                (Some(failure), _) => format!("failed: {failure}"),
+                (None, PatchState::Applied) => format!("applied at {sites} sites, attempt {attempts}"),
+                (None, PatchState::Superseded) => "found replaced by the guest at every site".to_owned(),
+                (None, _) => format!("reverted at {sites} sites, attempt {attempts}"),
+            };
+            Details { who: None, patch: Some(report.name.clone()), what }
+        });
+    }
+}
+
+/// What a report says of a program's end.
+struct Outcome {
+    state: PatchState,
+    failure: Option<String>,
+    /// A site did not hold what the program was to replace.
+    found_other: bool,
+}
+
+impl Outcome {
+    fn of(end: End, program: &Program, attempts: usize) -> Self {
+        let rolled_back = |failure: String, found_other| Self {
+            state: PatchState::RolledBack,
+            failure: Some(failure),
+            found_other,
+        };
+        match end {
+            End::Applied => Self { state: PatchState::Applied, failure: None, found_other: false },
+            End::RolledBack { failure } if was_kept_out_to_the_end(&failure, program, attempts) => {
+                let why = format!("until the deadline the guest was patching itself, {attempts} times");
+                rolled_back(why, false)
+            }
+            End::RolledBack { failure } => {
+                let found_other = matches!(failure.error, StepError::Mismatch { .. });
+                rolled_back(failure.to_string(), found_other)
+            }
+            End::Held { failure, undo } => {
+                let failure = Some(format!("{failure}; undoing it: {undo}"));
+                Self { state: PatchState::Held, failure, found_other: false }
+            }
+        }
+    }
+}
+
+/// Whether the last of several attempts failed because the guest was patching itself, or had no
+/// time left to begin for that reason.
+fn was_kept_out_to_the_end(failure: &Failure, program: &Program, attempts: usize) -> bool {
+    program.was_kept_out(failure) || attempts > 1 && failure.error == StepError::Deadline
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use patcher::addr::Gva;
+    use patcher::program::step::Step;
+
+    use super::*;
+
+    const LOCK: Gva = Gva(0x100);
+
+    fn program() -> Program {
+        Program {
+            strategy: Strategy::Hold,
+            reason: "",
+            sites: Vec::new(),
+            copies: Vec::new(),
+            blockers: Vec::new(),
+            locks: vec![LOCK],
+            steps: Vec::new(),
+        }
+    }
+
+    /// What a report says after so many attempts, the last of which was rolled back at a check.
+    fn rolled_back(at: Gva, error: StepError, attempts: usize) -> (bool, String) {
+        let failure = Failure { step: Step::Check { at, bytes: [0; 8][..].into() }, error };
+        let outcome = Outcome::of(End::RolledBack { failure }, &program(), attempts);
+        assert_eq!(outcome.state, PatchState::RolledBack);
+        (outcome.found_other, outcome.failure.expect("a failure"))
+    }
+
+    #[test]
+    fn a_taken_lock_is_told_from_other_code_at_a_site() {
+        let mismatch = || StepError::Mismatch { found: vec![1; 8] };
+        let (found_other, why) = rolled_back(LOCK, mismatch(), 3);
+        assert!(!found_other && why.contains("patching itself, 3 times"), "{why}");
+        let (found_other, why) = rolled_back(Gva(0x200), mismatch(), 1);
+        assert!(found_other && why.contains("found 0101010101010101 instead"), "{why}");
+    }
+
+    #[test]
+    fn a_deadline_after_several_attempts_is_blamed_on_what_kept_them_out() {
+        let why = |attempts| rolled_back(Gva(0x200), StepError::Deadline, attempts).1;
+        assert!(why(1).ends_with("the deadline passed"), "{}", why(1));
+        assert!(why(2).contains("patching itself, 2 times"), "{}", why(2));
+    }
+}

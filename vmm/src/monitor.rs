@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::api::server::{self, Connections, Socket};
+use crate::api::server::{self, Connections};
+use crate::api::socket::{self, Socket};
 use crate::boot::kernel;
 use crate::config::Config;
 use crate::devices::console::Input;
@@ -36,7 +37,7 @@ pub enum Error {
     Machine(#[from] machine::Error),
     /// There is no control socket.
     #[error(transparent)]
-    Socket(#[from] server::Error),
+    Socket(#[from] socket::Error),
     /// The host.
     #[error("the host: {0}")]
     Host(#[from] io::Error),
@@ -59,14 +60,20 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// A plan to apply when the guest is about to start init.
     pub at_init: Option<AtInit>,
+    /// What is not as usual.
+    pub hooks: Hooks,
 }
+
+/// What a program that is built around this library may change. The command line does not.
+#[derive(Debug, Default)]
+pub struct Hooks {}
 
 /// Runs a machine until it ends.
 ///
 /// # Errors
 /// See [`Error`]; everything is taken down again.
 pub fn run(options: Options) -> Result<Ending, Error> {
-    let Options { config, socket, at_init } = options;
+    let Options { config, socket, at_init, hooks: Hooks {} } = options;
     heap::give_back_what_is_large();
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;

@@ -1,4 +1,7 @@
 //! What goes over the control socket, as JSON.
+//!
+//! Answers that hold types of `patcher` are generic over them: the server fills in the types of
+//! `patcher`, a client reads those of [`crate::api::view`].
 
 use std::path::PathBuf;
 
@@ -7,12 +10,12 @@ use patcher::plan::Strategy;
 use patcher::plan::refusal::{Refusal, Refused};
 use patcher::plan::write_policy::Policy;
 use patcher::site::Site;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::guest::events::Event;
 
 /// `GET /vm`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Info {
     /// What it is doing.
     pub state: State,
@@ -41,7 +44,7 @@ pub struct Info {
 }
 
 /// Where copies of instructions lie in the guest's kernel.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ArenaInfo {
     /// Its first byte.
     pub base: Gva,
@@ -50,7 +53,7 @@ pub struct ArenaInfo {
 }
 
 /// The text guard.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct GuardInfo {
     /// How many pages (4 KiB) the guest can't write to by itself.
     pub pages: u64,
@@ -62,7 +65,7 @@ pub struct GuardInfo {
 }
 
 /// About the running kernel.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KernelInfo {
     /// What `uname -r` says in it.
     pub release: String,
@@ -73,7 +76,7 @@ pub struct KernelInfo {
 }
 
 /// One line of `GET /vm/vcpus`: where a vCPU stood when it was inspected.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VcpuLine {
     /// The vCPU.
     pub vcpu: usize,
@@ -87,8 +90,16 @@ pub struct VcpuLine {
     pub interrupts: bool,
 }
 
+/// A command was carried out that has nothing else to report.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(tag = "state", rename = "done")]
+pub struct Done {
+    /// How long it took from the request on, in microseconds.
+    pub took_us: u64,
+}
+
 /// What a VM is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// It runs.
@@ -100,7 +111,7 @@ pub enum State {
 }
 
 /// What became of a patch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PatchState {
     /// Its new bytes are in place.
@@ -116,21 +127,20 @@ pub enum PatchState {
 }
 
 /// What a plan would change.
-#[derive(Debug, Clone, Serialize)]
-pub struct Fits {
-    /// Always `fits`.
-    pub state: &'static str,
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "state", rename = "fits")]
+pub struct Fits<S = Site> {
     /// The strategy that would be used.
     pub strategy: Strategy,
     /// Why that one.
     pub reason: String,
     /// The sites.
-    pub sites: Vec<Site>,
+    pub sites: Vec<S>,
 }
 
 /// What a program did.
-#[derive(Debug, Clone, Serialize)]
-pub struct Report {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report<S = Site> {
     /// The plan's name.
     pub name: String,
     /// How it ended.
@@ -153,11 +163,11 @@ pub struct Report {
     /// there.
     pub superseded: usize,
     /// The sites.
-    pub sites: Vec<Site>,
+    pub sites: Vec<S>,
 }
 
 /// How long things took, in microseconds.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Timing {
     /// From when the request was there, whole, to its end.
     pub total_us: u64,
@@ -174,7 +184,7 @@ pub struct Timing {
 }
 
 /// One line of `GET /patches`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PatchSummary {
     /// The plan's name.
     pub name: String,
@@ -195,19 +205,18 @@ pub struct PatchSummary {
 }
 
 /// A plan or a request that was refused: no guest byte was written.
-#[derive(Debug, Clone, Serialize)]
-pub struct Refusals {
-    /// Always `refused`.
-    pub state: &'static str,
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "state", rename = "refused")]
+pub struct Refusals<R = Refused> {
     /// Every reason.
-    pub refusals: Vec<Refused>,
+    pub refusals: Vec<R>,
 }
 
 impl Refusals {
     /// Wraps the reasons.
     #[must_use]
     pub fn new(refusals: Vec<Refused>) -> Self {
-        Self { state: "refused", refusals }
+        Self { refusals }
     }
 
     /// Whether the plan itself is bad, whatever the guest.
@@ -226,14 +235,21 @@ impl Refusals {
 }
 
 /// `GET /events`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EventList {
     /// Those that are kept, the oldest first.
     pub events: Vec<Event>,
 }
 
+/// A line of `GET /events/stream`: the client was too slow, and events were dropped.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Missed {
+    /// How many.
+    pub missed: u64,
+}
+
 /// A request that could not be served.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ApiError {
     /// What is wrong.
     pub error: String,

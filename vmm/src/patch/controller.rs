@@ -160,7 +160,6 @@ impl Controller {
             Command::Apply(json) => self.engine.apply(&json, asked),
             Command::Check(json) => match self.engine.prepare(&json) {
                 Ok((_, program)) => Answer::Fits(Box::new(Fits {
-                    state: "fits",
                     strategy: program.strategy,
                     reason: program.reason.to_owned(),
                     sites: program.sites,

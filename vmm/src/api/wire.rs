@@ -17,7 +17,7 @@ use crate::guest::events::Event;
 /// `GET /vm`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Info {
-    /// What it is doing.
+    /// Whether it runs.
     pub state: State,
     /// How many vCPUs it has.
     pub cpus: u8,
@@ -33,7 +33,7 @@ pub struct Info {
     pub fence: String,
     /// How many patches are applied.
     pub patches: usize,
-    /// How many breakpoints of the guest's own were intercepted and delivered to it.
+    /// How many of the guest's own breakpoints were intercepted and delivered to it.
     pub breakpoints: u64,
     /// The text guard.
     pub guard: GuardInfo,
@@ -55,16 +55,16 @@ pub struct ArenaInfo {
 /// The text guard.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct GuardInfo {
-    /// How many pages (4 KiB) the guest can't write to by itself.
+    /// How many pages (4 KiB) are write-protected by the guard.
     pub pages: u64,
-    /// How many writes to such pages vCPUs were stopped at.
+    /// How many guest writes to such pages exited to the monitor.
     pub writes: u64,
-    /// How many pages of the kernel's text are protected ahead of programs, until the guest
+    /// How many pages of the kernel's text are write-protected ahead of programs, until the guest
     /// writes to them.
     pub pages_ahead: u64,
 }
 
-/// About the running kernel.
+/// The running kernel.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KernelInfo {
     /// What `uname -r` says in it.
@@ -75,7 +75,7 @@ pub struct KernelInfo {
     pub slide: u64,
 }
 
-/// One line of `GET /vm/vcpus`: where a vCPU stood when it was inspected.
+/// One line of `GET /vm/vcpus`: the instruction pointer of a vCPU when it was inspected.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VcpuLine {
     /// The vCPU.
@@ -98,7 +98,7 @@ pub struct Done {
     pub took_us: u64,
 }
 
-/// What a VM is doing.
+/// Whether a VM runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -110,7 +110,7 @@ pub enum State {
     Held,
 }
 
-/// What became of a patch.
+/// The state of a patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PatchState {
@@ -157,7 +157,7 @@ pub struct Report<S = Site> {
     pub reason: String,
     /// How long things took.
     pub timing: Timing,
-    /// How many times a vCPU ran into a breakpoint of ours and waited.
+    /// How often a vCPU hit a breakpoint of the program and waited.
     pub traps: u64,
     /// How many sites were left as they are, because the guest had replaced what a patch put
     /// there.
@@ -169,7 +169,7 @@ pub struct Report<S = Site> {
 /// How long things took, in microseconds.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Timing {
-    /// From when the request was there, whole, to its end.
+    /// From the arrival of the whole request to the end.
     pub total_us: u64,
     /// Of that, the program.
     pub program_us: u64,
@@ -179,7 +179,7 @@ pub struct Timing {
     pub longest_fence_us: u64,
     /// The longest time that a vCPU was kept out of the guest.
     pub longest_stall_us: u64,
-    /// How often the program was begun: until the guest was not just patching itself.
+    /// How often the program was started: again while the guest was patching itself.
     pub attempts: usize,
 }
 
@@ -188,7 +188,7 @@ pub struct Timing {
 pub struct PatchSummary {
     /// The plan's name.
     pub name: String,
-    /// What became of it.
+    /// Its state.
     pub state: PatchState,
     /// How many sites it has.
     pub sites: usize,
@@ -197,7 +197,7 @@ pub struct PatchSummary {
     /// How many of them lie in functions that livepatches of the guest's own replace: what was
     /// changed there is not executed.
     pub livepatched: usize,
-    /// What its plan says about writes of the guest's.
+    /// What its plan says about guest writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_guest_write: Option<Policy>,
     /// How it was applied.
@@ -237,7 +237,7 @@ impl Refusals {
 /// `GET /events`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EventList {
-    /// Those that are kept, the oldest first.
+    /// The events that are kept, the oldest first.
     pub events: Vec<Event>,
 }
 

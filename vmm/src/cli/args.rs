@@ -49,7 +49,7 @@ pub struct Run {
     /// Number of vCPUs, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
-    /// Memory size, 96 to 1048576.
+    /// Memory size in MiB, 96 to 1048576.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     pub memory: u64,
     /// Path of the control socket.

@@ -37,8 +37,8 @@ Exit codes of a VM: 0 powered off or stopped, 1 failure of the monitor or the ho
 
 /// Help of the commands that send requests.
 pub(super) const OF_A_REQUEST: &str = "\
-Exit codes: 0 done, 1 no answer, 2 bad input, 3 refused (nothing was written), 4 failed and rolled back
-(every byte is as it was), 5 failed and could not be rolled back (the guest is held).";
+Exit codes: 0 done, 1 no answer, 2 bad input, 3 refused (nothing was written), 4 failed and
+rolled back (every byte is as it was), 5 failed and could not be rolled back (the guest is held).";
 
 /// Help of `vmm events`.
 pub(super) const OF_EVENTS: &str = "Exit codes: 0 done, 1 no answer.";

@@ -11,7 +11,7 @@ use tabled::settings::{Color, Padding, Style as Borders};
 
 /// Text in one style.
 #[derive(Debug, Clone)]
-pub(in crate::cli) struct Span {
+pub(crate) struct Span {
     style: Style,
     text: String,
 }
@@ -33,22 +33,22 @@ impl Display for Span {
 }
 
 /// Text as it is.
-pub(in crate::cli) fn plain(text: impl Display) -> Span {
+pub(crate) fn plain(text: impl Display) -> Span {
     Span::new(Style::new(), text)
 }
 
 /// Names and headings.
-pub(in crate::cli) fn bold(text: impl Display) -> Span {
+pub(crate) fn bold(text: impl Display) -> Span {
     Span::new(Style::new().bold(), text)
 }
 
 /// What went wrong, and what is taken away.
-pub(in crate::cli) fn red(text: impl Display) -> Span {
+pub(crate) fn red(text: impl Display) -> Span {
     Span::new(AnsiColor::Red.on_default(), text)
 }
 
 /// What went well, and what is added.
-pub(in crate::cli) fn green(text: impl Display) -> Span {
+pub(crate) fn green(text: impl Display) -> Span {
     Span::new(AnsiColor::Green.on_default(), text)
 }
 
@@ -73,11 +73,11 @@ impl Write for Escaped {
 
 /// Lines of text.
 #[derive(Debug, Default)]
-pub(in crate::cli) struct Page(String);
+pub(crate) struct Page(String);
 
 impl Page {
     /// Adds a line.
-    pub(in crate::cli) fn line(&mut self, spans: impl IntoIterator<Item = Span>) {
+    pub(crate) fn line(&mut self, spans: impl IntoIterator<Item = Span>) {
         for span in spans {
             // Writing to a string does not fail.
             let _ = write!(self.0, "{span}");
@@ -86,12 +86,12 @@ impl Page {
     }
 
     /// Adds a table: its columns are as wide as their widest cell.
-    pub(in crate::cli) fn table<const N: usize>(&mut self, rows: impl IntoIterator<Item = [Span; N]>) {
+    pub(crate) fn table<const N: usize>(&mut self, rows: impl IntoIterator<Item = [Span; N]>) {
         self.rows(rows.into_iter().map(Vec::from));
     }
 
     /// The same, with as many columns as the rows have.
-    pub(in crate::cli) fn rows(&mut self, rows: impl IntoIterator<Item = Vec<Span>>) {
+    pub(crate) fn rows(&mut self, rows: impl IntoIterator<Item = Vec<Span>>) {
         let rows: Vec<Vec<Span>> = rows.into_iter().collect();
         if rows.is_empty() {
             return;
@@ -112,13 +112,13 @@ impl Page {
     }
 
     /// The text, with the escape sequences of its styles.
-    pub(in crate::cli) fn styled(&self) -> &str {
+    pub(crate) fn styled(&self) -> &str {
         &self.0
     }
 
     /// The text alone.
     #[cfg(test)]
-    pub(in crate::cli) fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         anstream::adapter::strip_str(&self.0).to_string()
     }
 }

@@ -93,9 +93,6 @@ impl Page {
     /// The same, with as many columns as the rows have.
     pub(crate) fn rows(&mut self, rows: impl IntoIterator<Item = Vec<Span>>) {
         let rows: Vec<Vec<Span>> = rows.into_iter().collect();
-        if rows.is_empty() {
-            return;
-        }
         let texts = rows.iter().map(|row| row.iter().map(|span| span.text.as_str()));
         let mut table = texts.collect::<Builder>().build();
         table.with(Borders::empty()).with(Padding::new(0, 2, 0, 0));
@@ -140,12 +137,5 @@ mod tests {
         let mut page = Page::default();
         page.table([[bold("name"), plain("state")], [plain("a-long-name"), green("applied")]]);
         assert_eq!(page.text(), "name         state\na-long-name  applied\n");
-    }
-
-    #[test]
-    fn a_table_without_rows_is_empty() {
-        let mut page = Page::default();
-        page.table::<2>([]);
-        assert_eq!(page.text(), "");
     }
 }

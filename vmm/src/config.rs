@@ -15,7 +15,7 @@ pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd";
 
 /// How fences are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fence {
     /// By membarrier, or by kicking if the host lacks it.
     Auto,

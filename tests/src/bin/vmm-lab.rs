@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use tests::drivers;
-use vmm::cli::args::Run;
-use vmm::cli::run::run_vm;
+use vmm::cli::args::{Cli as MonitorCli, Run};
+use vmm::cli::run_with;
 use vmm::machine::Breakpoints;
 use vmm::monitor::Hooks;
 
@@ -62,11 +62,5 @@ impl Switches {
 
 fn main() -> ExitCode {
     let Cli { run, switches } = Cli::parse();
-    match run_vm(run, switches.hooks()) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("vmm-lab: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    run_with(MonitorCli { command: None, run: Some(run) }, switches.hooks()).into()
 }

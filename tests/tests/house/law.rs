@@ -26,6 +26,7 @@ pub(crate) const MONITOR: Law = Law(&[
     &["vcpu"],
     &["machine"],
     &["patch"],
+    &["api::routes"],
     &["api::server", "api::client"],
     &["monitor"],
     &["cli"],

@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody listens there.
+    /// No monitor listens there.
     #[error("control socket {path}: {source}; is the VM running?")]
     Connect {
         /// The path.
@@ -23,7 +23,7 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// The VM went away, or it is no VM.
+    /// The VM ended, or what listens there is no VM.
     #[error("control socket {path}: {what}")]
     Talk {
         /// The path.
@@ -33,28 +33,56 @@ pub enum Error {
     },
 }
 
-/// Sends a request and returns the status code and the JSON of the answer.
+/// What the server sent.
+#[derive(Debug, Clone)]
+pub struct Reply {
+    /// The HTTP status.
+    pub status: u16,
+    /// The JSON.
+    pub body: Bytes,
+}
+
+/// Sends a request and returns the reply as it came.
 ///
 /// # Errors
-/// See [`Error`]. A refusal is an answer, not an error.
-pub fn request(socket: &Path, method: Method, uri: &str, body: Vec<u8>) -> Result<(u16, Value), Error> {
+/// See [`Error`]. A refusal is a reply, not an error.
+pub fn exchange(socket: &Path, method: Method, uri: &str, body: Vec<u8>) -> Result<Reply, Error> {
     let talk = |what: String| Error::Talk { path: socket.to_owned(), what };
     runtime(socket)?.block_on(async {
         let (response, _sender) = send(socket, method, uri, body).await?;
         let status = response.status().as_u16();
         let body = response.into_body().collect().await.map_err(|e| talk(format!("body {e:?}")))?.to_bytes();
-        let value = serde_json::from_slice(&body).map_err(|e| talk(format!("its answer is no JSON: {e}")))?;
-        Ok((status, value))
+        Ok(Reply { status, body })
     })
 }
 
+/// Sends a request and returns the status code and the JSON of the reply.
+///
+/// # Errors
+/// See [`Error`]. A refusal is a reply, not an error.
+pub fn request(socket: &Path, method: Method, uri: &str, body: Vec<u8>) -> Result<(u16, Value), Error> {
+    let Reply { status, body } = exchange(socket, method, uri, body)?;
+    Ok((status, parse(socket, &body)?))
+}
+
 /// Follows a stream of JSON objects, one a line, until it ends or `each` returns `false`.
-/// Returns the status code; when that is not 200, the answer was one object.
+/// Returns the status code; when that is not 200, the reply was one object.
 ///
 /// # Errors
 /// See [`Error`].
 pub fn follow(socket: &Path, uri: &str, mut each: impl FnMut(Value) -> bool) -> Result<u16, Error> {
-    let talk = |what: String| Error::Talk { path: socket.to_owned(), what };
+    follow_lines(socket, uri, |line| Ok(each(parse(socket, line)?)))
+}
+
+/// Like [`follow`], but passes on the lines as they came.
+///
+/// # Errors
+/// See [`Error`], and those of `each`.
+pub fn follow_lines<E: From<Error>>(
+    socket: &Path,
+    uri: &str,
+    mut each: impl FnMut(&[u8]) -> Result<bool, E>,
+) -> Result<u16, E> {
     runtime(socket)?.block_on(async {
         let (response, _sender) = send(socket, Method::GET, uri, Vec::new()).await?;
         let status = response.status().as_u16();
@@ -68,20 +96,22 @@ pub fn follow(socket: &Path, uri: &str, mut each: impl FnMut(Value) -> bool) -> 
             }
             while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = pending.drain(..=end).collect();
-                if line.trim_ascii().is_empty() {
-                    continue;
-                }
-                let value = serde_json::from_slice(&line).map_err(|e| talk(format!("no JSON: {e}")))?;
-                if !each(value) {
+                let line = line.trim_ascii();
+                if !line.is_empty() && !each(line)? {
                     return Ok(status);
                 }
             }
         }
         if status != 200 {
-            each(serde_json::from_slice(&pending).map_err(|e| talk(format!("its answer is no JSON: {e}")))?);
+            each(pending.trim_ascii())?;
         }
         Ok(status)
     })
+}
+
+fn parse(socket: &Path, json: &[u8]) -> Result<Value, Error> {
+    serde_json::from_slice(json)
+        .map_err(|e| Error::Talk { path: socket.to_owned(), what: format!("its answer is no JSON: {e}") })
 }
 
 fn runtime(socket: &Path) -> Result<Runtime, Error> {

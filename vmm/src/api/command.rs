@@ -8,19 +8,19 @@ use patcher::resolve::targets::Targets;
 
 use crate::api::wire::{Fits, Info, PatchSummary, Refusals, Report, VcpuLine};
 
-/// Something to do.
+/// A command.
 #[derive(Debug)]
 pub enum Command {
-    /// Tell about the VM.
+    /// Describe the VM.
     Info,
-    /// Tell where the vCPUs stand.
+    /// Inspect the vCPUs' instruction pointers.
     Vcpus,
-    /// Keep the vCPUs out of the guest.
+    /// Stop all vCPUs.
     Pause {
-        /// Whether the host is to run them before others until they are out.
+        /// Whether to raise the vCPUs' priority until they have left the guest.
         hurry: bool,
     },
-    /// Let them in again.
+    /// Run the vCPUs again.
     Resume,
     /// Take the arena out of the guest's page tables.
     RemoveArena,
@@ -30,24 +30,24 @@ pub enum Command {
     Check(Vec<u8>),
     /// Compile a plan and print its steps.
     Explain(Vec<u8>),
-    /// What there is to patch, by name.
+    /// List what a plan can name.
     Targets,
-    /// The patches that were applied.
+    /// List the patches.
     List,
-    /// One of them.
+    /// Show a patch.
     Show(String),
-    /// Undo one of them.
+    /// Revert a patch.
     Revert(String),
 }
 
 /// The answer.
 #[derive(Debug)]
 pub enum Answer {
-    /// About the VM.
+    /// The VM.
     Info(Box<Info>),
-    /// Where the vCPUs stand.
+    /// The vCPUs' instruction pointers.
     Vcpus(Vec<VcpuLine>),
-    /// Done, with nothing to tell but how long it took from the request on.
+    /// Done; how long it took from the request on.
     Done(Duration),
     /// What a program did.
     Report(Box<Report>),
@@ -55,7 +55,7 @@ pub enum Answer {
     Fits(Box<Fits>),
     /// What a program would do.
     Program(Box<Program>),
-    /// What there is to patch.
+    /// What a plan can name.
     Targets(Box<Targets>),
     /// The patches.
     Patches(Vec<PatchSummary>),

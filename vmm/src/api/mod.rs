@@ -1,6 +1,18 @@
 //! The control socket: HTTP/1.1 with JSON on a Unix socket.
+//!
+//! ```text
+//!   socket ─▶ server ─▶ routes ─┬─▶ command ─▶ the controller ─▶ reply
+//!                               └─▶ event_stream
+//! ```
+//!
+//! `wire` holds the JSON types, `view` how a client reads those of `patcher`.
 
 pub mod client;
 pub mod command;
+mod event_stream;
+mod reply;
+mod routes;
 pub mod server;
+pub mod socket;
+pub mod view;
 pub mod wire;

@@ -1,4 +1,7 @@
 //! What goes over the control socket, as JSON.
+//!
+//! Answers that hold types of `patcher` are generic over them: the server fills in the types of
+//! `patcher`, a client reads those of [`crate::api::view`].
 
 use std::path::PathBuf;
 
@@ -7,14 +10,14 @@ use patcher::plan::Strategy;
 use patcher::plan::refusal::{Refusal, Refused};
 use patcher::plan::write_policy::Policy;
 use patcher::site::Site;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::guest::events::Event;
 
 /// `GET /vm`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Info {
-    /// What it is doing.
+    /// Whether it runs.
     pub state: State,
     /// How many vCPUs it has.
     pub cpus: u8,
@@ -30,7 +33,7 @@ pub struct Info {
     pub fence: String,
     /// How many patches are applied.
     pub patches: usize,
-    /// How many breakpoints of the guest's own were intercepted and delivered to it.
+    /// How many of the guest's own breakpoints were intercepted and delivered to it.
     pub breakpoints: u64,
     /// The text guard.
     pub guard: GuardInfo,
@@ -41,7 +44,7 @@ pub struct Info {
 }
 
 /// Where copies of instructions lie in the guest's kernel.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ArenaInfo {
     /// Its first byte.
     pub base: Gva,
@@ -50,19 +53,19 @@ pub struct ArenaInfo {
 }
 
 /// The text guard.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct GuardInfo {
-    /// How many pages (4 KiB) the guest can't write to by itself.
+    /// How many pages (4 KiB) are write-protected by the guard.
     pub pages: u64,
-    /// How many writes to such pages vCPUs were stopped at.
+    /// How many guest writes to such pages exited to the monitor.
     pub writes: u64,
-    /// How many pages of the kernel's text are protected ahead of programs, until the guest
+    /// How many pages of the kernel's text are write-protected ahead of programs, until the guest
     /// writes to them.
     pub pages_ahead: u64,
 }
 
-/// About the running kernel.
-#[derive(Debug, Clone, Serialize)]
+/// The running kernel.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct KernelInfo {
     /// What `uname -r` says in it.
     pub release: String,
@@ -72,8 +75,8 @@ pub struct KernelInfo {
     pub slide: u64,
 }
 
-/// One line of `GET /vm/vcpus`: where a vCPU stood when it was inspected.
-#[derive(Debug, Clone, Serialize)]
+/// One line of `GET /vm/vcpus`: the instruction pointer of a vCPU when it was inspected.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VcpuLine {
     /// The vCPU.
     pub vcpu: usize,
@@ -87,8 +90,16 @@ pub struct VcpuLine {
     pub interrupts: bool,
 }
 
-/// What a VM is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// A command was carried out that has nothing else to report.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(tag = "state", rename = "done")]
+pub struct Done {
+    /// How long it took from the request on, in microseconds.
+    pub took_us: u64,
+}
+
+/// Whether a VM runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// It runs.
@@ -99,8 +110,8 @@ pub enum State {
     Held,
 }
 
-/// What became of a patch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// The state of a patch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PatchState {
     /// Its new bytes are in place.
@@ -116,21 +127,20 @@ pub enum PatchState {
 }
 
 /// What a plan would change.
-#[derive(Debug, Clone, Serialize)]
-pub struct Fits {
-    /// Always `fits`.
-    pub state: &'static str,
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "state", rename = "fits")]
+pub struct Fits<S = Site> {
     /// The strategy that would be used.
     pub strategy: Strategy,
     /// Why that one.
     pub reason: String,
     /// The sites.
-    pub sites: Vec<Site>,
+    pub sites: Vec<S>,
 }
 
 /// What a program did.
-#[derive(Debug, Clone, Serialize)]
-pub struct Report {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report<S = Site> {
     /// The plan's name.
     pub name: String,
     /// How it ended.
@@ -147,19 +157,19 @@ pub struct Report {
     pub reason: String,
     /// How long things took.
     pub timing: Timing,
-    /// How many times a vCPU ran into a breakpoint of ours and waited.
+    /// How often a vCPU hit a breakpoint of the program and waited.
     pub traps: u64,
     /// How many sites were left as they are, because the guest had replaced what a patch put
     /// there.
     pub superseded: usize,
     /// The sites.
-    pub sites: Vec<Site>,
+    pub sites: Vec<S>,
 }
 
 /// How long things took, in microseconds.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Timing {
-    /// From when the request was there, whole, to its end.
+    /// From the arrival of the whole request to the end.
     pub total_us: u64,
     /// Of that, the program.
     pub program_us: u64,
@@ -169,16 +179,16 @@ pub struct Timing {
     pub longest_fence_us: u64,
     /// The longest time that a vCPU was kept out of the guest.
     pub longest_stall_us: u64,
-    /// How often the program was begun: until the guest was not just patching itself.
+    /// How often the program was started: again while the guest was patching itself.
     pub attempts: usize,
 }
 
 /// One line of `GET /patches`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PatchSummary {
     /// The plan's name.
     pub name: String,
-    /// What became of it.
+    /// Its state.
     pub state: PatchState,
     /// How many sites it has.
     pub sites: usize,
@@ -187,7 +197,7 @@ pub struct PatchSummary {
     /// How many of them lie in functions that livepatches of the guest's own replace: what was
     /// changed there is not executed.
     pub livepatched: usize,
-    /// What its plan says about writes of the guest's.
+    /// What its plan says about guest writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_guest_write: Option<Policy>,
     /// How it was applied.
@@ -195,19 +205,18 @@ pub struct PatchSummary {
 }
 
 /// A plan or a request that was refused: no guest byte was written.
-#[derive(Debug, Clone, Serialize)]
-pub struct Refusals {
-    /// Always `refused`.
-    pub state: &'static str,
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "state", rename = "refused")]
+pub struct Refusals<R = Refused> {
     /// Every reason.
-    pub refusals: Vec<Refused>,
+    pub refusals: Vec<R>,
 }
 
 impl Refusals {
     /// Wraps the reasons.
     #[must_use]
     pub fn new(refusals: Vec<Refused>) -> Self {
-        Self { state: "refused", refusals }
+        Self { refusals }
     }
 
     /// Whether the plan itself is bad, whatever the guest.
@@ -226,14 +235,21 @@ impl Refusals {
 }
 
 /// `GET /events`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EventList {
-    /// Those that are kept, the oldest first.
+    /// The events that are kept, the oldest first.
     pub events: Vec<Event>,
 }
 
+/// A line of `GET /events/stream`: the client was too slow, and events were dropped.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Missed {
+    /// How many.
+    pub missed: u64,
+}
+
 /// A request that could not be served.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ApiError {
     /// What is wrong.
     pub error: String,

@@ -2,17 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::cli::exit_status;
 use crate::config::Fence;
 
-/// A KVM microVM monitor that live-patches its guest's kernel from outside.
-#[derive(Debug, Parser)]
-#[command(
-    version,
-    args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true,
-    after_help = "\
+const EXAMPLES: &str = "\
 Examples:
   vmm --kernel bzImage --initrd initrd --cpus 4 --memory 512 --api-socket /run/vm.sock
   vmm --kernel bzImage --initrd initrd --patch plan.json
@@ -20,13 +15,18 @@ Examples:
   vmm kernel keys --kernel bzImage sched
   vmm doctor
 
-On the console, Ctrl-A x or Ctrl-C ends the VM, Ctrl-A c sends the guest a Ctrl-C.
+On the console, Ctrl-A x or Ctrl-C ends the VM, Ctrl-A c sends the guest a Ctrl-C.";
 
-Exit codes of a VM: 0 powered off or stopped, 1 failure of the monitor or the host, 2 bad input,
-10 the guest asked for a reset, 11 the guest crashed (triple fault)."
+/// A KVM microVM monitor that live-patches its guest's kernel from outside.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = format!("{EXAMPLES}\n\n{}", exit_status::OF_A_VM)
 )]
 pub struct Cli {
-    /// Something else than running a VM.
+    /// The command; without one, a VM is run.
     #[command(subcommand)]
     pub command: Option<Command>,
     /// The VM to run.
@@ -46,23 +46,22 @@ pub struct Run {
     /// Kernel command line, instead of one for a serial console.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// How many vCPUs, 1 to 64.
+    /// Number of vCPUs, 1 to 64.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
-    /// How much memory.
+    /// Memory size in MiB, 96 to 1048576.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     pub memory: u64,
-    /// Where to put the control socket.
+    /// Path of the control socket.
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
-    /// A plan to apply when the guest is about to start init.
+    /// Plan (JSON) to apply right before the guest starts init; - reads standard input.
     #[arg(long, value_name = "FILE")]
     pub patch: Option<PathBuf>,
-    /// How fences are made: membarrier where the host has it (auto), or by kicking every
-    /// running vCPU and waiting for it.
-    #[arg(long, value_enum, default_value_t = Fence::Auto)]
-    pub fence: Fence,
-    /// Guard the kernel's text against writes that are not its own patcher's, from init on.
+    /// How fences are made.
+    #[arg(long, value_enum, default_value_t = FenceKind::Auto)]
+    pub fence: FenceKind,
+    /// From init on, guard the kernel's text against every writer but the kernel's own patcher.
     #[arg(long)]
     pub guard: bool,
     /// Print the outcome of --patch as JSON.
@@ -70,31 +69,48 @@ pub struct Run {
     pub json: bool,
 }
 
-/// What else there is.
+/// [`Fence`], as an argument.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum FenceKind {
+    /// By membarrier, or by kicking if the host lacks it.
+    Auto,
+    /// By kicking every vCPU that runs and waiting for it.
+    Kick,
+}
+
+impl From<FenceKind> for Fence {
+    fn from(kind: FenceKind) -> Self {
+        match kind {
+            FenceKind::Auto => Self::Auto,
+            FenceKind::Kick => Self::Kick,
+        }
+    }
+}
+
+/// A command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Patch the kernel of a running VM.
     #[command(subcommand)]
-    Patch(Patch),
-    /// Look at a running VM, pause and resume it.
+    Patch(PatchCommand),
+    /// Inspect, pause or resume a running VM.
     #[command(subcommand)]
-    Vm(Vm),
-    /// Tell what happens between a running VM's guest and its patches: programs, traps, writes to
-    /// guarded text, conflicts.
-    #[command(after_help = EVENTS_EXAMPLES)]
+    Vm(VmCommand),
+    /// Print the events of a running VM: programs, traps, writes to guarded text, conflicts.
+    #[command(after_help = format!("{EVENTS_EXAMPLES} {}", exit_status::OF_EVENTS))]
     Events {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// Go on with those to come, until the VM ends. With --json, one object a line.
+        at: SocketArgs,
+        /// Print new events as they occur, until the VM ends. With --json, one object a line.
         #[arg(long)]
         follow: bool,
     },
-    /// Look into a kernel image: symbols and patch sites, without a guest.
+    /// List the symbols and patch sites of a kernel image, without a guest.
     #[command(subcommand)]
     Kernel(KernelCommand),
-    /// Find out by trying whether this host can run and patch guests.
-    #[command(after_help = "Exit code: 0 if guests can be run and patched here, 1 if not.")]
+    /// Test whether this host can run and patch guests.
+    #[command(after_help = exit_status::OF_DOCTOR)]
     Doctor {
         /// Print JSON.
         #[arg(long)]
@@ -107,13 +123,13 @@ Examples:
   vmm events --socket /run/vm.sock
   vmm events --socket /run/vm.sock --follow --json | jq 'select(.kind == \"conflict\")'
 
-The newest 1024 are kept. Of each kind 64 are told at once and 40 a second; \"suppressed\" says
-how many before one were not. Exit codes: 0 done, 1 no answer.";
+The VM keeps the newest 1024 events. It records 64 of a kind at once and 40 a second after that;
+\"suppressed\" counts those it dropped before this one.";
 
-/// Which VM, and how to print.
+/// The VM to ask, and how to print its answer.
 #[derive(Debug, Args)]
-pub struct At {
-    /// The VM's control socket.
+pub struct SocketArgs {
+    /// Control socket of the VM.
     #[arg(long, value_name = "PATH")]
     pub socket: PathBuf,
     /// Print JSON.
@@ -121,117 +137,115 @@ pub struct At {
     pub json: bool,
 }
 
-const EXIT_CODES: &str = "\
-Exit codes: 0 done, 1 no answer, 2 bad input, 3 refused (nothing was written), 4 failed and rolled back
-(every byte is as it was), 5 failed and could not be rolled back (the guest is held).";
-
 /// `vmm patch`.
 #[derive(Debug, Subcommand)]
-#[command(after_help = EXIT_CODES)]
-pub enum Patch {
+#[command(after_help = exit_status::OF_A_REQUEST)]
+pub enum PatchCommand {
     /// Apply a plan.
-    #[command(after_help = EXIT_CODES)]
+    #[command(after_help = exit_status::OF_A_REQUEST)]
     Apply {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// The plan (JSON), or - for standard input.
+        at: SocketArgs,
+        /// Plan (JSON); - reads standard input.
         plan: PathBuf,
     },
-    /// Check a plan against the running guest and show what it would change.
-    #[command(after_help = EXIT_CODES)]
+    /// Check a plan against the running guest and show what it would change; nothing is written.
+    #[command(after_help = exit_status::OF_A_REQUEST)]
     Check {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// The plan (JSON), or - for standard input.
+        at: SocketArgs,
+        /// Plan (JSON); - reads standard input.
         plan: PathBuf,
     },
-    /// Show every step that applying a plan would take.
-    #[command(after_help = EXIT_CODES)]
+    /// Show every step that applying a plan would take; nothing is written.
+    #[command(after_help = exit_status::OF_A_REQUEST)]
     Explain {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// The plan (JSON), or - for standard input.
+        at: SocketArgs,
+        /// Plan (JSON); - reads standard input.
         plan: PathBuf,
     },
-    /// List what there is to patch by name, and how it is now.
+    /// List the static keys, static calls, alternatives and spinlocks that a plan can name, with
+    /// their present state.
     ListTargets {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// Only names that contain this.
+        at: SocketArgs,
+        /// List only names that contain this.
         pattern: Option<String>,
     },
-    /// List the patches of a VM.
+    /// List the patches of the VM.
     List {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
+        at: SocketArgs,
     },
-    /// Show a patch.
+    /// Show a patch and what its last program did.
     Show {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// Its name.
+        at: SocketArgs,
+        /// Name of the patch.
         name: String,
     },
-    /// Undo a patch.
-    #[command(after_help = EXIT_CODES)]
+    /// Revert a patch.
+    #[command(after_help = exit_status::OF_A_REQUEST)]
     Revert {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
-        /// Its name.
+        at: SocketArgs,
+        /// Name of the patch.
         name: String,
     },
 }
 
 /// `vmm vm`.
 #[derive(Debug, Subcommand)]
-pub enum Vm {
-    /// Show what it is doing.
+pub enum VmCommand {
+    /// Show the VM's state, kernel and patches.
     Info {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
+        at: SocketArgs,
     },
-    /// Show where its vCPUs stand; they stop for a moment.
+    /// Show each vCPU's instruction pointer; this stops the vCPUs for a moment.
     Vcpus {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
+        at: SocketArgs,
     },
-    /// Keep its vCPUs out of the guest.
+    /// Stop all vCPUs.
     Pause {
-        /// Leave it to the host when it runs those that are waited for. On a busy host that takes
-        /// ten times as long.
+        /// Do not raise the priority of the vCPUs that are waited for. On a busy host pausing then
+        /// takes ten times as long.
         #[arg(long)]
         no_hurry: bool,
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
+        at: SocketArgs,
     },
-    /// Let them in again.
+    /// Run the vCPUs again.
     Resume {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
+        at: SocketArgs,
     },
-    /// Take the copies that `bypass` made, and their mapping, out of the guest again.
+    /// Remove the copies of instructions that the strategy bypass made, and their mapping, from the
+    /// guest.
     RemoveArena {
-        /// Which VM.
+        /// The VM.
         #[command(flatten)]
-        at: At,
+        at: SocketArgs,
     },
 }
 
-/// Which kernel, and how to print.
+/// The kernel image, and how to print.
 #[derive(Debug, Args)]
 pub struct KernelFile {
-    /// The kernel image (bzImage or vmlinux).
+    /// Kernel image (bzImage or vmlinux).
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
     /// Print JSON.
@@ -245,73 +259,73 @@ Examples:
   vmm kernel keys --kernel /boot/vmlinuz sched
   vmm kernel tables --kernel /boot/vmlinuz alternatives --json
 
-Addresses are those the kernel was linked at. Exit codes: 0 done, 2 no kernel image.";
+Addresses are those the kernel was linked at.";
 
 /// `vmm kernel`.
 #[derive(Debug, Subcommand)]
-#[command(after_help = KERNEL_EXAMPLES)]
+#[command(after_help = format!("{KERNEL_EXAMPLES} {}", exit_status::OF_KERNEL))]
 pub enum KernelCommand {
-    /// Show its release, and how many patch sites of each kind it has.
+    /// Show the release, and how many patch sites of each kind there are.
     Info {
-        /// Which kernel.
+        /// The kernel.
         #[command(flatten)]
         file: KernelFile,
     },
-    /// List its symbols, as /proc/kallsyms does.
+    /// List the symbols, as /proc/kallsyms does.
     Symbols {
-        /// Which kernel.
+        /// The kernel.
         #[command(flatten)]
         file: KernelFile,
-        /// Only names that contain this.
+        /// List only names that contain this.
         pattern: Option<String>,
     },
     /// List a table of patch sites.
     Tables {
-        /// Which kernel.
+        /// The kernel.
         #[command(flatten)]
         file: KernelFile,
-        /// Which table.
+        /// The table.
         table: Table,
     },
     /// List the static keys.
     Keys {
-        /// Which kernel.
+        /// The kernel.
         #[command(flatten)]
         file: KernelFile,
-        /// Only names that contain this.
+        /// List only names that contain this.
         pattern: Option<String>,
     },
     /// List the static calls.
     Calls {
-        /// Which kernel.
+        /// The kernel.
         #[command(flatten)]
         file: KernelFile,
-        /// Only names that contain this.
+        /// List only names that contain this.
         pattern: Option<String>,
     },
-    /// List the processor features that alternatives are chosen by.
+    /// List the CPU features that alternatives depend on.
     Features {
-        /// Which kernel.
+        /// The kernel.
         #[command(flatten)]
         file: KernelFile,
-        /// Only names that contain this.
+        /// List only names that contain this.
         pattern: Option<String>,
     },
 }
 
 /// A table of patch sites.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum Table {
     /// Jumps that static keys switch (`__jump_table`).
     JumpEntries,
-    /// Calls that can be retargeted (`.static_call_sites`).
+    /// Calls that static calls retarget (`.static_call_sites`).
     StaticCallSites,
-    /// Code chosen by processor features (`.altinstructions`).
+    /// Code that depends on CPU features (`.altinstructions`).
     Alternatives,
     /// Lock prefixes (`.smp_locks`).
     SmpLocks,
-    /// Calls of paravirtual operations (`.parainstructions`, up to 6.7).
+    /// Calls of paravirtual operations (`.parainstructions`, until Linux 6.7).
     ParavirtSites,
-    /// Instructions that may fault (`__ex_table`).
+    /// Instructions whose faults the kernel handles (`__ex_table`).
     Exceptions,
 }

@@ -1,6 +1,7 @@
-//! `vmm doctor`: finds out by trying whether this host can run and patch guests. That
-//! `/dev/kvm` exists proves nothing: some hosts have one that emulates guests in software
-//! and can't do what patching needs.
+//! `vmm doctor`: tests whether this host can run and patch guests.
+//!
+//! That `/dev/kvm` exists proves nothing: on some hosts it emulates guests in software and lacks
+//! what patching needs. So each probe runs a guest of a few instructions.
 
 use std::fs;
 use std::io;
@@ -14,6 +15,10 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use patcher::addr::{Gpa, Gva};
 use serde::Serialize;
 
+use crate::cli::error::Error;
+use crate::cli::exit_status::ExitStatus;
+use crate::cli::output;
+use crate::cli::render::page::{Page, bold, green, plain, red};
 use crate::host::membarrier::Membarrier;
 use crate::host::priority;
 use crate::kvm::Vm;
@@ -21,16 +26,16 @@ use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::{self, Kick};
 use crate::memory::{GuestRam, PAGE};
 
-/// One thing that was tried.
+/// The result of a probe.
 #[derive(Debug, Serialize)]
 struct Row {
-    /// What.
+    /// The probe.
     probe: &'static str,
     /// Whether it worked.
     ok: bool,
-    /// What was found.
+    /// What it found.
     found: String,
-    /// What to do about it, if it did not.
+    /// What to do, if it did not work.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<&'static str>,
 }
@@ -43,12 +48,12 @@ struct Findings {
 
 type Probe = fn() -> Result<String, String>;
 
-/// What is tried, and what to do when it fails.
+/// The probes, and what to do when one fails.
 const PROBES: [(&str, Probe, &str); 8] = [
     (
         "CPU virtualization",
         cpu_flags,
-        "enable VT-x or AMD-V in the firmware, or nested virtualization if this is a VM itself; \
+        "enable VT-x or AMD-V in the firmware, or nested virtualization if this host is a VM; \
          the tests and the demo use an emulated host (the rig) instead",
     ),
     (
@@ -60,24 +65,24 @@ const PROBES: [(&str, Probe, &str); 8] = [
     (
         "int3 exits to the monitor",
         int3_exits,
-        "a KVM that emulates guests in software can't do this: use a host with VMX or SVM; under QEMU's TCG \
-         use the corrected one that the tests build",
+        "a KVM that emulates guests in software cannot do this: use a host with VMX or SVM; under QEMU's TCG \
+         use the corrected QEMU that the tests build",
     ),
     (
         "a write to a protected page exits",
         protected_write_exits,
-        "needs KVM with a memfd that is mapped twice; see the host's kernel log",
+        "KVM must report a write to a read-only mapping of guest memory (EFAULT); see the host's kernel log",
     ),
     ("a running vCPU can be kicked out", kick_works, "needs KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)"),
     (
         "membarrier SYNC_CORE",
         membarrier_works,
-        "needs Linux 4.16 with CONFIG_MEMBARRIER; without it fences wait for every vCPU",
+        "needs Linux 4.16 with CONFIG_MEMBARRIER; without it fences kick every vCPU and wait for it",
     ),
     (
         "the controller may go first",
-        may_go_first,
-        "needs CAP_SYS_NICE, or RLIMIT_NICE of 40; without it programs wait for their turn on a busy host",
+        may_raise_priority,
+        "needs CAP_SYS_NICE, or RLIMIT_NICE of 40; without it programs take longer on a busy host",
     ),
 ];
 
@@ -86,9 +91,8 @@ const OPTIONAL: [&str; 2] = ["membarrier SYNC_CORE", "the controller may go firs
 /// The CPU's flags explain a failure; what counts is whether guests run.
 const EXPLAINING: &str = "CPU virtualization";
 
-/// Tries everything, prints what was found, and returns the exit code: 0 if guests can be
-/// run and patched here, 1 if not.
-pub fn run(json: bool) -> u8 {
+/// Runs all probes and prints the results.
+pub(super) fn run(json: bool) -> Result<ExitStatus, Error> {
     let probes: Vec<Row> = PROBES
         .iter()
         .map(|&(probe, tried, remedy)| match tried() {
@@ -99,35 +103,42 @@ pub fn run(json: bool) -> u8 {
     let usable = probes.iter().all(|row| row.ok || OPTIONAL.contains(&row.probe) || row.probe == EXPLAINING);
     let findings = Findings { usable, probes };
     if json {
-        // These types hold nothing that JSON can't say.
-        println!("{}", serde_json::to_string_pretty(&findings).unwrap_or_default());
+        output::print_json(&findings)?
     } else {
-        print(&findings);
+        output::print(&page(&findings))?
     }
-    u8::from(!findings.usable)
+    Ok(if usable { ExitStatus::Done } else { ExitStatus::Failed })
 }
 
-fn print(findings: &Findings) {
+fn page(findings: &Findings) -> Page {
+    let mut page = Page::default();
+    page.table(
+        findings
+            .probes
+            .iter()
+            .map(|row| [if row.ok { green("ok") } else { red("FAIL") }, bold(row.probe), plain(&row.found)]),
+    );
     for row in &findings.probes {
-        println!("{:<4} {:<36} {}", if row.ok { "ok" } else { "FAIL" }, row.probe, row.found);
         if let Some(remedy) = row.remedy {
-            println!("{:<42}-> {remedy}", "");
+            page.line([bold(row.probe), plain(": "), plain(remedy)]);
         }
     }
     if findings.usable {
-        println!("This host can run and patch guests.");
-        return;
+        page.line([green("This host can run and patch guests.")]);
+        return page;
     }
     let worked = |probe| findings.probes.iter().any(|row| row.probe == probe && row.ok);
     if worked("/dev/kvm") && !worked(EXPLAINING) {
-        println!(
-            "This host's /dev/kvm is unusable: the CPU has no virtualization, so something emulates guests in \
-             software behind it, and that can't do what failed above."
-        );
+        page.line([plain(
+            "/dev/kvm is unusable here: the CPU has no virtualization, so guests are emulated in software, and \
+             that emulation lacks what failed above.",
+        )]);
     }
-    println!(
-        "This host can't run and patch guests directly. `cargo demo` and `cargo test` use the rig instead."
-    );
+    page.line([
+        red("This host cannot run and patch guests directly."),
+        plain(" `cargo demo` and `cargo test` use the rig instead."),
+    ]);
+    page
 }
 
 fn cpu_flags() -> Result<String, String> {
@@ -136,8 +147,7 @@ fn cpu_flags() -> Result<String, String> {
     match ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|word| word == *flag)) {
         Some(flag) => Ok(format!("{flag} in /proc/cpuinfo")),
         None if fs::exists("/dev/kvm").unwrap_or(false) => {
-            Err("neither vmx nor svm in /proc/cpuinfo: if there is a /dev/kvm it emulates guests in software"
-                .into())
+            Err("neither vmx nor svm in /proc/cpuinfo: /dev/kvm emulates guests in software".into())
         }
         None => Err("neither vmx nor svm in /proc/cpuinfo".into()),
     }
@@ -151,8 +161,8 @@ fn open_kvm() -> Result<String, String> {
     }
 }
 
-/// In a thread of its own: what this one starts need not.
-fn may_go_first() -> Result<String, String> {
+/// In a thread of its own: the priority of this one must stay as it is.
+fn may_raise_priority() -> Result<String, String> {
     let raised = thread::spawn(priority::raise).join().map_err(|_| "it panicked")?;
     raised.map(|()| "nice -20".into()).map_err(|error| error.to_string())
 }
@@ -195,7 +205,7 @@ fn protected_write_exits() -> Result<String, String> {
         other => Err(unexpected(&other)),
     })?;
     if content()? != 0 {
-        return Err("the write exited, but took effect all the same".into());
+        return Err("the write exited, but took effect".into());
     }
     ram.write_protect(&(page..Gpa(page.0 + 1)), false).map_err(|e| e.to_string())?;
     tiny.run(|exit| match exit {
@@ -228,11 +238,10 @@ fn membarrier_works() -> Result<String, String> {
 fn unexpected(exit: &Exit<'_>) -> String {
     match exit {
         Exit::Failed(what) if what.contains("InternalError") => {
-            "KVM gave up (KVM_EXIT_INTERNAL_ERROR): it emulates guest code and does not know this instruction"
-                .into()
+            "KVM_EXIT_INTERNAL_ERROR: KVM emulates guest code and does not know this instruction".into()
         }
-        Exit::Interrupted => "the vCPU was stuck at it for five seconds".into(),
-        other => format!("it ended with {other:?} instead"),
+        Exit::Interrupted => "the vCPU was stuck for five seconds".into(),
+        other => format!("the vCPU exited with {other:?} instead"),
     }
 }
 
@@ -263,13 +272,13 @@ impl Tiny {
         Ok(Self { vcpu, kick, vm, patience: Duration::from_secs(5) })
     }
 
-    /// Enters the guest once and judges why it was left.
+    /// Enters the guest once and judges the exit.
     fn run<T>(&mut self, judge: impl FnOnce(Exit<'_>) -> Result<T, String>) -> Result<T, String> {
         self.kick.adopt_current_thread();
         let (done, watchdog) = watchdog(self.kick.clone(), self.patience).map_err(|e| e.to_string())?;
         let verdict = judge(exit::run(&mut self.vcpu));
         drop(done);
-        // The watchdog has nothing to panic about.
+        // The watchdog does not panic.
         let _ = watchdog.join();
         self.kick.disown();
         self.kick.clear();

@@ -1,17 +1,18 @@
-//! What happened between the guest and its patches, for whoever wants to follow: bounded in
-//! memory and in rate.
+//! What happens between the guest and its patches: events, bounded in memory and in rate.
 //!
-//! The newest events are kept; a reader that is too slow is told how many it missed. Of each
-//! kind so many are taken at once and so many per second, and the next one taken says how many
-//! were not: a guest can't make the monitor busy with telling.
+//! The newest [`KEPT`] events are kept; a reader that is too slow sees a gap in their numbers. Of
+//! each kind `BURST` are taken at once and one per `REFILL` after that; the next one taken
+//! counts those that were dropped. So a guest cannot keep the monitor busy with events.
+//!
+//! Readers pull events with [`Events::since`]. A [`Subscriber`] is only told that there are new
+//! ones, on the thread that records them, which may be a vCPU's: it must not block.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, RwLock};
 use patcher::addr::{Gva, VcpuId};
-use serde::Serialize;
-use tokio::sync::watch;
+use serde::{Deserialize, Serialize};
 
 /// How many events are kept.
 pub const KEPT: usize = 1024;
@@ -20,8 +21,8 @@ const BURST: u32 = 64;
 /// How long it takes until one more of a kind is taken.
 const REFILL: Duration = Duration::from_millis(25);
 
-/// What kind of thing happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+/// What kind of event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// A program ended: a patch was applied, reverted, rolled back.
@@ -34,12 +35,12 @@ pub enum Kind {
     UnexpectedWrite,
     /// The guest changed a site of an applied patch, and what was done about it.
     Conflict,
-    /// A page is guarded no more.
+    /// A page lost its guard.
     Unguarded,
 }
 
-/// Who did it.
-#[derive(Debug, Clone, Serialize)]
+/// The vCPU that caused an event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Who {
     /// The vCPU.
     pub vcpu: usize,
@@ -47,12 +48,12 @@ pub struct Who {
     pub rip: Gva,
     /// The same as `function+0xoffset`, in the kernel.
     pub symbol: Option<String>,
-    /// The name of the task that runs there, as `ps` has it.
+    /// The name of the task that runs there (`comm`). The guest chooses it.
     pub task: Option<String>,
 }
 
-/// Something that happened.
-#[derive(Debug, Clone, Serialize)]
+/// One event.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
     /// Counted from 0, without gaps.
     pub number: u64,
@@ -60,35 +61,40 @@ pub struct Event {
     pub time_ms: u64,
     /// What kind.
     pub kind: Kind,
-    /// By whom, if a vCPU did it.
+    /// The vCPU that caused it, if one did.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub who: Option<Who>,
     /// The patch that it concerns.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patch: Option<String>,
-    /// For people.
+    /// What happened, as text.
     pub what: String,
-    /// How many of this kind came too fast since the last one, and were not told.
+    /// How many of this kind were dropped since the last one, because they came too fast.
     pub suppressed: u64,
 }
 
-/// What to tell of an event.
+/// What an event says, besides its kind.
 #[derive(Debug, Clone)]
 pub struct Details {
-    /// By whom.
+    /// The vCPU that caused it, if one did.
     pub who: Option<Who>,
     /// The patch that it concerns.
     pub patch: Option<String>,
-    /// For people.
+    /// What happened, as text.
     pub what: String,
 }
 
+/// Learns that there are new events.
+pub trait Subscriber: Send + Sync {
+    /// There are new events. Called on the thread that records them, without a lock that
+    /// [`Events::since`] takes. It must not block.
+    fn notify(&self);
+}
+
 /// The events of one VM.
-#[derive(Debug)]
 pub struct Events {
     kept: Mutex<Kept>,
-    /// The number of the next event.
-    next: watch::Sender<u64>,
+    subscribers: RwLock<Vec<Box<dyn Subscriber>>>,
     started: Instant,
 }
 
@@ -123,57 +129,57 @@ impl Rate {
 
 impl Default for Events {
     fn default() -> Self {
-        Self { kept: Mutex::default(), next: watch::Sender::new(0), started: Instant::now() }
+        Self { kept: Mutex::default(), subscribers: RwLock::default(), started: Instant::now() }
     }
 }
 
 impl Events {
-    /// Tells of an event, which `news` describes. It is not called when there were too many of
+    /// Records an event, which `details` describes. It is not called when there were too many of
     /// the kind.
-    pub fn tell(&self, kind: Kind, news: impl FnOnce() -> Details) {
+    pub fn tell(&self, kind: Kind, details: impl FnOnce() -> Details) {
         let now = Instant::now();
         {
-            let mut kept = self.lock();
+            let mut kept = self.kept.lock();
             let rate = Rate { tokens: BURST, filled: now, suppressed: 0 };
             if !kept.rates.entry(kind).or_insert(rate).take(now) {
                 return;
             }
         }
-        let Details { who, patch, what } = news();
-        let mut kept = self.lock();
-        let suppressed = kept.rates.get_mut(&kind).map_or(0, |rate| std::mem::take(&mut rate.suppressed));
-        let time_ms = now.saturating_duration_since(self.started).as_millis();
-        let time_ms = u64::try_from(time_ms).unwrap_or(u64::MAX);
-        let event = Event { number: kept.next, time_ms, kind, who, patch, what, suppressed };
-        kept.next += 1;
-        if kept.events.len() == KEPT {
-            kept.events.pop_front();
+        let details = details();
+        self.kept.lock().push(kind, now.saturating_duration_since(self.started), details);
+        for subscriber in self.subscribers.read().iter() {
+            subscriber.notify();
         }
-        kept.events.push_back(event);
-        self.next.send_replace(kept.next);
     }
 
     /// The events from a number on that are still kept.
     #[must_use]
     pub fn since(&self, number: u64) -> Vec<Event> {
-        let kept = self.lock();
+        let kept = self.kept.lock();
         let first = kept.events.partition_point(|event| event.number < number);
         kept.events.range(first..).cloned().collect()
     }
 
-    /// Changes when there are new ones.
-    #[must_use]
-    pub fn watch(&self) -> watch::Receiver<u64> {
-        self.next.subscribe()
+    /// Notifies `subscriber` of new events from now on, as long as these events live.
+    pub fn subscribe(&self, subscriber: Box<dyn Subscriber>) {
+        self.subscribers.write().push(subscriber);
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+impl Kept {
+    fn push(&mut self, kind: Kind, time: Duration, Details { who, patch, what }: Details) {
+        let suppressed = self.rates.get_mut(&kind).map_or(0, |rate| std::mem::take(&mut rate.suppressed));
+        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        if self.events.len() == KEPT {
+            self.events.pop_front();
+        }
+        self.events.push_back(Event { number: self.next, time_ms, kind, who, patch, what, suppressed });
+        self.next += 1;
     }
 }
 
 impl Who {
-    /// A vCPU of which nothing is known but where it stands.
+    /// A vCPU of which only the instruction pointer is known.
     #[must_use]
     pub fn at(vcpu: VcpuId, rip: Gva) -> Self {
         Self { vcpu: vcpu.0, rip, symbol: None, task: None }
@@ -182,7 +188,17 @@ impl Who {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
     use super::*;
+
+    /// Counts its notifications.
+    impl Subscriber for Arc<AtomicU64> {
+        fn notify(&self) {
+            self.fetch_add(1, Relaxed);
+        }
+    }
 
     fn news(what: &str) -> Details {
         Details { who: None, patch: None, what: what.to_owned() }
@@ -207,17 +223,17 @@ mod tests {
     #[test]
     fn the_newest_are_kept() {
         let events = Events::default();
-        let mut watch = events.watch();
+        let notified = Arc::new(AtomicU64::new(0));
+        events.subscribe(Box::new(notified.clone()));
         let mut told = 0;
         while told < KEPT as u64 + 5 {
             events.tell(Kind::Patch, || news("x"));
-            events.lock().rates.clear();
+            events.kept.lock().rates.clear();
             told += 1;
         }
         let kept = events.since(0);
         assert_eq!((kept.len(), kept[0].number), (KEPT, 5));
-        assert!(watch.has_changed().expect("they are there"));
-        assert_eq!(*watch.borrow_and_update(), told);
+        assert_eq!(notified.load(Relaxed), told);
         assert_eq!(events.since(told - 1).len(), 1);
         assert!(events.since(told).is_empty());
     }

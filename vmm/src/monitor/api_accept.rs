@@ -2,7 +2,8 @@
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
-use crate::api::server::{Connections, Socket};
+use crate::api::server::Connections;
+use crate::api::socket::Socket;
 use crate::monitor::watch;
 
 /// Accepts connections and hands them to the API's thread.

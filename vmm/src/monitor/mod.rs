@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
-use crate::api::server::{self, Socket};
+use crate::api::server;
+use crate::api::socket::{self, Socket};
 use crate::boot::kernel;
 use crate::config::Config;
 use crate::devices::irq_line::IrqLine;
@@ -43,7 +44,7 @@ pub enum Error {
     Machine(#[from] machine::Error),
     /// The control socket could not be made.
     #[error(transparent)]
-    Socket(#[from] server::Error),
+    Socket(#[from] socket::Error),
     /// A call to the host failed.
     #[error("the host: {0}")]
     Host(#[from] io::Error),

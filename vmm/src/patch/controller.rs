@@ -159,7 +159,6 @@ impl Controller {
             Command::Apply(json) => engine.apply(&json, given_at),
             Command::Check(json) => match engine.prepare(&json) {
                 Ok((_, program)) => Answer::Fits(Box::new(Fits {
-                    state: "fits",
                     strategy: program.strategy,
                     reason: program.reason.to_owned(),
                     sites: program.sites,

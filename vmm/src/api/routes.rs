@@ -1,0 +1,194 @@
+//! The routing table: which request is which command.
+
+use std::time::Duration;
+
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::{Method, Request, StatusCode};
+use patcher::plan::MAX_BYTES;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::api::command::Command;
+use crate::api::event_stream::EventStream;
+use crate::api::reply::{self, Reply};
+use crate::api::wire::EventList;
+use crate::patch::controller::Controls;
+
+/// Time a client has to send a request's body.
+const BODY_TIME: Duration = Duration::from_secs(10);
+
+/// What a request is answered with.
+enum Action {
+    /// A command's answer.
+    Command(fn() -> Command),
+    /// The answer of a command about the patch that `{name}` stands for.
+    Patch(fn(String) -> Command),
+    /// The answer of a command that takes the plan in the body.
+    Plan(fn(Vec<u8>) -> Command),
+    /// The answer of [`Command::Pause`], which takes a query.
+    Pause,
+    /// The events that are kept.
+    Events,
+    /// The events that are kept and those to come.
+    EventStream,
+}
+
+const GET: &[Method] = &[Method::GET];
+const POST: &[Method] = &[Method::POST];
+const PUT: &[Method] = &[Method::PUT, Method::POST];
+const DELETE: &[Method] = &[Method::DELETE];
+
+static ROUTES: [(&[Method], &str, Action); 14] = [
+    (GET, "/vm", Action::Command(|| Command::Info)),
+    (GET, "/vm/vcpus", Action::Command(|| Command::Vcpus)),
+    (PUT, "/vm/pause", Action::Pause),
+    (PUT, "/vm/resume", Action::Command(|| Command::Resume)),
+    (DELETE, "/vm/arena", Action::Command(|| Command::RemoveArena)),
+    (GET, "/events", Action::Events),
+    (GET, "/events/stream", Action::EventStream),
+    (GET, "/targets", Action::Command(|| Command::Targets)),
+    (GET, "/patches", Action::Command(|| Command::List)),
+    (POST, "/patches", Action::Plan(Command::Apply)),
+    (POST, "/patches/check", Action::Plan(Command::Check)),
+    (POST, "/patches/explain", Action::Plan(Command::Explain)),
+    (GET, "/patches/{name}", Action::Patch(Command::Show)),
+    (POST, "/patches/{name}/revert", Action::Patch(Command::Revert)),
+];
+
+/// What requests are about: one VM.
+#[derive(Clone)]
+pub(super) struct ApiState {
+    pub(super) controls: Controls,
+    pub(super) events: EventStream,
+}
+
+/// Answers a request.
+pub(super) async fn handle(request: Request<Incoming>, state: ApiState) -> Reply {
+    let path = format!("/{}", request.uri().path().trim_matches('/'));
+    let (action, name) = match find(request.method(), &path) {
+        Ok(found) => found,
+        Err(status) => return no_route(status, request.method(), &path),
+    };
+    let command = match action {
+        Action::Command(command) => command(),
+        Action::Patch(command) => command(name.to_owned()),
+        Action::Plan(command) => match body(request).await {
+            Ok(plan) => command(plan),
+            Err(reply) => return reply,
+        },
+        Action::Pause => match request.uri().query() {
+            None => Command::Pause { hurry: true },
+            Some("hurry=false") => Command::Pause { hurry: false },
+            Some(other) => {
+                let what = format!("?{other} does not go with {path}: there is hurry=false");
+                return reply::error(StatusCode::BAD_REQUEST, &what);
+            }
+        },
+        Action::Events => return reply::json(StatusCode::OK, &EventList { events: state.events.kept() }),
+        Action::EventStream => return state.events.follow(),
+    };
+    let (sender, receiver) = oneshot::channel();
+    // A client that hung up does not stop its command, and gets no answer.
+    state.controls.give(command, move |answer| drop(sender.send(answer)));
+    match receiver.await {
+        Ok(answer) => reply::of(answer),
+        Err(_) => reply::error(StatusCode::SERVICE_UNAVAILABLE, "the VM is shutting down"),
+    }
+}
+
+/// The action of a request, and the name in its path.
+///
+/// # Errors
+/// 405 if the path has other methods, 404 if there is no such path.
+fn find<'p>(method: &Method, path: &'p str) -> Result<(&'static Action, &'p str), StatusCode> {
+    let mut status = StatusCode::NOT_FOUND;
+    for (methods, route, action) in &ROUTES {
+        let Some(name) = name_in(route, path) else { continue };
+        if methods.contains(method) {
+            return Ok((action, name));
+        }
+        status = StatusCode::METHOD_NOT_ALLOWED;
+    }
+    Err(status)
+}
+
+/// What stands for `{name}` in a path that fits a route; empty if the route has no name.
+fn name_in<'p>(route: &str, path: &'p str) -> Option<&'p str> {
+    let mut name = "";
+    let mut parts = path.split('/');
+    for expected in route.split('/') {
+        match parts.next()? {
+            part if expected == "{name}" => name = part,
+            part if expected == part => {}
+            _ => return None,
+        }
+    }
+    parts.next().is_none().then_some(name)
+}
+
+fn no_route(status: StatusCode, method: &Method, path: &str) -> Reply {
+    let what = if status == StatusCode::NOT_FOUND {
+        format!("there is no {path}; see the README's control socket section")
+    } else {
+        format!("{method} does not go with {path}")
+    };
+    reply::error(status, &what)
+}
+
+async fn body(request: Request<Incoming>) -> Result<Vec<u8>, Reply> {
+    let body = Limited::new(request.into_body(), MAX_BYTES).collect();
+    match timeout(BODY_TIME, body).await {
+        Ok(Ok(body)) => Ok(body.to_bytes().to_vec()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            // The plan's own refusal has a code; it needs to see that the plan is too long.
+            Ok(vec![b' '; MAX_BYTES + 1])
+        }
+        Ok(Err(error)) => Err(reply::error(StatusCode::BAD_REQUEST, &format!("reading the plan: {error}"))),
+        Err(_) => Err(reply::error(StatusCode::REQUEST_TIMEOUT, "the plan did not arrive in time")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn command(method: &Method, path: &str) -> Result<String, u16> {
+        let (action, name) = find(method, path).map_err(|status| status.as_u16())?;
+        Ok(match action {
+            Action::Command(command) => format!("{:?}", command()),
+            Action::Patch(command) => format!("{:?}", command(name.to_owned())),
+            Action::Plan(command) => format!("{:?}", command(Vec::new())),
+            Action::Pause => "Pause".to_owned(),
+            Action::Events => "Events".to_owned(),
+            Action::EventStream => "EventStream".to_owned(),
+        })
+    }
+
+    #[test]
+    fn a_request_is_found_by_path_and_method() {
+        for (method, path, expected) in [
+            (Method::GET, "/vm", Ok("Info")),
+            (Method::PUT, "/vm/pause", Ok("Pause")),
+            (Method::POST, "/vm/resume", Ok("Resume")),
+            (Method::DELETE, "/vm/arena", Ok("RemoveArena")),
+            (Method::GET, "/events/stream", Ok("EventStream")),
+            (Method::POST, "/patches", Ok("Apply([])")),
+            (Method::POST, "/patches/explain", Ok("Explain([])")),
+            (Method::GET, "/patches/check", Ok("Show(\"check\")")),
+            (Method::GET, "/patches/a%20b", Ok("Show(\"a%20b\")")),
+            (Method::POST, "/patches/revert/revert", Ok("Revert(\"revert\")")),
+            (Method::DELETE, "/vm", Err(405)),
+            (Method::GET, "/vm/pause", Err(405)),
+            (Method::POST, "/patches/x", Err(405)),
+            (Method::GET, "/patches/x/revert", Err(405)),
+            (Method::POST, "/events/stream", Err(405)),
+            (Method::GET, "/", Err(404)),
+            (Method::GET, "/vm/vcpus/0", Err(404)),
+            (Method::GET, "/patches/x/y", Err(404)),
+        ] {
+            let found = command(&method, path);
+            assert_eq!(found.as_deref().map_err(|status| *status), expected, "{method} {path}");
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Exit codes: what they mean, and how the help tells it.
+
+use std::process::ExitCode;
+
+/// How the program ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ExitStatus {
+    /// Done. A VM powered off or was stopped.
+    Done = 0,
+    /// The monitor or the host failed, or the VM did not answer.
+    Failed = 1,
+    /// The arguments, a plan or a file are bad.
+    BadInput = 2,
+    /// The plan or request was refused; nothing was written.
+    Refused = 3,
+    /// The program failed and was rolled back.
+    RolledBack = 4,
+    /// The program failed and could not be rolled back; the guest is held.
+    GuestHeld = 5,
+    /// The guest asked for a reset.
+    GuestReset = 10,
+    /// The guest crashed (triple fault).
+    GuestCrashed = 11,
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status as u8)
+    }
+}
+
+/// Help of `vmm`.
+pub(super) const OF_A_VM: &str = "\
+Exit codes of a VM: 0 powered off or stopped, 1 failure of the monitor or the host, 2 bad input,
+10 the guest asked for a reset, 11 the guest crashed (triple fault).";
+
+/// Help of the commands that send requests.
+pub(super) const OF_A_REQUEST: &str = "\
+Exit codes: 0 done, 1 no answer, 2 bad input, 3 refused (nothing was written), 4 failed and
+rolled back (every byte is as it was), 5 failed and could not be rolled back (the guest is held).";
+
+/// Help of `vmm events`.
+pub(super) const OF_EVENTS: &str = "Exit codes: 0 done, 1 no answer.";
+
+/// Help of `vmm kernel`.
+pub(super) const OF_KERNEL: &str = "Exit codes: 0 done, 2 no kernel image.";
+
+/// Help of `vmm doctor`.
+pub(super) const OF_DOCTOR: &str = "Exit codes: 0 this host can run and patch guests, 1 it cannot.";

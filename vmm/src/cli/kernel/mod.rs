@@ -1,0 +1,95 @@
+//! `vmm kernel`: what a kernel image says of itself, without a guest.
+
+use std::path::Path;
+
+use patcher::image::{KernelImage, StaticCall, StaticKey};
+use serde_json::json;
+
+use crate::cli::args::KernelCommand;
+use crate::cli::error::Error;
+use crate::cli::exit_status::ExitStatus;
+use crate::cli::kernel::info::Info;
+use crate::cli::output;
+use crate::cli::render::page::{Page, plain};
+
+mod info;
+mod rows;
+mod tables;
+
+/// Runs one of the commands. A reader that has seen enough, such as `head`, is no failure.
+pub(super) fn run(command: &KernelCommand) -> Result<ExitStatus, Error> {
+    match print(command) {
+        Err(error) if !error.is_broken_pipe() => Err(error),
+        _ => Ok(ExitStatus::Done),
+    }
+}
+
+fn print(command: &KernelCommand) -> Result<(), Error> {
+    match command {
+        KernelCommand::Info { file } => {
+            let info = Info::new(&read(&file.kernel)?);
+            if file.json { output::print_json(&info)? } else { output::print(&info.page())? }
+        }
+        KernelCommand::Symbols { file, pattern } => {
+            let image = read(&file.kernel)?;
+            let chosen = image.symbols().iter().filter(|(.., name)| matches(pattern.as_deref(), name));
+            if file.json {
+                let line = |(at, kind, name)| json!({ "at": at, "kind": char::from(kind), "name": name });
+                output::print_json(&chosen.map(line).collect::<Vec<_>>())?;
+            } else {
+                let mut page = Page::default();
+                for (at, kind, name) in chosen {
+                    page.line([plain(format_args!("{:016x} {} {name}", at.0, char::from(kind)))]);
+                }
+                output::print(&page)?;
+            }
+        }
+        KernelCommand::Tables { file, table } => {
+            rows::print(file.json, tables::rows(&read(&file.kernel)?, *table))?;
+        }
+        KernelCommand::Keys { file, pattern } => {
+            let keys = read(&file.kernel)?.static_keys().into_iter();
+            let keys = keys.filter(|key| matches(pattern.as_deref(), &key.name));
+            let row = |StaticKey { name, at, initially, entries, .. }: StaticKey| {
+                vec![
+                    ("name", json!(name)),
+                    ("at", json!(at)),
+                    ("initially", json!(initially)),
+                    ("entries", json!(entries)),
+                ]
+            };
+            rows::print(file.json, Some(keys.map(row).collect()))?;
+        }
+        KernelCommand::Calls { file, pattern } => {
+            let calls = read(&file.kernel)?.static_calls().into_iter();
+            let calls = calls.filter(|call| matches(pattern.as_deref(), &call.name));
+            let row = |StaticCall { name, key, trampoline, initially, sites, .. }: StaticCall| {
+                vec![
+                    ("name", json!(name)),
+                    ("key", json!(key)),
+                    ("trampoline", json!(trampoline)),
+                    ("initially", json!(initially)),
+                    ("sites", json!(sites)),
+                ]
+            };
+            rows::print(file.json, Some(calls.map(row).collect()))?;
+        }
+        KernelCommand::Features { file, pattern } => {
+            let features = read(&file.kernel)?.tables().feature_counts().into_iter();
+            let features = features.filter(|(name, _)| matches(pattern.as_deref(), name));
+            let row =
+                |(name, alternatives)| vec![("name", json!(name)), ("alternatives", json!(alternatives))];
+            rows::print(file.json, Some(features.map(row).collect()))?;
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<KernelImage, Error> {
+    let file = std::fs::read(path).map_err(|source| Error::KernelFile { path: path.to_owned(), source })?;
+    KernelImage::parse(&file).map_err(|source| Error::Kernel { path: path.to_owned(), source })
+}
+
+fn matches(pattern: Option<&str>, name: &str) -> bool {
+    pattern.is_none_or(|pattern| name.contains(pattern))
+}

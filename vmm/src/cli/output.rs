@@ -1,0 +1,29 @@
+//! Standard output: pages for terminals, JSON for programs.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use crate::cli::render::page::Page;
+
+/// Prints a page. Its colours stay if standard output is a terminal that has them and `NO_COLOR`
+/// is not set.
+pub(super) fn print(page: &Page) -> io::Result<()> {
+    write(&mut anstream::stdout().lock(), page.styled().as_bytes())
+}
+
+/// Prints JSON as it is.
+pub(super) fn print_raw(json: &[u8]) -> io::Result<()> {
+    let end: &[u8] = if json.ends_with(b"\n") { b"" } else { b"\n" };
+    write(&mut io::stdout().lock(), &[json, end].concat())
+}
+
+/// Prints a value as JSON.
+pub(super) fn print_json(value: &impl Serialize) -> io::Result<()> {
+    print_raw(&serde_json::to_vec_pretty(value)?)
+}
+
+fn write(out: &mut impl Write, text: &[u8]) -> io::Result<()> {
+    out.write_all(text)?;
+    out.flush()
+}

@@ -1,0 +1,37 @@
+//! `vmm patch`: patches the kernel of a running VM.
+
+use hyper::Method;
+
+use crate::api::view::{Fits, Program, Report, Targets};
+use crate::api::wire::PatchSummary;
+use crate::cli::args::PatchCommand;
+use crate::cli::ask::{ask, ask_and};
+use crate::cli::error::Error;
+use crate::cli::exit_status::ExitStatus;
+use crate::cli::plan;
+
+/// Sends one request and prints the answer.
+pub(super) fn run(command: &PatchCommand) -> Result<ExitStatus, Error> {
+    match command {
+        PatchCommand::Apply { at, plan } => ask::<Report>(at, Method::POST, "/patches", plan::read(plan)?),
+        PatchCommand::Check { at, plan } => {
+            ask::<Fits>(at, Method::POST, "/patches/check", plan::read(plan)?)
+        }
+        PatchCommand::Explain { at, plan } => {
+            ask::<Program>(at, Method::POST, "/patches/explain", plan::read(plan)?)
+        }
+        PatchCommand::ListTargets { at, pattern: None } => {
+            ask::<Targets>(at, Method::GET, "/targets", Vec::new())
+        }
+        PatchCommand::ListTargets { at, pattern: Some(pattern) } => {
+            ask_and::<Targets>(at, Method::GET, "/targets", |targets| targets.keep(pattern))
+        }
+        PatchCommand::List { at } => ask::<Vec<PatchSummary>>(at, Method::GET, "/patches", Vec::new()),
+        PatchCommand::Show { at, name } => {
+            ask::<Report>(at, Method::GET, &format!("/patches/{name}"), Vec::new())
+        }
+        PatchCommand::Revert { at, name } => {
+            ask::<Report>(at, Method::POST, &format!("/patches/{name}/revert"), Vec::new())
+        }
+    }
+}

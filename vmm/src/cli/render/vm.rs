@@ -1,0 +1,51 @@
+//! What a VM and its vCPUs are doing.
+
+use crate::api::wire::{Done, Info, State, VcpuLine};
+use crate::cli::render::Render;
+use crate::cli::render::page::{Page, bold, green, plain, red};
+
+impl Render for Done {
+    fn render(&self, page: &mut Page) {
+        page.line([plain("done")]);
+    }
+}
+
+impl Render for Info {
+    fn render(&self, page: &mut Page) {
+        let state = match self.state {
+            State::Running => green("running"),
+            State::Paused => bold("paused"),
+            State::Held => red("held"),
+        };
+        let Self { cpus, memory_mib, uptime_ms, .. } = self;
+        page.line([state, plain(format_args!(", {cpus} vCPUs, {memory_mib} MiB, up {uptime_ms} ms"))]);
+        match &self.kernel {
+            None => page.line([plain(format_args!(
+                "kernel {} (not started far enough to be patched)",
+                self.kernel_file.display()
+            ))]),
+            Some(kernel) => page.line([plain(format_args!("kernel {} at {}", kernel.release, kernel.base))]),
+        }
+        if let Some(arena) = &self.arena {
+            let (base, bytes) = (arena.base, arena.used_bytes);
+            page.line([plain(format_args!("copies of instructions at {base}, {bytes} bytes"))]);
+        }
+        if self.breakpoints > 0 {
+            let count = self.breakpoints;
+            page.line([plain(format_args!("{count} breakpoints of its own delivered to the guest"))]);
+        }
+        page.line([plain(format_args!("{} patches applied; fences by {}", self.patches, self.fence))]);
+    }
+}
+
+impl Render for Vec<VcpuLine> {
+    fn render(&self, page: &mut Page) {
+        page.table(self.iter().map(|line| {
+            let place =
+                line.symbol.as_deref().unwrap_or(if line.kernel { "kernel mode" } else { "user space" });
+            let interrupts = if line.interrupts { "" } else { ", interrupts off" };
+            let place = plain(format_args!("{place}{interrupts}"));
+            [bold(format_args!("vCPU {}", line.vcpu)), plain(line.rip), place]
+        }));
+    }
+}

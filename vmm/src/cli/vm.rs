@@ -1,0 +1,23 @@
+//! `vmm vm`: inspects a running VM, pauses and resumes it.
+
+use hyper::Method;
+
+use crate::api::wire::{Done, Info, VcpuLine};
+use crate::cli::args::VmCommand;
+use crate::cli::ask::ask;
+use crate::cli::error::Error;
+use crate::cli::exit_status::ExitStatus;
+
+/// Sends one request and prints the answer.
+pub(super) fn run(command: &VmCommand) -> Result<ExitStatus, Error> {
+    match command {
+        VmCommand::Info { at } => ask::<Info>(at, Method::GET, "/vm", Vec::new()),
+        VmCommand::Vcpus { at } => ask::<Vec<VcpuLine>>(at, Method::GET, "/vm/vcpus", Vec::new()),
+        VmCommand::Pause { at, no_hurry } => {
+            let uri = if *no_hurry { "/vm/pause?hurry=false" } else { "/vm/pause" };
+            ask::<Done>(at, Method::PUT, uri, Vec::new())
+        }
+        VmCommand::Resume { at } => ask::<Done>(at, Method::PUT, "/vm/resume", Vec::new()),
+        VmCommand::RemoveArena { at } => ask::<Done>(at, Method::DELETE, "/vm/arena", Vec::new()),
+    }
+}

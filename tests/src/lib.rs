@@ -2,13 +2,16 @@
 
 pub mod breakpoints;
 pub mod campaigns;
+pub mod cost;
 pub mod guard;
 pub mod lab;
 pub mod matrix;
 pub mod oracle;
 pub mod selfpatching;
 pub mod signal;
+pub mod skip;
 pub mod spinlocks;
+pub mod suite;
 pub mod targets;
 pub mod testbed;
 pub mod vm;

@@ -136,10 +136,13 @@ impl Places {
     }
 }
 
-/// Starts a twin: where its kernel lies is known.
-fn start(lab: &Lab, setup: &Setup, command_line: &str) -> Result<Vm> {
-    let command_line = format!("nokaslr {command_line}");
-    Vm::start(lab, &Setup { command_line, memory_mib: 192, ..setup.clone() })
+/// Starts twins, each with something on its kernel's command line. Where the kernel lies is known.
+fn start_twins(lab: &Lab, setup: &Setup, command_lines: [&str; 2]) -> Result<[Vm; 2]> {
+    let twin = |command_line| {
+        let command_line = format!("nokaslr {command_line}");
+        Setup { command_line, memory_mib: 192, ..setup.clone() }
+    };
+    Vm::start_all(lab, &command_lines.map(twin))
 }
 
 /// Where two texts differ.
@@ -159,8 +162,7 @@ fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
 /// The first difference.
 pub fn lock_prefixes(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 1) {
-        let start = |command_line: &str| start(lab, &setup, command_line);
-        let (mut locked, mut unlocked) = (start("noreplace-smp")?, start("")?);
+        let [mut locked, mut unlocked] = start_twins(lab, &setup, ["noreplace-smp", ""])?;
         let mut places = Places::new(&setup)?;
         let switch = |vm: &Vm, on: bool| {
             let plan = json!({ "version": 1, "name": "locks", "deadline_ms": 60_000, "patches": [{ "smp_locks": on }] });
@@ -201,8 +203,7 @@ pub fn alternatives(lab: &Lab) -> Result<()> {
     /// `X86_FEATURE_POPCNT`: the instruction, or a function that counts the bits.
     const FEATURE: (&str, &str) = ("popcnt", "clearcpuid=151");
     for setup in both_kernels(lab, 1) {
-        let start = |command_line: &str| start(lab, &setup, command_line);
-        let (mut with, mut without) = (start("")?, start(FEATURE.1)?);
+        let [mut with, mut without] = start_twins(lab, &setup, ["", FEATURE.1])?;
         let mut places = Places::new(&setup)?;
         let plan = |enable: bool| {
             json!({ "version": 1, "name": "feature", "deadline_ms": 60_000,
@@ -243,7 +244,7 @@ pub fn twins(lab: &Lab) -> Result<()> {
 }
 
 fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
-    let (mut outside, mut inside) = (start(lab, setup, "")?, start(lab, setup, "")?);
+    let [mut outside, mut inside] = start_twins(lab, setup, ["", ""])?;
     for vm in [&mut outside, &mut inside] {
         vm.ask("mount debugfs /sys/kernel/debug")?;
         vm.mount_tracing()?;

@@ -8,11 +8,12 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm::api::client;
 
+use crate::cost::{self, Wait};
 use crate::lab::Lab;
 
 pub use hyper::Method;
@@ -95,6 +96,27 @@ impl Vm {
     /// # Errors
     /// With all that it printed when it does not come up.
     pub fn start(lab: &Lab, setup: &Setup) -> Result<Self> {
+        cost::timed(Wait::Boot, || Self::boot(lab, setup))
+    }
+
+    /// Starts VMs side by side: a guest that boots keeps one CPU busy, and the host has two.
+    ///
+    /// # Errors
+    /// As [`Vm::start`], of the first that does not come up.
+    pub fn start_all<const N: usize>(lab: &Lab, setups: &[Setup; N]) -> Result<[Self; N]> {
+        let started: Result<Vec<Self>> = cost::timed_at_once(Wait::Boot, N as u64, || {
+            std::thread::scope(|scope| {
+                let boots = setups.each_ref().map(|setup| scope.spawn(move || Self::boot(lab, setup)));
+                boots
+                    .into_iter()
+                    .map(|boot| boot.join().map_err(|_| anyhow!("starting a VM panicked"))?)
+                    .collect()
+            })
+        });
+        started?.try_into().map_err(|_| anyhow!("not {N} VMs"))
+    }
+
+    fn boot(lab: &Lab, setup: &Setup) -> Result<Self> {
         let folder = TempDir::new()?;
         let mut child = Command::new(&lab.vmm)
             .arg("--kernel")
@@ -213,8 +235,12 @@ impl Vm {
     /// # Errors
     /// When the guest reports an error or stays silent.
     pub fn ask(&mut self, command: &str) -> Result<(Vec<String>, String)> {
+        let wait = match command.split(' ').next() {
+            Some("hammer" | "count") => Wait::Workload,
+            _ => Wait::Command,
+        };
         writeln!(self.stdin, "{command}")?;
-        let (lines, last) = self.answer()?;
+        let (lines, last) = cost::timed(wait, || self.answer())?;
         match last.strip_prefix("ok") {
             Some(rest) => Ok((lines, rest.trim().to_owned())),
             None => bail!("{command}: {last}"),
@@ -295,7 +321,7 @@ impl Vm {
     /// # Errors
     /// When there is no answer.
     pub fn request(&self, method: Method, uri: &str, body: &[u8]) -> Result<(u16, Value)> {
-        client::request(&self.socket(), method, uri, body.to_vec())
+        cost::timed(Wait::Request, || client::request(&self.socket(), method, uri, body.to_vec()))
             .with_context(|| format!("the monitor's standard error: {:?}", self.errors()))
     }
 
@@ -400,6 +426,10 @@ impl Vm {
     /// # Errors
     /// When it does not end.
     pub fn wait(&mut self) -> Result<i32> {
+        cost::timed(Wait::End, || self.wait_for_the_end())
+    }
+
+    fn wait_for_the_end(&mut self) -> Result<i32> {
         // The console closes when the monitor ends.
         loop {
             match self.lines.recv_timeout(self.patience) {
@@ -415,8 +445,12 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            cost::timed(Wait::End, || {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            });
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::Parser;
 use tests::campaigns;
 use tests::lab::{self, Lab};
-use tests::vm::Setup;
+use tests::vm::{Setup, Vm};
 use tests::{breakpoints, guard, matrix, oracle, selfpatching, spinlocks, targets};
 
 /// Long campaigns against real guests.
@@ -44,7 +44,7 @@ const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("guard-cost", 5, guard::cost),
     ("spinlocks", 100, |lab, times| {
         let both = targets::both_kernels(lab, 8);
-        both.iter().try_for_each(|setup| spinlocks::switch(lab, setup, times))
+        both.iter().try_for_each(|setup| spinlocks::switch(Vm::start(lab, setup)?, times))
     }),
     ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),

@@ -58,8 +58,7 @@ pub fn events(vm: &Vm, kind: &str) -> Result<Vec<Value>> {
 /// # Errors
 /// Anything unexpected.
 pub fn patches_itself(lab: &Lab, times: usize) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &guarded(setup))?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4).map(guarded))? {
         let (pages, before) = pages_and_writes(&vm)?;
         ensure!(pages > 1000, "{pages} pages are guarded");
         vm.mount_tracing()?;
@@ -92,9 +91,9 @@ pub fn patches_itself(lab: &Lab, times: usize) -> Result<()> {
 pub fn ahead(lab: &Lab) -> Result<()> {
     /// A large page of the host, in pages.
     const LARGE: u64 = 512;
-    for setup in both_kernels(lab, 2) {
-        let mut vm = Vm::start(lab, &setup)?;
-        let pages = Places::new(&setup)?.text(&vm)?.len().div_ceil(4096) as u64;
+    let setups = both_kernels(lab, 2);
+    for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
+        let pages = Places::new(setup)?.text(&vm)?.len().div_ceil(4096) as u64;
         vm.hammer("getppid", 0, 1)?;
         eventually(&mut vm, |vm| Ok(pages_ahead(vm)? == pages)).context("all text is protected ahead")?;
         for value in ["1", "0"] {
@@ -141,8 +140,7 @@ fn key_plan(policy: Option<&str>) -> Value {
 /// # Errors
 /// Anything unexpected.
 pub fn policies(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &setup)?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
         vm.hammer("getppid", 0, 1)?;
         ensure!(pages_and_writes(&vm)?.0 == 0, "pages are guarded without need");
         for policy in ["yield", "rebase", "deny"] {
@@ -212,8 +210,7 @@ fn happened(vm: &Vm) -> Result<Value> {
 /// # Errors
 /// Anything unexpected.
 pub fn probes(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &setup)?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
         vm.mount_tracing()?;
         vm.ask("write /proc/sys/debug/kprobes-optimization 0")?;
         let behind = vm.behind_the_tracer("__x64_sys_getppid")?;
@@ -260,10 +257,9 @@ pub fn probes(lab: &Lab) -> Result<()> {
 /// Anything unexpected.
 pub fn unexpected_writers(lab: &Lab) -> Result<()> {
     let mut across_pages = 0;
-    for mut setup in both_kernels(lab, 4) {
-        setup.command_line = "nokaslr".into();
-        let places = Places::new(&setup)?;
-        let mut vm = Vm::start(lab, &guarded(setup))?;
+    let setups = both_kernels(lab, 4).map(|setup| guarded(Setup { command_line: "nokaslr".into(), ..setup }));
+    for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
+        let places = Places::new(setup)?;
         let start = vm.address(FUNCTION)?;
         let at = |vm: &Vm, slot: &Slot| {
             read_guest_memory(vm, places.physical(Gva(start + slot.offset as u64)), slot.bytes.len())

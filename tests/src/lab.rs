@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use guest::provision::binaries::{self, Binaries};
+use guest::provision::binaries::{self, Binaries, Monitor};
 use guest::provision::initramfs::Initramfs;
 use guest::provision::kernel::Kernel;
 use guest::provision::{cache, livepatch};
@@ -87,9 +87,9 @@ pub struct Rigged {
 ///
 /// # Errors
 /// Whatever keeps it from being provided, with what to do about it where that is known.
-pub fn prepare() -> Result<Place> {
+pub fn prepare(monitor: Monitor) -> Result<Place> {
     let (kernel, later) = (Kernel::debian()?, Kernel::backports()?);
-    let binaries = binaries::build()?;
+    let binaries = binaries::build(monitor)?;
     let initrd = guest_initrd(&binaries, &[&kernel, &later])?;
     let later_kernel = later.bzimage;
     let wanted = std::env::var(RIG).unwrap_or_default();
@@ -167,6 +167,7 @@ fn guest_initrd(binaries: &Binaries, kernels: &[&Kernel]) -> Result<PathBuf> {
 /// # Errors
 /// When there is no such place, what `inner` says, or when the rig breaks off.
 pub fn run_there(
+    monitor: Monitor,
     deadline: Duration,
     announce: impl FnOnce(&Place),
     inner: impl FnOnce(&Lab) -> Result<ExitCode>,
@@ -174,7 +175,7 @@ pub fn run_there(
     if let Some(lab) = Lab::inherited() {
         return inner(&lab);
     }
-    let mut place = prepare()?;
+    let mut place = prepare(monitor)?;
     announce(&place);
     match &mut place {
         Place::Here(lab) => inner(lab),

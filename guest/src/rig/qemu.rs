@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::provision::apt::{Apt, Kind};
+use crate::provision::command::output_of;
+use crate::provision::error::{AtPath, Error};
 use crate::provision::progress::Step;
 use crate::provision::{cache, packages};
-use crate::{AtPath, Error, output_of};
 
 /// The suite whose QEMU is used: Debian 13, QEMU 10.0. Debian 12's 7.2 loses IPIs here.
 const SUITE: &str = "trixie";

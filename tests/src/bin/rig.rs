@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use guest::provision::binaries::Monitor;
 use tests::lab::{self, Place};
 
 fn main() -> Result<()> {
@@ -11,7 +12,7 @@ fn main() -> Result<()> {
     if argv.is_empty() || argv[0].starts_with('-') {
         bail!("usage: cargo rig PROGRAM [ARGUMENT ...], for example: cargo rig vmm doctor");
     }
-    match lab::prepare()? {
+    match lab::prepare(Monitor::Checked)? {
         Place::Here(_) => bail!("this machine has KVM: run the command itself"),
         Place::Rig(mut rigged) => {
             let code = rigged.run(argv, Duration::from_secs(3600), lab::pass_on)?;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Parser;
+use guest::provision::binaries::Monitor;
 use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
@@ -63,7 +64,7 @@ const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    lab::run_there(DEADLINE, |_| (), |lab| run(lab, &arguments))
+    lab::run_there(Monitor::Checked, DEADLINE, |_| (), |lab| run(lab, &arguments))
 }
 
 fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {

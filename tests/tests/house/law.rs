@@ -31,6 +31,8 @@ pub(crate) const MONITOR: Law = Law(&[
     &["cli"],
 ]);
 
+pub(crate) const GUEST: Law = Law(&[&["provision"], &["inside", "rig"]]);
+
 impl Law {
     /// What breaks it, each in a sentence.
     pub(crate) fn violations(&self, sources: &[Source], arrows: &[Arrow]) -> Vec<String> {

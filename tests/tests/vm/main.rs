@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use guest::provision::binaries::Monitor;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use tests::cost;
 use tests::lab::{self, Lab, Place, Rigged};
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
     } else if let Some(lab) = &inherited {
         here(lab, &costs)
     } else {
-        match lab::prepare() {
+        match lab::prepare(Monitor::Checked) {
             Ok(Place::Here(lab)) => here(&lab, &costs),
             Ok(Place::Rig(rigged)) => there(rigged, &costs),
             Err(error) => {

@@ -57,14 +57,6 @@ fn documents() -> Vec<(PathBuf, String)> {
     files("md").into_iter().map(read).collect()
 }
 
-/// What stands between two marks, on one line.
-fn between<'t>(text: &'t str, open: &str, close: &str) -> Vec<&'t str> {
-    let piece = |line: &'t str| -> Vec<&'t str> {
-        line.split(open).skip(1).filter_map(|rest| rest.split_once(close)).map(|(piece, _)| piece).collect()
-    };
-    text.lines().flat_map(piece).collect()
-}
-
 /// The words in a document's inline code.
 fn code_words(text: &str) -> Vec<&str> {
     let mut is_block = false;
@@ -86,7 +78,8 @@ fn dead_links(document: &Path, text: &str) -> Vec<String> {
         let is_relative = !path.is_empty() && !link.contains("://") && !link.starts_with("mailto:");
         is_relative && !folder.join(path).exists()
     };
-    between(text, "](", ")").into_iter().filter(is_dead).map(str::to_owned).collect()
+    let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    links.filter(is_dead).map(str::to_owned).collect()
 }
 
 /// The repository paths in a document's inline code that are not there.
@@ -112,7 +105,8 @@ fn tests() -> BTreeSet<String> {
             let is_name = |name: &&str| {
                 name.contains("::") && name.chars().all(|c| c.is_ascii_alphanumeric() || "_:".contains(c))
             };
-            names.extend(between(&text, "\"", "\"").into_iter().filter(is_name).map(str::to_owned));
+            let strings = text.lines().flat_map(|line| line.split('"').skip(1).step_by(2));
+            names.extend(strings.filter(is_name).map(str::to_owned));
         }
         let file = syn::parse_file(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let below_root = path.strip_prefix(root()).expect("below the root").with_extension("");

@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 
 use crate::guard::{guarded, pages_and_writes};
 use crate::lab::Lab;
+use crate::patches::redirect_plan;
 use crate::targets::both_kernels;
-use crate::vm::{Method, SCHEDSTATS, Vm, field, redirect_plan};
+use crate::vm::{Method, SCHEDSTATS, Vm, field};
 
 /// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
 const NEIGHBOUR: &str = "sched_feat_keys";

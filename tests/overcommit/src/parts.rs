@@ -11,7 +11,8 @@ use crate::cases::{Form, HOGS, Host, Method, WORKS, hosts};
 use crate::flips::{Bench, micros};
 use crate::record::{Line, Record};
 use tests::lab::Lab;
-use tests::vm::{self, SCHEDSTATS, Setup, Vm, field, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{self, SCHEDSTATS, Setup, Vm, field};
 
 /// Where records go.
 pub type Sink<'a> = dyn FnMut(Record) -> Result<()> + 'a;

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 use guest::provision::binaries::Monitor;
 use serde_json::Value;
 use tests::lab::{self, Lab, Place};
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 
 const CPUS: u8 = 4;
 const DEADLINE: Duration = Duration::from_secs(600);

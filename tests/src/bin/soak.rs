@@ -32,7 +32,7 @@ type Campaign = fn(&Lab, usize) -> Result<()>;
 const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
-    ("many-sites", 4096, |lab, times| campaigns::many_sites(lab, times, 30)),
+    ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
     ("breakpoints", 100_000, |lab, times| breakpoints::delivered(lab, "always", times)),
     ("breakpoints-by-kvm", 100_000, breakpoints::by_kvm),
     ("self-patching", 500, selfpatching::contended),
@@ -52,9 +52,9 @@ const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("random-targets", 1000, targets::random),
     ("oracle", 1, |lab, _| oracle::twins(lab)),
     ("dry-run", 1, |lab, _| targets::dry_run(lab)),
-    ("sites-4-quiet", 10_000, |lab, times| campaigns::sites(lab, 4, times, false)),
-    ("sites-4", 10_000, |lab, times| campaigns::sites(lab, 4, times, true)),
-    ("sites-8", 10_000, |lab, times| campaigns::sites(lab, 8, times, true)),
+    ("sites-4-quiet", 10_000, |lab, times| campaigns::sites::sites(lab, 4, times, false)),
+    ("sites-4", 10_000, |lab, times| campaigns::sites::sites(lab, 4, times, true)),
+    ("sites-8", 10_000, |lab, times| campaigns::sites::sites(lab, 8, times, true)),
     ("flips-breakpoint", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "breakpoint", times)),
     ("flips-hold", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "hold", times)),
 ];

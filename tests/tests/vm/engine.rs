@@ -7,9 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use tests::campaigns::{flip_by_each_strategy, many_sites};
+use tests::campaigns::flip_by_each_strategy;
+use tests::campaigns::many_sites::many_sites;
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, guest_memory, redirect_plan};
+use tests::memory::guest_memory;
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 use vmm::api::client;
 
 use super::Test;

@@ -7,9 +7,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tests::campaigns::entries_plan;
+use tests::campaigns::many_sites::entries_plan;
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 

@@ -25,7 +25,7 @@ pub fn switch(mut vm: Vm, times: usize) -> Result<()> {
     let (added, sum) = (field(&outcome, "added")?, field(&outcome, "sum")?);
     ensure!(added == sum && added > 0, "updates were lost: {outcome}");
     ensure!(field(&outcome, "clashes")? == 0, "a descriptor was given twice: {outcome}");
-    ensure!(native.added > 0 && kvm.added > 0, "nobody got the lock: {native:?} {kvm:?}");
+    ensure!(native.added > 0 && kvm.added > 0, "no CPU got the lock: {native:?} {kvm:?}");
     vm.expect_no_kernel_errors()?;
     println!("{times} times there and back, {sum} updates, none lost");
     println!("  to native: {}", Times::spread(to_native));

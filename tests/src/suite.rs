@@ -42,6 +42,21 @@ impl Costs {
     }
 }
 
+/// Whether a test in the rig passed, by the exit code and the output of the process that ran it: this
+/// very test must have run, as a filter that matches nothing passes too, and a process that answers
+/// late tells of the test before.
+///
+/// # Errors
+/// With the output.
+pub fn verdict(test: &str, code: i32, output: &str) -> Result<(), String> {
+    let is_this = output.lines().any(|line| line.starts_with(&format!("test {test} ")));
+    if code == 0 && is_this && output.contains("test result: ok. 1 passed; 0 failed") {
+        Ok(())
+    } else {
+        Err(format!("exit code {code}\n{output}"))
+    }
+}
+
 /// The line by which a test in the rig tells what it waited for.
 #[must_use]
 pub fn mark(waited: &str) -> String {
@@ -57,6 +72,15 @@ pub fn waited(output: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_this_very_test_passes() {
+        let passed = "\nrunning 1 test\ntest a::b ... ok\n\ntest result: ok. 1 passed; 0 failed; 0 ignored";
+        assert!(verdict("a::b", 0, passed).is_ok());
+        assert!(verdict("a::b", 1, passed).is_err());
+        assert!(verdict("a::c", 0, passed).is_err());
+        assert!(verdict("a::b", 0, "running 0 tests\n\ntest result: ok. 0 passed; 0 failed").is_err());
+    }
 
     #[test]
     fn the_summary_names_the_slowest_first_and_what_they_waited_for() {

@@ -99,8 +99,8 @@ fn move_call(call: &Value) -> Value {
 }
 
 /// Flips so many keys and calls, chosen at random, and reverts each, on a loaded guest of each
-/// kernel. Only those of tracepoints, which are nearly all and mean nothing while nobody
-/// listens: what any other means is not for a test to say.
+/// kernel. Only those of tracepoints, which are nearly all, and mean nothing while there is
+/// no listener; a test cannot say what any other means.
 ///
 /// # Errors
 /// Anything unexpected.

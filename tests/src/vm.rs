@@ -92,16 +92,22 @@ impl Vm {
     /// # Errors
     /// As [`Vm::start`], of the first that does not come up.
     pub fn start_all<const N: usize>(lab: &Lab, setups: &[Setup; N]) -> Result<[Self; N]> {
-        let started: Result<Vec<Self>> = cost::timed_at_once(Wait::Boot, N as u64, || {
+        Self::start_each(lab, setups)?.try_into().map_err(|_| anyhow!("not {N} VMs"))
+    }
+
+    /// The same for any number.
+    ///
+    /// # Errors
+    /// As [`Vm::start_all`].
+    pub fn start_each(lab: &Lab, setups: &[Setup]) -> Result<Vec<Self>> {
+        cost::timed_at_once(Wait::Boot, setups.len() as u64, || {
             std::thread::scope(|scope| {
-                let boots = setups.each_ref().map(|setup| scope.spawn(move || Self::boot(lab, setup)));
-                boots
-                    .into_iter()
-                    .map(|boot| boot.join().map_err(|_| anyhow!("starting a VM panicked"))?)
-                    .collect()
+                let boots: Vec<_> =
+                    setups.iter().map(|setup| scope.spawn(move || Self::boot(lab, setup))).collect();
+                let joined = boots.into_iter().map(std::thread::ScopedJoinHandle::join);
+                joined.map(|vm| vm.map_err(|_| anyhow!("starting a VM panicked"))?).collect()
             })
-        });
-        started?.try_into().map_err(|_| anyhow!("not {N} VMs"))
+        })
     }
 
     fn boot(lab: &Lab, setup: &Setup) -> Result<Self> {

@@ -5,7 +5,7 @@
 //! saw old code after `applied`" checkable without a clock.
 //!
 //! If asked to, workers look at the clock too: the longest time between two calls tells how long
-//! a CPU stood still, whoever made it stand.
+//! a CPU stood still, for any reason.
 
 use std::fs;
 use std::io;

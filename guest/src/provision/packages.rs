@@ -1,5 +1,5 @@
-//! The distribution packages that set-up needs: installed when this is root on Debian,
-//! named otherwise.
+//! The distribution's packages that set-up needs: installed if this is root on Debian, named
+//! otherwise.
 
 use std::path::Path;
 use std::process::Command;
@@ -25,7 +25,7 @@ pub fn ensure(purpose: &str, packages: &[&'static str]) -> Result<(), Error> {
     if !rustix::process::geteuid().is_root() {
         return refuse("this is not root");
     }
-    eprintln!("Installing for {purpose}: {}", missing.join(" "));
+    eprintln!("  Installing packages for {purpose}: {}", missing.join(" "));
     let step = Step::new("apt-get update");
     output_of(Command::new("apt-get").args(["-q", "update"]))?;
     step.done();

@@ -50,7 +50,7 @@ const FOLDER: &str = "vmm-rig-";
 
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 const BOCHS_BOOT_DEADLINE: Duration = Duration::from_secs(1200);
-/// CPUs of the emulated host: as many as the machines have that this is developed on.
+/// CPUs of the emulated host, as many as the machines of CI have.
 const CPUS: &str = "2";
 const MEMORY_MIB: &str = "4096";
 
@@ -120,7 +120,7 @@ impl Rig {
                 (command, Some(wire), BOCHS_BOOT_DEADLINE)
             }
         };
-        let step = Step::new("Starting the rig's host");
+        let step = Step::new("Starting the emulated host");
         let mut child =
             command.stderr(File::create(folder.join("emulator")).at(&folder)?).spawn().map_err(|source| {
                 ProvisionError::Spawn {
@@ -222,7 +222,7 @@ fn sweep(parent: &Path) {
         let name = entry.file_name();
         let process = name.to_str().and_then(|name| name.strip_prefix(FOLDER)?.parse::<u32>().ok());
         if process.is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists()) {
-            // Whoever else sweeps may be quicker.
+            // Another process may be sweeping, too.
             let _ = fs::remove_dir_all(entry.path());
         }
     }

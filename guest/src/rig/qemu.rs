@@ -1,6 +1,6 @@
-//! The rig's emulator: QEMU's TCG with five defects corrected, built from the distribution's
-//! source package once and cached. `PATCHES` is the whole change; the decision note
-//! `docs/rig.md` tells how the defects show.
+//! The rig's emulator: QEMU's TCG with its defects corrected, built from the distribution's
+//! source package once and cached. `PATCHES` is the whole change;
+//! `guest/docs/rig.md` tells how the defects show.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -129,7 +129,7 @@ fn build(into: &Path) -> Result<(), Error> {
 
 /// Runs ninja, turning its `[done/total]` lines into progress.
 fn compile(build: &Path) -> Result<(), Error> {
-    let mut step = Step::new("Building QEMU");
+    let mut step = Step::new("Building QEMU (about three minutes on two cores, once)");
     let mut child = Command::new("ninja")
         .arg("qemu-system-x86_64")
         .current_dir(build)

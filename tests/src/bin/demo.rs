@@ -17,7 +17,11 @@ const DEADLINE: Duration = Duration::from_secs(600);
 
 fn main() -> Result<ExitCode> {
     if Lab::inherited().is_none() {
-        println!("Setting up (what is cached is not fetched or built again):");
+        println!(
+            "Setting up. The first time on a machine this fetches two kernels and, without VMX or SVM, builds an \
+             emulator:\nsome six minutes in all. Everything is kept in {}.",
+            guest::provision::cache::root().display()
+        );
     }
     lab::run_there(Monitor::Shipped, DEADLINE, announce, |lab| demo(lab).map(|()| ExitCode::SUCCESS))
 }
@@ -27,7 +31,7 @@ fn announce(place: &Place) {
         Place::Here(_) => println!("\nThis machine runs guests directly."),
         Place::Rig(_) => println!(
             "\nThis machine has no usable virtualization: the demo runs in an emulated host (QEMU TCG, 2 CPUs \
-             with SVM,\nstock kernel, stock KVM). Ratios mean something there, absolute times do not."
+             with SVM,\nstock kernel, stock KVM). Absolute times mean nothing there."
         ),
     }
 }

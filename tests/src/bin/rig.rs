@@ -1,4 +1,4 @@
-//! Runs a command in the rig's host, for a person who wants to look around:
+//! Runs a command in the rig's host, to look around or to debug:
 //! `cargo rig vmm doctor`, `cargo rig vmm --kernel /guest/bzImage --initrd /guest/initrd ...`.
 
 use std::time::Duration;
@@ -13,10 +13,10 @@ fn main() -> Result<()> {
         bail!("usage: cargo rig PROGRAM [ARGUMENT ...], for example: cargo rig vmm doctor");
     }
     match lab::prepare(Monitor::Checked)? {
-        Place::Here(_) => bail!("this machine has KVM: run the command itself"),
+        Place::Here(_) => bail!("this machine has KVM: run the command directly, without `cargo rig`"),
         Place::Rig(mut rigged) => {
             let code = rigged.run(argv, Duration::from_secs(3600), lab::pass_on)?;
-            // The rig's host is shut off by its owner's end.
+            // Dropping it shuts the host off; `exit` does not drop.
             drop(rigged);
             std::process::exit(code);
         }

@@ -10,7 +10,7 @@ use crate::lab::Lab;
 use crate::vm::{SCHEDSTATS, Setup, Vm, field};
 
 /// What the guard costs: how fast a workload of system calls runs with nothing guarded, with
-/// the page of that call, and with all text, while nobody writes; and how long the guest takes
+/// the page of that call, and with all text, without writes; and how long the guest takes
 /// to switch a key. Boots so many pairs of VMs, and looks several times at each.
 ///
 /// # Errors

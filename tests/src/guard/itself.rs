@@ -6,7 +6,7 @@ use super::{events, eventually, guarded, key, key_plan, of_the_guard, pages_and_
 use crate::lab::Lab;
 use crate::oracle::Places;
 use crate::targets::both_kernels;
-use crate::vm::{SCHEDSTATS, Setup, TRACING, Vm};
+use crate::vm::{SCHEDSTATS, TRACING, Vm};
 
 /// With all text guarded, has the guest patch itself in every way its files offer: it must not
 /// notice, and nobody else may be seen to write.
@@ -83,8 +83,8 @@ fn pages_ahead(vm: &Vm) -> Result<u64> {
     Ok(pages)
 }
 
-/// Boots with 8 vCPUs and all text guarded, so many times; each has the same text in the end as
-/// a twin that nobody guarded, after both patched themselves to and fro.
+/// Boots with 8 vCPUs and all text guarded, so many times, two VMs side by side; each has the same
+/// text in the end as a twin without a guard, after both patched themselves to and fro.
 ///
 /// # Errors
 /// Anything unexpected.
@@ -93,8 +93,7 @@ pub fn boots(lab: &Lab, times: usize) -> Result<()> {
     for (kernel, mut setup) in both_kernels(lab, 8).into_iter().enumerate() {
         setup.command_line = "nokaslr".into();
         let places = Places::new(&setup)?;
-        let text = |setup: &Setup| {
-            let mut vm = Vm::start(lab, setup)?;
+        let text = |mut vm: Vm| {
             patch_itself(&mut vm)?;
             let (pages, writes) = pages_and_writes(&vm)?;
             let unexpected = events(&vm, "unexpected_write")?;
@@ -103,11 +102,20 @@ pub fn boots(lab: &Lab, times: usize) -> Result<()> {
             vm.power_off()?;
             Ok((text, pages, writes))
         };
-        let (twin, unguarded, _) = text(&setup)?;
+        let boots: Vec<usize> = (0..times).filter(|boot| boot % 2 == kernel).collect();
+        // The first is the twin.
+        let mut setups = vec![guarded(setup.clone()); 1 + boots.len()];
+        setups[0] = setup;
+        let mut texts = Vec::new();
+        for (number, pair) in setups.chunks(2).enumerate() {
+            let vms = Vm::start_each(lab, pair).with_context(|| format!("boots {}", 2 * number))?;
+            for vm in vms {
+                texts.push(text(vm).with_context(|| format!("boot {}", texts.len()))?);
+            }
+        }
+        let (twin, unguarded, _) = texts.remove(0);
         ensure!(unguarded == 0, "{unguarded} pages are guarded without need");
-        let setup = guarded(setup);
-        for boot in (0..times).filter(|boot| boot % 2 == kernel) {
-            let (text, pages, seen) = text(&setup).with_context(|| format!("boot {boot}"))?;
+        for (boot, (text, pages, seen)) in boots.into_iter().zip(texts) {
             ensure!(pages > 1000 && seen > 0, "{pages} pages, {seen} writes");
             let differ = twin.iter().zip(&text).filter(|(twin, guarded)| twin != guarded).count();
             ensure!(differ == 0, "boot {boot}: {differ} bytes of text differ");

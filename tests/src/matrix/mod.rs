@@ -188,7 +188,7 @@ fn state(vm: &Vm) -> Result<String> {
     let summary = summary(vm, "ours")?;
     if summary["livepatched"] != 0 {
         let is_told = told["what"].as_str().is_some_and(|what| what.starts_with("not executed at 1 sites"));
-        ensure!(is_told, "nobody was told: {told:#}");
+        ensure!(is_told, "no event tells of it: {told:#}");
         return Ok("livepatched".into());
     }
     summary["state"].as_str().map(str::to_owned).with_context(|| format!("{summary:#}"))

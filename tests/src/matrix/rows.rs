@@ -141,7 +141,7 @@ pub(super) fn rows(behind: u64, release: &str) -> Vec<Row> {
         },
         Row {
             name: MODULE,
-            // add eax, 1; who is there meanwhile executes a copy of the old instruction.
+            // add eax, 1; a vCPU that is there meanwhile executes a copy of the old instruction.
             plan: json!({ "strategy": "bypass", "over": [PATCH], "patches": [
                 { "at": format!("{FUNCTION}+{:#x}", BEGIN + 2), "expect": "83c000", "replace": "83c001" }] }),
             prepare: Vec::new(),

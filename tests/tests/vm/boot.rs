@@ -34,7 +34,7 @@ fn ends(lab: &Lab, cpus: u8, command_line: &str, command: &str, code: i32) -> Re
     Ok(())
 }
 
-/// Firecracker promises 5 MiB, and does not know the guest's kernel.
+/// For comparison, Firecracker promises 5 MiB; it does not read the guest's kernel.
 fn small(lab: &Lab) -> Result<()> {
     const MOST_KIB: u64 = 20 << 10;
     let mut vm = Vm::start(lab, &Setup::cpus(8))?;

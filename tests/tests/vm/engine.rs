@@ -1,6 +1,6 @@
 //! Promises of the patch engine, on real guests: whatever fails, the text is as it was; plans
 //! never interleave; thousands of sites cost three fences or one hold; a condition that does
-//! not come true is reported with whom and where.
+//! not come true is reported with the vCPU and where it is.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -91,7 +91,7 @@ fn any_step_fails(lab: &Lab) -> Result<()> {
         let bytes = changed(&guest_memory(&vm)?);
         ensure!(bytes <= entry, "{strategy}: {bytes} bytes are not as they were");
     }
-    // Nobody is in a copy, so the entry can be given back as well; and taken once more.
+    // No vCPU is in a copy, so the entry can be given back, too; and taken once more.
     for again in [true, false] {
         let (status, answer) = vm.request(Method::DELETE, "/vm/arena", b"")?;
         ensure!(status == 200, "{status} {answer:#}");

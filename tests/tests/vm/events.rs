@@ -1,5 +1,5 @@
-//! Promise: what happens between a guest and its patches is told as it happens, and nobody can
-//! make the monitor busy with telling.
+//! Promise: what happens between a guest and its patches is told as it happens, and no client
+//! or guest can make the monitor busy with telling.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;

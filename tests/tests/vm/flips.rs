@@ -1,5 +1,5 @@
-//! Promise: a hammered function is switched under full load, on every vCPU, and nobody sees
-//! anything but the old and the new behaviour.
+//! Promise: a hammered function is switched under full load, on every vCPU, and no caller
+//! sees anything but the old and the new behaviour.
 
 use tests::campaigns::flips;
 use tests::campaigns::sites::sites;

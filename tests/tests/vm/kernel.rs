@@ -245,7 +245,7 @@ fn retargeted(lab: &Lab) -> Result<()> {
         }
         vm.expect_no_kernel_errors()?;
         println!("{sites} sites, 30 updates, {traps} traps");
-        ensure!(sites > 100 && traps > 0, "{sites} sites, {traps} traps: nobody was in the way");
+        ensure!(sites > 100 && traps > 0, "{sites} sites, {traps} traps: no vCPU hit a site");
         vm.power_off()?;
     }
     Ok(())

@@ -19,7 +19,7 @@ fn main() -> Result<ExitCode> {
     if Lab::inherited().is_none() {
         println!(
             "Setting up. The first time on a machine this fetches two kernels and, without VMX or SVM, builds an \
-             emulator:\nsome six minutes in all. Everything is kept in {}.",
+             emulator:\nseveral minutes in all. Everything is kept in {}.",
             guest::provision::cache::root().display()
         );
     }

@@ -60,7 +60,7 @@ pub fn livepatch(path: &str) -> io::Result<Duration> {
 /// Takes it out of force in all tasks, and away; returns how long the former took.
 ///
 /// # Errors
-/// As [`livepatch`].
+/// As [`livepatch()`].
 pub fn livepatch_end() -> io::Result<Duration> {
     let started = Instant::now();
     fs::write(livepatch_file("enabled"), "0")?;

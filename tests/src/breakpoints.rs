@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::lab::Lab;
-use crate::testbed;
+use crate::test_function;
 use crate::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm, field};
 
 /// Boots with breakpoints intercepted from the first instruction on, and then makes the guest
@@ -70,7 +70,7 @@ fn own_breakpoints(vm: &Vm) -> Result<u64> {
 /// A plan that changes nothing that anybody would notice.
 fn unnoticed() -> Value {
     json!({ "version": 1, "name": "flip", "strategy": "breakpoint", "deadline_ms": 60_000,
-        "patches": [{ "at": testbed::FUNCTION, "expect": "0f1f440000", "replace": "0f1f440001" }] })
+        "patches": [{ "at": test_function::FUNCTION, "expect": "0f1f440000", "replace": "0f1f440001" }] })
 }
 
 /// The same with KVM's own injection, which must not go well.

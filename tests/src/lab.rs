@@ -1,7 +1,7 @@
-//! The lab: a place where guests can run, and all that they need.
+//! The lab: a host where guests can run, and all that they need.
 //!
-//! On a host with VMX or SVM that place is here. Elsewhere it is the rig: this very program
-//! is started again inside the emulated host, so a test is written once, as if KVM were local.
+//! On a machine with VMX or SVM that host is this machine. Elsewhere it is the rig's: this very
+//! program is started again in it, so a test is written once, as if KVM were local.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use guest::provision::binaries::{self, Binaries};
+use guest::provision::binaries::{self, Binaries, Monitor};
 use guest::provision::initramfs::Initramfs;
 use guest::provision::kernel::Kernel;
 use guest::provision::{cache, livepatch};
@@ -42,7 +42,7 @@ pub struct Lab {
     pub later_kernel: PathBuf,
     /// The guest's initramfs, with the workload.
     pub initrd: PathBuf,
-    /// Whether this process is in the rig's host, where it may do as it likes.
+    /// Whether this process is in the rig's host, which runs nothing else.
     pub in_rig: bool,
     /// How many times longer than usual everything may take.
     pub slow: u32,
@@ -88,13 +88,13 @@ pub struct Rigged {
     lab: Lab,
 }
 
-/// Provides everything that guests need, and a place to run them.
+/// Provides everything that guests need, with that build of the monitor, and a place to run them.
 ///
 /// # Errors
 /// Whatever keeps it from being provided, with what to do about it where that is known.
-pub fn prepare() -> Result<Place> {
+pub fn prepare(monitor: Monitor) -> Result<Place> {
     let (kernel, later) = (Kernel::debian()?, Kernel::backports()?);
-    let binaries = binaries::build()?;
+    let binaries = binaries::build(monitor)?;
     let initrd = guest_initrd(&binaries, &[&kernel, &later])?;
     let later_kernel = later.bzimage;
     let wanted = std::env::var(RIG).unwrap_or_default();
@@ -169,12 +169,13 @@ fn guest_initrd(binaries: &Binaries, kernels: &[&Kernel]) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Runs `inner` where guests can run: in this process, or in the rig's host, in another
-/// process of this program with the same arguments. `announce` is told the place first.
+/// Runs `inner` where guests can run: in this process, or in another process of this program, with
+/// the same arguments, in the rig's host. `announce` is told the place first.
 ///
 /// # Errors
 /// When there is no such place, what `inner` says, or when the rig breaks off.
 pub fn run_there(
+    monitor: Monitor,
     deadline: Duration,
     announce: impl FnOnce(&Place),
     inner: impl FnOnce(&Lab) -> Result<ExitCode>,
@@ -182,7 +183,7 @@ pub fn run_there(
     if let Some(lab) = Lab::inherited() {
         return inner(&lab);
     }
-    let mut place = prepare()?;
+    let mut place = prepare(monitor)?;
     announce(&place);
     match &mut place {
         Place::Here(lab) => inner(lab),
@@ -231,7 +232,7 @@ impl Rigged {
 
 /// Passes output on to this process's own streams.
 pub fn pass_on(stream: Stream, bytes: &[u8]) {
-    // Whoever reads may have gone; the exit code still tells.
+    // The reader may be gone; the exit code still tells.
     let _ = match stream {
         Stream::Stdout => io::stdout().write_all(bytes).and_then(|()| io::stdout().flush()),
         Stream::Stderr => io::stderr().write_all(bytes),

@@ -2,14 +2,21 @@
 
 pub mod breakpoints;
 pub mod campaigns;
+pub mod cost;
 pub mod drivers;
 pub mod guard;
 pub mod lab;
 pub mod matrix;
+pub mod memory;
 pub mod oracle;
+pub mod patches;
 pub mod selfpatching;
 pub mod signal;
+pub mod skip;
 pub mod spinlocks;
+pub mod suite;
 pub mod targets;
-pub mod testbed;
+pub mod test_function;
+pub mod test_sites;
 pub mod vm;
+pub mod workload;

@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 
 use crate::guard::{guarded, pages_and_writes};
 use crate::lab::Lab;
+use crate::patches::redirect_plan;
 use crate::targets::both_kernels;
-use crate::vm::{Method, SCHEDSTATS, Setup, Vm, field, redirect_plan};
+use crate::vm::{Method, SCHEDSTATS, Vm, field};
 
 /// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
 const NEIGHBOUR: &str = "sched_feat_keys";
@@ -21,14 +22,10 @@ const NEIGHBOUR: &str = "sched_feat_keys";
 /// # Errors
 /// Anything unexpected.
 pub fn contended(lab: &Lab, times: usize) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        contend(lab, &setup, times)?;
-    }
-    Ok(())
+    Vm::start_all(lab, &both_kernels(lab, 4))?.into_iter().try_for_each(|vm| contend(vm, times))
 }
 
-fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
-    let mut vm = Vm::start(lab, setup)?;
+fn contend(mut vm: Vm, times: usize) -> Result<()> {
     vm.hammer("getppid", 0, 1)?;
     let blockers = blockers(&vm)?;
     ensure!(blockers >= BLOCKERS, "only {blockers} blockers");
@@ -79,8 +76,7 @@ fn contend(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
 /// # Errors
 /// Anything unexpected.
 pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &guarded(setup))?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4).map(guarded))? {
         let pages = |key: &str, enable: bool| -> Result<BTreeSet<String>> {
             let plan =
                 json!({ "version": 1, "name": "look", "patches": [{ "static_key": key, "enable": enable }] });
@@ -185,8 +181,7 @@ const ROWS: [Row; 5] = [
 /// # Errors
 /// Anything unexpected.
 pub fn beside(lab: &Lab, times: usize) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &setup)?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
         vm.mount_tracing()?;
         vm.hammer("getppid", 0, 1)?;
         let (enabled, behind) = (neighbour_is_enabled(&vm)?, vm.behind_the_tracer("__x64_sys_getpid")?);

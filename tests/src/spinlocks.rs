@@ -3,8 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::lab::Lab;
-use crate::vm::{Setup, Vm, field};
+use crate::vm::{Vm, field};
 
 /// Switches the spinlocks of a guest from paravirtual to native ones and back, so many times,
 /// while every CPU contends for one of them. No sum may be lost, no error logged. Prints how
@@ -12,8 +11,7 @@ use crate::vm::{Setup, Vm, field};
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn switch(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
-    let mut vm = Vm::start(lab, setup)?;
+pub fn switch(mut vm: Vm, times: usize) -> Result<()> {
     vm.ask("locks")?;
     let (mut to_native, mut to_kvm) = (Vec::new(), Vec::new());
     let (mut native, mut kvm) = (Rate::default(), Rate::default());
@@ -27,7 +25,7 @@ pub fn switch(lab: &Lab, setup: &Setup, times: usize) -> Result<()> {
     let (added, sum) = (field(&outcome, "added")?, field(&outcome, "sum")?);
     ensure!(added == sum && added > 0, "updates were lost: {outcome}");
     ensure!(field(&outcome, "clashes")? == 0, "a descriptor was given twice: {outcome}");
-    ensure!(native.added > 0 && kvm.added > 0, "nobody got the lock: {native:?} {kvm:?}");
+    ensure!(native.added > 0 && kvm.added > 0, "no CPU got the lock: {native:?} {kvm:?}");
     vm.expect_no_kernel_errors()?;
     println!("{times} times there and back, {sum} updates, none lost");
     println!("  to native: {}", Times::spread(to_native));

@@ -44,8 +44,7 @@ const EXPECTED: [&str; 2] = ["fit", "busy"];
 /// # Errors
 /// Anything unexpected.
 pub fn dry_run(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 2) {
-        let vm = Vm::start(lab, &setup)?;
+    for vm in Vm::start_all(lab, &both_kernels(lab, 2))? {
         let (_, info) = vm.request(Method::GET, "/vm", b"")?;
         for (list, patch) in [("static_keys", flip_key as fn(&Value) -> Value), ("static_calls", move_call)] {
             let patches: Vec<Value> = targets(&vm, list)?.iter().map(patch).collect();
@@ -100,16 +99,15 @@ fn move_call(call: &Value) -> Value {
 }
 
 /// Flips so many keys and calls, chosen at random, and reverts each, on a loaded guest of each
-/// kernel. Only those of tracepoints, which are nearly all and mean nothing while nobody
-/// listens: what any other means is not for a test to say.
+/// kernel. Only those of tracepoints, which are nearly all, and mean nothing while there is
+/// no listener; a test cannot say what any other means.
 ///
 /// # Errors
 /// Anything unexpected.
 pub fn random(lab: &Lab, times: usize) -> Result<()> {
     let mut seed = std::time::UNIX_EPOCH.elapsed()?.as_secs();
     println!("seed {seed}");
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &setup)?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
         let named = |target: &&Value, prefix: &str| {
             target["name"].as_str().is_some_and(|name| name.starts_with(prefix))
         };

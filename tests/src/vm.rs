@@ -1,18 +1,18 @@
 //! A running VM, driven as a user would: the monitor's process, its console, its socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::Value;
 use tempfile::TempDir;
 use vmm::api::client;
 
+use crate::cost::{self, Wait};
 use crate::lab::Lab;
 
 pub use hyper::Method;
@@ -87,23 +87,39 @@ pub struct Vm {
     pub boot_log: Vec<String>,
 }
 
-/// What one CPU of the workload saw.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
-    /// Results of the first kind.
-    pub first: u64,
-    /// Results of the second kind.
-    pub second: u64,
-    /// Other results; any is a failure.
-    pub other: u64,
-}
-
 impl Vm {
     /// Starts a VM and waits until its init answers.
     ///
     /// # Errors
     /// With all that it printed when it does not come up.
     pub fn start(lab: &Lab, setup: &Setup) -> Result<Self> {
+        cost::timed(Wait::Boot, || Self::boot(lab, setup))
+    }
+
+    /// Starts VMs side by side: a guest that boots keeps one CPU busy, and the host has two.
+    ///
+    /// # Errors
+    /// As [`Vm::start`], of the first that does not come up.
+    pub fn start_all<const N: usize>(lab: &Lab, setups: &[Setup; N]) -> Result<[Self; N]> {
+        Self::start_each(lab, setups)?.try_into().map_err(|_| anyhow!("not {N} VMs"))
+    }
+
+    /// The same for any number.
+    ///
+    /// # Errors
+    /// As [`Vm::start_all`].
+    pub fn start_each(lab: &Lab, setups: &[Setup]) -> Result<Vec<Self>> {
+        cost::timed_at_once(Wait::Boot, setups.len() as u64, || {
+            std::thread::scope(|scope| {
+                let boots: Vec<_> =
+                    setups.iter().map(|setup| scope.spawn(move || Self::boot(lab, setup))).collect();
+                let joined = boots.into_iter().map(std::thread::ScopedJoinHandle::join);
+                joined.map(|vm| vm.map_err(|_| anyhow!("starting a VM panicked"))?).collect()
+            })
+        })
+    }
+
+    fn boot(lab: &Lab, setup: &Setup) -> Result<Self> {
         let folder = TempDir::new()?;
         let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
         let mut child = Command::new(monitor)
@@ -174,25 +190,6 @@ impl Vm {
         self.child.id()
     }
 
-    /// The monitor's own resident memory in KiB: without the guest's, which is a memfd (proc(5),
-    /// `smaps`).
-    ///
-    /// # Errors
-    /// When the system does not tell.
-    pub fn resident_kib(&self) -> Result<u64> {
-        let path = format!("/proc/{}/smaps", self.pid());
-        let (mut kib, mut is_guest) = (0, false);
-        for line in std::fs::read_to_string(&path).with_context(|| path.clone())?.lines() {
-            let mut words = line.split_whitespace();
-            match words.next() {
-                Some("Rss:") if !is_guest => kib += words.next().context("a size")?.parse::<u64>()?,
-                Some(word) if !word.ends_with(':') => is_guest = line.contains("/memfd:"),
-                _ => {}
-            }
-        }
-        Ok(kib)
-    }
-
     /// What the monitor wrote to standard error.
     #[must_use]
     pub fn errors(&self) -> String {
@@ -224,8 +221,12 @@ impl Vm {
     /// # Errors
     /// When the guest reports an error or stays silent.
     pub fn ask(&mut self, command: &str) -> Result<(Vec<String>, String)> {
+        let wait = match command.split(' ').next() {
+            Some("hammer" | "count") => Wait::Workload,
+            _ => Wait::Command,
+        };
         writeln!(self.stdin, "{command}")?;
-        let (lines, last) = self.answer()?;
+        let (lines, last) = cost::timed(wait, || self.answer())?;
         match last.strip_prefix("ok") {
             Some(rest) => Ok((lines, rest.trim().to_owned())),
             None => bail!("{command}: {last}"),
@@ -238,47 +239,6 @@ impl Vm {
     /// As [`Vm::ask`].
     pub fn mount_tracing(&mut self) -> Result<()> {
         self.ask(&format!("mount tracefs {TRACING}")).map(drop)
-    }
-
-    /// Makes every CPU hammer a system call.
-    ///
-    /// # Errors
-    /// As [`Vm::ask`].
-    pub fn hammer(&mut self, call: &str, first: i64, second: i64) -> Result<()> {
-        self.ask(&format!("hammer {call} {first} {second}")).map(drop)
-    }
-
-    /// What every CPU saw in calls that began after this one. Fails if a CPU made no call or
-    /// saw an unexpected result.
-    ///
-    /// # Errors
-    /// As [`Vm::ask`], and on anything unexpected.
-    pub fn count(&mut self) -> Result<Vec<Seen>> {
-        let (lines, _) = self.ask("count")?;
-        let seen: Vec<Seen> = lines
-            .iter()
-            .filter_map(|line| line.strip_prefix("@count "))
-            .map(|line| {
-                let field = |name| field(line, name);
-                Ok(Seen { first: field("first")?, second: field("second")?, other: field("other")? })
-            })
-            .collect::<Result<_>>()?;
-        for (cpu, seen) in seen.iter().enumerate() {
-            ensure!(seen.other == 0, "CPU {cpu} saw unexpected results: {seen:?}");
-            ensure!(seen.first + seen.second > 0, "CPU {cpu} made no call");
-        }
-        Ok(seen)
-    }
-
-    /// Fails unless every CPU sees only results of the first kind (or the second).
-    ///
-    /// # Errors
-    /// With what they saw.
-    pub fn expect_all(&mut self, second: bool) -> Result<()> {
-        let seen = self.count()?;
-        let wrong = |seen: &Seen| if second { seen.first } else { seen.second };
-        ensure!(seen.iter().all(|seen| wrong(seen) == 0), "expected second = {second} only, saw {seen:?}");
-        Ok(())
     }
 
     /// Fails if the guest's kernel logged errors since this was last asked.
@@ -306,67 +266,8 @@ impl Vm {
     /// # Errors
     /// When there is no answer.
     pub fn request(&self, method: Method, uri: &str, body: &[u8]) -> Result<(u16, Value)> {
-        client::request(&self.socket(), method, uri, body.to_vec())
+        cost::timed(Wait::Request, || client::request(&self.socket(), method, uri, body.to_vec()))
             .with_context(|| format!("the monitor's standard error: {:?}", self.errors()))
-    }
-
-    /// Applies a plan; fails unless it was applied. Returns the report.
-    ///
-    /// # Errors
-    /// With the answer.
-    pub fn apply(&self, plan: &Value) -> Result<Value> {
-        let (status, answer) = self.request(Method::POST, "/patches", plan.to_string().as_bytes())?;
-        ensure!(status == 200 && answer["state"] == "applied", "{status}: {answer:#}");
-        Ok(answer)
-    }
-
-    /// Reverts a patch; fails unless it was reverted. Returns the report.
-    ///
-    /// # Errors
-    /// With the answer.
-    pub fn revert(&self, name: &str) -> Result<Value> {
-        let (status, answer) = self.request(Method::POST, &format!("/patches/{name}/revert"), b"")?;
-        ensure!(status == 200 && answer["state"] == "reverted", "{status}: {answer:#}");
-        Ok(answer)
-    }
-
-    /// Where a function of the kernel begins.
-    ///
-    /// # Errors
-    /// When there is none of this name.
-    pub fn address(&self, function: &str) -> Result<u64> {
-        let site = self.redirected(function, false)?;
-        let at = site["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
-        at.with_context(|| format!("{site:#}"))
-    }
-
-    /// How far behind a function's start the place for the tracer ends.
-    ///
-    /// # Errors
-    /// When there is none of this name.
-    pub fn behind_the_tracer(&self, function: &str) -> Result<u64> {
-        let site = self.redirected(function, true)?;
-        let symbol = site["symbol"].as_str().with_context(|| format!("{site:#}"))?;
-        Ok(u64::from_str_radix(symbol.rsplit_once("+0x").context("an offset")?.1, 16)?)
-    }
-
-    /// The site that a redirect of a function would change.
-    fn redirected(&self, function: &str, keep_fentry: bool) -> Result<Value> {
-        let plan = json!({ "version": 1, "name": "probe", "patches": [
-            { "redirect": function, "to": function, "keep_fentry": keep_fentry }] });
-        let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
-        answer["sites"].get(0).cloned().with_context(|| format!("{answer:#}"))
-    }
-
-    /// Checks a plan that is refused with this code; returns the message.
-    ///
-    /// # Errors
-    /// When it is not refused, or for another reason.
-    pub fn refused(&self, code: &str, plan: &Value) -> Result<String> {
-        let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
-        let refusal = &answer["refusals"][0];
-        ensure!(refusal["code"] == code, "{answer:#}");
-        refusal["message"].as_str().map(str::to_owned).context("a refusal without a message")
     }
 
     /// Switches the guest off.
@@ -411,6 +312,10 @@ impl Vm {
     /// # Errors
     /// When it does not end.
     pub fn wait(&mut self) -> Result<i32> {
+        cost::timed(Wait::End, || self.wait_for_the_end())
+    }
+
+    fn wait_for_the_end(&mut self) -> Result<i32> {
         // The console closes when the monitor ends.
         loop {
             match self.lines.recv_timeout(self.patience) {
@@ -426,8 +331,12 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            cost::timed(Wait::End, || {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            });
+        }
     }
 }
 
@@ -438,48 +347,4 @@ impl Drop for Vm {
 pub fn field(line: &str, name: &str) -> Result<u64> {
     let word = line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     Ok(word.with_context(|| format!("{line:?} has no {name}"))?.parse()?)
-}
-
-/// The plan that makes `getppid` return what `getpid` does. Without a name of a strategy the
-/// monitor chooses.
-#[must_use]
-pub fn redirect_plan(name: &str, strategy: Option<&str>) -> Value {
-    json!({
-        "version": 1,
-        "name": name,
-        "deadline_ms": 60_000,
-        "strategy": strategy.unwrap_or("auto"),
-        "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }]
-    })
-}
-
-/// All of guest memory, as the monitor's process has it.
-///
-/// # Errors
-/// When it can't be read.
-pub fn guest_memory(vm: &Vm) -> Result<Vec<u8>> {
-    let path = memory_file(vm)?;
-    std::fs::read(&path).with_context(|| path.display().to_string())
-}
-
-/// A piece of it.
-///
-/// # Errors
-/// When it can't be read.
-pub fn read_guest_memory(vm: &Vm, physical: u64, length: usize) -> Result<Vec<u8>> {
-    let path = memory_file(vm)?;
-    let mut bytes = vec![0; length];
-    std::fs::File::open(&path)?.read_exact_at(&mut bytes, physical)?;
-    Ok(bytes)
-}
-
-fn memory_file(vm: &Vm) -> Result<PathBuf> {
-    let folder = format!("/proc/{}/fd", vm.pid());
-    for entry in std::fs::read_dir(&folder)? {
-        let path = entry?.path();
-        if std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains("memfd:guest-ram")) {
-            return Ok(path);
-        }
-    }
-    bail!("no guest memory in {folder}")
 }

@@ -90,7 +90,7 @@ fn bpf<T>(command: i64, attributes: &T) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     let fd = i32::try_from(result).map_err(io::Error::other)?;
-    // SAFETY: the kernel just made it, and nobody else owns it.
+    // SAFETY: the kernel just made it, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

@@ -27,7 +27,7 @@ pub struct Locks {
     clashes: Arc<AtomicU64>,
 }
 
-/// Which descriptors somebody made and has not closed yet.
+/// Which descriptors a thread made and has not closed yet.
 type Taken = [AtomicBool; 1024];
 
 /// What came of it.
@@ -37,7 +37,7 @@ pub struct Outcome {
     pub added: u64,
     /// What the kernel has for it.
     pub sum: u64,
-    /// How often somebody made a descriptor that somebody else had.
+    /// How often a thread made a descriptor that another still had.
     pub clashes: u64,
 }
 

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{AtPath, Error, output_of};
+use crate::provision::command::output_of;
+use crate::provision::error::{AtPath, Error};
 
 /// Whether packages or their sources are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

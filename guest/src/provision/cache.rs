@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use crate::{AtPath, Error};
+use crate::provision::error::{AtPath, Error};
 
 /// The cache's folder. It may not exist yet.
 pub fn root() -> PathBuf {

@@ -11,7 +11,7 @@ use std::path::Path;
 use cpio::NewcBuilder;
 use cpio::newc::ModeFileType;
 
-use crate::{AtPath, Error};
+use crate::provision::error::{AtPath, Error};
 
 /// An archive in the making.
 #[derive(Default)]

@@ -7,8 +7,9 @@ use std::process::Command;
 
 use crate::provision::apt::{Apt, Kind};
 use crate::provision::cache;
+use crate::provision::command::output_of;
+use crate::provision::error::{AtPath, Error};
 use crate::provision::progress::Step;
-use crate::{AtPath, Error, output_of};
 
 /// The kernels that the tests use, by the suite that has them: Linux 6.1 and 6.12.
 const SUITES: [&str; 2] = ["bookworm", "bookworm-backports"];

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::provision::command::output_of;
+use crate::provision::error::{AtPath, Error};
 use crate::provision::kernel::Kernel;
 use crate::provision::progress::Step;
 use crate::provision::{cache, packages};
-use crate::{AtPath, Error, output_of};
 
 /// Its name, which its files have too.
 pub const NAME: &str = "getppid_livepatch";

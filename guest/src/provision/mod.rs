@@ -4,6 +4,8 @@
 pub mod apt;
 pub mod binaries;
 pub mod cache;
+pub(crate) mod command;
+pub mod error;
 pub mod initramfs;
 pub mod kernel;
 pub mod livepatch;

@@ -1,30 +1,12 @@
-//! The distribution packages that set-up needs: installed when this is root on Debian,
-//! named otherwise.
+//! The distribution's packages that set-up needs: installed if this is root on Debian, named
+//! otherwise.
 
-use std::fmt;
 use std::path::Path;
 use std::process::Command;
 
+use crate::provision::command::output_of;
+use crate::provision::error::Error;
 use crate::provision::progress::Step;
-use crate::{Error, output_of};
-
-/// Packages that are not installed, and why this process does not install them.
-#[derive(Debug)]
-pub struct Missing {
-    packages: Vec<&'static str>,
-    why: &'static str,
-}
-
-impl fmt::Display for Missing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "packages are missing and {}; please run:\n  apt-get install --no-install-recommends {}",
-            self.why,
-            self.packages.join(" ")
-        )
-    }
-}
 
 /// Makes sure that `packages` are installed, saying what it installs and why.
 ///
@@ -36,14 +18,14 @@ pub fn ensure(purpose: &str, packages: &[&'static str]) -> Result<(), Error> {
     if missing.is_empty() {
         return Ok(());
     }
-    let refuse = |why| Err(Error::Packages(Missing { packages: missing.clone(), why }));
+    let refuse = |why| Err(Error::Packages { packages: missing.clone(), why });
     if !Path::new("/etc/debian_version").exists() {
         return refuse("this is not Debian (the names below are Debian's)");
     }
     if !rustix::process::geteuid().is_root() {
         return refuse("this is not root");
     }
-    eprintln!("Installing for {purpose}: {}", missing.join(" "));
+    eprintln!("  Installing packages for {purpose}: {}", missing.join(" "));
     let step = Step::new("apt-get update");
     output_of(Command::new("apt-get").args(["-q", "update"]))?;
     step.done();

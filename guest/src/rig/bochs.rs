@@ -10,10 +10,11 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::provision::command::output_of;
+use crate::provision::error::{AtPath, Error};
 use crate::provision::kernel::Kernel;
 use crate::provision::packages;
 use crate::provision::progress::Step;
-use crate::{AtPath, Error, output_of};
 
 const PACKAGES: &[&str] =
     &["bochs", "bochs-term", "bochsbios", "vgabios", "grub-common", "grub-pc-bin", "xorriso", "mtools"];

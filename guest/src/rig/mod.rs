@@ -20,12 +20,12 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::provision::error::{AtPath, Error as ProvisionError};
 use crate::provision::initramfs::Initramfs;
 use crate::provision::kernel::Kernel;
 use crate::provision::progress::Step;
 use crate::rig::qemu::Qemu;
 use crate::rig::wire::{Frame, Request};
-use crate::{AtPath, Error};
 
 /// L1's kernel modules, in loading order, and the processor's feature that each is for, if it
 /// is for one.
@@ -50,9 +50,20 @@ const FOLDER: &str = "vmm-rig-";
 
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 const BOCHS_BOOT_DEADLINE: Duration = Duration::from_secs(1200);
-/// CPUs of the emulated host: as many as the machines have that this is developed on.
+/// CPUs of the emulated host, as many as the machines of CI have.
 const CPUS: &str = "2";
 const MEMORY_MIB: &str = "4096";
+
+/// Why the rig's host can't be had, or is no more.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something that it is made of could not be provided.
+    #[error(transparent)]
+    Provision(#[from] ProvisionError),
+    /// It did not come up, or broke off.
+    #[error("the rig: {0}")]
+    Broken(String),
+}
 
 /// Which of the program's streams a piece of output belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +87,7 @@ impl Rig {
     /// its root file system, and waits until it answers (about five seconds).
     ///
     /// # Errors
-    /// [`Error::Rig`] with the end of the host's kernel log when it does not come up.
+    /// [`Error::Broken`] with the end of the host's kernel log when it does not come up.
     pub fn start(
         emulator: &Emulator,
         kernel: &Kernel,
@@ -109,10 +120,13 @@ impl Rig {
                 (command, Some(wire), BOCHS_BOOT_DEADLINE)
             }
         };
-        let step = Step::new("Starting the rig's host");
+        let step = Step::new("Starting the emulated host");
         let mut child =
             command.stderr(File::create(folder.join("emulator")).at(&folder)?).spawn().map_err(|source| {
-                Error::Spawn { program: command.get_program().to_string_lossy().into_owned(), source }
+                ProvisionError::Spawn {
+                    program: command.get_program().to_string_lossy().into_owned(),
+                    source,
+                }
             })?;
         let (requests, replies): (Box<dyn Write + Send>, Box<dyn Read + Send>) = match wire {
             Some(wire) => {
@@ -122,7 +136,7 @@ impl Rig {
             }
             None => match (child.stdin.take(), child.stdout.take()) {
                 (Some(requests), Some(replies)) => (Box::new(requests), Box::new(replies)),
-                _ => return Err(Error::Rig("QEMU has no pipes".into())),
+                _ => return Err(Error::Broken("QEMU has no pipes".into())),
             },
         };
         let (sender, frames) = mpsc::channel();
@@ -137,8 +151,8 @@ impl Rig {
         let mut rig = Self { child, requests, frames, folder };
         match rig.next(deadline)? {
             Frame::Ready => {}
-            Frame::Error(text) => return Err(Error::Rig(text)),
-            other => return Err(Error::Rig(format!("the host began with {other:?}"))),
+            Frame::Error(text) => return Err(Error::Broken(text)),
+            other => return Err(Error::Broken(format!("the host began with {other:?}"))),
         }
         step.done();
         Ok(rig)
@@ -148,7 +162,7 @@ impl Rig {
     /// Returns its exit code.
     ///
     /// # Errors
-    /// [`Error::Rig`] when the program does not exist, when the host breaks off, or when
+    /// [`Error::Broken`] when the program does not exist, when the host breaks off, or when
     /// `deadline` passes; then the host is in an unknown state and should be dropped.
     pub fn run(
         &mut self,
@@ -156,7 +170,7 @@ impl Rig {
         deadline: Duration,
         mut sink: impl FnMut(Stream, &[u8]),
     ) -> Result<i32, Error> {
-        let mut line = serde_json::to_vec(request).map_err(|e| Error::Rig(e.to_string()))?;
+        let mut line = serde_json::to_vec(request).map_err(|e| Error::Broken(e.to_string()))?;
         line.push(b'\n');
         self.requests.write_all(&line).at("the rig's serial line")?;
         let until = Instant::now() + deadline;
@@ -165,8 +179,8 @@ impl Rig {
                 Frame::Stdout(bytes) => sink(Stream::Stdout, &bytes),
                 Frame::Stderr(bytes) => sink(Stream::Stderr, &bytes),
                 Frame::Exit(code) => return Ok(code),
-                Frame::Error(text) => return Err(Error::Rig(text)),
-                Frame::Ready => return Err(Error::Rig("the host restarted".into())),
+                Frame::Error(text) => return Err(Error::Broken(text)),
+                Frame::Ready => return Err(Error::Broken("the host restarted".into())),
             }
         }
     }
@@ -187,7 +201,7 @@ impl Rig {
                 let lines: Vec<_> = text.lines().collect();
                 lines[lines.len().saturating_sub(25)..].join("\n  ")
             };
-            Error::Rig(format!("{what}\n  {}\n  {}", log("emulator"), log("console")))
+            Error::Broken(format!("{what}\n  {}\n  {}", log("emulator"), log("console")))
         })
     }
 }
@@ -208,7 +222,7 @@ fn sweep(parent: &Path) {
         let name = entry.file_name();
         let process = name.to_str().and_then(|name| name.strip_prefix(FOLDER)?.parse::<u32>().ok());
         if process.is_some_and(|process| !Path::new("/proc").join(process.to_string()).exists()) {
-            // Whoever else sweeps may be quicker.
+            // Another process may be sweeping, too.
             let _ = fs::remove_dir_all(entry.path());
         }
     }

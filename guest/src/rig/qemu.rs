@@ -1,6 +1,6 @@
-//! The rig's emulator: QEMU's TCG with five defects corrected, built from the distribution's
-//! source package once and cached. `PATCHES` is the whole change; the decision note
-//! `docs/rig.md` tells how the defects show.
+//! The rig's emulator: QEMU's TCG with its defects corrected, built from the distribution's
+//! source package once and cached. `PATCHES` is the whole change;
+//! `guest/docs/rig.md` tells how the defects show.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::provision::apt::{Apt, Kind};
+use crate::provision::command::output_of;
+use crate::provision::error::{AtPath, Error};
 use crate::provision::progress::Step;
 use crate::provision::{cache, packages};
-use crate::{AtPath, Error, output_of};
 
 /// The suite whose QEMU is used: Debian 13, QEMU 10.0. Debian 12's 7.2 loses IPIs here.
 const SUITE: &str = "trixie";
@@ -128,7 +129,7 @@ fn build(into: &Path) -> Result<(), Error> {
 
 /// Runs ninja, turning its `[done/total]` lines into progress.
 fn compile(build: &Path) -> Result<(), Error> {
-    let mut step = Step::new("Building QEMU");
+    let mut step = Step::new("Building QEMU (about three minutes on two cores, once)");
     let mut child = Command::new("ninja")
         .arg("qemu-system-x86_64")
         .current_dir(build)

@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 use crate::cases::{Host, MANY, Method, Work};
 use crate::parts::Effort;
 use crate::record::{Cell, Sample};
-use tests::campaigns::{entries_plan, replace_function};
+use tests::campaigns::many_sites::entries_plan;
 use tests::lab::Lab;
-use tests::testbed::{BEGIN, FUNCTION};
-use tests::vm::{self, SCHEDSTATS, Vm, field, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::test_function::{self, BEGIN, FUNCTION, PATCH};
+use tests::vm::{self, SCHEDSTATS, Vm, field};
 
 /// The file by which a guest switches its clock source, with `stop_machine`
 /// (kernel/time/timekeeping.c, `timekeeping_notify`).
@@ -85,7 +86,7 @@ impl<'l> Bench<'l> {
         }
         if method == Method::Store {
             self.vm.revert("lead")?;
-            self.vm.revert("bed")?;
+            self.vm.revert(PATCH)?;
         }
         cell.kernel_errors = self.vm.kernel_errors()?;
         Ok(cell)
@@ -131,14 +132,14 @@ impl<'l> Bench<'l> {
     /// a function that has such a site.
     fn lay_site_for_a_store(&mut self) -> Result<Value> {
         // xor eax, eax; clc (or stc); adc eax, 0; ret
-        replace_function(&self.vm, |_, room| {
+        test_function::replace(&self.vm, |_, room| {
             let mut code = vec![0x31, 0xc0, 0xf8, 0x83, 0xd0, 0x00, 0xc3];
             code.resize(room, 0x90);
             Ok(code)
         })?;
         self.vm.apply(&json!({ "version": 1, "name": "lead", "deadline_ms": 60_000,
             "patches": [{ "redirect": "__x64_sys_getppid", "to": FUNCTION }] }))?;
-        Ok(json!({ "version": 1, "name": "flip", "strategy": "store", "over": ["bed"], "deadline_ms": 60_000,
+        Ok(json!({ "version": 1, "name": "flip", "strategy": "store", "over": [PATCH], "deadline_ms": 60_000,
             "patches": [{ "at": format!("{FUNCTION}+{:#x}", BEGIN + 2), "expect": "f8", "replace": "f9" }] }))
     }
 

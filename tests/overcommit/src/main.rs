@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use guest::provision::binaries::Monitor;
 use guest::rig::Stream;
 use overcommit::bars::bars;
+use overcommit::cases::Form;
 use overcommit::parts::{Effort, HOG, Part, parts};
 use overcommit::plots;
 use overcommit::record::{Head, Record, Spread};
@@ -25,6 +27,7 @@ Writes target/overcommit/report.md, report.json and plots. A run that was interr
 Examples:
   cargo overcommit                all hosts; hours
   cargo overcommit --quick        a few, in minutes
+  cargo overcommit --smoke        one, everything twice: whether it works
   cargo overcommit --fresh        forget what was measured before
   cargo overcommit --only '8 vCPUs busy'   parts whose name begins so
   cargo overcommit --report       measure nothing; the reports again, of what was measured")]
@@ -32,6 +35,9 @@ struct Arguments {
     /// A few hosts only.
     #[arg(long)]
     quick: bool,
+    /// One host, everything twice: whether it works. The figures mean little.
+    #[arg(long, conflicts_with = "quick")]
+    smoke: bool,
     /// Forget what was measured before.
     #[arg(long)]
     fresh: bool,
@@ -47,6 +53,16 @@ struct Arguments {
     /// What keeps a CPU busy (used inside the rig).
     #[arg(hide = true, value_parser = [HOG])]
     role: Option<String>,
+}
+
+impl Arguments {
+    fn form(&self) -> Form {
+        match (self.quick, self.smoke) {
+            (_, true) => Form::Smoke,
+            (true, _) => Form::Quick,
+            _ => Form::Whole,
+        }
+    }
 }
 
 /// Longest time for everything.
@@ -72,7 +88,7 @@ fn main() -> Result<ExitCode> {
     if arguments.report {
         return report(&records(&arguments)).map(|()| ExitCode::SUCCESS);
     }
-    let mut place = lab::prepare()?;
+    let mut place = lab::prepare(Monitor::Checked)?;
     let mut book = Book::open(records(&arguments), &arguments, &place)?;
     match &mut place {
         Place::Here(lab) => {
@@ -108,10 +124,10 @@ fn measure(lab: &Lab, arguments: &Arguments, sink: &mut dyn FnMut(Record) -> Res
         let name = part.name();
         !arguments.done.contains(&name) && arguments.only.as_ref().is_none_or(|only| name.starts_with(only))
     };
-    for part in parts(arguments.quick).iter().filter(|part| wanted(part)) {
+    for part in parts(arguments.form()).iter().filter(|part| wanted(part)) {
         let started = Instant::now();
         sink(Record::Begun { part: part.name() })?;
-        part.measure(lab, Effort::new(arguments.quick), sink).with_context(|| part.name())?;
+        part.measure(lab, Effort::of(arguments.form()), sink).with_context(|| part.name())?;
         sink(Record::Done { part: part.name() })?;
         eprintln!("({:.0} s)", started.elapsed().as_secs_f64());
     }
@@ -121,8 +137,13 @@ fn measure(lab: &Lab, arguments: &Arguments, sink: &mut dyn FnMut(Record) -> Res
 /// Where what is measured is kept.
 fn records(arguments: &Arguments) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
-    let name = if arguments.quick { "quick.jsonl" } else { "records.jsonl" };
+    // This crate lies two folders below the workspace's.
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("/"));
+    let name = match arguments.form() {
+        Form::Whole => "records.jsonl",
+        Form::Quick => "quick.jsonl",
+        Form::Smoke => "smoke.jsonl",
+    };
     target.unwrap_or_else(|| workspace.join("target")).join("overcommit").join(name)
 }
 
@@ -138,7 +159,7 @@ impl Book {
     fn open(path: PathBuf, arguments: &Arguments, place: &Place) -> Result<Self> {
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let head = head(arguments.quick, place)?;
+        let head = head(arguments.form() != Form::Whole, place)?;
         let (run, done) = Run::of(read(&path)?);
         let goes_on = !arguments.fresh && run.head.as_ref() == Some(&head);
         if !goes_on && run.head.is_some() {

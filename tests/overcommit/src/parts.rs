@@ -7,11 +7,12 @@ use anyhow::{Context, Result};
 use guest::provision::livepatch;
 use serde_json::json;
 
-use crate::cases::{HOGS, Host, Method, WORKS, hosts};
+use crate::cases::{Form, HOGS, Host, Method, WORKS, hosts};
 use crate::flips::{Bench, micros};
 use crate::record::{Line, Record};
 use tests::lab::Lab;
-use tests::vm::{self, SCHEDSTATS, Setup, Vm, field, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{self, SCHEDSTATS, Setup, Vm, field};
 
 /// Where records go.
 pub type Sink<'a> = dyn FnMut(Record) -> Result<()> + 'a;
@@ -44,21 +45,26 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// For the short form, or the whole.
+    /// Of a form.
     #[must_use]
-    pub fn new(quick: bool) -> Self {
-        let (look, looks) = if quick { (Duration::from_secs(1), 3) } else { (Duration::from_secs(3), 10) };
-        Self { times: 30, patience: quick.then_some(Duration::from_secs(3)), look, looks }
+    pub fn of(form: Form) -> Self {
+        let (times, patience, look, looks) = match form {
+            Form::Whole => (30, None, Duration::from_secs(3), 10),
+            Form::Quick => (30, Some(Duration::from_secs(3)), Duration::from_secs(1), 3),
+            Form::Smoke => (2, Some(Duration::ZERO), Duration::from_millis(500), 1),
+        };
+        Self { times, patience, look, looks }
     }
 }
 
 /// All parts, cheap ones first.
 #[must_use]
-pub fn parts(quick: bool) -> Vec<Part> {
+pub fn parts(form: Form) -> Vec<Part> {
     let mut parts = vec![Part::Calibration, Part::Boot, Part::AtRest];
-    parts.extend(hosts(quick).into_iter().map(Part::Host));
-    let hogs: &[u8] = if quick { &[HOGS] } else { &[0, HOGS] };
-    parts.extend(hogs.iter().map(|&hogs| Part::Throughput(Host { vcpus: 8, busy: true, hogs, vms: 1 })));
+    parts.extend(hosts(form).into_iter().map(Part::Host));
+    let hogs: &[u8] = if form == Form::Whole { &[0, HOGS] } else { &[HOGS] };
+    let vcpus = if form == Form::Smoke { 2 } else { 8 };
+    parts.extend(hogs.iter().map(|&hogs| Part::Throughput(Host { vcpus, busy: true, hogs, vms: 1 })));
     parts
 }
 

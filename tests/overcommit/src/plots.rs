@@ -8,7 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
-use crate::cases::{HOGS, Host, Method, VCPUS, Work, hosts};
+use crate::cases::{Form, HOGS, Host, Method, VCPUS, Work, hosts};
 use crate::record::{Cell, Sample, Spread};
 
 /// The package whose font the PNGs are written with, and where that is.
@@ -57,8 +57,10 @@ fn load_font() -> Result<()> {
 fn plots(cells: &[Cell]) -> Vec<Plot> {
     // The largest busy host with hogs that was measured.
     let is_shown = |host: &Host| host.busy && host.hogs == HOGS && host.vms == 1 && host.vcpus <= 8;
-    let shown =
-        hosts(false).into_iter().filter(is_shown).rfind(|host| cells.iter().any(|cell| cell.host == *host));
+    let shown = hosts(Form::Whole)
+        .into_iter()
+        .filter(is_shown)
+        .rfind(|host| cells.iter().any(|cell| cell.host == *host));
     let Some(shown) = shown else { return Vec::new() };
     let shares = |what: fn(&Sample) -> Option<u64>| {
         let here = cells.iter().filter(|cell| cell.host == shown && cell.work != Work::ManySites);

@@ -6,18 +6,24 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use guest::provision::binaries::Monitor;
 use serde_json::Value;
 use tests::lab::{self, Lab, Place};
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 
 const CPUS: u8 = 4;
 const DEADLINE: Duration = Duration::from_secs(600);
 
 fn main() -> Result<ExitCode> {
     if Lab::inherited().is_none() {
-        println!("Setting up (what is cached is not fetched or built again):");
+        println!(
+            "Setting up. The first time on a machine this fetches two kernels and, without VMX or SVM, builds an \
+             emulator:\nseveral minutes in all. Everything is kept in {}.",
+            guest::provision::cache::root().display()
+        );
     }
-    lab::run_there(DEADLINE, announce, |lab| demo(lab).map(|()| ExitCode::SUCCESS))
+    lab::run_there(Monitor::Shipped, DEADLINE, announce, |lab| demo(lab).map(|()| ExitCode::SUCCESS))
 }
 
 fn announce(place: &Place) {
@@ -25,7 +31,7 @@ fn announce(place: &Place) {
         Place::Here(_) => println!("\nThis machine runs guests directly."),
         Place::Rig(_) => println!(
             "\nThis machine has no usable virtualization: the demo runs in an emulated host (QEMU TCG, 2 CPUs \
-             with SVM,\nstock kernel, stock KVM). Ratios mean something there, absolute times do not."
+             with SVM,\nstock kernel, stock KVM). Absolute times mean nothing there."
         ),
     }
 }
@@ -66,6 +72,12 @@ fn demo(lab: &Lab) -> Result<()> {
     vm.expect_no_kernel_errors()?;
     println!("The guest's kernel log has no errors.\n");
     table(&rows);
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    println!(
+        "\nThe monitor: a release build of {:.1} MiB, which has {:.1} MiB of memory of its own (the guest's RAM apart).",
+        mib(std::fs::metadata(&lab.vmm)?.len()),
+        mib(vm.resident_kib()? << 10)
+    );
     vm.power_off()?;
     println!("\nThe guest powered off. Unexpected results seen by the workload: 0.");
     Ok(())

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Parser;
+use guest::provision::binaries::Monitor;
 use tests::campaigns;
 use tests::lab::{self, Lab};
-use tests::vm::Setup;
+use tests::vm::{Setup, Vm};
 use tests::{breakpoints, guard, matrix, oracle, selfpatching, spinlocks, targets};
 
 /// Long campaigns against real guests.
@@ -31,7 +32,7 @@ type Campaign = fn(&Lab, usize) -> Result<()>;
 const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
-    ("many-sites", 4096, |lab, times| campaigns::many_sites(lab, times, 30)),
+    ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
     ("breakpoints", 100_000, |lab, times| breakpoints::delivered(lab, "always", times)),
     ("breakpoints-by-kvm", 100_000, breakpoints::by_kvm),
     ("self-patching", 500, selfpatching::contended),
@@ -44,16 +45,16 @@ const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("guard-cost", 5, guard::cost),
     ("spinlocks", 100, |lab, times| {
         let both = targets::both_kernels(lab, 8);
-        both.iter().try_for_each(|setup| spinlocks::switch(lab, setup, times))
+        both.iter().try_for_each(|setup| spinlocks::switch(Vm::start(lab, setup)?, times))
     }),
     ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),
     ("random-targets", 1000, targets::random),
     ("oracle", 1, |lab, _| oracle::twins(lab)),
     ("dry-run", 1, |lab, _| targets::dry_run(lab)),
-    ("sites-4-quiet", 10_000, |lab, times| campaigns::sites(lab, 4, times, false)),
-    ("sites-4", 10_000, |lab, times| campaigns::sites(lab, 4, times, true)),
-    ("sites-8", 10_000, |lab, times| campaigns::sites(lab, 8, times, true)),
+    ("sites-4-quiet", 10_000, |lab, times| campaigns::sites::sites(lab, 4, times, false)),
+    ("sites-4", 10_000, |lab, times| campaigns::sites::sites(lab, 4, times, true)),
+    ("sites-8", 10_000, |lab, times| campaigns::sites::sites(lab, 8, times, true)),
     ("flips-breakpoint", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "breakpoint", times)),
     ("flips-hold", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "hold", times)),
 ];
@@ -63,7 +64,7 @@ const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    lab::run_there(DEADLINE, |_| (), |lab| run(lab, &arguments))
+    lab::run_there(Monitor::Checked, DEADLINE, |_| (), |lab| run(lab, &arguments))
 }
 
 fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {

@@ -1,5 +1,5 @@
 //! Code that writes to the kernel's text without asking its patcher: made for the purpose, and
-//! put in place of a function that nobody uses.
+//! put in place of a function that nothing uses.
 
 /// Where in the function the bytes lie that it writes to, from its start.
 pub(super) const SLOTS: usize = 0x300;

@@ -1,7 +1,7 @@
 //! Reads which file uses which.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use proc_macro2::{TokenStream, TokenTree};
@@ -70,11 +70,12 @@ pub(crate) fn read(folder: &Path) -> Result<Vec<Source>> {
         }
     }
     files.sort();
-    let source = |path: &std::path::PathBuf| {
+    let source = |path: &PathBuf| {
         let name = path.strip_prefix(folder)?.display().to_string();
         Source::parse(&name, &fs::read_to_string(path)?)
     };
-    files.iter().filter(|path| !path.ends_with("main.rs")).map(source).collect()
+    let is_program = |path: &&PathBuf| path.ends_with("main.rs") || path.starts_with(folder.join("bin"));
+    files.iter().filter(|path| !is_program(path)).map(source).collect()
 }
 
 /// All arrows between different files.

@@ -43,6 +43,8 @@ pub(crate) const MODEL: Law = Law(&[
     &["machine"],
 ]);
 
+pub(crate) const GUEST: Law = Law(&[&["provision"], &["inside", "rig"]]);
+
 impl Law {
     /// What breaks it, each in a sentence.
     pub(crate) fn violations(&self, sources: &[Source], arrows: &[Arrow]) -> Vec<String> {

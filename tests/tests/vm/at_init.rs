@@ -6,7 +6,8 @@ use std::fs;
 use anyhow::{Result, ensure};
 use serde_json::json;
 use tests::lab::Lab;
-use tests::vm::{Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Setup, Vm};
 
 use super::Test;
 

@@ -34,7 +34,7 @@ fn ends(lab: &Lab, cpus: u8, command_line: &str, command: &str, code: i32) -> Re
     Ok(())
 }
 
-/// Firecracker promises 5 MiB, and does not know the guest's kernel.
+/// For comparison, Firecracker promises 5 MiB; it does not read the guest's kernel.
 fn small(lab: &Lab) -> Result<()> {
     const MOST_KIB: u64 = 20 << 10;
     let mut vm = Vm::start(lab, &Setup::cpus(8))?;
@@ -59,8 +59,8 @@ fn large_memory(lab: &Lab) -> Result<()> {
 }
 
 fn signals(lab: &Lab) -> Result<()> {
-    for signal in ["INT", "TERM"] {
-        let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    const SIGNALS: [&str; 2] = ["INT", "TERM"];
+    for (mut vm, signal) in Vm::start_all(lab, &SIGNALS.map(|_| Setup::cpus(2)))?.into_iter().zip(SIGNALS) {
         vm.hammer("getpid", 1, 1)?;
         tests::signal::send(vm.pid(), signal)?;
         let code = vm.wait()?;
@@ -72,8 +72,8 @@ fn signals(lab: &Lab) -> Result<()> {
 
 fn kaslr(lab: &Lab) -> Result<()> {
     let mut slides = Vec::new();
-    for command_line in ["nokaslr", "", ""] {
-        let mut vm = Vm::start(lab, &Setup { command_line: command_line.into(), ..Setup::cpus(2) })?;
+    let setup = |command_line: &str| Setup { command_line: command_line.into(), ..Setup::cpus(2) };
+    for mut vm in Vm::start_all(lab, &["nokaslr", "", ""].map(setup))? {
         vm.hammer("getppid", 0, 1)?;
         tests::campaigns::flip_by_each_strategy(&mut vm)?;
         let (_, info) = vm.request(Method::GET, "/vm", b"")?;

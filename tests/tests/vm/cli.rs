@@ -7,7 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::lab::Lab;
-use tests::vm::{Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Setup, Vm};
 
 use super::Test;
 use super::boot::run_to_end;

@@ -1,15 +1,18 @@
 //! Promises of the patch engine, on real guests: whatever fails, the text is as it was; plans
 //! never interleave; thousands of sites cost three fences or one hold; a condition that does
-//! not come true is reported with whom and where.
+//! not come true is reported with the vCPU and where it is.
 
 use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use tests::campaigns::{flip_by_each_strategy, many_sites};
+use tests::campaigns::flip_by_each_strategy;
+use tests::campaigns::many_sites::many_sites;
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, guest_memory, redirect_plan};
+use tests::memory::guest_memory;
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 use vmm::api::client;
 
 use super::Test;
@@ -88,7 +91,7 @@ fn any_step_fails(lab: &Lab) -> Result<()> {
         let bytes = changed(&guest_memory(&vm)?);
         ensure!(bytes <= entry, "{strategy}: {bytes} bytes are not as they were");
     }
-    // Nobody is in a copy, so the entry can be given back as well; and taken once more.
+    // No vCPU is in a copy, so the entry can be given back, too; and taken once more.
     for again in [true, false] {
         let (status, answer) = vm.request(Method::DELETE, "/vm/arena", b"")?;
         ensure!(status == 200, "{status} {answer:#}");

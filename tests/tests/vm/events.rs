@@ -1,5 +1,5 @@
-//! Promise: what happens between a guest and its patches is told as it happens, and nobody can
-//! make the monitor busy with telling.
+//! Promise: what happens between a guest and its patches is told as it happens, and no client
+//! or guest can make the monitor busy with telling.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -7,9 +7,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use tests::campaigns::entries_plan;
+use tests::campaigns::many_sites::entries_plan;
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 

@@ -1,7 +1,8 @@
-//! Promise: a hammered function is switched under full load, on every vCPU, and nobody sees
-//! anything but the old and the new behaviour.
+//! Promise: a hammered function is switched under full load, on every vCPU, and no caller
+//! sees anything but the old and the new behaviour.
 
-use tests::campaigns::{flips, sites};
+use tests::campaigns::flips;
+use tests::campaigns::sites::sites;
 use tests::vm::Setup;
 
 use super::Test;

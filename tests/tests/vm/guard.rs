@@ -1,5 +1,4 @@
-//! Promise: guarded text is written by nobody without leave, and a guest that patches itself
-//! does not notice.
+//! Promise: no write to guarded text goes unseen, and a guest that patches itself does not notice.
 
 use tests::guard::{ahead, boots, patches_itself, policies, probes, unexpected_writers};
 

@@ -32,9 +32,9 @@ fn image(setup: &Setup) -> Result<KernelImage> {
 }
 
 fn same_symbols(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 2) {
-        let mut vm = Vm::start(lab, &setup)?;
-        let image = image(&setup)?;
+    let setups = both_kernels(lab, 2);
+    for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
+        let image = image(setup)?;
         let own = image.symbols().iter().map(|(at, kind, name)| (at.0, char::from(kind), name));
         let (count, digest) = kallsyms::digest(own);
         let (_, said) = vm.ask("kallsyms")?;
@@ -99,7 +99,7 @@ fn span(vm: &mut Vm, start: &str, stop: &str) -> Result<u64> {
 }
 
 fn switched_spinlocks(lab: &Lab) -> Result<()> {
-    both_kernels(lab, 8).iter().try_for_each(|setup| spinlocks::switch(lab, setup, 10))
+    Vm::start_all(lab, &both_kernels(lab, 8))?.into_iter().try_for_each(|vm| spinlocks::switch(vm, 10))
 }
 
 /// A key of the kernel's that the module has jumps for, too.
@@ -108,13 +108,13 @@ const SHARED: &str = "__tracepoint_mmap_lock_released+0x8";
 const OWN: &str = "kvm:__tracepoint_kvm_userspace_exit+0x8";
 
 fn modules(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 2) {
-        let mut vm = Vm::start(lab, &setup)?;
+    let setups = both_kernels(lab, 2);
+    for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
         vm.mount_tracing()?;
         vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;
         let before = jumps(&vm, SHARED)?.context("the kernel's own")?;
         ensure!(jumps(&vm, OWN)?.is_none(), "the module is not loaded");
-        let release = image(&setup)?.release().to_owned();
+        let release = image(setup)?.release().to_owned();
         for module in ["irqbypass", "kvm"] {
             let load = |end: &str| format!("load /modules/{release}/{module}.{end}");
             if vm.ask(&load("ko")).is_err() {
@@ -187,8 +187,7 @@ fn fits(vm: &Vm, plan: &Value) -> Result<()> {
 /// after; and a redirect that finds the tracer in its place.
 fn traced(lab: &Lab) -> Result<()> {
     const FUNCTION: &str = "__x64_sys_getppid";
-    for setup in both_kernels(lab, 2) {
-        let mut vm = Vm::start(lab, &setup)?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 2))? {
         vm.mount_tracing()?;
         vm.ask(&format!("write /sys/kernel/tracing/set_ftrace_filter {FUNCTION}"))?;
         let trace =
@@ -223,8 +222,7 @@ fn traced(lab: &Lab) -> Result<()> {
 /// A call that every CPU makes all the time, retargeted again and again without waiting in
 /// between: made, not made, and replaced by its result.
 fn retargeted(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 4) {
-        let mut vm = Vm::start(lab, &setup)?;
+    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
         // The root's name has one byte.
         vm.hammer("getcwd", 1, -1)?;
         let update = |name: &str, target: &str, over: &[&str]| {
@@ -247,7 +245,7 @@ fn retargeted(lab: &Lab) -> Result<()> {
         }
         vm.expect_no_kernel_errors()?;
         println!("{sites} sites, 30 updates, {traps} traps");
-        ensure!(sites > 100 && traps > 0, "{sites} sites, {traps} traps: nobody was in the way");
+        ensure!(sites > 100 && traps > 0, "{sites} sites, {traps} traps: no vCPU hit a site");
         vm.power_off()?;
     }
     Ok(())

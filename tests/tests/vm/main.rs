@@ -21,8 +21,12 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use guest::provision::binaries::Monitor;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use tests::cost;
 use tests::lab::{self, Lab, Place, Rigged};
+use tests::skip;
+use tests::suite::{self, Costs};
 
 /// A test: a name and what it does in a lab.
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
@@ -61,58 +65,88 @@ fn main() -> ExitCode {
         Some(filter) => name.contains(filter.as_str()),
         None => true,
     };
+    let costs = Arc::new(Costs::default());
+    let inherited = Lab::inherited();
     let trials = if arguments.list || !all().iter().any(wanted) {
         // Nothing runs, so nothing needs to be provided.
         all().into_iter().map(|(name, _)| Trial::test(name, || Ok(()))).collect()
-    } else if let Some(lab) = Lab::inherited() {
-        here(&lab)
+    } else if let Some(lab) = &inherited {
+        here(lab, &costs)
     } else {
-        match lab::prepare() {
-            Ok(Place::Here(lab)) => here(&lab),
-            Ok(Place::Rig(rigged)) => there(rigged),
+        match lab::prepare(Monitor::Checked) {
+            Ok(Place::Here(lab)) => here(&lab, &costs),
+            Ok(Place::Rig(rigged)) => there(rigged, &costs),
             Err(error) => {
                 eprintln!("the lab can't be provided: {error:#}");
                 return ExitCode::FAILURE;
             }
         }
     };
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if inherited.is_none() && !arguments.list {
+        println!("{}", costs.summary());
+    }
+    conclusion.exit_code()
 }
 
-fn here(lab: &Lab) -> Vec<Trial> {
+/// Tests that run on this machine.
+fn here(lab: &Lab, costs: &Arc<Costs>) -> Vec<Trial> {
     let trial = |(name, test): Test| {
-        let lab = lab.clone();
-        let ignored = RIG_ONLY.contains(&name) && !lab.in_rig;
-        if ignored {
-            eprintln!(
-                "{name} is skipped: it hides /dev/kvm from the whole machine, which only the rig allows"
-            );
-        }
-        Trial::test(name, move || test(&lab).map_err(|error| Failed::from(format!("{error:?}"))))
-            .with_ignored_flag(ignored)
-    };
-    all().into_iter().map(trial).collect()
-}
-
-fn there(rigged: Rigged) -> Vec<Trial> {
-    let rigged = Arc::new(Mutex::new(rigged));
-    let trial = |(name, _): Test| {
-        let rigged = rigged.clone();
-        Trial::test(name, move || {
-            let mut output = Vec::new();
-            let mut rigged = rigged.lock().unwrap_or_else(PoisonError::into_inner);
-            let deadline = DEADLINE * rigged.slow();
-            let code = rigged
-                .run_self(["--exact", name].map(str::to_owned), deadline, |_, bytes| output.extend(bytes))
-                .map_err(|error| Failed::from(format!("{error:?}")))?;
-            let text = String::from_utf8_lossy(&output);
-            // Exactly this test must have run: a filter that matches nothing passes too.
-            if code == 0 && text.contains("test result: ok. 1 passed; 0 failed") {
-                Ok(())
-            } else {
-                Err(Failed::from(format!("exit code {code}\n{text}")))
+        let (lab, costs) = (lab.clone(), costs.clone());
+        Trial::ignorable_test(name, move || {
+            if RIG_ONLY.contains(&name) && !lab.in_rig {
+                let reason = "it hides /dev/kvm from the whole machine, which only the rig allows";
+                return skip::may_skip(reason, skip::is_ci()).map(|()| Completion::ignored_with(reason));
             }
+            let result = costs.of(name, || {
+                let idle_s = cost::idle_s();
+                let result = test(&lab);
+                // On a machine that others use their work counts, too.
+                let waited = cost::take(lab.in_rig.then(|| cost::idle_s() - idle_s));
+                if lab.in_rig {
+                    println!("\n{}", suite::mark(&waited));
+                }
+                (result, waited)
+            });
+            result.map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:?}")))
         })
     };
     all().into_iter().map(trial).collect()
+}
+
+/// Tests that run in the rig's host, each in a process of its own.
+fn there(rigged: Rigged, costs: &Arc<Costs>) -> Vec<Trial> {
+    let rig = Arc::new(Mutex::new(Some(rigged)));
+    let trial = |(name, _): Test| {
+        let (rig, costs) = (rig.clone(), costs.clone());
+        Trial::test(name, move || {
+            let mut rig = rig.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut rigged = match rig.take() {
+                Some(rigged) => rigged,
+                None => anew().map_err(|error| Failed::from(format!("{error:?}")))?,
+            };
+            let mut output = Vec::new();
+            let deadline = DEADLINE * rigged.slow();
+            let code = costs.of(name, || {
+                let arguments = ["--exact", name].map(str::to_owned);
+                let code = rigged.run_self(arguments, deadline, |_, bytes| output.extend(bytes));
+                (code, suite::waited(&String::from_utf8_lossy(&output)))
+            });
+            let text = String::from_utf8_lossy(&output);
+            // Without an answer nothing is known of the host, so it is shut off, and the next test
+            // has another.
+            let code = code.map_err(|error| Failed::from(format!("{error:?}\n{text}")))?;
+            *rig = Some(rigged);
+            suite::verdict(name, code, &text).map_err(Failed::from)
+        })
+    };
+    all().into_iter().map(trial).collect()
+}
+
+/// The rig, started again.
+fn anew() -> anyhow::Result<Rigged> {
+    match lab::prepare(Monitor::Checked)? {
+        Place::Rig(rigged) => Ok(rigged),
+        Place::Here(_) => anyhow::bail!("there was a rig before"),
+    }
 }

@@ -4,7 +4,8 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, guest_memory};
+use tests::memory::guest_memory;
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 
@@ -119,7 +120,7 @@ fn every_code(lab: &Lab) -> Result<()> {
 
 /// The bytes at the entry of the function that the plans are about, as a plan sees them.
 fn entry_bytes(vm: &Vm) -> Result<String> {
-    let plan = tests::vm::redirect_plan("probe", None).to_string();
+    let plan = tests::patches::redirect_plan("probe", None).to_string();
     let (_, answer) = vm.request(Method::POST, "/patches/check", plan.as_bytes())?;
     answer["sites"][0]["old"].as_str().map(str::to_owned).with_context(|| format!("{answer:#}"))
 }

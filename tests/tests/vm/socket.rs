@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm, redirect_plan};
+use tests::patches::redirect_plan;
+use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 
@@ -88,7 +89,7 @@ fn many_clients(lab: &Lab) -> Result<()> {
             std::thread::spawn(move || -> Result<(usize, usize)> {
                 let (mut applied, mut refused) = (0, 0);
                 for round in 0..10 {
-                    // All want the same site; whoever is late is refused, nobody interleaves.
+                    // All want the same site; the late are refused, and plans never interleave.
                     let name = format!("client{number}-{round}");
                     let plan = redirect_plan(&name, None).to_string().into_bytes();
                     let (_, answer) = vmm::api::client::request(&socket, Method::POST, "/patches", plan)?;

@@ -1,0 +1,80 @@
+//! What a guest can switch by itself, with plans that do the same.
+
+use serde_json::{Value, json};
+
+use crate::vm::SCHEDSTATS;
+
+/// Something that a guest can switch, and a plan that does the same.
+pub(super) struct Switch {
+    /// What does it from outside.
+    pub(super) patches: Value,
+    /// The file that switches it, and what to write there.
+    pub(super) path: String,
+    pub(super) to_new: String,
+    /// The same for the way back.
+    pub(super) to_old: String,
+    /// The words of data that go with it: the kernel's own.
+    pub(super) words: Vec<String>,
+    /// Whether the guest counts itself as one of several users, and so takes off only itself.
+    pub(super) counted: bool,
+}
+
+/// The file of the scheduler's features.
+pub(super) const FEATURES: &str = "/sys/kernel/debug/sched/features";
+
+/// Switches that every guest has.
+pub(super) fn switches(features: &str) -> Vec<Switch> {
+    let key = |name: &str, path: &str, enable: bool, (to_new, to_old): (&str, &str)| Switch {
+        patches: json!([{ "static_key": name, "enable": enable }]),
+        path: path.to_owned(),
+        to_new: to_new.to_owned(),
+        to_old: to_old.to_owned(),
+        words: vec![name.to_owned()],
+        counted: false,
+    };
+    let mut switches = vec![
+        key("sched_schedstats", SCHEDSTATS, true, ("1", "0")),
+        Switch {
+            counted: true,
+            ..key("bpf_stats_enabled_key", "/proc/sys/kernel/bpf_stats_enabled", true, ("1", "0"))
+        },
+        key("delayacct_key", "/proc/sys/kernel/task_delayacct", true, ("1", "0")),
+        key("vm_numa_stat_key", "/proc/sys/vm/numa_stat", false, ("0", "1")),
+    ];
+    // The keys of the scheduler's features are an array in the order of this list.
+    for (index, feature) in features.split_whitespace().enumerate() {
+        let name = if index == 0 {
+            "sched_feat_keys".to_owned()
+        } else {
+            format!("sched_feat_keys+{:#x}", 16 * index)
+        };
+        let plain = feature.strip_prefix("NO_").unwrap_or(feature);
+        let (on, off) = (plain.to_owned(), format!("NO_{plain}"));
+        let enable = plain != feature;
+        let (to_new, to_old) = if enable { (on, off) } else { (off, on) };
+        switches.push(key(&name, FEATURES, enable, (&to_new, &to_old)));
+    }
+    // A tracepoint is a key and a call of what listens to it.
+    switches.push(Switch {
+        patches: json!([
+            { "static_key": "__tracepoint_sched_process_exit+0x8", "enable": true },
+            { "static_call": "tp_func_sched_process_exit",
+              "target": "trace_event_raw_event_sched_process_template" },
+        ]),
+        path: "/sys/kernel/tracing/events/sched/sched_process_exit/enable".into(),
+        to_new: "1".into(),
+        to_old: "0".into(),
+        words: vec!["__tracepoint_sched_process_exit+0x8".into(), "__SCK__tp_func_sched_process_exit".into()],
+        counted: false,
+    });
+    // A call that returns 0 instead of being made.
+    switches.push(Switch {
+        patches: json!([{ "static_call": "might_resched", "target": "__static_call_return0" }]),
+        path: "/sys/kernel/debug/sched/preempt".into(),
+        to_new: "none".into(),
+        to_old: "voluntary".into(),
+        words: vec!["__SCK__might_resched".into()],
+        counted: false,
+    });
+    switches
+}

@@ -1,0 +1,80 @@
+//! Plans given to a VM's control socket, and what becomes of them.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::vm::{Method, Vm};
+
+/// The plan that makes `getppid` return what `getpid` does. Without a name of a strategy the
+/// monitor chooses.
+#[must_use]
+pub fn redirect_plan(name: &str, strategy: Option<&str>) -> Value {
+    json!({
+        "version": 1,
+        "name": name,
+        "deadline_ms": 60_000,
+        "strategy": strategy.unwrap_or("auto"),
+        "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }]
+    })
+}
+
+impl Vm {
+    /// Applies a plan; fails unless it was applied. Returns the report.
+    ///
+    /// # Errors
+    /// With the answer.
+    pub fn apply(&self, plan: &Value) -> Result<Value> {
+        let (status, answer) = self.request(Method::POST, "/patches", plan.to_string().as_bytes())?;
+        ensure!(status == 200 && answer["state"] == "applied", "{status}: {answer:#}");
+        Ok(answer)
+    }
+
+    /// Reverts a patch; fails unless it was reverted. Returns the report.
+    ///
+    /// # Errors
+    /// With the answer.
+    pub fn revert(&self, name: &str) -> Result<Value> {
+        let (status, answer) = self.request(Method::POST, &format!("/patches/{name}/revert"), b"")?;
+        ensure!(status == 200 && answer["state"] == "reverted", "{status}: {answer:#}");
+        Ok(answer)
+    }
+
+    /// Where a function of the kernel begins.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn address(&self, function: &str) -> Result<u64> {
+        let site = self.redirected(function, false)?;
+        let at = site["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
+        at.with_context(|| format!("{site:#}"))
+    }
+
+    /// How far behind a function's start the place for the tracer ends.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn behind_the_tracer(&self, function: &str) -> Result<u64> {
+        let site = self.redirected(function, true)?;
+        let symbol = site["symbol"].as_str().with_context(|| format!("{site:#}"))?;
+        Ok(u64::from_str_radix(symbol.rsplit_once("+0x").context("an offset")?.1, 16)?)
+    }
+
+    /// The site that a redirect of a function would change.
+    fn redirected(&self, function: &str, keep_fentry: bool) -> Result<Value> {
+        let plan = json!({ "version": 1, "name": "probe", "patches": [
+            { "redirect": function, "to": function, "keep_fentry": keep_fentry }] });
+        let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+        answer["sites"].get(0).cloned().with_context(|| format!("{answer:#}"))
+    }
+
+    /// Checks a plan that is refused with this code; returns the message.
+    ///
+    /// # Errors
+    /// When it is not refused, or for another reason.
+    pub fn refused(&self, code: &str, plan: &Value) -> Result<String> {
+        let (_, answer) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+        let refusal = &answer["refusals"][0];
+        ensure!(refusal["code"] == code, "{answer:#}");
+        refusal["message"].as_str().map(str::to_owned).context("a refusal without a message")
+    }
+}

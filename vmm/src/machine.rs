@@ -1,5 +1,7 @@
 //! The machine: everything that makes up a VM, put together and owned in one place.
 
+mod adapters;
+
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -18,6 +20,7 @@ use crate::kvm::kick::{self, Kick};
 use crate::kvm::{self, KvmContext, Vm};
 use crate::memory::layout::COM1_IRQ;
 use crate::memory::{self, GuestRam};
+use crate::sync::protocol::{Barrier, VcpuThread};
 use crate::sync::rendezvous::Rendezvous;
 use crate::text_guard::Guard;
 use crate::vcpu::{Listener, Vcpu, VcpuContext};
@@ -97,14 +100,14 @@ impl Machine {
             Fence::Kick => None,
         };
         let guard = Arc::new(Guard::new(vm.ram().clone(), Arc::default()));
-        let kicks = vcpus.iter().map(|(_, kick)| kick.clone()).collect();
+        let threads = vcpus.iter().map(|(_, kick)| kick.clone() as Arc<dyn VcpuThread>).collect();
         Ok(Self {
             vm,
             ports,
             guard,
             rendezvous: Arc::new(Rendezvous::new(
-                kicks,
-                barrier,
+                threads,
+                barrier.map(|barrier| Box::new(barrier) as Box<dyn Barrier>),
                 config.breakpoints != Breakpoints::AsNeeded,
             )),
             vcpus,

@@ -23,7 +23,7 @@ use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::Kick;
 use crate::memory::paging::{Mapping, PageTables};
-use crate::sync::rendezvous::{Entry, Rendezvous};
+use crate::sync::rendezvous::{Admission, Rendezvous};
 use crate::text_guard::Guard;
 
 /// Why the machine ends.
@@ -138,8 +138,8 @@ impl Vcpu {
         self.kick.adopt_current_thread();
         loop {
             match self.rendezvous.enter(self.id, self.intercepting) {
-                Entry::Stop => break,
-                Entry::Intercept(on) => {
+                Admission::Stop => break,
+                Admission::Intercept(on) => {
                     self.rendezvous.stall_begins(self.id);
                     if let Err(what) = self.set_debug(on, 0) {
                         self.listener.ended(Ending::Failed(what));
@@ -148,7 +148,7 @@ impl Vcpu {
                     self.intercepting = on;
                     continue;
                 }
-                Entry::Report => {
+                Admission::Report => {
                     self.rendezvous.stall_begins(self.id);
                     match self.registers() {
                         Ok(registers) => self.rendezvous.report(self.id, registers),
@@ -159,7 +159,7 @@ impl Vcpu {
                     }
                     continue;
                 }
-                Entry::Run => {}
+                Admission::Run => {}
             }
             if self.rendezvous.stall_ends(self.id) > LONG_STALL {
                 // Fails on guests without a kvm clock, which have no such watchdog.

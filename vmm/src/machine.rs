@@ -1,4 +1,4 @@
-//! The machine: everything that makes up a VM, put together and owned in one place.
+//! The machine: builds the parts of a VM, connects them and owns them.
 
 mod adapters;
 
@@ -28,16 +28,16 @@ use crate::vcpu::{Listener, Vcpu, VcpuContext};
 /// Why a machine can't be built.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// KVM.
+    /// A KVM call.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    /// The kernel or what goes with it.
+    /// The kernel, its initrd or its boot parameters.
     #[error(transparent)]
     Boot(#[from] kernel::Error),
-    /// A descriptor, a thread or a signal handler.
+    /// A file descriptor, a thread or a signal handler.
     #[error("the host: {0}")]
     Host(#[from] io::Error),
 }
@@ -87,7 +87,7 @@ impl Machine {
             cpuid::place(&mut features, id, config.cpus);
             fd.set_cpuid2(&features).context("KVM_SET_CPUID2")?;
             if id == 0 {
-                // The others wait for the kernel's INIT and SIPI.
+                // The other vCPUs wait for INIT and SIPI from the guest's kernel.
                 let sregs = registers::sregs(&fd.get_sregs().context("KVM_GET_SREGS")?);
                 fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
                 fd.set_regs(&registers::regs(entry)).context("KVM_SET_REGS")?;
@@ -121,10 +121,9 @@ impl Machine {
     /// Starts the vCPUs.
     ///
     /// # Errors
-    /// When the system has no thread left; those that were started are stopped by
-    /// [`Machine::shut_down`].
+    /// When a thread can't be created; [`Machine::shut_down`] ends those that were.
     pub fn start(&mut self, listener: &Arc<dyn Listener>) -> Result<(), Error> {
-        let around = VcpuContext {
+        let context = VcpuContext {
             vm: self.vm.clone(),
             rendezvous: self.rendezvous.clone(),
             ports: self.ports.clone(),
@@ -132,7 +131,7 @@ impl Machine {
             listener: listener.clone(),
         };
         for (index, parts) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
-            let vcpu = Vcpu::new(VcpuId(index), parts, around.clone());
+            let vcpu = Vcpu::new(VcpuId(index), parts, context.clone());
             self.threads.push(vcpu.reinjecting(self.breakpoints == Breakpoints::AlwaysByKvm).spawn()?);
         }
         Ok(())
@@ -144,7 +143,7 @@ impl Machine {
         &self.vm
     }
 
-    /// Where the vCPUs are met.
+    /// Where the controller meets the vCPUs.
     #[must_use]
     pub fn rendezvous(&self) -> &Arc<Rendezvous> {
         &self.rendezvous
@@ -162,19 +161,19 @@ impl Machine {
         &self.ports
     }
 
-    /// Whether fences are made by membarrier, not by kicking and waiting.
+    /// Whether fences use membarrier; if not, they kick and wait.
     #[must_use]
     pub fn uses_membarrier(&self) -> bool {
         self.uses_membarrier
     }
 
-    /// What the processor promises.
+    /// What the host's processor guarantees.
     #[must_use]
     pub fn host(&self) -> Host {
         self.host
     }
 
-    /// Stops the vCPUs and waits for their threads.
+    /// Ends the vCPU threads and waits for them.
     pub fn shut_down(self) {
         self.rendezvous.stop();
         for thread in self.threads {

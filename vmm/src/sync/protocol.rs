@@ -121,8 +121,7 @@ impl EntryProtocol {
     /// A protocol of these vCPUs, with `requests` posted from the start.
     #[must_use]
     pub fn new(threads: Vec<Arc<dyn VcpuThread>>, requests: u32) -> Self {
-        let slot =
-            |thread| VcpuSlot { thread, excused: AtomicBool::new(false), passes: AtomicU64::new(0) };
+        let slot = |thread| VcpuSlot { thread, excused: AtomicBool::new(false), passes: AtomicU64::new(0) };
         Self {
             slots: threads.into_iter().map(slot).collect(),
             requests: AtomicU32::new(requests),

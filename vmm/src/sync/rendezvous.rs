@@ -11,9 +11,9 @@ use patcher::safety::trap::TrapTable;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::sync::counters::{CounterSet, Counters};
 use crate::sync::inspection::Inspection;
-use crate::sync::shim::poll_until;
-use crate::sync::protocol::{Barrier, EntryProtocol, HOLD, INTERCEPT, PAUSE, STOP, VcpuThread};
 pub use crate::sync::protocol::{Admission, FenceError, Late};
+use crate::sync::protocol::{Barrier, EntryProtocol, HOLD, INTERCEPT, PAUSE, STOP, VcpuThread};
+use crate::sync::shim::poll_until;
 
 #[cfg(test)]
 mod tests;

@@ -44,7 +44,7 @@ pub(super) struct Forbidden {
 }
 
 /// Lets the scheduler choose who goes on.
-fn step() {
+pub(super) fn step() {
     AtomicBool::new(false).load(SeqCst);
 }
 
@@ -157,12 +157,10 @@ pub(super) struct Membarrier(pub(super) Vec<Arc<Vcpu>>);
 
 impl Barrier for Membarrier {
     fn sync_core(&self) -> io::Result<()> {
-        if !shim::has(Fault::NoFence) {
-            step();
-            for vcpu in &self.0 {
-                vcpu.interrupt();
-                vcpu.in_guest.store(false, SeqCst);
-            }
+        step();
+        for vcpu in &self.0 {
+            vcpu.interrupt();
+            vcpu.in_guest.store(false, SeqCst);
         }
         Ok(())
     }

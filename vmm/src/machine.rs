@@ -1,4 +1,6 @@
-//! The machine: everything that makes up a VM, put together and owned in one place.
+//! The machine: builds the parts of a VM, connects them and owns them.
+
+mod adapters;
 
 use std::io;
 use std::sync::Arc;
@@ -18,6 +20,7 @@ use crate::kvm::kick::{self, Kick};
 use crate::kvm::{self, KvmContext, Vm};
 use crate::memory::layout::COM1_IRQ;
 use crate::memory::{self, GuestRam};
+use crate::sync::protocol::{Barrier, VcpuThread};
 use crate::sync::rendezvous::Rendezvous;
 use crate::text_guard::Guard;
 use crate::vcpu::{Listener, Vcpu, VcpuContext};
@@ -25,16 +28,16 @@ use crate::vcpu::{Listener, Vcpu, VcpuContext};
 /// Why a machine can't be built.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// KVM.
+    /// A KVM call.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    /// The kernel or what goes with it.
+    /// The kernel, its initrd or its boot parameters.
     #[error(transparent)]
     Boot(#[from] kernel::Error),
-    /// A descriptor, a thread or a signal handler.
+    /// A file descriptor, a thread or a signal handler.
     #[error("the host: {0}")]
     Host(#[from] io::Error),
 }
@@ -97,7 +100,7 @@ impl Machine {
             cpuid::place(&mut features, id, config.cpus);
             fd.set_cpuid2(&features).context("KVM_SET_CPUID2")?;
             if id == 0 {
-                // The others wait for the kernel's INIT and SIPI.
+                // The other vCPUs wait for INIT and SIPI from the guest's kernel.
                 let sregs = registers::sregs(&fd.get_sregs().context("KVM_GET_SREGS")?);
                 fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
                 fd.set_regs(&registers::regs(entry)).context("KVM_SET_REGS")?;
@@ -110,12 +113,16 @@ impl Machine {
             Fence::Kick => None,
         };
         let guard = Arc::new(Guard::new(vm.ram().clone(), Arc::default()));
-        let kicks = vcpus.iter().map(|(_, kick)| kick.clone()).collect();
+        let threads = vcpus.iter().map(|(_, kick)| kick.clone() as Arc<dyn VcpuThread>).collect();
         Ok(Self {
             vm,
             ports,
             guard,
-            rendezvous: Arc::new(Rendezvous::new(kicks, barrier, breakpoints != Breakpoints::AsNeeded)),
+            rendezvous: Arc::new(Rendezvous::new(
+                threads,
+                barrier.map(|barrier| Box::new(barrier) as Box<dyn Barrier>),
+                breakpoints != Breakpoints::AsNeeded,
+            )),
             vcpus,
             threads: Vec::new(),
             uses_membarrier: barrier.is_some(),
@@ -127,10 +134,9 @@ impl Machine {
     /// Starts the vCPUs.
     ///
     /// # Errors
-    /// When the system has no thread left; those that were started are stopped by
-    /// [`Machine::shut_down`].
+    /// When a thread can't be created; [`Machine::shut_down`] ends those that were.
     pub fn start(&mut self, listener: &Arc<dyn Listener>) -> Result<(), Error> {
-        let around = VcpuContext {
+        let context = VcpuContext {
             vm: self.vm.clone(),
             rendezvous: self.rendezvous.clone(),
             ports: self.ports.clone(),
@@ -138,7 +144,7 @@ impl Machine {
             listener: listener.clone(),
         };
         for (index, parts) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
-            let vcpu = Vcpu::new(VcpuId(index), parts, around.clone());
+            let vcpu = Vcpu::new(VcpuId(index), parts, context.clone());
             self.threads.push(vcpu.reinjecting(self.breakpoints == Breakpoints::AlwaysByKvm).spawn()?);
         }
         Ok(())
@@ -150,7 +156,7 @@ impl Machine {
         &self.vm
     }
 
-    /// Where the vCPUs are met.
+    /// Where the controller meets the vCPUs.
     #[must_use]
     pub fn rendezvous(&self) -> &Arc<Rendezvous> {
         &self.rendezvous
@@ -168,19 +174,19 @@ impl Machine {
         &self.ports
     }
 
-    /// Whether fences are made by membarrier, not by kicking and waiting.
+    /// Whether fences use membarrier; if not, they kick and wait.
     #[must_use]
     pub fn uses_membarrier(&self) -> bool {
         self.uses_membarrier
     }
 
-    /// What the processor promises.
+    /// What the host's processor guarantees.
     #[must_use]
     pub fn host(&self) -> Host {
         self.host
     }
 
-    /// Stops the vCPUs and waits for their threads.
+    /// Ends the vCPU threads and waits for them.
     pub fn shut_down(self) {
         self.rendezvous.stop();
         for thread in self.threads {

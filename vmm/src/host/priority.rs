@@ -1,23 +1,23 @@
-//! The priority of the threads that others wait for.
+//! The priority of the threads that vCPUs and clients wait for.
 //!
-//! On a host with more to run than CPUs, whoever becomes ready waits for its turn, for tens of
-//! milliseconds; and a thread that is preempted in the middle of a program keeps vCPUs waiting at its
-//! traps all that time. The controller and those who bring it requests run for a tiny part of the
-//! time, so they go first (sched(7), "The nice value"). vCPUs stay what they are: neighbours lose
-//! nothing but what a request costs.
+//! On a host with more runnable threads than CPUs, a thread that becomes ready waits for tens of
+//! milliseconds. A controller that is preempted in a step program keeps vCPUs waiting at its traps
+//! that long. The controller and the threads that bring it requests use little CPU time, so they run
+//! at the highest nice priority (sched(7), "The nice value"). vCPU threads keep their priority, so
+//! other processes lose only the time that a request takes.
 
 use std::io;
 
-/// The highest priority of a thread that still shares (sched(7)).
+/// The highest nice priority (sched(7)).
 const HIGHEST: i32 = -20;
 
-/// Lets the calling thread go first. Threads that it starts later inherit that.
+/// Gives the calling thread the highest nice priority. Threads that it starts later inherit it.
 ///
 /// # Errors
-/// What the system says: without `CAP_SYS_NICE` a thread goes no higher than `RLIMIT_NICE` allows
-/// (setpriority(2)). It stays as it was then.
+/// What setpriority(2) returned; the priority is unchanged then. Without `CAP_SYS_NICE` it can't go
+/// above `RLIMIT_NICE`.
 pub fn raise() -> io::Result<()> {
-    // Linux takes a process of 0 for the calling thread alone (setpriority(2), "C library/kernel
+    // For Linux, process 0 is the calling thread alone (setpriority(2), "C library/kernel
     // differences").
     Ok(rustix::process::setpriority_process(None, HIGHEST)?)
 }
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_raised_thread_goes_first_and_no_other() {
+    fn raise_changes_the_calling_thread_only() {
         let nice = || rustix::process::getpriority_process(None).expect("a priority");
         let before = nice();
         let raised = std::thread::spawn(move || raise().is_ok().then(nice)).join().expect("it ended");

@@ -4,26 +4,26 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use patcher::addr::Gva;
 
-/// An exit that somebody here handles.
+/// An exit, as far as this monitor tells exits apart.
 #[derive(Debug)]
 pub enum Exit<'v> {
-    /// Our kick, or another signal.
+    /// A kick, or another signal.
     Interrupted,
-    /// Port input; to be answered.
+    /// Port input. The vCPU gets what is written to the slice.
     PortIn(u16, &'v mut [u8]),
     /// Port output.
     PortOut(u16, &'v [u8]),
-    /// A read of memory that is not RAM; to be answered.
+    /// A read of memory that is not RAM. The vCPU gets what is written to the slice.
     MemoryIn(&'v mut [u8]),
     /// A write to memory that is not RAM.
     MemoryOut,
-    /// `int3` while #BP exits are on. The instruction pointer is still at it.
+    /// An `int3` while #BP exits are on. RIP still points to it.
     Breakpoint(Gva),
-    /// A write to a page that is protected. It has not taken effect.
+    /// A write to a protected page. It has not taken effect.
     ProtectedWrite,
     /// The guest asks to be reset.
     Reset,
-    /// The guest asks to be switched off.
+    /// The guest asks to be powered off.
     PowerOff,
     /// A triple fault.
     TripleFault,

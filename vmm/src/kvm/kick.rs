@@ -1,10 +1,9 @@
 //! Gets a vCPU thread out of `KVM_RUN`: the `immediate_exit` byte and a signal.
 //!
-//! Unsafe code: a second mapping of the vCPU's `kvm_run` page, `tgkill`, and the calls that read and
-//! set a thread's scheduling policy, which take integers and one structure of ours. Invariants: the
-//! mapping lives as long as the [`Kick`]; only the byte `immediate_exit` is accessed, always
-//! as an atomic; the kernel reads that byte with `READ_ONCE` and never writes it
-//! (KVM API 5, `immediate_exit`).
+//! Unsafe code: a second mapping of the vCPU's `kvm_run` page, and the calls on a thread that rustix
+//! lacks (`tgkill`, `sched_getscheduler`, `sched_setscheduler`). Invariants: the mapping lives as long
+//! as the [`Kick`]; only the byte `immediate_exit` is accessed, always as an atomic; the kernel reads
+//! that byte with `READ_ONCE` and never writes it (KVM API 5, `immediate_exit`).
 #![allow(unsafe_code)]
 
 use std::io;
@@ -74,10 +73,9 @@ impl Kick {
         }
     }
 
-    /// To be called by the vCPU's thread itself, before its first entry.
+    /// Makes the calling thread the vCPU's. Call it before the first entry.
     pub fn adopt_current_thread(&self) {
-        // SAFETY: gettid has no arguments and can't fail.
-        self.thread.store(unsafe { libc::gettid() }, Ordering::SeqCst);
+        self.thread.store(rustix::thread::gettid().as_raw_pid(), Ordering::SeqCst);
     }
 
     /// Makes the next entries return at once, until [`Kick::clear`].
@@ -95,23 +93,24 @@ impl Kick {
     pub fn signal(&self) {
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
+            let process = rustix::process::getpid().as_raw_pid();
             // SAFETY: tgkill takes integers. A thread that has ended gives ESRCH, which is
             // as good as done; the process's id can't be reused while it runs.
             unsafe {
-                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN());
+                libc::syscall(libc::SYS_tgkill, process, thread, SIGRTMIN());
             }
         }
     }
 
-    /// Has the host run the thread before all that share the CPUs, until what is returned is
-    /// dropped: a kick makes a vCPU come out when it runs next, and on a busy host it waits for that
-    /// for tens of milliseconds. `None`, and nothing has changed, if it shares no CPU time, or if this
-    /// process may not (sched(7): `CAP_SYS_NICE`, or `RLIMIT_RTPRIO`).
+    /// Has the host run the thread before all that share the CPUs, until the result is dropped. A
+    /// kicked vCPU leaves the guest when it runs next, which takes tens of milliseconds on a busy host.
+    /// `None`, and nothing has changed, if the thread is real-time already, or if this process may not
+    /// do it (sched(7): `CAP_SYS_NICE`, or `RLIMIT_RTPRIO`).
     #[must_use]
     pub fn hurry(self: &Arc<Self>) -> Option<Hurried> {
         let shared = [libc::SCHED_OTHER, libc::SCHED_BATCH, libc::SCHED_IDLE];
         let thread = self.thread.load(Ordering::SeqCst);
-        // SAFETY: it takes an integer; a thread that has ended gives ESRCH.
+        // SAFETY: sched_getscheduler takes an integer. A thread that has ended gives ESRCH.
         let policy = unsafe { libc::sched_getscheduler(thread) };
         if thread == 0 || !shared.contains(&policy) || !set_policy(thread, libc::SCHED_FIFO, 1) {
             return None;
@@ -119,7 +118,7 @@ impl Kick {
         Some(Hurried { kick: self.clone(), policy })
     }
 
-    /// To be called by the vCPU's thread when it ends: its id may be reused from then on.
+    /// Makes the vCPU's thread none. Its thread calls this when it ends: the id may be reused then.
     pub fn disown(&self) {
         self.thread.store(0, Ordering::SeqCst);
     }
@@ -132,11 +131,11 @@ fn set_policy(thread: i32, policy: libc::c_int, priority: libc::c_int) -> bool {
     unsafe { libc::sched_setscheduler(thread, policy, &raw const parameters) == 0 }
 }
 
-/// A vCPU's thread that the host runs before others.
+/// A vCPU's thread that the host runs before others, until this is dropped.
 #[derive(Debug)]
 pub struct Hurried {
     kick: Arc<Kick>,
-    /// How it was scheduled before.
+    /// Its policy before.
     policy: libc::c_int,
 }
 

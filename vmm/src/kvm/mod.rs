@@ -1,6 +1,6 @@
-//! KVM as this monitor uses it: opening it, and a VM with its memory and vCPUs.
+//! KVM as this monitor uses it: the device, and a VM with its memory and vCPUs.
 //!
-//! Unsafe code: handing host memory to KVM. Invariant: the memory lives as long as the VM;
+//! Unsafe code: giving host memory to KVM. Invariant: the memory lives as long as the VM;
 //! [`Vm`] owns both.
 #![allow(unsafe_code)]
 
@@ -18,7 +18,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use crate::memory::GuestRam;
 use crate::memory::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
-/// Why KVM can't be used.
+/// Why KVM or a VM of it can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// `/dev/kvm` can't be opened.
@@ -35,23 +35,23 @@ pub enum Error {
     TooManyCpus {
         /// How many were asked for.
         asked: u8,
-        /// How many there may be.
+        /// How many KVM allows.
         limit: usize,
     },
-    /// A call failed.
+    /// An ioctl failed.
     #[error("KVM: {what}: {source}")]
     Call {
-        /// What was tried.
+        /// The ioctl's name.
         what: &'static str,
         /// What it returned.
         source: kvm_ioctls::Error,
     },
-    /// The kick could not be set up.
+    /// A vCPU's `kvm_run` page can't be mapped.
     #[error("KVM: mapping a vCPU's kvm_run: {0}")]
     Kick(#[from] io::Error),
 }
 
-/// Names the call in an error.
+/// Adds the ioctl's name to its error.
 pub(crate) trait KvmContext<T> {
     fn context(self, what: &'static str) -> Result<T, Error>;
 }
@@ -71,7 +71,7 @@ pub struct Vm {
     ram: Arc<GuestRam>,
 }
 
-/// What is needed of KVM, with names for people.
+/// The capabilities that the monitor needs, with their names for messages.
 const NEEDED: [(Cap, &str); 6] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
@@ -82,8 +82,8 @@ const NEEDED: [(Cap, &str); 6] = [
 ];
 
 impl Vm {
-    /// Makes a VM of `cpus` vCPUs (not yet created) with this memory, an in-kernel interrupt
-    /// controller and a timer.
+    /// Creates a VM with this memory, an in-kernel interrupt controller and a timer. It can have
+    /// `cpus` vCPUs, which are not created yet.
     ///
     /// # Errors
     /// See [`Error`].
@@ -108,13 +108,12 @@ impl Vm {
         Ok(Self { kvm, fd, ram })
     }
 
-    /// Takes the slot of guest memory that begins at `guest` away and puts it back. KVM then
-    /// forgets every translation that leads there, the vCPUs' TLBs included (KVM API 4.35: a
-    /// deleted slot is gone when the call returns). For that moment the guest has no memory
-    /// there, so no vCPU may run.
+    /// Deletes the memory slot that begins at `guest` and sets it again. KVM then drops every
+    /// translation into it, those in the vCPUs' TLBs included (KVM API 4.35: a deleted slot is gone
+    /// when the call returns). The guest has no memory there in between, so no vCPU may run.
     ///
     /// # Errors
-    /// [`Error::Call`]; if the second step fails, the memory is gone.
+    /// [`Error::Call`]; if the second call fails, the guest has lost the memory.
     pub fn remake_slot(&self, guest: u64) -> Result<(), Error> {
         for region in regions(&self.ram).filter(|region| region.guest_phys_addr == guest) {
             set_region(&self.fd, kvm_userspace_memory_region { memory_size: 0, ..region })?;
@@ -129,7 +128,7 @@ impl Vm {
         &self.ram
     }
 
-    /// The VM's descriptor.
+    /// The VM's file descriptor.
     #[must_use]
     pub fn fd(&self) -> &VmFd {
         &self.fd
@@ -143,7 +142,7 @@ impl Vm {
         self.fd.create_vcpu(u64::from(id)).context("KVM_CREATE_VCPU")
     }
 
-    /// What CPUID may say on this host.
+    /// The CPUID leaves that this host's KVM supports.
     ///
     /// # Errors
     /// [`Error::Call`].
@@ -164,7 +163,7 @@ fn regions(ram: &GuestRam) -> impl Iterator<Item = kvm_userspace_memory_region> 
 
 /// `region` must come from [`regions`] of the VM's own memory.
 fn set_region(fd: &VmFd, region: kvm_userspace_memory_region) -> Result<(), Error> {
-    // SAFETY: the range is a mapping that the VM's `ram` owns; `Vm` keeps `ram` longer than
-    // the VM's descriptor, and vCPU descriptors keep their thread's `Vm` alive.
+    // SAFETY: the range is a mapping that the VM's `ram` owns. `Vm` drops `ram` after its
+    // descriptor, and a vCPU's thread keeps its `Vm` as long as the vCPU's descriptor.
     unsafe { fd.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")
 }

@@ -1,3 +1,7 @@
-//! Where the controller meets the vCPUs: fences, holds, inspections.
+//! Where the controller meets the vCPU threads: fences, holds, inspections. No KVM types here.
 
+pub mod counters;
+pub mod inspection;
+pub mod protocol;
 pub mod rendezvous;
+mod shim;

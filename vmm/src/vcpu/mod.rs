@@ -28,7 +28,7 @@ use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::Kick;
-use crate::sync::rendezvous::{Entry, Rendezvous};
+use crate::sync::rendezvous::{Admission, Rendezvous};
 use crate::text_guard::Guard;
 
 /// Why the machine ends.
@@ -144,22 +144,22 @@ impl Vcpu {
     fn run_until_stopped(&mut self) -> Option<Ending> {
         loop {
             match self.rendezvous.enter(self.id, self.intercepting) {
-                Entry::Stop => return None,
-                Entry::Intercept(on) => {
+                Admission::Stop => return None,
+                Admission::Intercept(on) => {
                     self.rendezvous.stall_begins(self.id);
                     if let Err(what) = self.set_debug(on, 0) {
                         return Some(Ending::Failed(what));
                     }
                     self.intercepting = on;
                 }
-                Entry::Report => {
+                Admission::Report => {
                     self.rendezvous.stall_begins(self.id);
                     match self.registers() {
                         Ok(registers) => self.rendezvous.report(self.id, registers),
                         Err(what) => return Some(Ending::Failed(what)),
                     }
                 }
-                Entry::Run => {
+                Admission::Run => {
                     if self.rendezvous.stall_ends(self.id) > LONG_STALL {
                         // Fails on guests without a kvm clock, which have no such watchdog.
                         let _ = self.fd.kvmclock_ctrl();

@@ -53,7 +53,7 @@ impl<'k> CachedTranslations<'k> {
         Ok(if *found == *bytes { Ok(()) } else { Err(found.into_vec()) })
     }
 
-    /// Replaces bytes within an aligned word ([`GuestRam::exchange`]).
+    /// Replaces bytes within an aligned word ([`exchange`](crate::memory::GuestRam::exchange)).
     ///
     /// # Errors
     /// `Ok(Err(found))` when something else is there; the address when it is not mapped or

@@ -23,8 +23,8 @@
 //!                                                       └─────────────────────────────────────┘
 //! ```
 //!
-//! `state` decides and is pure, `protector` calls `mprotect`, `guard` holds the lock. `docs/guard.md` compares
-//! ways to protect, and lists what becomes of a write.
+//! `state` decides and is pure, `protector` calls `mprotect`, `guard` holds the lock. `docs/guard.md`
+//! compares ways to protect, and lists what becomes of a write.
 //!
 //! [`GuestRam::write_protect`]: crate::memory::GuestRam::write_protect
 

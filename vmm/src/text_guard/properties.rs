@@ -20,10 +20,10 @@ use crate::text_guard::state::Judgement;
 use crate::text_guard::watched::Watched;
 
 /// The pages that are used, on both sides of a boundary of large pages at 512.
-const PAGES: Range<u64> = 500..530;
+const PAGES: Range<u64> = 506..520;
 /// The text, and its parts.
-const TEXT: Range<u64> = 504..522;
-const PARTS: [Range<u64>; 2] = [504..512, 512..522];
+const TEXT: Range<u64> = 508..518;
+const PARTS: [Range<u64>; 2] = [508..512, 512..518];
 
 #[derive(Debug, Clone)]
 enum Operation {

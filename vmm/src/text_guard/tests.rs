@@ -248,3 +248,18 @@ fn a_page_that_is_given_up_is_guarded_no_more() {
     assert_eq!(guard.guarded_pages(), 1);
     assert_eq!(guard.events().since(0)[0].kind, Kind::Unguarded);
 }
+
+#[test]
+fn a_patch_whose_page_was_given_up_does_not_keep_it_guarded_for_others() {
+    let guard = guard();
+    guard.lock().watch(site("a", 100)).expect("guarded");
+    assert_eq!(guard.lift(VcpuId(0), &VcpuRegisters::default(), Gpa(0)), Lift::Lifted);
+    guard.lock().watch(site("b", 200)).expect("guarded");
+    guard.forget("a");
+    assert_eq!((guard.guarded_pages(), may_write(&guard, 0)), (1, false), "`b` is still there");
+    guard.lock().watch(site("a", 100)).expect("guarded");
+    assert_eq!(guard.lift(VcpuId(0), &VcpuRegisters::default(), Gpa(0)), Lift::Lifted);
+    guard.lock().watch(site("c", 300)).expect("guarded");
+    guard.forget("c");
+    assert_eq!((guard.guarded_pages(), may_write(&guard, 0)), (0, true), "`a` and `b` were given up");
+}

@@ -65,10 +65,12 @@ impl Vcpu {
 
     /// `KVM_RUN`. Returns whether the guest left by itself.
     pub(super) fn run(&self, forbidden: &Forbidden) -> bool {
-        step();
-        self.in_kvm.store(true, SeqCst);
         let mut is_over = false;
-        if !self.immediate_exit.load(SeqCst) {
+        let returns_at_once = self.immediate_exit.load(SeqCst);
+        // One step with the look at `immediate_exit`: a signal between the two would make the call
+        // return, as `immediate_exit` does if it is set before, and as the next signal does if not.
+        self.in_kvm.store(true, SeqCst);
+        if !returns_at_once {
             while !is_over && !self.signal_pending.load(SeqCst) {
                 self.stays.fetch_add(1, SeqCst);
                 self.is_interrupted.store(false, SeqCst);

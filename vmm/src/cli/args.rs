@@ -123,7 +123,7 @@ Examples:
   vmm events --socket /run/vm.sock
   vmm events --socket /run/vm.sock --follow --json | jq 'select(.kind == \"conflict\")'
 
-The VM keeps the newest 1024 events. It records 64 of a kind at once and 40 a second after that;
+The monitor keeps the newest 1024 events. It records 64 of a kind at once and 40 a second after that;
 \"suppressed\" counts those it dropped before this one.";
 
 /// The VM to ask, and how to print its answer.

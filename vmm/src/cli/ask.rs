@@ -60,15 +60,49 @@ pub(super) fn print_answer<T: Render + DeserializeOwned>(json: &[u8], raw: bool)
 
 fn print_failure(reply: &Reply, raw: bool) -> Result<ExitStatus, Error> {
     print_answer::<Failure>(&reply.body, raw)?;
-    let failure: Failure = serde_json::from_slice(&reply.body)?;
-    Ok(if reply.status == 400 { ExitStatus::BadInput } else { status(&failure) })
+    Ok(status(reply.status, &serde_json::from_slice(&reply.body)?))
 }
 
-fn status(failure: &Failure) -> ExitStatus {
+fn status(http: u16, failure: &Failure) -> ExitStatus {
     match failure {
+        _ if http == 400 => ExitStatus::BadInput,
         Failure::Refused(_) => ExitStatus::Refused,
         Failure::Report(report) if report.state == PatchState::RolledBack => ExitStatus::RolledBack,
         Failure::Report(report) if report.state == PatchState::Held => ExitStatus::GuestHeld,
         Failure::Report(_) | Failure::Error(_) => ExitStatus::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_exit_code_tells_how_a_request_failed() {
+        let report = |state: &str| {
+            let timing = json!({
+                "total_us": 1, "program_us": 1, "fences": 1, "longest_fence_us": 1, "longest_stall_us": 1,
+                "attempts": 1
+            });
+            json!({
+                "name": "x", "state": state, "strategy": "hold", "reason": "", "timing": timing, "traps": 0,
+                "superseded": 0, "sites": []
+            })
+        };
+        let refused = json!({ "state": "refused", "refusals": [] });
+        for (http, answer, expected) in [
+            (400, &refused, ExitStatus::BadInput),
+            (404, &refused, ExitStatus::Refused),
+            (409, &refused, ExitStatus::Refused),
+            (500, &report("rolled_back"), ExitStatus::RolledBack),
+            (500, &report("held"), ExitStatus::GuestHeld),
+            (500, &json!({ "error": "no" }), ExitStatus::Failed),
+            (400, &json!({ "error": "no" }), ExitStatus::BadInput),
+        ] {
+            let failure = serde_json::from_value(answer.clone()).expect("a failure");
+            assert_eq!(status(http, &failure), expected, "{http} {answer}");
+        }
     }
 }

@@ -56,7 +56,7 @@ pub fn build(monitor: Monitor) -> Result<Binaries, Error> {
     let (title, profile): (_, &[&str]) = match monitor {
         Monitor::Checked => ("Building the monitor", &[]),
         Monitor::Shipped => {
-            ("Building the monitor as it ships (release; about two minutes the first time)", &["--release"])
+            ("Building the monitor as it ships (release; one or two minutes the first time)", &["--release"])
         }
     };
     let step = Step::new(title);

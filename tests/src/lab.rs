@@ -170,12 +170,13 @@ fn guest_initrd(binaries: &Binaries, kernels: &[&Kernel]) -> Result<PathBuf> {
 }
 
 /// Runs `inner` where guests can run: in this process, or in another process of this program, with
-/// the same arguments, in the rig's host. `announce` is told the place first.
+/// `arguments`, in the rig's host. `announce` is told the place first.
 ///
 /// # Errors
 /// When there is no such place, what `inner` says, or when the rig breaks off.
 pub fn run_there(
     monitor: Monitor,
+    arguments: impl IntoIterator<Item = String>,
     deadline: Duration,
     announce: impl FnOnce(&Place),
     inner: impl FnOnce(&Lab) -> Result<ExitCode>,
@@ -188,7 +189,7 @@ pub fn run_there(
     match &mut place {
         Place::Here(lab) => inner(lab),
         Place::Rig(rigged) => {
-            let code = rigged.run_self(std::env::args().skip(1), deadline, pass_on)?;
+            let code = rigged.run_self(arguments, deadline, pass_on)?;
             Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
         }
     }

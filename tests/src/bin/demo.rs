@@ -1,11 +1,15 @@
 //! `cargo demo`: a stock kernel on 4 vCPUs under full load is patched through the control
 //! socket, by `breakpoint` and by `hold`, and reverted, while the workload checks every
-//! result.
+//! result. With a plan of the reader's own: what `vmm patch` says of it, before, during and after.
 
-use std::process::ExitCode;
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use clap::Parser;
 use guest::provision::binaries::Monitor;
 use serde_json::Value;
 use tests::lab::{self, Lab, Place};
@@ -15,7 +19,31 @@ use tests::vm::{Method, Setup, Vm};
 const CPUS: u8 = 4;
 const DEADLINE: Duration = Duration::from_secs(600);
 
+/// Longest plan that is passed on to the rig, in bytes: an argument of a program has 128 KiB at most.
+const LONGEST_PLAN: usize = 64 << 10;
+
+/// Patches a stock kernel under load.
+#[derive(Debug, Parser)]
+#[command(after_help = "\
+Examples:
+  cargo demo             a redirect of getppid by two strategies, every result checked
+  cargo demo plan.json   checks, applies and reverts your plan in such a guest (Debian's Linux 6.1)")]
+struct Arguments {
+    /// A plan of your own.
+    plan: Option<PathBuf>,
+    /// Its content (used inside the rig).
+    #[arg(long, hide = true)]
+    content: Option<String>,
+}
+
 fn main() -> Result<ExitCode> {
+    let Arguments { plan, mut content } = Arguments::parse();
+    if let Some(path) = plan {
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let (length, path) = (text.len(), path.display());
+        ensure!(length <= LONGEST_PLAN, "{path} has {length} bytes; the demo takes {LONGEST_PLAN} at most");
+        content = Some(text);
+    }
     if Lab::inherited().is_none() {
         println!(
             "Setting up. The first time on a machine this fetches two kernels and, without VMX or SVM, builds an \
@@ -23,7 +51,58 @@ fn main() -> Result<ExitCode> {
             guest::provision::cache::root().display()
         );
     }
-    lab::run_there(Monitor::Shipped, DEADLINE, announce, |lab| demo(lab).map(|()| ExitCode::SUCCESS))
+    let arguments = content.iter().flat_map(|content| ["--content".to_owned(), content.clone()]);
+    lab::run_there(
+        Monitor::Shipped,
+        arguments.collect::<Vec<_>>(),
+        DEADLINE,
+        announce,
+        |lab| match &content {
+            None => demo(lab).map(|()| ExitCode::SUCCESS),
+            Some(plan) => own_plan(lab, plan),
+        },
+    )
+}
+
+/// Boots a guest under load and has the monitor's own client check, apply and revert a plan.
+fn own_plan(lab: &Lab, plan: &str) -> Result<ExitCode> {
+    let mut vm = boot(lab)?;
+    let file = vm.folder().join("plan.json");
+    fs::write(&file, plan)?;
+    let (socket, file) = (vm.socket().display().to_string(), file.display().to_string());
+    let name =
+        serde_json::from_str::<Value>(plan).ok().and_then(|plan| Some(plan["name"].as_str()?.to_owned()));
+    let name = name.unwrap_or_default();
+    for (command, last) in [("check", &file), ("apply", &file), ("show", &name), ("revert", &name)] {
+        let shown = if *last == file { "plan.json" } else { last.as_str() };
+        println!("$ vmm patch {command} --socket vm.sock {shown}");
+        std::io::stdout().flush()?;
+        let status = Command::new(&lab.vmm).args(["patch", command, "--socket", &socket, last]).status()?;
+        println!();
+        if !status.success() {
+            // The client's exit code says what became of the plan.
+            let code = status.code().and_then(|code| u8::try_from(code).ok());
+            return Ok(ExitCode::from(code.unwrap_or(1)));
+        }
+    }
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()?;
+    println!("The guest's kernel log has no errors.");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A guest all of whose vCPUs hammer a system call.
+fn boot(lab: &Lab) -> Result<Vm> {
+    let started = Instant::now();
+    let mut vm = Vm::start(lab, &Setup::cpus(CPUS))?;
+    let seconds = started.elapsed().as_secs_f64();
+    println!(
+        "\nA stock kernel, {}, reached init in {seconds:.1} s.",
+        vm.greeting.trim_start_matches("ready ")
+    );
+    vm.hammer("getppid", 0, 1)?;
+    println!("All {CPUS} vCPUs now hammer getppid(), which returns 0 in init.\n");
+    Ok(vm)
 }
 
 fn announce(place: &Place) {
@@ -37,17 +116,8 @@ fn announce(place: &Place) {
 }
 
 fn demo(lab: &Lab) -> Result<()> {
-    let started = Instant::now();
-    let mut vm = Vm::start(lab, &Setup::cpus(CPUS))?;
-    let seconds = started.elapsed().as_secs_f64();
-    println!(
-        "\nA stock kernel, {}, reached init in {seconds:.1} s.",
-        vm.greeting.trim_start_matches("ready ")
-    );
-    vm.hammer("getppid", 0, 1)?;
-    println!(
-        "All {CPUS} vCPUs now hammer getppid(). In init it returns 0; the patch makes it return 1, as getpid().\n"
-    );
+    let mut vm = boot(lab)?;
+    println!("The patch makes it return 1, as getpid().\n");
 
     let plan = redirect_plan("demo", None);
     let (_, check) = vm.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;

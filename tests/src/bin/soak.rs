@@ -64,7 +64,7 @@ const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    lab::run_there(Monitor::Checked, DEADLINE, |_| (), |lab| run(lab, &arguments))
+    lab::run_there(Monitor::Checked, std::env::args().skip(1), DEADLINE, |_| (), |lab| run(lab, &arguments))
 }
 
 fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {

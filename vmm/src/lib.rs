@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Each folder is a room, and a room uses only rooms below it: `x86, host, memory < kvm, boot, devices,
-//! config < guest < sync, text_guard, api (data) < vcpu < machine < patch < api::server < monitor <
-//! cli`. The test `house` of the crate `tests` enforces that.
+//! config < guest < sync, text_guard, api (data) < vcpu < machine < patch < api::routes <
+//! api::server, api::client < monitor < cli`. The test `house` of the crate `tests` enforces that.
 
 pub mod api;
 pub mod boot;

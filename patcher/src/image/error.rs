@@ -4,7 +4,7 @@
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// Neither a bzImage nor an ELF file.
-    #[error("this is not a kernel image: neither a bzImage (no HdrS at 0x202) nor an ELF file")]
+    #[error("this is no kernel image: neither a bzImage (no HdrS at 0x202) nor an ELF file")]
     Foreign,
     /// It is shorter than its own headers say.
     #[error("the {what} is truncated")]

@@ -58,7 +58,7 @@ pub fn bars(cells: &[Cell], lines: &[Line]) -> Vec<Bar> {
 
 /// A committed patch is executed by the guest alone.
 fn at_rest(lines: &[Line], bars: &mut Vec<Bar>) {
-    /// Whoever left the guest at each hit would be a thousand times above it.
+    /// A strategy that left the guest at each hit would be a thousand times above it.
     const NOISE: f64 = 0.001;
     let median = |name: &str, unit: &str| {
         let line =
@@ -150,7 +150,7 @@ fn key(cells: &[Cell], ours: &Cell, bars: &mut Vec<Bar>) {
         bars,
     );
     if ours.host.vcpus > HOST_CPUS || ours.host.hogs > 0 {
-        // Who came out for a moment may find that the host has given its CPU to somebody else: that is
+        // A vCPU that came out for a moment may find that the host has given its CPU away: that is
         // the host's time slice, not ours.
         return;
     }

@@ -97,7 +97,7 @@ pub enum Method {
     Breakpoint,
     /// Ours: the same, with copies of the old code.
     Bypass,
-    /// Ours: nobody runs meanwhile, nobody is waited for.
+    /// Ours: no vCPU runs meanwhile, none is waited for.
     Hold,
     /// Every vCPU is signalled and waited for, then let go on: the pause of any monitor. Nothing
     /// is written, which would take microseconds.

@@ -143,7 +143,7 @@ impl Hogs {
 impl Drop for Hogs {
     fn drop(&mut self) {
         for hog in &mut self.0 {
-            // It may have been killed by somebody else.
+            // It may have been killed by another process.
             let _ = hog.kill();
             let _ = hog.wait();
         }
@@ -154,7 +154,7 @@ impl Drop for Hogs {
 const RATE: u32 = 10;
 
 /// How many calls the guest makes while it is patched ten times a second by each method, in turn
-/// with looks at it while nobody patches it.
+/// with looks at it while it is not patched.
 fn throughput(lab: &Lab, host: Host, effort: Effort, sink: &mut Sink<'_>) -> Result<()> {
     let (mut vm, neighbours, hogs) = start(lab, host)?;
     let period = 1000 / RATE;

@@ -12,9 +12,9 @@ use crate::record::{Cell, Head, Line, Record, Sample, Spread};
 const LEGEND: &str = "\
 Times are in microseconds unless a unit is given; percentiles are values that were measured. *Applied* is from when the
 request was there until the change was in force: as the monitor sees it, or, for the guest's own methods, the process in
-the guest that asks for it. Half of the changes are the way there, half the way back, which needs fewer checks. *Client*: until whoever asked the monitor had its whole answer. *Program*: without the checks
+the guest that asks for it. Half of the changes are the way there, half the way back, which needs fewer checks. *Client*: until the client that asked the monitor had its whole answer. *Program*: without the checks
 before it. *Stall*: the longest time that the monitor kept a vCPU from running. *Gap*: the longest time that a CPU of the
-workload made no call, whoever kept it from that: the host's scheduler too. *Begun anew*: because the guest was patching
+workload made no call, for whatever reason, the host's scheduler included. *Begun anew*: because the guest was patching
 itself. Failures stay in the table.
 ";
 

@@ -37,7 +37,7 @@ fn bad_machines(lab: &Lab) -> Result<()> {
     let taken = file("taken", b"")?;
     let plan = file("plan", br#"{"version":1,"name":"x","patches":[{"at":"f"}]}"#)?;
     let missing = folder.path().join("missing").display().to_string();
-    let cases: [(&[&str], i32, &str); 14] = [
+    let cases: [(&[&str], i32, &str); 15] = [
         (&["--kernel", &good, "--cpus", "0"], 2, "1 to 64 vCPUs"),
         (&["--kernel", &good, "--cpus", "65"], 2, "1 to 64 vCPUs"),
         (&["--kernel", &good, "--memory", "8"], 2, "96 to"),
@@ -50,6 +50,7 @@ fn bad_machines(lab: &Lab) -> Result<()> {
         (&["--kernel", &good, "--initrd", &missing], 2, "missing"),
         (&["--kernel", &good, "--api-socket", &taken], 2, "exists already"),
         (&["--kernel", &good, "--patch", &plan], 2, "plan_malformed"),
+        (&["--kernel", &good, "--patch", &missing], 2, "missing"),
         (&["--kernel", &good, "--cmdline", &"x".repeat(5000)], 2, "command line"),
         (&[], 2, "--kernel"),
     ];

@@ -129,7 +129,7 @@ fn name_in<'p>(route: &str, path: &'p str) -> Option<&'p str> {
 
 fn no_route(status: StatusCode, method: &Method, path: &str) -> Reply {
     let what = if status == StatusCode::NOT_FOUND {
-        format!("there is no {path}; see the README's control socket section")
+        format!("there is no {path}; docs/control-socket.md lists the requests")
     } else {
         format!("{method} does not go with {path}")
     };

@@ -1,8 +1,9 @@
 //! Serves the control socket.
 //!
 //! The machine's event loop accepts connections and hands them to one thread here. A client can
-//! only end its own connection, whatever it sends or leaves out: sizes, times and the number of
-//! connections are bounded, and commands run on the controller's thread, not on this one.
+//! only end its own connection, whatever it sends or leaves out (a panic apart, which ends a release
+//! build): sizes, times and the number of connections are bounded, and commands run on the
+//! controller's thread, not on this one.
 
 use std::convert::Infallible;
 use std::io;

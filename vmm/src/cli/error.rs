@@ -65,15 +65,14 @@ impl Error {
             | Self::Config(_)
             | Self::KernelFile { .. }
             | Self::Kernel { .. }
+            | Self::Plan { .. }
             | Self::Monitor(
                 monitor::Error::Socket(_)
                 | monitor::Error::Machine(machine::Error::Boot(
                     Boot::File { .. } | Boot::Kernel { .. } | Boot::CommandLine(_) | Boot::TooSmall { .. },
                 )),
             ) => ExitStatus::BadInput,
-            Self::Monitor(_) | Self::Plan { .. } | Self::Client(_) | Self::Answer(_) | Self::Output(_) => {
-                ExitStatus::Failed
-            }
+            Self::Monitor(_) | Self::Client(_) | Self::Answer(_) | Self::Output(_) => ExitStatus::Failed,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::cli::args::{Cli, Command};
 use crate::cli::exit_status::ExitStatus;
+use crate::host::stderr::complain;
 use crate::monitor::Hooks;
 
 pub mod args;
@@ -37,7 +38,7 @@ pub fn run_with(cli: Cli, hooks: Hooks) -> ExitStatus {
         (None, None) => Err(error::Error::NoKernel),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("vmm: {error}");
+        complain(&error);
         error.status()
     })
 }

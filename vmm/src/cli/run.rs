@@ -13,6 +13,7 @@ use crate::cli::exit_status::ExitStatus;
 use crate::cli::plan;
 use crate::cli::render::Render;
 use crate::config::Config;
+use crate::host::stderr::complain;
 use crate::monitor::{self, Hooks, Options};
 use crate::patch::init_gate::AtInit;
 use crate::vcpu::Ending;
@@ -41,11 +42,11 @@ pub(super) fn run_vm(run: Run, hooks: Hooks) -> Result<ExitStatus, Error> {
         Ending::PowerOff | Ending::Stopped => ExitStatus::Done,
         Ending::Reset => ExitStatus::GuestReset,
         Ending::TripleFault => {
-            eprintln!("vmm: the guest crashed (triple fault)");
+            complain("the guest crashed (triple fault)");
             ExitStatus::GuestCrashed
         }
         Ending::Failed(what) => {
-            eprintln!("vmm: {what}");
+            complain(what);
             ExitStatus::Failed
         }
     })

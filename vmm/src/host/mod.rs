@@ -1,7 +1,9 @@
 //! The host's kernel and C library: what concerns neither KVM nor a guest.
 
 pub mod heap;
+pub mod lock;
 pub mod membarrier;
 pub mod priority;
 pub mod signals;
+pub mod stderr;
 pub mod terminal;

@@ -26,9 +26,6 @@ impl Engine {
         given_at: Instant,
     ) -> Result<Report, Refusal> {
         let kernel = self.kernel()?.clone();
-        if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
-            arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
-        }
         let prepared = given_at.elapsed();
         let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
         let places = CachedTranslations::of(&kernel);
@@ -40,6 +37,10 @@ impl Engine {
             attempts += 1;
             let scope = self.guard.begin(pieces.clone(), held);
             let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
+            // Not earlier: a refusal leaves every guest byte as it was.
+            if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
+                arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
+            }
             let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);
             let end = self.driver.drive(&program, &mut target);
             let total = given_at.elapsed();

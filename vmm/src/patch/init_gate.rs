@@ -19,6 +19,7 @@ use patcher::addr::{Gpa, Gva};
 
 use crate::api::command::Answer;
 use crate::guest::kernel::GuestKernel;
+use crate::host::stderr::complain;
 use crate::memory::PAGE;
 use crate::patch::engine::Engine;
 
@@ -51,7 +52,7 @@ impl InitGate {
         let close = |page| engine.guard.close_init_gate(page).map_err(|error| error.to_string());
         if let Err(why) = page.and_then(close) {
             if guards_text {
-                eprintln!("vmm: --guard: can't wait for init: {why}; text is not guarded");
+                complain(format_args!("--guard: can't wait for init: {why}; text is not guarded"));
             }
             self.conclude(|_| Answer::Failed(format!("can't wait for init: {why}")));
         }
@@ -67,10 +68,10 @@ impl InitGate {
         if engine.wants_text_guarded()
             && let Err(why) = engine.guard_text()
         {
-            eprintln!("vmm: --guard: {why}; text is not guarded");
+            complain(format_args!("--guard: {why}; text is not guarded"));
         }
         if let Err(error) = engine.guard.open_init_gate() {
-            eprintln!("vmm: {error}");
+            complain(error);
         }
     }
 

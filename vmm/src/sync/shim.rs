@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 pub(super) use std::sync::atomic::Ordering::SeqCst;
 pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
-pub(super) use parking_lot::{Condvar, Mutex};
+pub(super) use crate::host::lock::{Condvar, Mutex};
 
 /// How long a wait sleeps between two looks.
 const POLL: Duration = Duration::from_micros(50);

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::resolve::ResolvedPlan;
 
@@ -13,6 +12,8 @@ use crate::guest::events::{Events, Who};
 use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::vcpu_state::VcpuRegisters;
+use crate::host::lock::{Condvar, Mutex, MutexGuard};
+use crate::host::stderr::complain;
 use crate::memory::{self, GuestRam};
 use crate::text_guard::pages::{Reasons, whole_pages};
 use crate::text_guard::protector::Protector;
@@ -147,7 +148,8 @@ impl Guard {
 
     /// Forgets some sites of a patch.
     pub fn forget_some(&self, name: &str, which: impl Fn(Gva) -> bool) {
-        Self::report(self.lock().forget(name, which));
+        let forgotten = self.lock().forget(name, which);
+        Self::report(forgotten);
     }
 
     /// What the guest wrote to since this was last called. The next write that concerns a patch
@@ -169,7 +171,7 @@ impl Guard {
     /// still done, one by one.
     pub(super) fn report(result: Result<(), memory::Error>) {
         if let Err(error) = result {
-            eprintln!("vmm: {error}");
+            complain(error);
         }
     }
 }

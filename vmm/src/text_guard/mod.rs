@@ -23,7 +23,7 @@
 //!                                                       └─────────────────────────────────────┘
 //! ```
 //!
-//! `state` decides and is pure, `protector` calls `mprotect`, `guard` holds the lock. `docs/guard.md`
+//! `state` decides and is pure, `protector` has it done, `guard` holds the lock. `docs/guard.md`
 //! compares ways to protect, and lists what becomes of a write.
 //!
 //! [`GuestRam::write_protect`]: crate::memory::GuestRam::write_protect

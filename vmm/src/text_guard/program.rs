@@ -13,7 +13,8 @@ pub struct ProgramScope<'g> {
 
 impl Drop for ProgramScope<'_> {
     fn drop(&mut self) {
-        Guard::report(self.guard.lock().end());
+        let ended = self.guard.lock().end();
+        Guard::report(ended);
         self.guard.ended.notify_all();
     }
 }

@@ -21,6 +21,7 @@ const VMM: &str = "LAB_VMM";
 const VMM_LAB: &str = "LAB_VMM_LAB";
 const KERNEL: &str = "LAB_KERNEL";
 const LATER_KERNEL: &str = "LAB_LATER_KERNEL";
+const CURRENT_KERNEL: &str = "LAB_CURRENT_KERNEL";
 const INITRD: &str = "LAB_INITRD";
 const IN_RIG: &str = "LAB_IN_RIG";
 const SLOW: &str = "LAB_SLOW";
@@ -40,6 +41,8 @@ pub struct Lab {
     pub kernel: PathBuf,
     /// A stock kernel of a later generation, Linux 6.12.
     pub later_kernel: PathBuf,
+    /// The newest stock kernel there is (7.x).
+    pub current_kernel: PathBuf,
     /// The guest's initramfs, with the workload.
     pub initrd: PathBuf,
     /// Whether this process is in the rig's host, which runs nothing else.
@@ -53,10 +56,11 @@ impl Lab {
     pub fn inherited() -> Option<Self> {
         let path = |name| std::env::var_os(name).map(PathBuf::from);
         let in_rig = std::env::var_os(IN_RIG).is_some_and(|value| value == "true");
-        let (kernel, later_kernel) = (path(KERNEL)?, path(LATER_KERNEL)?);
+        let (kernel, later_kernel, current_kernel) =
+            (path(KERNEL)?, path(LATER_KERNEL)?, path(CURRENT_KERNEL)?);
         let slow = std::env::var(SLOW).ok().and_then(|value| value.parse().ok()).unwrap_or(1);
         let (vmm, vmm_lab, initrd) = (path(VMM)?, path(VMM_LAB)?, path(INITRD)?);
-        Some(Self { vmm, vmm_lab, kernel, later_kernel, initrd, in_rig, slow })
+        Some(Self { vmm, vmm_lab, kernel, later_kernel, current_kernel, initrd, in_rig, slow })
     }
 
     fn environment(&self) -> Vec<(String, String)> {
@@ -65,6 +69,7 @@ impl Lab {
             (VMM_LAB, self.vmm_lab.display().to_string()),
             (KERNEL, self.kernel.display().to_string()),
             (LATER_KERNEL, self.later_kernel.display().to_string()),
+            (CURRENT_KERNEL, self.current_kernel.display().to_string()),
             (INITRD, self.initrd.display().to_string()),
             (IN_RIG, self.in_rig.to_string()),
             (SLOW, self.slow.to_string()),
@@ -94,6 +99,7 @@ pub struct Rigged {
 /// Whatever keeps it from being provided, with what to do about it where that is known.
 pub fn prepare(monitor: Monitor) -> Result<Place> {
     let (kernel, later) = (Kernel::debian()?, Kernel::backports()?);
+    let current_kernel = Kernel::current()?.bzimage;
     let binaries = binaries::build(monitor)?;
     let initrd = guest_initrd(&binaries, &[&kernel, &later])?;
     let later_kernel = later.bzimage;
@@ -103,7 +109,8 @@ pub fn prepare(monitor: Monitor) -> Result<Place> {
         "" if usable_kvm(&binaries.vmm) => {
             let Binaries { vmm, vmm_lab, .. } = binaries;
             let (kernel, in_rig) = (kernel.bzimage, false);
-            return Ok(Place::Here(Lab { vmm, vmm_lab, kernel, later_kernel, initrd, in_rig, slow: 1 }));
+            let lab = Lab { vmm, vmm_lab, kernel, later_kernel, current_kernel, initrd, in_rig, slow: 1 };
+            return Ok(Place::Here(lab));
         }
         "" | "qemu" => (Emulator::Qemu(qemu::corrected()?), 1),
         other => bail!("{RIG}={other}: there are qemu and bochs"),
@@ -119,6 +126,7 @@ pub fn prepare(monitor: Monitor) -> Result<Place> {
             ("bin/self", &me),
             ("guest/bzImage", &kernel.bzimage),
             ("guest/bzImage-later", &later_kernel),
+            ("guest/bzImage-current", &current_kernel),
             ("guest/initrd", &initrd),
         ],
     )?;
@@ -127,6 +135,7 @@ pub fn prepare(monitor: Monitor) -> Result<Place> {
         vmm_lab: "/bin/vmm-lab".into(),
         kernel: "/guest/bzImage".into(),
         later_kernel: "/guest/bzImage-later".into(),
+        current_kernel: "/guest/bzImage-current".into(),
         initrd: "/guest/initrd".into(),
         in_rig: true,
         slow,

@@ -14,6 +14,13 @@ pub fn both_kernels(lab: &Lab, cpus: u8) -> [Setup; 2] {
     [&lab.kernel, &lab.later_kernel].map(|kernel| Setup { kernel: Some(kernel.clone()), ..Setup::cpus(cpus) })
 }
 
+/// The same with the newest kernel, too.
+#[must_use]
+pub fn all_kernels(lab: &Lab, cpus: u8) -> [Setup; 3] {
+    [&lab.kernel, &lab.later_kernel, &lab.current_kernel]
+        .map(|kernel| Setup { kernel: Some(kernel.clone()), ..Setup::cpus(cpus) })
+}
+
 /// Checks plans of many patches; returns how many fit, and how many are refused by which code.
 fn check_all(vm: &Vm, patches: &[Value]) -> Result<BTreeMap<String, usize>> {
     let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
@@ -38,16 +45,25 @@ fn check_all(vm: &Vm, patches: &[Value]) -> Result<BTreeMap<String, usize>> {
 /// Why a key or a call may not fit a guest that just came up: it counts several users.
 const EXPECTED: [&str; 2] = ["fit", "busy"];
 
-/// Checks every static key and every static call of both kernels, and prints how many fit and
+/// A static call that the kernel makes an undefined instruction of, which traps (7.x,
+/// arch/x86/kernel/static_call.c, `WARN_trap`). That form is not known here, so it is refused.
+const OWN_FORM: &str = "WARN_trap";
+
+/// Checks every static key and every static call of all kernels, and prints how many fit and
 /// how many are refused for which reason.
 ///
 /// # Errors
 /// Anything unexpected.
 pub fn dry_run(lab: &Lab) -> Result<()> {
-    for vm in Vm::start_all(lab, &both_kernels(lab, 2))? {
+    for (vm, newer) in Vm::start_all(lab, &all_kernels(lab, 2))?.into_iter().zip(NEWER_OUTCOMES) {
         let (_, info) = vm.request(Method::GET, "/vm", b"")?;
         for (list, patch) in [("static_keys", flip_key as fn(&Value) -> Value), ("static_calls", move_call)] {
-            let patches: Vec<Value> = targets(&vm, list)?.iter().map(patch).collect();
+            let (own, all): (Vec<Value>, Vec<Value>) =
+                targets(&vm, list)?.into_iter().partition(|target| target["name"] == OWN_FORM);
+            let own = check_all(&vm, &own.iter().map(patch).collect::<Vec<_>>())?;
+            ensure!(own.keys().all(|code| ["fit", "expect_mismatch"].contains(&code.as_str())), "{own:?}");
+            ensure!(own.get("fit").is_none_or(|fits| *fits == 0), "{OWN_FORM} fits now: {own:?}");
+            let patches: Vec<Value> = all.iter().map(patch).collect();
             let outcomes = check_all(&vm, &patches)?;
             println!("{}: {} {list}: {outcomes:?}", info["kernel"]["release"], patches.len());
             ensure!(outcomes.values().sum::<usize>() == patches.len() && patches.len() > 500, "{outcomes:?}");
@@ -65,7 +81,8 @@ pub fn dry_run(lab: &Lab) -> Result<()> {
         }
         println!("{}: {} features: {outcomes:?}", info["kernel"]["release"], features.len());
         let of = |code: &str| outcomes.get(code).copied().unwrap_or(0);
-        ensure!(outcomes.keys().all(|code| FEATURE_OUTCOMES.contains(&code.as_str())), "{outcomes:?}");
+        let is_listed = |code: &String| FEATURE_OUTCOMES.iter().chain(newer).any(|listed| listed == code);
+        ensure!(outcomes.keys().all(is_listed), "{outcomes:?}");
         // What is there is known for nearly all: where it is not, a mitigation changed it later.
         ensure!(
             of("fit") > features.len() / 2 && of("expect_mismatch") < features.len() / 10,
@@ -79,6 +96,10 @@ pub fn dry_run(lab: &Lab) -> Result<()> {
 /// What may become of switching a feature's alternatives to what they are not.
 const FEATURE_OUTCOMES: [&str; 5] =
     ["fit", "nothing_to_do", "expect_mismatch", "interior_reachable", "branch_into_site"];
+
+/// And in each of the kernels besides: in 7.x some replacements have instructions that are not decoded
+/// here, and one place lies in no text.
+const NEWER_OUTCOMES: [&[&str]; 3] = [&[], &[], &["not_text", "replacement_undecodable"]];
 
 /// One of the lists of what there is to patch.
 ///

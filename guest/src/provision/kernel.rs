@@ -11,8 +11,9 @@ use crate::provision::command::output_of;
 use crate::provision::error::{AtPath, Error};
 use crate::provision::progress::Step;
 
-/// The kernels that the tests use, by the suite that has them: Linux 6.1 and 6.12.
-const SUITES: [&str; 2] = ["bookworm", "bookworm-backports"];
+/// The kernels that the tests use, by the suite that has them: Linux 6.1, 6.12, and the newest that
+/// Debian offers for its stable release (7.x).
+const SUITES: [&str; 3] = ["bookworm", "bookworm-backports", "trixie-backports"];
 /// Part of the cache key: raise it when an entry has something else in it.
 const CONTENT: u32 = 2;
 /// Where in an entry the packages with the headers are.
@@ -48,23 +49,25 @@ impl Kernel {
         Self::of(SUITES[1])
     }
 
+    /// Debian's newest kernel, fetched on first use; only its image, without modules and headers.
+    ///
+    /// # Errors
+    /// As [`Kernel::debian`].
+    pub fn current() -> Result<Self, Error> {
+        let entry = format!("kernel-{}-cloud-image-{CONTENT}", SUITES[2]);
+        Self::open(&cache::entry(&entry, |into| fetch(SUITES[2], Parts::Image, into))?)
+    }
+
     fn of(suite: &str) -> Result<Self, Error> {
-        let folder = cache::entry(&format!("kernel-{suite}-cloud-{CONTENT}"), |into| fetch(suite, into))?;
-        Self::open(&folder)
+        let entry = format!("kernel-{suite}-cloud-{CONTENT}");
+        Self::open(&cache::entry(&entry, |into| fetch(suite, Parts::ImageAndHeaders, into))?)
     }
 
     fn open(folder: &Path) -> Result<Self, Error> {
-        let boot = folder.join("boot");
-        let release = fs::read_dir(&boot)
-            .at(&boot)?
-            .flatten()
-            .find_map(|entry| {
-                let name = entry.file_name().into_string().ok()?;
-                name.strip_prefix("vmlinuz-").map(str::to_owned)
-            })
-            .ok_or_else(|| Error::Archive(format!("no vmlinuz in {}", boot.display())))?;
+        let (release, bzimage) =
+            image_in(folder).ok_or_else(|| Error::Archive(format!("no vmlinuz in {}", folder.display())))?;
         Ok(Self {
-            bzimage: boot.join(format!("vmlinuz-{release}")),
+            bzimage,
             modules: folder.join("lib/modules").join(&release).join("kernel"),
             headers: folder.join(HEADERS),
             release,
@@ -88,20 +91,50 @@ impl Kernel {
     }
 }
 
-fn fetch(suite: &str, into: &Path) -> Result<(), Error> {
+/// The release and the image of an unpacked package: `boot/vmlinuz-RELEASE`, and since 7.0
+/// `usr/lib/modules/RELEASE/vmlinuz`.
+fn image_in(folder: &Path) -> Option<(String, PathBuf)> {
+    let names =
+        |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let in_boot = names(folder.join("boot")).find_map(|path| {
+        let release = path.file_name()?.to_str()?.strip_prefix("vmlinuz-")?.to_owned();
+        Some((release, path))
+    });
+    let beside_modules = || {
+        names(folder.join("usr/lib/modules")).find_map(|path| {
+            let release = path.file_name()?.to_str()?.to_owned();
+            let image = path.join("vmlinuz");
+            image.exists().then_some((release, image))
+        })
+    };
+    in_boot.or_else(beside_modules)
+}
+
+/// What of a kernel is fetched.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Parts {
+    Image,
+    ImageAndHeaders,
+}
+
+fn fetch(suite: &str, parts: Parts, into: &Path) -> Result<(), Error> {
     let step = Step::new(format!("Fetching the stock kernel ({suite}, {META_PACKAGE})"));
     let (work, headers) = (into.join("apt"), into.join(HEADERS));
     let apt = Apt::new(&work, suite, Kind::Binary)?;
     let image = only(depends(&apt, META_PACKAGE, "linux-image-")?, META_PACKAGE)?;
     let release = image.trim_start_matches("linux-image-");
-    let own_headers = format!("linux-headers-{release}");
-    let mut with_headers = depends(&apt, &own_headers, "linux-headers-")?;
-    with_headers.extend(depends(&apt, &own_headers, "linux-kbuild-")?);
-    with_headers.push(own_headers);
-    fs::create_dir_all(&headers).at(&headers)?;
-    output_of(apt.command("apt-get").args(["-q", "download"]).args(&with_headers).current_dir(&headers))?;
-    output_of(apt.command("apt-get").args(["-q", "download", &image]).current_dir(&work))?;
-    output_of(Command::new("dpkg-deb").arg("-x").arg(only(packages_in(&work)?, &image)?).arg(into))?;
+    if parts == Parts::ImageAndHeaders {
+        let own_headers = format!("linux-headers-{release}");
+        let mut with_headers = depends(&apt, &own_headers, "linux-headers-")?;
+        with_headers.extend(depends(&apt, &own_headers, "linux-kbuild-")?);
+        with_headers.push(own_headers);
+        fs::create_dir_all(&headers).at(&headers)?;
+        output_of(apt.command("apt-get").args(["-q", "download"]).args(&with_headers).current_dir(&headers))?;
+    }
+    // From 6.19 on the package of the image is empty and depends on one that has it.
+    let binary = depends(&apt, &image, "linux-binary-")?.pop().unwrap_or(image);
+    output_of(apt.command("apt-get").args(["-q", "download", &binary]).current_dir(&work))?;
+    output_of(Command::new("dpkg-deb").arg("-x").arg(only(packages_in(&work)?, &binary)?).arg(into))?;
     fs::remove_dir_all(&work).at(&work)?;
     step.done();
     Ok(())

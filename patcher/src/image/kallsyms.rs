@@ -8,7 +8,14 @@
 //! ```text
 //! up to 6.3:  offsets  relative_base  num_syms  names  markers  [seqs]  token_table  token_index
 //! since 6.4:  num_syms  names  markers  token_table  token_index  offsets  relative_base  [seqs]
+//! since 7.0:  num_syms  names  markers  token_table  token_index  offsets  [seqs]
 //! ```
+//!
+//! Up to 6.19 each table is aligned to 8 bytes, and offsets count from the base. Since 7.0 each is
+//! aligned to 4, and an offset is the distance of the symbol from the offset's own place
+//! (`a081b5789255d`).
+
+use crate::addr::Gva;
 
 /// The decoded kallsyms. All names share one allocation, because there are about 100,000.
 #[derive(Debug, PartialEq)]
@@ -35,15 +42,21 @@ const NAMES_PER_MARKER: usize = 256;
 /// Plausible counts of symbols.
 const COUNT_RANGE: std::ops::Range<usize> = 1_000..4_000_000;
 
-/// Finds and decodes kallsyms in read-only data. `is_text_base` tells whether an address is the
-/// kernel's link-time base, which decides between the encodings of offsets.
-pub(super) fn read(data: &[u8], is_text_base: impl Fn(u64) -> bool) -> Option<Kallsyms> {
+/// How tables are aligned, in bytes: up to 6.19, and since 7.0.
+const ALIGNMENTS: [usize; 2] = [8, 4];
+
+/// Finds and decodes kallsyms in read-only data that is linked at `linked`. `is_text_base` tells
+/// whether an address is the kernel's link-time base, which decides between the encodings of offsets.
+pub(super) fn read(data: &[u8], linked: Gva, is_text_base: impl Fn(u64) -> bool) -> Option<Kallsyms> {
     let needle: Vec<u8> = (b'0'..=b'9').flat_map(|digit| [digit, 0]).collect();
     let mut from = 0;
     while let Some(found) = memchr::memmem::find(&data[from..], &needle) {
         let digits = from + found;
-        if let Some(symbols) = Tokens::around(data, digits).and_then(|t| t.symbols(data, &is_text_base)) {
-            return Some(symbols);
+        let symbols = ALIGNMENTS
+            .into_iter()
+            .find_map(|align| Tokens::around(data, digits, align)?.symbols(data, linked, &is_text_base));
+        if symbols.is_some() {
+            return symbols;
         }
         from = digits + 1;
     }
@@ -64,12 +77,14 @@ struct Tokens<'a> {
     start: usize,
     /// End of `token_index`.
     end: usize,
+    /// How this kernel's tables are aligned, in bytes.
+    align: usize,
     tokens: Vec<&'a [u8]>,
 }
 
 impl<'a> Tokens<'a> {
     /// Reads the table that has the token for `'0'` at `digits`, and checks its index.
-    fn around(data: &'a [u8], digits: usize) -> Option<Self> {
+    fn around(data: &'a [u8], digits: usize, align: usize) -> Option<Self> {
         // 48 tokens precede that of '0', and each ends with a NUL.
         let mut start = digits;
         for _ in 0..b'0' {
@@ -83,7 +98,7 @@ impl<'a> Tokens<'a> {
             tokens.push(&data[at..at + length]);
             at += length + 1;
         }
-        let index = at.next_multiple_of(8);
+        let index = at.next_multiple_of(align);
         let mut offset = 0;
         for (i, token) in tokens.iter().enumerate() {
             let entry = data.get(index + 2 * i..index + 2 * i + 2)?;
@@ -92,7 +107,7 @@ impl<'a> Tokens<'a> {
             }
             offset += token.len() + 1;
         }
-        Some(Self { start, end: index + 512, tokens })
+        Some(Self { start, end: index + 512, align, tokens })
     }
 
     /// Decodes the name at `at`, type letter first; returns the start of the next.
@@ -110,10 +125,10 @@ impl<'a> Tokens<'a> {
         (length > 0).then_some(at + length)
     }
 
-    fn symbols(&self, data: &[u8], is_text_base: &impl Fn(u64) -> bool) -> Option<Kallsyms> {
+    fn symbols(&self, data: &[u8], linked: Gva, is_text_base: &impl Fn(u64) -> bool) -> Option<Kallsyms> {
         let (count_at, count) = self.count(data)?;
         let (mut names, mut ends) = (Vec::new(), Vec::with_capacity(count));
-        let (mut at, mut text) = (count_at + 8, None);
+        let (mut at, mut text) = (count_at + self.align, None);
         for i in 0..count {
             let start = names.len();
             at = self.name(data, at, &mut names)?;
@@ -132,31 +147,59 @@ impl<'a> Tokens<'a> {
             let offsets_at = self.end.next_multiple_of(8);
             Some((offsets_at, offsets_at + offsets_size))
         };
+        // All addresses by one encoding, if `_text` is where it must be by it.
+        let all = |address: &dyn Fn(usize) -> Option<u64>| {
+            is_text_base(address(text)?).then_some(())?;
+            ends.iter().enumerate().map(|(i, end)| Some((address(i)?, *end))).collect()
+        };
+        let based = |(offsets_at, base_at): (usize, usize)| {
+            let base = u64_at(data, base_at)?;
+            [absolute_percpu, base_relative]
+                .into_iter()
+                .find_map(|decode| all(&|i: usize| Some(decode(base, u32_at(data, offsets_at + 4 * i)?))))
+        };
+        let in_place = || {
+            let offsets_at = self.end.next_multiple_of(self.align);
+            all(&|i: usize| {
+                let at = offsets_at + 4 * i;
+                Some(place_relative(linked.plus(at)?, u32_at(data, at)?))
+            })
+        };
         let symbols: Vec<(u64, usize)> =
-            [old(), new()].into_iter().flatten().find_map(|(offsets_at, base_at)| {
-                let base = u64_at(data, base_at)?;
-                [absolute_percpu, base_relative].into_iter().find_map(|decode| {
-                    let address = |i: usize| Some(decode(base, u32_at(data, offsets_at + 4 * i)?));
-                    if !is_text_base(address(text)?) {
-                        return None;
-                    }
-                    ends.iter().enumerate().map(|(i, end)| Some((address(i)?, *end))).collect()
-                })
-            })?;
+            [old(), new()].into_iter().flatten().find_map(based).or_else(in_place)?;
         Some(Kallsyms { names, symbols })
     }
 
     /// Finds `num_syms`: a plausible count, followed by that many names, followed by markers
     /// that agree with them.
     fn count(&self, data: &[u8]) -> Option<(usize, usize)> {
-        let aligned = self.start - self.start % 8;
-        (0..aligned / 8).rev().map(|word| 8 * word).find_map(|at| {
+        let align = self.align;
+        (0..self.start / align).rev().map(|word| align * word).find_map(|at| {
             let count = u32_at(data, at)? as usize;
-            if !COUNT_RANGE.contains(&count) || u32_at(data, at + 4)? != 0 {
+            let padding = data.get(at + 4..at + align)?;
+            if !COUNT_RANGE.contains(&count) || padding.iter().any(|byte| *byte != 0) {
                 return None;
             }
-            self.names_agree(data, at + 8, count).then_some((at, count))
+            let names = at + align;
+            let likely = align > 4 || self.last_names_agree(data, names, count).unwrap_or(false);
+            (likely && self.names_agree(data, names, count)).then_some((at, count))
         })
+    }
+
+    /// Whether the names behind the last marker end where the markers begin. Since 7.0 these lie right
+    /// before the token table, so this takes at most 256 names, where all of them would be walked from
+    /// each of thousands of plausible counts.
+    fn last_names_agree(&self, data: &[u8], names: usize, count: usize) -> Option<bool> {
+        let blocks = count.div_ceil(NAMES_PER_MARKER);
+        let markers = self.start.checked_sub(4 * blocks)?;
+        let last = u32_at(data, markers + 4 * (blocks - 1))? as usize;
+        let mut at = names.checked_add(last).filter(|_| u32_at(data, markers) == Some(0))?;
+        let mut name = Vec::new();
+        for _ in NAMES_PER_MARKER * (blocks - 1)..count {
+            name.clear();
+            at = self.name(data, at, &mut name).filter(|next| *next <= markers)?;
+        }
+        Some(at.next_multiple_of(self.align) == markers)
     }
 
     fn names_agree(&self, data: &[u8], names: usize, count: usize) -> bool {
@@ -172,7 +215,7 @@ impl<'a> Tokens<'a> {
                 _ => return false,
             }
         }
-        let markers = at.next_multiple_of(8);
+        let markers = at.next_multiple_of(self.align);
         marks
             .iter()
             .enumerate()
@@ -189,7 +232,12 @@ fn absolute_percpu(base: u64, offset: u32) -> u64 {
     }
 }
 
-/// Later: every offset counts up from the base.
+/// Since 7.0: an offset is a distance from where it is itself.
+fn place_relative(at: Gva, offset: u32) -> u64 {
+    at.0.wrapping_add_signed(offset.cast_signed().into())
+}
+
+/// From 6.15 to 6.19: every offset counts up from the base.
 fn base_relative(base: u64, offset: u32) -> u64 {
     base.wrapping_add(u64::from(offset))
 }

@@ -7,6 +7,7 @@ use crate::addr::Gva;
 use crate::image::btf::Btf;
 use crate::image::elf::Vmlinux;
 use crate::image::error::Error;
+use crate::image::landings::Landings;
 use crate::image::landmarks::Landmarks;
 use crate::image::lock_ops::LockOps;
 use crate::image::offsets::Offsets;
@@ -25,6 +26,7 @@ pub struct KernelImage {
     offsets: Offsets,
     lock_ops: Option<LockOps>,
     landmarks: Landmarks,
+    landings: Landings,
     text_base: Gva,
 }
 
@@ -57,7 +59,7 @@ impl KernelImage {
         let text_base = vmlinux.text_base().ok_or(Error::Elf { what: "no executable segment".into() })?;
         let found = vmlinux
             .segments()
-            .find_map(|segment| kallsyms::read(segment.bytes, |address| address == text_base.0))
+            .find_map(|segment| kallsyms::read(segment.bytes, segment.at, |address| address == text_base.0))
             .ok_or(Error::NoSymbols)?;
         let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
         drop(found);
@@ -66,13 +68,19 @@ impl KernelImage {
             .or_else(|| banner_release(&symbols, &vmlinux))
             .ok_or(Error::NoRelease)?;
         let btf = types(&symbols, &vmlinux);
-        let tables = Tables::read(&vmlinux, &symbols);
+        let mut tables = Tables::read(&vmlinux, &symbols);
         let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
         Ok(Self {
             release,
             build_id: build_id(&symbols, &vmlinux),
             compression: unpacked.as_ref().map(|(method, _)| *method),
             landmarks: Landmarks::read(&vmlinux, &symbols, &tables, &offsets),
+            landings: Landings::of_image(
+                &vmlinux,
+                &symbols,
+                tables.jump_entries.as_deref().unwrap_or_default(),
+                std::mem::take(&mut tables.fixups),
+            ),
             tables,
             offsets,
             lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
@@ -93,6 +101,7 @@ impl KernelImage {
             offsets: Offsets::default(),
             lock_ops: None,
             landmarks: Landmarks::default(),
+            landings: Landings::default(),
             text_base,
         }
     }
@@ -139,10 +148,24 @@ impl KernelImage {
         self.lock_ops.as_ref()
     }
 
+    /// Where execution arrives other than by a function's own branches.
+    #[must_use]
+    pub fn landings(&self) -> &Landings {
+        &self.landings
+    }
+
     /// Addresses that every plan needs.
     #[must_use]
     pub fn landmarks(&self) -> &Landmarks {
         &self.landmarks
+    }
+
+    /// Whether an address is in the kernel's text, or in its init sections. Since 6.16 the type letters do
+    /// not tell: data symbols have those of text, too.
+    #[must_use]
+    pub fn is_text(&self, at: Gva) -> bool {
+        let is_init = self.landmarks.init.as_ref().is_some_and(|init| init.contains(&at));
+        is_init || self.symbols.only("_etext").is_none_or(|end| (self.text_base..end).contains(&at))
     }
 
     /// The link-time address of `_text`.

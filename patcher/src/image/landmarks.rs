@@ -12,7 +12,7 @@ use crate::insn;
 /// Functions that compare or replace text, called with one of [`LOCKS`] held (Linux
 /// arch/x86/kernel/{alternative,jump_label,static_call,ftrace}.c, kprobes/{core,opt}.c,
 /// arch/x86/net/bpf_jit_comp.c; the last two take theirs inside).
-const PATCHERS: [&str; 18] = [
+const PATCHERS: [&str; 20] = [
     "__jump_label_patch",
     "arch_jump_label_transform",
     "arch_jump_label_transform_queue",
@@ -29,6 +29,9 @@ const PATCHERS: [&str; 18] = [
     "text_poke",
     "text_poke_bp",
     "text_poke_queue",
+    // The last two are called so since 6.16.
+    "smp_text_poke_single",
+    "smp_text_poke_batch_add",
     "__bpf_arch_text_poke",
     "alternatives_enable_smp",
 ];

@@ -11,6 +11,7 @@ mod elf;
 mod error;
 mod kallsyms;
 mod kernel_image;
+pub mod landings;
 pub mod landmarks;
 pub mod lock_ops;
 mod lzop;

@@ -7,7 +7,8 @@ use crate::image::btf::Btf;
 pub struct Offsets {
     /// `struct cpuinfo_x86`, `x86_capability`: the CPU features, a bit each.
     pub capability: Option<u64>,
-    /// `struct mutex`, `owner`: the owning task, or zero.
+    /// `struct mutex`, `owner`: the owning task, or zero. With `PREEMPT_RT` that of the `struct
+    /// rt_mutex_base` inside, whose bit 0 is a flag (kernel/locking/rtmutex_common.h).
     pub mutex_owner: Option<u64>,
     /// `struct task_struct`, `comm`: the task's name.
     pub task_comm: Option<u64>,
@@ -72,13 +73,18 @@ impl Offsets {
     pub(super) fn read(btf: &Btf<'_>) -> Self {
         Self {
             capability: btf.offset("cpuinfo_x86", "x86_capability").map(u64::from),
-            mutex_owner: btf.offset("mutex", "owner").map(u64::from),
+            mutex_owner: btf.offset("mutex", "owner").or_else(|| rt_mutex_owner(btf)).map(u64::from),
             task_comm: btf.offset("task_struct", "comm").map(u64::from),
             probe: ProbeOffsets::read(btf),
             livepatch: LivepatchOffsets::read(btf),
             module: ModuleOffsets::read(btf),
         }
     }
+}
+
+/// Where the owner of a `struct mutex` is with `PREEMPT_RT` (include/linux/mutex.h, since 5.15).
+fn rt_mutex_owner(btf: &Btf<'_>) -> Option<u32> {
+    btf.offset("mutex", "rtmutex")?.checked_add(btf.offset("rt_mutex_base", "owner")?)
 }
 
 impl ProbeOffsets {

@@ -49,7 +49,8 @@ pub(crate) struct StaticCallRecord {
 pub(crate) struct ExceptionRecord {
     /// Relative.
     pub(crate) instruction: I32,
-    _fixup: I32,
+    /// Relative.
+    pub(crate) fixup: I32,
     _data: I32,
 }
 

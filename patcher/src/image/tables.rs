@@ -90,6 +90,8 @@ pub struct Tables {
     pub orc_entries: Option<usize>,
     /// `__ex_table`: the instructions whose faults are handled, sorted.
     pub exceptions: Option<Vec<Gva>>,
+    /// `__ex_table`: each of them, and where execution goes on after its fault. Moved to the landings.
+    pub(super) fixups: Vec<(Gva, Gva)>,
     /// Names of CPU features, by number (`x86_cap_flags`).
     pub features: Vec<(u16, String)>,
     /// The instructions that static keys and static calls switch, sorted.
@@ -126,6 +128,9 @@ impl Tables {
                 .map(|table| table.bytes.len() / 4),
             exceptions: find("__start___ex_table", "__stop___ex_table", "__ex_table")
                 .map(|table| exceptions(table.at, table.bytes)),
+            fixups: find("__start___ex_table", "__stop___ex_table", "__ex_table")
+                .map(|table| fixups(table.at, table.bytes).collect())
+                .unwrap_or_default(),
             features: features(vmlinux, symbols),
             switched: Vec::new(),
             initial: BTreeMap::new(),
@@ -183,37 +188,70 @@ fn sorted(addresses: impl Iterator<Item = Gva>) -> Vec<Gva> {
 
 /// Reads a jump table that is at `at`.
 pub(crate) fn jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
-    let entry = |(at, record): (Gva, &JumpRecord)| {
-        let key = relative(at, offset_of!(JumpRecord, key), record.key);
-        JumpEntry {
-            code: relative(at, offset_of!(JumpRecord, code), record.code),
-            target: relative(at, offset_of!(JumpRecord, target), record.target),
-            key: Gva(key.0 & !3),
-            branch: key.0 & 1 != 0,
-        }
-    };
-    records(at, bytes).map(entry).collect()
+    marked_jump_entries(at, bytes).map(|(entry, _)| entry).collect()
+}
+
+/// Reads the jump table of a running module that is at `at`, without the entries of its init code: that
+/// is freed, and what lies there later is none of the key's.
+pub(crate) fn live_jump_entries(at: Gva, bytes: &[u8]) -> Vec<JumpEntry> {
+    marked_jump_entries(at, bytes).filter_map(|(entry, is_init)| (!is_init).then_some(entry)).collect()
 }
 
 /// Reads a table of static calls that is at `at`.
 pub(crate) fn static_call_sites(at: Gva, bytes: &[u8]) -> Vec<StaticCallSite> {
-    let site = |(at, record): (Gva, &StaticCallRecord)| {
+    marked_static_call_sites(at, bytes).map(|(site, _)| site).collect()
+}
+
+/// As [`live_jump_entries`].
+pub(crate) fn live_static_call_sites(at: Gva, bytes: &[u8]) -> Vec<StaticCallSite> {
+    marked_static_call_sites(at, bytes).filter_map(|(site, is_init)| (!is_init).then_some(site)).collect()
+}
+
+/// Bit 1 of the key's field of a jump or a static call: its code was init code. So in a running kernel,
+/// which sets and clears it when it reads the table (kernel/jump_label.c, `jump_entry_set_init`;
+/// kernel/static_call_inline.c, `static_call_set_init`). In a file it says something else: that objtool
+/// made a NOP of a jump (arch/x86/include/asm/jump_label.h, `CONFIG_HAVE_JUMP_LABEL_HACK`).
+const INIT_CODE: u64 = 2;
+
+/// The entries, each with whether bit 1 is set.
+fn marked_jump_entries(at: Gva, bytes: &[u8]) -> impl Iterator<Item = (JumpEntry, bool)> {
+    records(at, bytes).map(|(at, record): (Gva, &JumpRecord)| {
+        let key = relative(at, offset_of!(JumpRecord, key), record.key);
+        let entry = JumpEntry {
+            code: relative(at, offset_of!(JumpRecord, code), record.code),
+            target: relative(at, offset_of!(JumpRecord, target), record.target),
+            key: Gva(key.0 & !3),
+            branch: key.0 & 1 != 0,
+        };
+        (entry, key.0 & INIT_CODE != 0)
+    })
+}
+
+/// The sites, each with whether bit 1 is set.
+fn marked_static_call_sites(at: Gva, bytes: &[u8]) -> impl Iterator<Item = (StaticCallSite, bool)> {
+    records(at, bytes).map(|(at, record): (Gva, &StaticCallRecord)| {
         let key = relative(at, offset_of!(StaticCallRecord, key), record.key);
-        StaticCallSite {
+        let site = StaticCallSite {
             code: relative(at, offset_of!(StaticCallRecord, code), record.code),
             key: Gva(key.0 & !3),
             tail: key.0 & 1 != 0,
-        }
-    };
-    records(at, bytes).map(site).collect()
+        };
+        (site, key.0 & INIT_CODE != 0)
+    })
 }
 
 /// Reads an exception table that is at `at`: the instructions that may fault.
 pub(crate) fn exceptions(at: Gva, bytes: &[u8]) -> Vec<Gva> {
-    let instruction = |(at, record): (Gva, &ExceptionRecord)| {
-        relative(at, offset_of!(ExceptionRecord, instruction), record.instruction)
-    };
-    sorted(records(at, bytes).map(instruction))
+    sorted(fixups(at, bytes).map(|(instruction, _)| instruction))
+}
+
+/// Reads an exception table that is at `at`: each instruction that may fault, and where execution goes
+/// on then.
+pub(crate) fn fixups(at: Gva, bytes: &[u8]) -> impl Iterator<Item = (Gva, Gva)> {
+    records(at, bytes).map(|(at, record): (Gva, &ExceptionRecord)| {
+        let instruction = relative(at, offset_of!(ExceptionRecord, instruction), record.instruction);
+        (instruction, relative(at, offset_of!(ExceptionRecord, fixup), record.fixup))
+    })
 }
 
 fn smp_locks(table: Piece<'_>) -> Vec<Gva> {

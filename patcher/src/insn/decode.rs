@@ -63,9 +63,15 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
     })
 }
 
-/// Length of the `endbr64` at a function's entry, which must stay; 0 without one.
+/// What a kernel with IBT overwrites the `endbr64` of a function by at boot whose address is not
+/// taken: up to 6.14, and since then (arch/x86/kernel/alternative.c, `apply_seal_endbr`;
+/// arch/x86/include/asm/ibt.h, `gen_endbr_poison`).
+const SEALED: [[u8; 4]; 2] = [[0x66, 0x0f, 0x1f, 0x00], [0x0f, 0x1f, 0x40, 0xd6]];
+
+/// Length of the `endbr64` at a function's entry, or of what seals it, which must stay; 0 without one.
 pub(crate) fn marker(entry: &[u8]) -> usize {
-    if entry.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 }
+    let marked = SEALED.iter().chain([&ENDBR64]).any(|marker| entry.starts_with(marker));
+    if marked { ENDBR64.len() } else { 0 }
 }
 
 /// The target of a direct branch or call. (To the decoder, `syscall` and `vmcall` are calls, too.)
@@ -122,6 +128,15 @@ pub fn disassemble(code: &[u8], at: Gva) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_marker_is_endbr64_or_what_seals_it() {
+        assert_eq!(marker(&[0xf3, 0x0f, 0x1e, 0xfa, 0x90]), 4);
+        assert_eq!(marker(&[0x66, 0x0f, 0x1f, 0x00, 0x90]), 4, "sealed, up to 6.14");
+        assert_eq!(marker(&[0x0f, 0x1f, 0x40, 0xd6, 0x90]), 4, "sealed, since 6.15");
+        assert_eq!(marker(&[0x0f, 0x1f, 0x44, 0, 0]), 0, "the fentry call's NOP");
+        assert_eq!(marker(&[0x0f, 0x1f, 0x40, 0x00]), 0, "another NOP");
+    }
 
     #[test]
     fn count_wants_whole_instructions() {

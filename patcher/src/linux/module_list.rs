@@ -6,10 +6,11 @@ use std::cell::Cell;
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
+use crate::image::landings::Landings;
 use crate::image::offsets::ModuleOffsets;
 use crate::image::records::{ExceptionRecord, JumpRecord, StaticCallRecord, SymbolRecord, records};
 use crate::image::symbols::Symbols;
-use crate::image::tables::{exceptions, jump_entries, static_call_sites};
+use crate::image::tables::{exceptions, fixups, live_jump_entries, live_static_call_sites};
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::linux::modules::{Module, Modules};
 use crate::linux::view::Kernel;
@@ -92,22 +93,19 @@ impl Reader<'_> {
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         let start = self.pointer(offsets.text.0)?;
         let end = start.plus(self.count(offsets.text.1, MOST_BYTES)?);
+        let (at, bytes) = self.table(offsets.jump_entries, size_of::<JumpRecord>())?;
+        let jump_entries = live_jump_entries(at, &bytes);
+        let (at, bytes) = self.table(offsets.static_call_sites, size_of::<StaticCallRecord>())?;
+        let static_call_sites = live_static_call_sites(at, &bytes);
+        let (at, bytes) = self.table(offsets.exceptions, size_of::<ExceptionRecord>())?;
         Ok(Module {
             name: String::from_utf8_lossy(name).into_owned(),
             text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
             symbols: self.symbols()?,
-            jump_entries: {
-                let (at, bytes) = self.table(offsets.jump_entries, size_of::<JumpRecord>())?;
-                jump_entries(at, &bytes)
-            },
-            static_call_sites: {
-                let (at, bytes) = self.table(offsets.static_call_sites, size_of::<StaticCallRecord>())?;
-                static_call_sites(at, &bytes)
-            },
-            exceptions: {
-                let (at, bytes) = self.table(offsets.exceptions, size_of::<ExceptionRecord>())?;
-                exceptions(at, &bytes)
-            },
+            landings: Landings::new(&jump_entries, fixups(at, &bytes)),
+            exceptions: exceptions(at, &bytes),
+            jump_entries,
+            static_call_sites,
         })
     }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
+use crate::image::landings::Landings;
 use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
 use crate::plan::refusal::Refusal;
@@ -22,6 +23,8 @@ pub struct Module {
     pub static_call_sites: Vec<StaticCallSite>,
     /// The instructions that may fault, sorted.
     pub exceptions: Vec<Gva>,
+    /// Where execution arrives by its tables.
+    pub landings: Landings,
 }
 
 /// The modules of a guest, or why they are not known.

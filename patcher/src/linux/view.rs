@@ -2,6 +2,7 @@
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
+use crate::image::landings::is_cold;
 use crate::image::symbols::{Found, Function};
 use crate::image::tables::{CALL_KEY, CALL_TRAMPOLINE};
 use crate::image::tables::{JumpEntry, StaticCallSite};
@@ -11,6 +12,9 @@ use crate::plan::refusal::Refusal;
 
 /// An address farther behind a module's last symbol is not the module's, in bytes.
 const LARGEST_MODULE: usize = 16 << 20;
+
+/// How many `.cold` parts of a module are looked at. Real modules have some hundreds.
+const MOST_COLD_PARTS: usize = 4096;
 
 /// A kernel image and where it runs.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +51,8 @@ impl<'a> Kernel<'a> {
             let function = module.symbols.function_at(at)?;
             return Some(Function { end: function.end.min(module.text.end), ..function });
         }
-        let function = self.image.symbols().function_at(self.linked(at))?;
+        let linked = self.linked(at);
+        let function = self.image.symbols().function_at(linked).filter(|_| self.image.is_text(linked))?;
         Some(Function { start: self.live(function.start), end: self.live(function.end), ..function })
     }
 
@@ -123,6 +128,46 @@ impl<'a> Kernel<'a> {
         }
         let base = self.symbol(name)?;
         base.0.checked_add(offset).map(Gva).ok_or_else(bad)
+    }
+
+    /// Where a per-CPU variable is, counted from a CPU's base in `__per_cpu_offset`. `None` if there is
+    /// no such variable, or the kernel links them in a way that is not known.
+    ///
+    /// Up to 6.14 the symbols are such distances themselves (`__per_cpu_start` is 0, and KASLR does not
+    /// move them); since 6.15 they are addresses in the image, which it does (Linux `9d7de2aa8b41`).
+    #[must_use]
+    pub fn per_cpu(&self, name: &str) -> Option<u64> {
+        let symbols = self.image.symbols();
+        let at = symbols.only(name)?;
+        match symbols.only("__per_cpu_start")? {
+            Gva(0) => Some(at.0),
+            start if start >= self.image.text_base() => Some(self.live(at).0),
+            _ => None,
+        }
+    }
+
+    /// Where execution arrives behind `at` and before `end`, other than by a branch of the function
+    /// itself, as the image or the module says: from where, to where.
+    #[must_use]
+    pub fn landing_inside(&self, at: Gva, end: Gva) -> Option<(Gva, Gva)> {
+        if let Some(module) = self.module_at(at) {
+            return module.landings.inside(at, end);
+        }
+        let (from, to) = self.image.landings().inside(self.linked(at), self.linked(end))?;
+        Some((self.live(from), self.live(to)))
+    }
+
+    /// The parts of a module's functions that the compiler moved away. (Those of the image are among its
+    /// landings.)
+    pub(crate) fn cold_parts(&self, at: Gva) -> impl Iterator<Item = Function<'a>> {
+        let symbols = self.module_at(at).map(|module| &module.symbols);
+        let parts = symbols.into_iter().flat_map(|symbols| {
+            let cold = symbols.iter().filter(|(_, _, name)| is_cold(name));
+            cold.filter_map(move |(start, _, name)| {
+                Some(Function { name, start, end: symbols.after(start)? })
+            })
+        });
+        parts.take(MOST_COLD_PARTS)
     }
 
     /// Whether an address is in init memory, which is freed once the kernel is up.
@@ -223,5 +268,39 @@ impl<'a> Kernel<'a> {
     /// As [`Kernel::feature_word`].
     pub fn has_feature(&self, text: &dyn GuestMemory, feature: u16) -> Result<bool, Refusal> {
         Ok(read_u32(text, self.feature_word(feature)?)? >> (feature % 32) & 1 != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::Symbols;
+
+    #[test]
+    fn per_cpu_symbols_are_distances_or_addresses() {
+        const TEXT: u64 = 0xffff_ffff_8100_0000;
+        let place = |start: u64| {
+            let symbols = [(start, b'D', "__per_cpu_start"), (start + 0x20, b'D', "current_task")];
+            let symbols = Symbols::new(symbols.into_iter()).expect("a table");
+            let image = KernelImage::from_parts("x".to_owned(), symbols, Gva(TEXT));
+            let kernel = Kernel { image: &image, slide: 0x20_0000, modules: &Modules::NONE };
+            assert_eq!(kernel.per_cpu("pcpu_hot"), None);
+            kernel.per_cpu("current_task")
+        };
+        assert_eq!(place(0), Some(0x20), "up to 6.14: KASLR does not move them");
+        assert_eq!(place(TEXT + 0x100), Some(TEXT + 0x20_0120), "since 6.15: it does");
+        assert_eq!(place(0x1000), None, "neither is known");
+    }
+
+    #[test]
+    fn data_is_not_text_whatever_its_letter() {
+        const TEXT: u64 = 0xffff_ffff_8100_0000;
+        let symbols =
+            [(TEXT, b'T', "_text"), (TEXT + 0x100, b'T', "_etext"), (TEXT + 0x1000, b'T', "modules")];
+        let symbols = Symbols::new(symbols.into_iter()).expect("a table");
+        let image = KernelImage::from_parts("x".to_owned(), symbols, Gva(TEXT));
+        let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+        assert_eq!(kernel.function_at(Gva(TEXT + 0x10)).map(|function| function.name), Some("_text"));
+        assert_eq!(kernel.function_at(Gva(TEXT + 0x1008)), None);
     }
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use crate::addr::Gva;
+use crate::image::landings::branches_out;
 use crate::image::symbols::Function;
 use crate::insn;
 use crate::linux::kprobes::{among, probes};
@@ -75,6 +76,9 @@ impl<'a> SiteChecker<'a> {
         }
         // Checked before decoding: the text may hold the kprobe's `int3` or jump.
         unprobed(&self.probes, at, end)?;
+        if let Some((from, to)) = self.kernel.landing_inside(at, end) {
+            return Err(Refusal::BranchIntoSite { from, to });
+        }
         // Where the kernel replaces one instruction by another itself, the boundaries are known.
         // Decoding thousands of functions would take longer than patching them.
         if !self.kernel.is_patched_by_itself(at) || insn::count(&old, at) != Some(1) {
@@ -111,7 +115,12 @@ impl<'a> SiteChecker<'a> {
             return Err(Refusal::NotText { at: function.start });
         }
         let code = read(self.text, function.start, size)?;
-        let shape = Rc::new(Shape::of(&code, function.start));
+        let mut shape = Shape::of(&code, function.start);
+        for part in self.kernel.cold_parts(function.start) {
+            let size = part.end.offset_from(part.start).unwrap_or(0).min(MAX_FUNCTION);
+            shape.entered_by(branches_out(&read(self.text, part.start, size)?, part.start));
+        }
+        let shape = Rc::new(shape);
         self.shapes.borrow_mut().insert(function.start, shape.clone());
         Ok(shape)
     }

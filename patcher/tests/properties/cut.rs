@@ -103,7 +103,8 @@ pub(crate) fn kernel(vmlinux: &[u8], image: &KernelImage) -> Vec<u8> {
         symbols.push((end + btf.len() as u64, b'D', "__stop_BTF".to_owned()));
         segments.push((end, btf));
     }
-    segments.push((end + (1 << 21), miniature::kallsyms(first, &symbols)));
+    let linked = end + (1 << 21);
+    segments.push((linked, miniature::kallsyms(miniature::Kallsyms::From5_10, linked, first, &symbols)));
     miniature::elf(&segments)
 }
 

@@ -235,6 +235,87 @@ fn places_that_the_kernel_patches_itself() {
     assert_eq!(codes(18, 2), ["undecodable"]);
 }
 
+/// Where execution arrives by the kernel's tables or from a `.cold` part is no inside of a site: that of
+/// the miniature's static key (+10), of its exception's fixup (+25), and of its `.cold` part (+22).
+#[test]
+fn no_site_has_inside_what_tables_or_cold_parts_lead_to() {
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    assert_eq!(image.landings().len(), 3);
+    let function = image.symbols().only("function").expect("it");
+    let kernel = Kernel { image: &image, slide: 0x20_0000, modules: &Modules::NONE };
+    let live = |offset: u64| Gva(function.0 + 0x20_0000 + offset);
+    let inside = |at, end| kernel.landing_inside(live(at), live(end)).map(|(_, to)| to);
+    for landing in [10, 22, 25] {
+        assert_eq!(inside(landing - 1, landing + 1), Some(live(landing)));
+        assert_eq!(inside(landing, landing + 1), None, "a site may begin there");
+        assert_eq!(inside(landing - 1, landing), None, "and end there");
+    }
+    // nop5, two nops of one byte and so on, all of them instructions of one byte.
+    let mut memory = vec![0x90; 1 << 16];
+    let mut put = |name: &str, bytes: &[u8]| {
+        let at = usize::try_from(image.symbols().only(name).expect("it").0).expect("64 bits") % (1 << 16);
+        memory[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    put("function", &[0x0f, 0x1f, 0x44, 0, 0]);
+    let livepatches = image.symbols().only("klp_ops").expect("it").0.to_le_bytes();
+    put("klp_ops", &[livepatches, livepatches].concat());
+    put("kprobe_table", &[0; 512]);
+    put("text_mutex", &[0; 32]);
+    memory.insert(0, 0xa5);
+    let text = checks::Anywhere::new(&memory).expect("memory");
+    let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+    let codes = |offset: u64, length: usize| -> Vec<&str> {
+        let (old, new) = ("90".repeat(length), format!("f8{}", "90".repeat(length - 1)));
+        let plan = format!(
+            r#"{{"version":1,"name":"x","strategy":"inspect","patches":[{{"at":"function+{offset:#x}","expect":"{old}","replace":"{new}"}}]}}"#
+        );
+        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
+        let resolved = resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []);
+        resolved.map_or_else(|all| all.iter().map(|refused| refused.refusal.code()).collect(), |_| Vec::new())
+    };
+    for (offset, length) in [(9, 2), (8, 5), (21, 2), (22, 4), (24, 2)] {
+        assert_eq!(codes(offset, length), ["branch_into_site"], "+{offset}, {length} bytes");
+    }
+    for (offset, length) in [(10, 1), (9, 1), (22, 1), (25, 1)] {
+        assert_eq!(codes(offset, length), [""; 0], "+{offset}, {length} bytes");
+    }
+}
+
+/// The same symbols, however kallsyms writes them down.
+#[test]
+fn every_layout_of_kallsyms_is_read() {
+    use miniature::Kallsyms::{From5_10, From6_4, From7_0};
+    let names: Vec<String> = (0..1500).map(|number| format!("f{number}")).collect();
+    let symbols = |layout| {
+        let image = KernelImage::parse(&miniature::vmlinux_as(&names, layout)).expect("a kernel");
+        let list = image.symbols().iter().map(|(at, kind, name)| (at, kind, name.to_owned()));
+        list.collect::<Vec<_>>()
+    };
+    let first = symbols(From5_10);
+    assert!(first.len() > 1500);
+    let later = [From6_4 { absolute_percpu: true }, From6_4 { absolute_percpu: false }, From7_0];
+    for layout in later {
+        assert_eq!(symbols(layout), first, "{layout:?}");
+    }
+}
+
+/// Jumps and calls of a module's init code are left out: that is freed, and may be something else now.
+#[test]
+fn what_was_init_code_does_not_count() {
+    let key = |bits: u64| 0x100 | bits;
+    let jump = |bits: u64| [&[0; 8][..], &key(bits).to_le_bytes()].concat();
+    let call = |bits: u32| [0_u32.to_le_bytes(), (0x100 | bits).to_le_bytes()].concat();
+    let jumps = [jump(0), jump(1), jump(2), jump(3)].concat();
+    let calls = [call(0), call(1), call(2), call(3)].concat();
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let sections =
+        miniature::Sections { jump_entries: jumps, static_call_sites: calls, ..Default::default() };
+    let memory = miniature::with_module(&image, &sections);
+    let modules = read_modules(&image, 0, &checks::Anywhere::new(&memory).expect("memory"));
+    let [module] = modules.all().expect("a module") else { panic!("{modules:?}") };
+    assert_eq!((module.jump_entries.len(), module.static_call_sites.len()), (2, 2));
+}
+
 /// Seeds for the fuzzer, written below the folder `FUZZ_CORPUS` if that is set: the miniature, plain
 /// and in a bzImage; the kernel `FUZZ_KERNEL` cut down; as guest memory, the tables of the module
 /// `FUZZ_MODULE`.

@@ -121,15 +121,35 @@ fn btf() -> Vec<u8> {
     [btf, types, strings].concat()
 }
 
-/// kallsyms as up to 6.3, every token a single character, of symbols from `base` on.
-pub(crate) fn kallsyms(base: u64, symbols: &[(u64, u8, String)]) -> Vec<u8> {
+/// Which kernel's kallsyms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kallsyms {
+    /// Up to 6.3: offsets and base first, every table aligned to 8.
+    From5_10,
+    /// From 6.4 on: offsets and base last. `0` is `CONFIG_KALLSYMS_ABSOLUTE_PERCPU` (up to 6.14).
+    From6_4 { absolute_percpu: bool },
+    /// From 7.0 on: no base, every offset from its own place, every table aligned to 4.
+    From7_0,
+}
+
+/// kallsyms that is linked at `linked`, every token a single character, of symbols from `base` on.
+pub(crate) fn kallsyms(layout: Kallsyms, linked: u64, base: u64, symbols: &[(u64, u8, String)]) -> Vec<u8> {
+    let align = if layout == Kallsyms::From7_0 { 4 } else { 8 };
     let mut all = symbols.to_vec();
     all.sort_by_key(|(at, ..)| *at);
-    let mut out: Vec<u8> =
-        all.iter().flat_map(|(at, ..)| (!u32::try_from(at - base).expect("near")).to_le_bytes()).collect();
-    out.resize(out.len().next_multiple_of(8), 0);
-    out.extend(base.to_le_bytes());
-    out.extend((all.len() as u64).to_le_bytes());
+    let near = |at: u64| u32::try_from(at - base).expect("near");
+    let based = |encode: &dyn Fn(u64) -> u32| {
+        let mut out: Vec<u8> = all.iter().flat_map(|(at, ..)| encode(*at).to_le_bytes()).collect();
+        out.resize(out.len().next_multiple_of(8), 0);
+        out.extend(base.to_le_bytes());
+        out
+    };
+    let mut out = Vec::new();
+    if layout == Kallsyms::From5_10 {
+        out = based(&|at| !near(at));
+    }
+    out.extend(u32::try_from(all.len()).expect("few").to_le_bytes());
+    out.resize(out.len().next_multiple_of(align), 0);
     let (names_at, mut marks) = (out.len(), Vec::new());
     for (index, (_, kind, name)) in all.iter().enumerate() {
         if index.is_multiple_of(256) {
@@ -139,16 +159,29 @@ pub(crate) fn kallsyms(base: u64, symbols: &[(u64, u8, String)]) -> Vec<u8> {
         out.push(*kind);
         out.extend(name.bytes());
     }
-    out.resize(out.len().next_multiple_of(8), 0);
+    out.resize(out.len().next_multiple_of(align), 0);
     out.extend(marks.iter().flat_map(|mark| mark.to_le_bytes()));
-    out.resize(out.len().next_multiple_of(8), 0);
+    out.resize(out.len().next_multiple_of(align), 0);
     let (tokens_at, mut index) = (out.len(), Vec::new());
     for token in 0..=u8::MAX {
         index.extend(u16::try_from(out.len() - tokens_at).expect("small").to_le_bytes());
         out.extend([Some(token).filter(|token| *token != 0), Some(0)].into_iter().flatten());
     }
-    out.resize(out.len().next_multiple_of(8), 0);
+    out.resize(out.len().next_multiple_of(align), 0);
     out.extend(index);
+    out.resize(out.len().next_multiple_of(align), 0);
+    match layout {
+        Kallsyms::From5_10 => {}
+        Kallsyms::From6_4 { absolute_percpu: true } => out.extend(based(&|at| !near(at))),
+        Kallsyms::From6_4 { absolute_percpu: false } => out.extend(based(&near)),
+        Kallsyms::From7_0 => {
+            for (at, ..) in &all {
+                let place = linked + out.len() as u64;
+                let distance = i32::try_from(at.cast_signed() - place.cast_signed()).expect("near");
+                out.extend(distance.to_le_bytes());
+            }
+        }
+    }
     out
 }
 
@@ -160,6 +193,11 @@ pub(crate) fn vmlinux() -> Vec<u8> {
 
 /// The file, with functions of these names besides its own.
 pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
+    vmlinux_as(names, Kallsyms::From5_10)
+}
+
+/// The same with the kallsyms of some kernel.
+pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
     let mut k = Builder { bytes: Vec::new(), symbols: Vec::new() };
     k.mark("_text", b'T');
     k.bytes.push(0xcc);
@@ -173,6 +211,10 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
         ],
     );
     k.put("__SCT__call", b'T', &[0xe9, 0, 0, 0, 0, 0x0f, 0xb9, 0xcc]);
+    // It leads back to the lock prefix.
+    let cold = k.mark("function.cold", b't');
+    k.bytes.push(0xe9);
+    k.bytes.extend(near(cold + 5, function + 22));
     for name in names {
         k.mark(name, b't');
         k.bytes.push(0xc3);
@@ -196,7 +238,7 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
     k.put("boot_cpu_data", b'D', &[0; 256]);
     k.put("pv_ops", b'D', &[0; 64]);
     k.table("__start___jump_table", "__stop___jump_table", move |at| {
-        [&near(at, function)[..], &near(at + 4, function + 10), &far(at + 8, key | 1)].concat()
+        [&near(at, function)[..], &near(at + 4, function + 10), &far(at + 8, key | 3)].concat()
     });
     k.table("__start_static_call_sites", "__stop_static_call_sites", move |at| {
         [near(at, function + 10), near(at + 4, call)].concat()
@@ -211,14 +253,17 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
     });
     k.table("__start_mcount_loc", "__stop_mcount_loc", move |_| function.to_le_bytes().to_vec());
     k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |_| vec![0; 4]);
-    k.table("__start___ex_table", "__stop___ex_table", move |at| [&near(at, function)[..], &[0; 8]].concat());
+    k.table("__start___ex_table", "__stop___ex_table", move |at| {
+        [&near(at, function)[..], &near(at + 4, function + 25), &[0; 4]].concat()
+    });
     k.table("__start_notes", "__stop_notes", |_| {
         [&[4, 0, 0, 0, 4, 0, 0, 0, 3, 0, 0, 0][..], b"GNU\0", &[1, 2, 3, 4]].concat()
     });
     k.table("__start_BTF", "__stop_BTF", |_| btf());
     k.align();
     k.mark("_end", b'B');
-    k.bytes.extend(kallsyms(BASE, &k.symbols));
+    let linked = k.here();
+    k.bytes.extend(kallsyms(layout, linked, BASE, &k.symbols));
     elf(&[(BASE, k.bytes)])
 }
 

@@ -46,7 +46,7 @@ fn main() -> Result<ExitCode> {
     }
     if Lab::inherited().is_none() {
         println!(
-            "Setting up. The first time on a machine this fetches two kernels and, without VMX or SVM, builds an \
+            "Setting up. The first time on a machine this fetches three kernels and, without VMX or SVM, builds an \
              emulator:\nseveral minutes in all. Everything is kept in {}.",
             guest::provision::cache::root().display()
         );

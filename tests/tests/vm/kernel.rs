@@ -5,11 +5,13 @@ use anyhow::{Context, Result, ensure};
 use guest::inside::kallsyms;
 use patcher::image::KernelImage;
 use serde_json::{Value, json};
+use tests::guard::guarded;
 use tests::lab::Lab;
 use tests::oracle::{alternatives, lock_prefixes, twins};
+use tests::patches::redirect_plan;
 use tests::spinlocks;
-use tests::targets::{both_kernels, dry_run, random, targets};
-use tests::vm::{Method, Setup, Vm};
+use tests::targets::{all_kernels, both_kernels, dry_run, random, targets};
+use tests::vm::{Method, SCHEDSTATS, Setup, Vm};
 
 use super::Test;
 
@@ -24,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
+    ("kernel::a_current_kernel_is_patched_and_its_writers_are_named", current),
 ];
 
 fn image(setup: &Setup) -> Result<KernelImage> {
@@ -32,7 +35,7 @@ fn image(setup: &Setup) -> Result<KernelImage> {
 }
 
 fn same_symbols(lab: &Lab) -> Result<()> {
-    let setups = both_kernels(lab, 2);
+    let setups = all_kernels(lab, 2);
     for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
         let image = image(setup)?;
         let own = image.symbols().iter().map(|(at, kind, name)| (at.0, char::from(kind), name));
@@ -102,13 +105,41 @@ fn switched_spinlocks(lab: &Lab) -> Result<()> {
     Vm::start_all(lab, &both_kernels(lab, 8))?.into_iter().try_for_each(|vm| spinlocks::switch(vm, 10))
 }
 
+/// The newest kernel, at the place that KASLR gives it: redirects under load, and events that name the
+/// task that writes to text, which takes the per-CPU data.
+fn current(lab: &Lab) -> Result<()> {
+    let mut vm =
+        Vm::start(lab, &guarded(Setup { kernel: Some(lab.current_kernel.clone()), ..Setup::cpus(4) }))?;
+    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
+    let release = info["kernel"]["release"].as_str().context("a release")?;
+    ensure!(release.starts_with('7'), "the newest kernel is {release}; what does it change?");
+    vm.hammer("getppid", 0, 1)?;
+    for strategy in ["breakpoint", "hold"].into_iter().cycle().take(20) {
+        vm.apply(&redirect_plan("current", Some(strategy)))?;
+        vm.expect_all(true)?;
+        vm.revert("current")?;
+        vm.expect_all(false)?;
+    }
+    for value in ["1", "0"] {
+        vm.ask(&format!("write {SCHEDSTATS} {value}"))?;
+    }
+    let (_, told) = vm.request(Method::GET, "/events", b"")?;
+    let events = told["events"].as_array().context("events")?;
+    let writes = |kind: &str| events.iter().filter(|event| event["kind"] == kind).collect::<Vec<_>>();
+    let named = writes("guest_write").iter().filter(|event| event["task"] == "init").count();
+    ensure!(named > 10, "{named} writes of init are told: {told:#}");
+    ensure!(writes("unexpected_write").is_empty(), "the kernel's patcher is taken for another: {told:#}");
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
 /// A key of the kernel's that the module has jumps for, too.
 const SHARED: &str = "__tracepoint_mmap_lock_released+0x8";
 /// A key of the module's own.
 const OWN: &str = "kvm:__tracepoint_kvm_userspace_exit+0x8";
 
 fn modules(lab: &Lab) -> Result<()> {
-    let setups = both_kernels(lab, 2);
+    let setups = all_kernels(lab, 2);
     for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
         vm.mount_tracing()?;
         vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;

@@ -49,8 +49,7 @@ pub(crate) struct PerCpu {
 
 impl PerCpu {
     pub(crate) fn find(kernel: &GuestKernel) -> Result<Self, String> {
-        // Per-CPU symbols are offsets: the slide is not for them.
-        let offset = |name: &str| kernel.kernel().image.symbols().only(name).map(|at| at.0);
+        let offset = |name: &str| kernel.kernel().per_cpu(name);
         // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
         // struct pcpu_hot): the current task first, the preempt count eight bytes on.
         let hot = offset("pcpu_hot");

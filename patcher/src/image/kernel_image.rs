@@ -80,7 +80,8 @@ impl KernelImage {
                 &symbols,
                 tables.jump_entries.as_deref().unwrap_or_default(),
                 std::mem::take(&mut tables.fixups),
-            ),
+            )
+            .ok_or(Error::Elf { what: "its .cold parts are larger than a kernel's".into() })?,
             tables,
             offsets,
             lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),

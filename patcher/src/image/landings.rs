@@ -15,8 +15,8 @@ use crate::insn;
 #[derive(Debug, Default)]
 pub struct Landings(Vec<(Gva, Gva)>);
 
-/// Longest `.cold` part that is decoded, in bytes. Real ones have some hundreds.
-const LONGEST_PART: usize = 1 << 16;
+/// Most bytes of `.cold` parts that an image may have. Real ones have less than 2 MiB.
+const MOST_BYTES: usize = 16 << 20;
 
 impl Landings {
     /// From tables: jumps of static keys, and faults with their fixups.
@@ -24,20 +24,27 @@ impl Landings {
         Self::sorted(jumps.iter().map(|entry| (entry.target, entry.code)).chain(swapped(fixups)))
     }
 
-    /// The same of an image, with what `.cold` parts branch to.
+    /// The same of an image, with what `.cold` parts branch to. `None` if these are larger than any
+    /// kernel's.
     pub(super) fn of_image(
         vmlinux: &Vmlinux<'_>,
         symbols: &Symbols,
         jumps: &[JumpEntry],
         fixups: impl IntoIterator<Item = (Gva, Gva)>,
-    ) -> Self {
-        let parts = symbols.iter().filter(|(_, _, name)| is_cold(name)).flat_map(|(start, ..)| {
-            let end = symbols.after(start).filter(|end| end.0 - start.0 <= LONGEST_PART as u64);
-            let size = end.and_then(|end| end.offset_from(start)).unwrap_or(0);
-            branches_out(vmlinux.bytes(start, size).unwrap_or_default(), start)
-        });
+    ) -> Option<Self> {
+        let mut starts: Vec<Gva> =
+            symbols.iter().filter(|(_, _, name)| is_cold(name)).map(|(start, ..)| start).collect();
+        // In the order of addresses, so aliases are neighbours.
+        starts.dedup();
+        let mut left = MOST_BYTES;
+        let mut parts = Vec::new();
+        for start in starts {
+            let size = symbols.after(start).and_then(|end| end.offset_from(start)).unwrap_or(0);
+            left = left.checked_sub(size)?;
+            parts.extend(branches_out(vmlinux.bytes(start, size).unwrap_or_default(), start));
+        }
         let tables = Self::new(jumps, fixups);
-        Self::sorted(tables.0.into_iter().chain(swapped(parts)))
+        Some(Self::sorted(tables.0.into_iter().chain(swapped(parts))))
     }
 
     fn sorted(landings: impl Iterator<Item = (Gva, Gva)>) -> Self {

@@ -2,7 +2,6 @@
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
-use crate::image::landings::is_cold;
 use crate::image::symbols::{Found, Function};
 use crate::image::tables::{CALL_KEY, CALL_TRAMPOLINE};
 use crate::image::tables::{JumpEntry, StaticCallSite};
@@ -12,9 +11,6 @@ use crate::plan::refusal::Refusal;
 
 /// An address farther behind a module's last symbol is not the module's, in bytes.
 const LARGEST_MODULE: usize = 16 << 20;
-
-/// How many `.cold` parts of a module are looked at. Real modules have some hundreds.
-const MOST_COLD_PARTS: usize = 4096;
 
 /// A kernel image and where it runs.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +36,7 @@ impl<'a> Kernel<'a> {
         Gva(live.0.wrapping_sub(self.slide))
     }
 
-    fn module_at(&self, at: Gva) -> Option<&'a Module> {
+    pub(crate) fn module_at(&self, at: Gva) -> Option<&'a Module> {
         self.modules.known().iter().find(|module| module.text.contains(&at))
     }
 
@@ -155,19 +151,6 @@ impl<'a> Kernel<'a> {
         }
         let (from, to) = self.image.landings().inside(self.linked(at), self.linked(end))?;
         Some((self.live(from), self.live(to)))
-    }
-
-    /// The parts of a module's functions that the compiler moved away. (Those of the image are among its
-    /// landings.)
-    pub(crate) fn cold_parts(&self, at: Gva) -> impl Iterator<Item = Function<'a>> {
-        let symbols = self.module_at(at).map(|module| &module.symbols);
-        let parts = symbols.into_iter().flat_map(|symbols| {
-            let cold = symbols.iter().filter(|(_, _, name)| is_cold(name));
-            cold.filter_map(move |(start, _, name)| {
-                Some(Function { name, start, end: symbols.after(start)? })
-            })
-        });
-        parts.take(MOST_COLD_PARTS)
     }
 
     /// Whether an address is in init memory, which is freed once the kernel is up.

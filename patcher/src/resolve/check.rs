@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use crate::addr::Gva;
-use crate::image::landings::branches_out;
+use crate::image::landings::{Landings, branches_out, is_cold};
 use crate::image::symbols::Function;
 use crate::insn;
 use crate::linux::kprobes::{among, probes};
@@ -35,6 +35,8 @@ pub(crate) struct SiteChecker<'a> {
     bypass: bool,
     /// Shapes by function start: a plan of thousands of sites has many in one function.
     shapes: RefCell<HashMap<Gva, Rc<Shape>>>,
+    /// What the `.cold` parts of modules branch to, by where a module's text begins.
+    cold: RefCell<HashMap<Gva, Landings>>,
 }
 
 impl<'a> SiteChecker<'a> {
@@ -48,16 +50,25 @@ impl<'a> SiteChecker<'a> {
             text,
             bypass,
             shapes: RefCell::default(),
+            cold: RefCell::default(),
         })
     }
 
-    /// Refuses code in a function that a livepatch of the guest has replaced: it would never be
-    /// executed.
-    pub(crate) fn executed(&self, code: &Code) -> Result<(), Refusal> {
-        match self.livepatched.iter().find(|function| function.contains(&code.at)) {
-            Some(function) => Err(Refusal::Livepatched { function: function.start }),
-            None => Ok(()),
+    /// Refuses code whose place was chosen by the plan, not by the kernel's tables: where a livepatch of
+    /// the guest has replaced the function, it would never be executed; in a `.cold` part, which the rest
+    /// of the function branches into, more than one instruction may be entered in the middle.
+    pub(crate) fn chosen(&self, code: &Code) -> Result<(), Refusal> {
+        if let Some(function) = self.livepatched.iter().find(|function| function.contains(&code.at)) {
+            return Err(Refusal::Livepatched { function: function.start });
         }
+        let function = self.kernel.function_at(code.at);
+        if function.is_some_and(|function| is_cold(function.name))
+            && let Some(inside) = insn::decode(&code.old, code.at).map(|insn| insn.at).nth(1)
+        {
+            let why = "the function branches into its .cold part";
+            return Err(Refusal::InteriorReachable { at: code.at, inside, why });
+        }
+        Ok(())
     }
 
     /// Checks code against the instructions around it. `named` is the function's name in the plan,
@@ -76,7 +87,11 @@ impl<'a> SiteChecker<'a> {
         }
         // Checked before decoding: the text may hold the kprobe's `int3` or jump.
         unprobed(&self.probes, at, end)?;
-        if let Some((from, to)) = self.kernel.landing_inside(at, end) {
+        let landing = match self.kernel.landing_inside(at, end) {
+            None => self.landing_from_cold_part(at, end)?,
+            landing => landing,
+        };
+        if let Some((from, to)) = landing {
             return Err(Refusal::BranchIntoSite { from, to });
         }
         // Where the kernel replaces one instruction by another itself, the boundaries are known.
@@ -106,6 +121,24 @@ impl<'a> SiteChecker<'a> {
         Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })
     }
 
+    /// A branch of a module's `.cold` parts to the inside of a site: from where, to where.
+    fn landing_from_cold_part(&self, at: Gva, end: Gva) -> Result<Option<(Gva, Gva)>, Refusal> {
+        // Those of the image are known from the image.
+        let Some(module) = self.kernel.module_at(at) else { return Ok(None) };
+        if let Some(landings) = self.cold.borrow().get(&module.text.start) {
+            return Ok(landings.inside(at, end));
+        }
+        let mut branches = Vec::new();
+        for part in module.cold_parts()? {
+            let size = part.end.offset_from(part.start).unwrap_or(0);
+            branches.extend(branches_out(&read(self.text, part.start, size)?, part.start));
+        }
+        let landings = Landings::new(&[], branches);
+        let inside = landings.inside(at, end);
+        self.cold.borrow_mut().insert(module.text.start, landings);
+        Ok(inside)
+    }
+
     fn shape(&self, function: &Function<'_>) -> Result<Rc<Shape>, Refusal> {
         if let Some(shape) = self.shapes.borrow().get(&function.start) {
             return Ok(shape.clone());
@@ -115,12 +148,7 @@ impl<'a> SiteChecker<'a> {
             return Err(Refusal::NotText { at: function.start });
         }
         let code = read(self.text, function.start, size)?;
-        let mut shape = Shape::of(&code, function.start);
-        for part in self.kernel.cold_parts(function.start) {
-            let size = part.end.offset_from(part.start).unwrap_or(0).min(MAX_FUNCTION);
-            shape.entered_by(branches_out(&read(self.text, part.start, size)?, part.start));
-        }
-        let shape = Rc::new(shape);
+        let shape = Rc::new(Shape::of(&code, function.start));
         self.shapes.borrow_mut().insert(function.start, shape.clone());
         Ok(shape)
     }

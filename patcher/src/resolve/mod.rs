@@ -156,7 +156,7 @@ fn expanded(
     let expansion = expand::expand(&kernel, text, vcpus, patch)?;
     // A livepatch has static keys and static calls of its own.
     if matches!(patch, Patch::Raw { .. } | Patch::Redirect { .. }) {
-        expansion.code.iter().try_for_each(|code| checker.executed(code))?;
+        expansion.code.iter().try_for_each(|code| checker.chosen(code))?;
     }
     let needed = match (expansion.needs, strategy) {
         (Needs::Nothing, _)

@@ -31,13 +31,6 @@ impl Shape {
         shape
     }
 
-    /// Adds branches of other code, of which those to the inside matter.
-    pub(crate) fn entered_by(&mut self, branches: Vec<(Gva, Gva)>) {
-        let inside = self.boundaries.first().copied().zip(self.boundaries.last().copied());
-        let goes_in = |(_, to): &(Gva, Gva)| inside.is_some_and(|(start, end)| start < *to && *to < end);
-        self.branches.extend(branches.into_iter().filter(goes_in));
-    }
-
     /// Checks that a site begins and ends at instruction boundaries, and that no branch of the
     /// function, or of its `.cold` part, goes to its inside.
     pub(crate) fn holds(&self, at: Gva, end: Gva, function: &Function<'_>) -> Result<(), Refusal> {

@@ -279,6 +279,51 @@ fn no_site_has_inside_what_tables_or_cold_parts_lead_to() {
     for (offset, length) in [(10, 1), (9, 1), (22, 1), (25, 1)] {
         assert_eq!(codes(offset, length), [""; 0], "+{offset}, {length} bytes");
     }
+    // Where a function branches into its `.cold` part is not known.
+    let cold = image.symbols().only("function.cold").expect("it").offset_from(function).expect("behind");
+    assert_eq!(codes(cold as u64, 1), [""; 0]);
+    assert_eq!(codes(cold as u64, 2), ["interior_reachable"]);
+}
+
+/// A branch from the `.cold` part of a module's function, whose last part ends with the module's text.
+#[test]
+fn cold_parts_of_modules_count() {
+    const F: u64 = 0x400;
+    const COLD: u64 = 0x500;
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let symbol = |name: u32, at: u64| {
+        let section = [2, 0, 1, 0];
+        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
+    };
+    let symbols = [symbol(0, F), symbol(2, COLD)].concat();
+    let sections = miniature::Sections { symbols, names: b"f\0f.cold\0".to_vec(), ..Default::default() };
+    let mut memory = miniature::with_module(&image, &sections);
+    // Behind the byte that stands for a hole.
+    let mut put = |at: u64, bytes: &[u8]| {
+        let at = 1 + usize::try_from(at).expect("64 bits") % 0x4000;
+        memory[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    let livepatches = image.symbols().only("klp_ops").expect("it").0;
+    put(livepatches, &[livepatches.to_le_bytes(), livepatches.to_le_bytes()].concat());
+    put(F, &[0x90; 0x100]);
+    let distance = u32::try_from(COLD + 5 - (F + 0x11)).expect("near");
+    put(COLD, &[&[0xe9][..], &distance.wrapping_neg().to_le_bytes()].concat());
+    let text = checks::Anywhere::new(&memory).expect("memory");
+    let modules = read_modules(&image, 0, &text);
+    let [module] = modules.all().expect("a module") else { panic!("{modules:?}") };
+    assert_eq!(module.symbols.iter().map(|(.., name)| name).collect::<Vec<_>>(), ["f", "f.cold"]);
+    let kernel = Kernel { image: &image, slide: 0, modules: &modules };
+    let codes = |at: u64, expect: &str, replace: &str| {
+        let plan = format!(
+            r#"{{"version":1,"name":"x","patches":[{{"at":"module:f+{at:#x}","expect":"{expect}","replace":"{replace}"}}]}}"#
+        );
+        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
+        let resolved = resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []);
+        resolved.map_or_else(|all| all.iter().map(|refused| refused.refusal.code()).collect(), |_| Vec::new())
+    };
+    assert_eq!(codes(0x10, "9090", "6690"), ["branch_into_site"]);
+    assert_eq!(codes(0x11, "90", "f8"), [""; 0], "it may begin there");
+    assert_eq!(codes(0x10, "90", "f8"), [""; 0], "and end there");
 }
 
 /// The same symbols, however kallsyms writes them down.

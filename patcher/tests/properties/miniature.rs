@@ -215,6 +215,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
     let cold = k.mark("function.cold", b't');
     k.bytes.push(0xe9);
     k.bytes.extend(near(cold + 5, function + 22));
+    k.bytes.extend([0x90; 3]);
     for name in names {
         k.mark(name, b't');
         k.bytes.push(0xc3);
@@ -279,6 +280,8 @@ pub(crate) struct Sections {
 
 /// Where its text is in the guest.
 pub(crate) const MODULE_TEXT: u64 = 0x1000_0000;
+/// Where the type letters of its symbols are.
+const MODULE_KINDS: u64 = 0x4_1800;
 /// Where its exception table is.
 pub(crate) const MODULE_EXCEPTIONS: u64 = 0x4_2c00;
 
@@ -289,7 +292,6 @@ pub(crate) fn with_module(image: &KernelImage, sections: &Sections) -> Vec<u8> {
     const MODULE: u64 = 0x4_0000;
     const KALLSYMS: u64 = 0x4_0200;
     const SYMBOLS: u64 = 0x4_1000;
-    const KINDS: u64 = 0x4_1800;
     const NAMES: u64 = 0x4_1c00;
     const JUMPS: u64 = 0x4_2000;
     const CALLS: u64 = 0x4_2800;
@@ -308,7 +310,7 @@ pub(crate) fn with_module(image: &KernelImage, sections: &Sections) -> Vec<u8> {
         (MODULE + offsets.text.1, 0x1000),
         (MODULE + offsets.kallsyms, KALLSYMS),
         (KALLSYMS + offsets.symbols.2, NAMES),
-        (KALLSYMS + offsets.symbols.3, KINDS),
+        (KALLSYMS + offsets.symbols.3, MODULE_KINDS),
     ] {
         put(at, &pointer.to_le_bytes());
     }
@@ -323,7 +325,7 @@ pub(crate) fn with_module(image: &KernelImage, sections: &Sections) -> Vec<u8> {
         put(at, table);
     }
     put(MODULE + offsets.name, b"module\0");
-    put(KINDS, &[b't'; 64]);
+    put(MODULE_KINDS, &[b't'; 64]);
     put(NAMES, &sections.names);
     let hole = (1..=u8::MAX).find(|byte| !memory.contains(byte)).unwrap_or(u8::MAX);
     [vec![hole], memory].concat()

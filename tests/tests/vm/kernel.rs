@@ -139,7 +139,7 @@ const SHARED: &str = "__tracepoint_mmap_lock_released+0x8";
 const OWN: &str = "kvm:__tracepoint_kvm_userspace_exit+0x8";
 
 fn modules(lab: &Lab) -> Result<()> {
-    let setups = all_kernels(lab, 2);
+    let setups = both_kernels(lab, 2);
     for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
         vm.mount_tracing()?;
         vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;

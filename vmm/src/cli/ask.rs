@@ -40,7 +40,10 @@ pub(super) fn ask_and<T: Render + Serialize + DeserializeOwned>(
         print_answer::<Failure>(&reply.body, at.json)?;
         return Ok(status(&reply));
     }
-    let mut answer: T = serde_json::from_slice(&reply.body)?;
+    let Ok(mut answer) = serde_json::from_slice::<T>(&reply.body) else {
+        print_answer::<T>(&reply.body, at.json)?;
+        return Ok(ExitStatus::Done);
+    };
     change(&mut answer);
     if at.json {
         output::print_json(&answer)?

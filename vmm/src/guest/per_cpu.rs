@@ -53,7 +53,7 @@ impl PerCpu {
         // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
         // struct pcpu_hot): the current task first, the preempt count eight bytes on.
         let hot = offset("pcpu_hot");
-        let preempt_count = offset("__preempt_count").or(hot.map(|hot| hot + 8));
+        let preempt_count = offset("__preempt_count").or(hot.map(|hot| hot.wrapping_add(8)));
         let current = offset("current_task").or(hot);
         let (Some(preempt_count), Some(current), Some(idle)) =
             (preempt_count, current, offset("idle_threads"))
@@ -61,7 +61,7 @@ impl PerCpu {
             return Err("the kernel's per-CPU symbols are not known".into());
         };
         let table = kernel.kernel().symbol("__per_cpu_offset").map_err(|refusal| refusal.to_string())?;
-        let base = |cpu: u64| read_u64(kernel, Gva(table.0 + 8 * cpu)).ok();
+        let base = |cpu: u64| read_u64(kernel, Gva(table.0.wrapping_add(8 * cpu))).ok();
         let bases = (0..MOST_CPUS).map_while(base).collect();
         Ok(Self { bases, preempt_count, current, idle })
     }

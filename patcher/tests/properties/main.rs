@@ -4,20 +4,20 @@
 mod checks;
 mod cut;
 mod miniature;
+mod sites;
 
 use patcher::addr::Gva;
 use patcher::image::{KernelImage, unpack};
-use patcher::insn;
 use patcher::insn::store::{GeneralRegisters, Store};
+use patcher::linux::Kernel;
 use patcher::linux::module_list::read_modules;
-use patcher::linux::{Kernel, Modules};
+use patcher::plan::Strategy;
 use patcher::plan::refusal::Pointer;
-use patcher::plan::{Plan, Strategy};
 use patcher::program::compile::{Host, compile};
 use patcher::program::session::{End, Session};
 use patcher::program::step::Step;
 use patcher::program::step::StepError;
-use patcher::resolve::{ResolvedPlan, RunningGuest, resolve};
+use patcher::resolve::ResolvedPlan;
 use patcher::safety::blockers::Patchers;
 use patcher::safety::slots::Arena;
 use patcher::site::Site;
@@ -193,137 +193,6 @@ fn instructions_that_may_fault() {
     assert!(kernel.may_fault(function) && !kernel.may_fault(Gva(function.0 + 1)));
     let of_module = |offset| kernel.may_fault(Gva(miniature::MODULE_TEXT + offset));
     assert!(of_module(0x10) && !of_module(0) && !of_module(0xfff) && of_module(0x1000));
-}
-
-/// A function is not decoded for an instruction that the kernel replaces itself, but for all others.
-#[test]
-fn places_that_the_kernel_patches_itself() {
-    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    let place = |name: &str| image.symbols().only(name).expect("it").0;
-    let mut memory = vec![0; 1 << 16];
-    let mut put = |at: u64, bytes: &[u8]| {
-        let at = usize::try_from(at).expect("64 bits") % memory.len();
-        memory[at..at + bytes.len()].copy_from_slice(bytes);
-    };
-    // nop5, two jumps into what follows, call, mov, and what is no instruction.
-    let code =
-        [0x0f, 0x1f, 0x44, 0, 0, 0xeb, 0x05, 0x90, 0xeb, 0x06, 0xe8, 0, 0, 0, 0, 0xc6, 0x07, 0, 0x06, 0x06];
-    put(place("function"), &code);
-    put(place("klp_ops"), &place("klp_ops").to_le_bytes());
-    memory.insert(0, 0xa5);
-    let text = checks::Anywhere::new(&memory).expect("memory");
-    let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
-    // One instruction, other than the present one.
-    let replacement = |length| [&[0x3e], &insn::nops(length - 1)[..]].concat();
-    let codes = |offset: usize, length: usize| {
-        let plan = format!(
-            r#"{{"version":1,"name":"x","patches":[{{"at":"function+{offset:#x}","expect":"{}","replace":"{}"}}]}}"#,
-            insn::hex(&code[offset..offset + length]),
-            insn::hex(&replacement(length))
-        );
-        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
-        match resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []) {
-            Ok(_) => Vec::new(),
-            Err(refused) => refused.iter().map(|refused| refused.refusal.code()).collect(),
-        }
-    };
-    assert_eq!(codes(0, 5), [""; 0], "the tracer's");
-    assert_eq!(codes(10, 5), [""; 0], "a static call, whatever branches to its inside");
-    assert_eq!(codes(10, 8), ["branch_into_site"], "it and more");
-    assert_eq!(codes(15, 3), ["branch_into_site"]);
-    assert_eq!(codes(6, 2), ["inside_instruction"]);
-    assert_eq!(codes(18, 2), ["undecodable"]);
-}
-
-/// Where execution arrives by the kernel's tables or from a `.cold` part is no inside of a site: that of
-/// the miniature's static key (+10), of its exception's fixup (+25), and of its `.cold` part (+22).
-#[test]
-fn no_site_has_inside_what_tables_or_cold_parts_lead_to() {
-    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    assert_eq!(image.landings().len(), 3);
-    let function = image.symbols().only("function").expect("it");
-    let kernel = Kernel { image: &image, slide: 0x20_0000, modules: &Modules::NONE };
-    let live = |offset: u64| Gva(function.0 + 0x20_0000 + offset);
-    let inside = |at, end| kernel.landing_inside(live(at), live(end)).map(|(_, to)| to);
-    for landing in [10, 22, 25] {
-        assert_eq!(inside(landing - 1, landing + 1), Some(live(landing)));
-        assert_eq!(inside(landing, landing + 1), None, "a site may begin there");
-        assert_eq!(inside(landing - 1, landing), None, "and end there");
-    }
-    // nop5, two nops of one byte and so on, all of them instructions of one byte.
-    let mut memory = vec![0x90; 1 << 16];
-    let mut put = |name: &str, bytes: &[u8]| {
-        let at = usize::try_from(image.symbols().only(name).expect("it").0).expect("64 bits") % (1 << 16);
-        memory[at..at + bytes.len()].copy_from_slice(bytes);
-    };
-    put("function", &[0x0f, 0x1f, 0x44, 0, 0]);
-    let livepatches = image.symbols().only("klp_ops").expect("it").0.to_le_bytes();
-    put("klp_ops", &[livepatches, livepatches].concat());
-    put("kprobe_table", &[0; 512]);
-    put("text_mutex", &[0; 32]);
-    memory.insert(0, 0xa5);
-    let text = checks::Anywhere::new(&memory).expect("memory");
-    let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
-    let codes = |offset: u64, length: usize| -> Vec<&str> {
-        let (old, new) = ("90".repeat(length), format!("f8{}", "90".repeat(length - 1)));
-        let plan = format!(
-            r#"{{"version":1,"name":"x","strategy":"inspect","patches":[{{"at":"function+{offset:#x}","expect":"{old}","replace":"{new}"}}]}}"#
-        );
-        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
-        let resolved = resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []);
-        resolved.map_or_else(|all| all.iter().map(|refused| refused.refusal.code()).collect(), |_| Vec::new())
-    };
-    for (offset, length) in [(9, 2), (8, 5), (21, 2), (22, 4), (24, 2)] {
-        assert_eq!(codes(offset, length), ["branch_into_site"], "+{offset}, {length} bytes");
-    }
-    for (offset, length) in [(10, 1), (9, 1), (22, 1), (25, 1)] {
-        assert_eq!(codes(offset, length), [""; 0], "+{offset}, {length} bytes");
-    }
-    // Where a function branches into its `.cold` part is not known.
-    let cold = image.symbols().only("function.cold").expect("it").offset_from(function).expect("behind");
-    assert_eq!(codes(cold as u64, 1), [""; 0]);
-    assert_eq!(codes(cold as u64, 2), ["interior_reachable"]);
-}
-
-/// A branch from the `.cold` part of a module's function, whose last part ends with the module's text.
-#[test]
-fn cold_parts_of_modules_count() {
-    const F: u64 = 0x400;
-    const COLD: u64 = 0x500;
-    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    let symbol = |name: u32, at: u64| {
-        let section = [2, 0, 1, 0];
-        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
-    };
-    let symbols = [symbol(0, F), symbol(2, COLD)].concat();
-    let sections = miniature::Sections { symbols, names: b"f\0f.cold\0".to_vec(), ..Default::default() };
-    let mut memory = miniature::with_module(&image, &sections);
-    // Behind the byte that stands for a hole.
-    let mut put = |at: u64, bytes: &[u8]| {
-        let at = 1 + usize::try_from(at).expect("64 bits") % 0x4000;
-        memory[at..at + bytes.len()].copy_from_slice(bytes);
-    };
-    let livepatches = image.symbols().only("klp_ops").expect("it").0;
-    put(livepatches, &[livepatches.to_le_bytes(), livepatches.to_le_bytes()].concat());
-    put(F, &[0x90; 0x100]);
-    let distance = u32::try_from(COLD + 5 - (F + 0x11)).expect("near");
-    put(COLD, &[&[0xe9][..], &distance.wrapping_neg().to_le_bytes()].concat());
-    let text = checks::Anywhere::new(&memory).expect("memory");
-    let modules = read_modules(&image, 0, &text);
-    let [module] = modules.all().expect("a module") else { panic!("{modules:?}") };
-    assert_eq!(module.symbols.iter().map(|(.., name)| name).collect::<Vec<_>>(), ["f", "f.cold"]);
-    let kernel = Kernel { image: &image, slide: 0, modules: &modules };
-    let codes = |at: u64, expect: &str, replace: &str| {
-        let plan = format!(
-            r#"{{"version":1,"name":"x","patches":[{{"at":"module:f+{at:#x}","expect":"{expect}","replace":"{replace}"}}]}}"#
-        );
-        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
-        let resolved = resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []);
-        resolved.map_or_else(|all| all.iter().map(|refused| refused.refusal.code()).collect(), |_| Vec::new())
-    };
-    assert_eq!(codes(0x10, "9090", "6690"), ["branch_into_site"]);
-    assert_eq!(codes(0x11, "90", "f8"), [""; 0], "it may begin there");
-    assert_eq!(codes(0x10, "90", "f8"), [""; 0], "and end there");
 }
 
 /// The same symbols, however kallsyms writes them down.

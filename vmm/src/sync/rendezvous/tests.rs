@@ -1,4 +1,5 @@
-//! The rendezvous over vCPUs without KVM: real threads, whose guest code counts up a number.
+//! The rendezvous over vCPUs without KVM: real threads, whose guest code counts up a number. One file: all
+//! tests share the machinery of these threads.
 
 use std::collections::HashSet;
 use std::sync::Barrier as Start;

@@ -5,6 +5,8 @@
 //! - the fixup of an instruction that may fault (`__ex_table`);
 //! - what a function's `.cold` part, which the compiler moved away, branches back to.
 
+use std::ops::Range;
+
 use crate::addr::Gva;
 use crate::image::elf::Vmlinux;
 use crate::image::symbols::Symbols;
@@ -16,7 +18,7 @@ use crate::insn;
 pub struct Landings(Vec<(Gva, Gva)>);
 
 /// Most bytes of `.cold` parts that an image may have. Real ones have less than 2 MiB.
-const MOST_BYTES: usize = 16 << 20;
+const MOST_BYTES: u64 = 16 << 20;
 
 impl Landings {
     /// From tables: jumps of static keys, and faults with their fixups.
@@ -32,17 +34,11 @@ impl Landings {
         jumps: &[JumpEntry],
         fixups: impl IntoIterator<Item = (Gva, Gva)>,
     ) -> Option<Self> {
-        let mut starts: Vec<Gva> =
-            symbols.iter().filter(|(_, _, name)| is_cold(name)).map(|(start, ..)| start).collect();
-        // In the order of addresses, so aliases are neighbours.
-        starts.dedup();
-        let mut left = MOST_BYTES;
-        let mut parts = Vec::new();
-        for start in starts {
-            let size = symbols.after(start).and_then(|end| end.offset_from(start)).unwrap_or(0);
-            left = left.checked_sub(size)?;
-            parts.extend(branches_out(vmlinux.bytes(start, size).unwrap_or_default(), start));
-        }
+        let last = symbols.at_or_before(Gva(u64::MAX)).unwrap_or(Gva(0));
+        let parts = cold_parts(symbols, &(Gva(0)..last), MOST_BYTES)?.into_iter().flat_map(|part| {
+            let size = part.end.offset_from(part.start).unwrap_or(0);
+            branches_out(vmlinux.bytes(part.start, size).unwrap_or_default(), part.start)
+        });
         let tables = Self::new(jumps, fixups);
         Some(Self::sorted(tables.0.into_iter().chain(swapped(parts))))
     }
@@ -82,6 +78,19 @@ fn swapped(pairs: impl IntoIterator<Item = (Gva, Gva)>) -> impl Iterator<Item = 
 /// `NAME.cold.N`).
 pub(crate) fn is_cold(name: &str) -> bool {
     name.ends_with(".cold") || name.contains(".cold.")
+}
+
+/// The parts of functions that the compiler moved away, within some text; each reaches to the next
+/// symbol, or to the text's end. `None` if they have more than so many bytes in all.
+pub(crate) fn cold_parts(symbols: &Symbols, text: &Range<Gva>, most: u64) -> Option<Vec<Range<Gva>>> {
+    let cold = symbols.iter().filter(|(start, _, name)| is_cold(name) && text.contains(start));
+    let mut starts: Vec<Gva> = cold.map(|(start, ..)| start).collect();
+    // In the order of addresses, so aliases are neighbours.
+    starts.dedup();
+    let end = |start| symbols.after(start).map_or(text.end, |end| end.min(text.end));
+    let parts: Vec<Range<Gva>> = starts.into_iter().map(|start| start..end(start)).collect();
+    let size: u64 = parts.iter().map(|part| part.end.0 - part.start.0).sum();
+    (size <= most).then_some(parts)
 }
 
 /// The branches of a piece of code to places outside of it: from where, to where.

@@ -33,11 +33,14 @@ pub fn jmp_rel32(at: Gva, to: Gva) -> Option<[u8; 5]> {
     Some([0xe9, a, b, c, d])
 }
 
+/// Opcode of `call rel32`.
+pub(crate) const CALL: u8 = 0xe8;
+
 /// `call rel32`, as [`jmp_rel32`].
 #[must_use]
 pub fn call_rel32(at: Gva, to: Gva) -> Option<[u8; 5]> {
     let [_, a, b, c, d] = jmp_rel32(at, to)?;
-    Some([0xe8, a, b, c, d])
+    Some([CALL, a, b, c, d])
 }
 
 /// A conditional jump whose opcode is `0f` and `condition`, six bytes, as [`jmp_rel32`].

@@ -10,6 +10,7 @@ pub mod store;
 pub(crate) use decode::{FENTRY, MARKER, branch, marker};
 pub use decode::{INT3, Insn, MAX_LENGTH, count, decode, disassemble};
 pub use effect::{Effect, effect};
+pub(crate) use encode::CALL;
 pub use encode::{call_rel32, jcc_rel32, jmp_rel8, jmp_rel32, nops};
 pub use relocate::relocate;
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
-use crate::image::landings::{Landings, is_cold};
+use crate::image::landings::{Landings, cold_parts};
 use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
 use crate::plan::refusal::Refusal;
@@ -36,17 +36,8 @@ impl Module {
     /// # Errors
     /// [`Refusal::BadModules`] when they are larger than any module's.
     pub(crate) fn cold_parts(&self) -> Result<Vec<Range<Gva>>, Refusal> {
-        let cold = self.symbols.iter().filter(|(start, _, name)| is_cold(name) && self.text.contains(start));
-        let mut starts: Vec<Gva> = cold.map(|(start, ..)| start).collect();
-        // In the order of addresses, so aliases are neighbours.
-        starts.dedup();
-        let end = |start| self.symbols.after(start).map_or(self.text.end, |end| end.min(self.text.end));
-        let parts: Vec<Range<Gva>> = starts.into_iter().map(|start| start..end(start)).collect();
-        let size: u64 = parts.iter().map(|part| part.end.0 - part.start.0).sum();
-        if size > MOST_COLD_BYTES {
-            return Err(Refusal::BadModules { why: "their .cold parts claim to be very large" });
-        }
-        Ok(parts)
+        let why = "their .cold parts claim to be very large";
+        cold_parts(&self.symbols, &self.text, MOST_COLD_BYTES).ok_or(Refusal::BadModules { why })
     }
 }
 

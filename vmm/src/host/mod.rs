@@ -3,6 +3,7 @@
 pub mod heap;
 pub mod lock;
 pub mod membarrier;
+pub mod poll;
 pub mod priority;
 pub mod signals;
 pub mod stderr;

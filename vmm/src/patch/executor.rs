@@ -16,7 +16,7 @@ use crate::text_guard::Guard;
 
 /// Least time to wait for vCPUs that leave the guest slowly: a rollback must be able to fence after
 /// the deadline.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A running guest as the target of one program.
 pub struct Executor<'m> {

@@ -1,6 +1,5 @@
 //! Waiting for the locks under which the guest's kernel patches itself.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
@@ -9,6 +8,7 @@ use patcher::program::step::StepError;
 
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
+use crate::host::poll::poll;
 
 /// Waits until no task of the guest has one of these locks, or until `until`. Returns whether one
 /// was taken.
@@ -38,20 +38,4 @@ pub(super) fn await_free(kernel: &GuestKernel, lock: Gva, until: Instant) -> Res
     };
     let seen = poll(until.min(Instant::now() + PATIENCE), TURN, TURN, look);
     seen.unwrap_or_else(|| Err(StepError::Mismatch { found: last.to_le_bytes().to_vec() }))
-}
-
-/// Looks until there is something to see, or until `until`: for the time of `spin` without a pause,
-/// then again after a `nap`, and so on. Looks once at least.
-fn poll<T>(until: Instant, spin: Duration, nap: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
-    let mut turn = Instant::now();
-    loop {
-        let seen = look();
-        if seen.is_some() || Instant::now() > until {
-            return seen;
-        }
-        if turn.elapsed() >= spin {
-            thread::sleep(nap);
-            turn = Instant::now();
-        }
-    }
 }

@@ -12,13 +12,12 @@ use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
 use crate::patch::engine::{Engine, at_root};
+use crate::patch::executor::PATIENCE;
 use crate::patch::kernel_locks::wait_while_taken;
 use crate::sync::rendezvous::Rendezvous;
 
 /// How often a program is run again that met a change which the guest has taken back since.
 const MAX_UNEXPLAINED: usize = 10;
-/// How long a hold waits for vCPUs.
-const HOLD_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Reverts a patch, as was asked at `given_at`.
@@ -101,7 +100,7 @@ fn replaced(
         are_free(kernel, &plan.patchers.locks).then(|| replaced.map(|site| site.at).collect())
     };
     loop {
-        let held = rendezvous.hold(HOLD_PATIENCE);
+        let held = rendezvous.hold(PATIENCE);
         let seen = compare();
         rendezvous.release();
         held.ok()?;

@@ -7,17 +7,12 @@ pub(super) use std::sync::atomic::Ordering::SeqCst;
 pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 pub(super) use crate::host::lock::{Condvar, Mutex};
+use crate::host::poll::poll;
 
 /// How long a wait sleeps between two looks.
 const POLL: Duration = Duration::from_micros(50);
 
 /// Looks until there is something. `None` if there was nothing by `deadline`.
 pub(super) fn poll_until<T>(deadline: Instant, look: impl Fn() -> Option<T>) -> Option<T> {
-    loop {
-        let found = look();
-        if found.is_some() || Instant::now() > deadline {
-            return found;
-        }
-        std::thread::sleep(POLL);
-    }
+    poll(deadline, Duration::ZERO, POLL, look)
 }

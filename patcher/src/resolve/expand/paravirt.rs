@@ -98,7 +98,6 @@ fn caller_in_modules<'a>(
     text: &dyn GuestMemory,
     targets: &[Gva],
 ) -> Result<Option<&'a str>, Refusal> {
-    const CALL: u8 = 0xe8;
     for module in kernel.modules.all()? {
         let start = module.text.start;
         let size = module.text.end.offset_from(start).unwrap_or(0);
@@ -107,7 +106,7 @@ fn caller_in_modules<'a>(
         let calls = |(at, code): (u64, &[u8])| {
             let distance = code[1..].first_chunk().map(|bytes| i32::from_le_bytes(*bytes))?;
             let next = start.0.wrapping_add(at + 5);
-            (code[0] == CALL).then(|| Gva(next.wrapping_add_signed(distance.into())))
+            (code[0] == insn::CALL).then(|| Gva(next.wrapping_add_signed(distance.into())))
         };
         if (0..).zip(bytes.windows(5)).filter_map(calls).any(|to| targets.contains(&to)) {
             return Ok(Some(&module.name));

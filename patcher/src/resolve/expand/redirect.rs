@@ -12,8 +12,6 @@ use crate::resolve::expand::expansion::{Code, Expansion};
 
 /// Length of `jmp rel32`, in bytes.
 const JMP_REL32: usize = 5;
-/// Opcode of `call rel32`.
-const CALL: u8 = 0xe8;
 
 /// Replaces whole instructions at the entry of `from` by a jump to `to`, padded with NOPs.
 pub(crate) fn expand(
@@ -27,7 +25,7 @@ pub(crate) fn expand(
     let entry = read(text, from, insn::MARKER + insn::FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
     let mut skip = insn::marker(&entry);
     let is_fentry = from.plus(skip).is_some_and(|at| kernel.is_fentry(at));
-    let in_use = entry[skip] == CALL;
+    let in_use = entry[skip] == insn::CALL;
     if is_fentry && (keep_fentry || in_use) {
         skip += insn::FENTRY;
     }

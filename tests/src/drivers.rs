@@ -96,9 +96,30 @@ impl Target for LingeringTarget<'_> {
     }
 }
 
+/// What a driver that panics says.
+pub const PANIC: &str = "the driver panics on purpose";
+
+/// Panics in the middle of the first program, with the guest held.
+#[derive(Debug)]
+pub struct Panicking;
+
+impl Driver for Panicking {
+    fn drive(&mut self, program: &Program, target: &mut dyn Target) -> End {
+        for step in &program.steps {
+            // The outcome does not matter any more.
+            let _ = target.perform(&step.step);
+            assert!(step.step != Step::Hold, "{PANIC}");
+        }
+        unreachable!("a program without a hold")
+    }
+}
+
 /// The driver for what the switches of `vmm-lab` say.
 #[must_use]
-pub fn driver(fail_programs: bool, linger: Duration) -> Box<dyn Driver> {
+pub fn driver(panic: bool, fail_programs: bool, linger: Duration) -> Box<dyn Driver> {
+    if panic {
+        return Box::new(Panicking);
+    }
     match (fail_programs, linger.is_zero()) {
         (false, true) => Box::new(Direct),
         (true, true) => Box::new(Faulty::new(Direct)),
@@ -182,7 +203,7 @@ mod tests {
             let fence = Reversible { step, undo: Default::default() };
             let program = Program { steps: vec![fence], ..program() };
             let began = std::time::Instant::now();
-            assert_eq!(driver(false, rest).drive(&program, &mut Notes::default()), End::Applied);
+            assert_eq!(driver(false, false, rest).drive(&program, &mut Notes::default()), End::Applied);
             began.elapsed() >= rest
         };
         assert!(timed(Step::Fence));

@@ -328,6 +328,17 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// The signal that ended the monitor, if one did.
+    ///
+    /// # Errors
+    /// What the system returned.
+    pub fn signal(&mut self) -> Result<Option<i32>> {
+        use std::os::unix::process::ExitStatusExt;
+        Ok(self.child.wait()?.signal())
+    }
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         // It may have ended already.

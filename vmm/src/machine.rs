@@ -5,6 +5,7 @@ mod adapters;
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use patcher::addr::VcpuId;
 use patcher::program::compile::Host;
@@ -15,7 +16,9 @@ use crate::devices::console::Console;
 use crate::devices::irq_line::IrqLine;
 use crate::devices::ports::Ports;
 use crate::devices::power::Power;
+use crate::host::backlog::Backlog;
 use crate::host::membarrier::Membarrier;
+use crate::host::poll::poll;
 use crate::kvm::kick::{self, Kick};
 use crate::kvm::{self, KvmContext, Vm};
 use crate::memory::layout::COM1_IRQ;
@@ -54,6 +57,9 @@ pub enum Breakpoints {
     AlwaysByKvm,
 }
 
+/// How long the vCPUs' threads have to end.
+const LAST_EXIT: Duration = Duration::from_secs(5);
+
 /// A machine that is ready to start.
 pub struct Machine {
     vm: Arc<Vm>,
@@ -76,7 +82,7 @@ impl Machine {
     pub fn build(
         config: &Config,
         image: &[u8],
-        output: Box<dyn io::Write + Send>,
+        output: Backlog,
         drained: IrqLine,
         breakpoints: Breakpoints,
     ) -> Result<Self, Error> {
@@ -186,12 +192,15 @@ impl Machine {
         self.host
     }
 
-    /// Ends the vCPU threads and waits for them.
+    /// Ends the vCPU threads and waits for them, but not for ever: the process's end takes those with it
+    /// that the host does not let go on.
     pub fn shut_down(self) {
         self.rendezvous.stop();
-        for thread in self.threads {
-            // A thread that panicked has printed why.
-            let _ = thread.join();
+        let all_ended = || self.threads.iter().all(JoinHandle::is_finished).then_some(());
+        let until = Instant::now() + LAST_EXIT;
+        if poll(until, Duration::ZERO, Duration::from_millis(1), all_ended).is_none() {
+            let late = self.threads.iter().filter(|thread| !thread.is_finished()).count();
+            tracing::error!("{late} vCPU threads do not end; the process ends without them");
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The monitor for tests: `vmm` with switches for what a user's monitor must not do. It only
 //! runs VMs; `vmm` is its client.
 
-use std::process::ExitCode;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
@@ -28,6 +30,13 @@ struct Switches {
     /// first again.
     #[arg(long)]
     fail_programs: bool,
+    /// The first program that holds the guest panics then.
+    #[arg(long)]
+    panic_in_hold: bool,
+    /// Run in the background of the terminal on standard input, which becomes the controlling one of a
+    /// session of its own.
+    #[arg(long)]
+    in_background: bool,
     /// Programs rest so long after each fence, in milliseconds, so that vCPUs meet what is in
     /// transit.
     #[arg(long, default_value_t = 0)]
@@ -50,7 +59,8 @@ enum Intercept {
 
 impl Switches {
     fn hooks(&self) -> Hooks {
-        let driver = drivers::driver(self.fail_programs, Duration::from_millis(self.linger_ms));
+        let driver =
+            drivers::driver(self.panic_in_hold, self.fail_programs, Duration::from_millis(self.linger_ms));
         let breakpoints = match self.breakpoints {
             Intercept::AsNeeded => Breakpoints::AsNeeded,
             Intercept::Always => Breakpoints::Always,
@@ -60,7 +70,34 @@ impl Switches {
     }
 }
 
+/// Starts this program again without that switch, in the background, as a shell does with `&`.
+fn in_background() -> io::Result<ExitCode> {
+    rustix::process::setsid()?;
+    rustix::process::ioctl_tiocsctty(io::stdin())?;
+    let arguments = std::env::args_os().skip(1).filter(|argument| argument != "--in-background");
+    let mut child = Command::new(std::env::current_exe()?).args(arguments).process_group(0).spawn()?;
+    let id = child.id();
+    // A stopped job is told, as a shell does; nothing continues it.
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(255)).unwrap_or(255)));
+        }
+        let state = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        if state.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
+            eprintln!("vmm-lab: the monitor was stopped");
+            child.kill()?;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 fn main() -> ExitCode {
     let Cli { run, switches } = Cli::parse();
+    if switches.in_background {
+        return in_background().unwrap_or_else(|error| {
+            eprintln!("vmm-lab: {error}");
+            ExitCode::FAILURE
+        });
+    }
     run_with(MonitorCli { command: None, run: Some(run) }, switches.hooks()).into()
 }

@@ -10,10 +10,12 @@ use tests::patches::redirect_plan;
 use tests::vm::{Setup, Vm};
 
 use super::Test;
+use super::boot::run_to_end;
 
 pub(crate) const TESTS: &[Test] = &[
     ("at_init::applied_before_init_runs", applied),
     ("at_init::a_refused_plan_leaves_the_vm_running", refused),
+    ("at_init::a_refused_plan_ends_the_vm_if_that_is_wanted", refused_or_stop),
 ];
 
 fn start(lab: &Lab, plan: &serde_json::Value, more: &[&str]) -> Result<Vm> {
@@ -50,4 +52,24 @@ fn refused(lab: &Lab) -> Result<()> {
     ensure!(vm.greeting.contains("ppid=0"), "{}", vm.greeting);
     vm.expect_no_kernel_errors()?;
     vm.power_off()
+}
+
+/// With `--patch-or-stop` a guest runs patched or does not start init.
+fn refused_or_stop(lab: &Lab) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("plan.json").display().to_string();
+    let (kernel, initrd) = (lab.kernel.display().to_string(), lab.initrd.display().to_string());
+    let run = |plan: &serde_json::Value| -> Result<(i32, String)> {
+        fs::write(&path, plan.to_string())?;
+        run_to_end(lab, &["--kernel", &kernel, "--initrd", &initrd, "--cpus", "4", "--patch-or-stop", &path])
+    };
+    let (code, text) =
+        run(&json!({ "version": 1, "name": "early", "patches": [{ "redirect": "nope", "to": "nope" }] }))?;
+    ensure!(code == 12 && text.contains("unknown_symbol"), "exit code {code}:\n{text}");
+    ensure!(text.contains("was not applied") && !text.contains("@end ready"), "init was started:\n{text}");
+    // Standard input is empty, so init switches the guest off.
+    let (code, text) = run(&redirect_plan("early", None))?;
+    ensure!(code == 0 && text.contains("early: applied"), "exit code {code}:\n{text}");
+    ensure!(text.contains("@end ready") && text.contains("ppid=1"), "init started unpatched:\n{text}");
+    Ok(())
 }

@@ -12,6 +12,7 @@ mod events;
 mod flips;
 mod guard;
 mod kernel;
+mod monitor;
 mod refusals;
 mod selfpatching;
 mod socket;
@@ -32,7 +33,7 @@ use tests::suite::{self, Costs};
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
 
 /// Tests that do something to the host that only the rig's host may be done to.
-const RIG_ONLY: [&str; 1] = ["cli::without_kvm_it_says_so"];
+const RIG_ONLY: [&str; 2] = ["cli::without_kvm_it_says_so", "socket::a_group_may_read_and_others_nothing"];
 
 /// Longest time for one test.
 const DEADLINE: Duration = Duration::from_secs(240);
@@ -48,6 +49,7 @@ fn all() -> Vec<Test> {
         flips::TESTS,
         guard::TESTS,
         kernel::TESTS,
+        monitor::TESTS,
         refusals::TESTS,
         selfpatching::TESTS,
         socket::TESTS,
@@ -95,7 +97,7 @@ fn here(lab: &Lab, costs: &Arc<Costs>) -> Vec<Trial> {
         let (lab, costs) = (lab.clone(), costs.clone());
         Trial::ignorable_test(name, move || {
             if RIG_ONLY.contains(&name) && !lab.in_rig {
-                let reason = "it hides /dev/kvm from the whole machine, which only the rig allows";
+                let reason = "it changes the host or becomes other users, which only the rig allows";
                 return skip::may_skip(reason, skip::is_ci()).map(|()| Completion::ignored_with(reason));
             }
             let result = costs.of(name, || {

@@ -2,19 +2,25 @@
 //! notice.
 
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use rustix::process::{Resource, Rlimit, prlimit};
 use tests::lab::Lab;
 use tests::patches::redirect_plan;
 use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
 
-pub(crate) const TESTS: &[Test] =
-    &[("socket::garbage_and_broken_clients", broken_clients), ("socket::many_clients_at_once", many_clients)];
+pub(crate) const TESTS: &[Test] = &[
+    ("socket::garbage_and_broken_clients", broken_clients),
+    ("socket::many_clients_at_once", many_clients),
+    ("socket::silent_clients_keep_nobody_out", silent_clients),
+    ("socket::a_group_may_read_and_others_nothing", roles),
+];
 
 fn broken_clients(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
@@ -117,4 +123,95 @@ fn many_clients(lab: &Lab) -> Result<()> {
     ensure!(total.0 > 0 && total.0 + total.1 == 80, "{total:?}");
     vm.expect_all(false)?;
     vm.expect_no_kernel_errors()
+}
+
+/// Connections that say nothing, more than there are descriptors for: a good client is served throughout.
+fn silent_clients(lab: &Lab) -> Result<()> {
+    let vm = Vm::start(lab, &Setup::cpus(2))?;
+    let descriptors =
+        || -> Result<usize> { Ok(std::fs::read_dir(format!("/proc/{}/fd", vm.pid()))?.count()) };
+    let before = descriptors()?;
+    // Fewer than it would take for the connections that it allows.
+    let limit = before as u64 + 20;
+    let pid = i32::try_from(vm.pid())?;
+    let few = Rlimit { current: Some(limit), maximum: Some(limit) };
+    prlimit(rustix::process::Pid::from_raw(pid), Resource::Nofile, few)?;
+    let mut idle = Vec::new();
+    for round in 0..300 {
+        let mut client = UnixStream::connect(vm.socket())?;
+        // Some begin a request and go on a byte at a time.
+        if round % 3 == 0 {
+            client.write_all(b"POST /patches HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{")?;
+        }
+        idle.push(client);
+        if round % 10 == 0 {
+            let (status, _) = vm.request(Method::GET, "/vm", b"")?;
+            ensure!(status == 200, "with {round} silent clients: {status}");
+            for client in idle.iter_mut().step_by(3) {
+                // Most have been hung up on by now.
+                let _ = client.write_all(b" ");
+            }
+        }
+    }
+    let (used, ticks) = (descriptors()?, cpu_ticks(vm.pid(), "api")?);
+    ensure!(used <= before + 20, "{used} descriptors, {before} before");
+    std::thread::sleep(Duration::from_secs(2));
+    // A hundredth of a second each (proc_pid_stat(5)).
+    let spent = cpu_ticks(vm.pid(), "api")? - ticks;
+    ensure!(spent < 20, "{spent} ticks of 200 while nobody asks: it spins");
+    drop(idle);
+    let plan = redirect_plan("after", None);
+    ensure!(vm.apply(&plan)?["state"] == "applied");
+    for _ in 0..1000 {
+        drop(UnixStream::connect(vm.socket())?);
+    }
+    let (status, _) = vm.request(Method::GET, "/vm", b"")?;
+    ensure!(status == 200, "after a thousand connections: {status}");
+    vm.power_off()
+}
+
+/// The CPU time of a process's thread, in ticks.
+fn cpu_ticks(pid: u32, thread: &str) -> Result<u64> {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+        let Some((head, rest)) = stat.rsplit_once(") ") else { continue };
+        if head.ends_with(&format!("({thread}")) {
+            // Fields 14 and 15 of the line, of which the first two are gone.
+            let times = rest.split(' ').skip(11).take(2).map(str::parse::<u64>);
+            return Ok(times.sum::<Result<u64, _>>()?);
+        }
+    }
+    anyhow::bail!("process {pid} has no thread {thread}")
+}
+
+/// Only where this process may run programs as other users.
+fn roles(lab: &Lab) -> Result<()> {
+    const GROUP: u32 = 4242;
+    let arguments = vec!["--api-group".to_owned(), GROUP.to_string()];
+    let vm = Vm::start(lab, &Setup { arguments, ..Setup::cpus(2) })?;
+    std::fs::set_permissions(vm.folder(), std::fs::Permissions::from_mode(0o755))?;
+    let status = vm.socket().symlink_metadata()?;
+    ensure!(status.permissions().mode() & 0o777 == 0o660 && status.gid() == GROUP, "{status:?}");
+    let ask = |group: u32, arguments: &[&str]| -> Result<(bool, String)> {
+        let mut command = std::process::Command::new(&lab.vmm);
+        let output =
+            command.args(arguments).arg("--socket").arg(vm.socket()).uid(1000).gid(group).output()?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
+    };
+    for reading in [&["vm", "info"][..], &["patch", "list"], &["events"]] {
+        let (done, text) = ask(GROUP, reading)?;
+        ensure!(done, "{reading:?}: {text}");
+    }
+    for changing in [&["vm", "pause"][..], &["vm", "vcpus"], &["patch", "revert", "x"]] {
+        let (done, text) = ask(GROUP, changing)?;
+        ensure!(!done && text.contains("for the VM's owner"), "{changing:?}: {text}");
+    }
+    let (done, text) = ask(4343, &["vm", "info"])?;
+    ensure!(!done && text.contains("ermission denied"), "another group: {text}");
+    // Even if the socket's mode was changed.
+    std::fs::set_permissions(vm.socket(), std::fs::Permissions::from_mode(0o666))?;
+    let (done, text) = ask(4343, &["vm", "info"])?;
+    ensure!(!done && text.contains("another user"), "another group, mode 0666: {text}");
+    vm.power_off()
 }

@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("terminal::ctrl_c_ends_it_and_restores_the_terminal", |lab| typed(lab, b"\x03")),
     ("terminal::signals_end_it_and_restore_the_terminal", signals),
     ("terminal::typing_reaches_the_guest", typing),
+    ("terminal::in_the_background_it_runs_without_input", background),
 ];
 
 struct Session {
@@ -36,6 +37,22 @@ const COOKED_INPUT: InputModes = InputModes::IXON.union(InputModes::ICRNL);
 
 /// Starts a VM on a pseudo-terminal and waits until its init is up.
 fn start(lab: &Lab) -> Result<Session> {
+    let session = start_in(lab, true)?;
+    let raw = tcgetattr(session.terminal.as_fd())?;
+    ensure!(
+        !raw.local_modes.intersects(COOKED_LOCAL) && !raw.input_modes.intersects(COOKED_INPUT),
+        "the terminal is not raw: {raw:?}"
+    );
+    ensure!(
+        raw.output_modes == session.before.output_modes,
+        "the monitor's own lines need {:?}",
+        session.before
+    );
+    Ok(session)
+}
+
+/// The same in the foreground or in the background.
+fn start_in(lab: &Lab, foreground: bool) -> Result<Session> {
     let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
     grantpt(&person)?;
     unlockpt(&person)?;
@@ -46,7 +63,9 @@ fn start(lab: &Lab) -> Result<Session> {
         before.local_modes.contains(COOKED_LOCAL) && before.input_modes.contains(COOKED_INPUT),
         "not a terminal's usual modes: {before:?}"
     );
-    let mut child = Command::new(&lab.vmm)
+    let monitor = if foreground { &lab.vmm } else { &lab.vmm_lab };
+    let mut child = Command::new(monitor)
+        .args((!foreground).then_some("--in-background"))
         .arg("--kernel")
         .arg(&lab.kernel)
         .arg("--initrd")
@@ -58,16 +77,6 @@ fn start(lab: &Lab) -> Result<Session> {
     let output = BufReader::new(child.stdout.take().context("a pipe")?);
     let mut session = Session { person: File::from(person), terminal, child, output, before };
     session.read_until("@end ready")?;
-    let raw = tcgetattr(session.terminal.as_fd())?;
-    ensure!(
-        !raw.local_modes.intersects(COOKED_LOCAL) && !raw.input_modes.intersects(COOKED_INPUT),
-        "the terminal is not raw: {raw:?}"
-    );
-    ensure!(
-        raw.output_modes == session.before.output_modes,
-        "the monitor's own lines need {:?}",
-        session.before
-    );
     Ok(session)
 }
 
@@ -121,4 +130,17 @@ fn typing(lab: &Lab) -> Result<()> {
     ensure!(line.starts_with(&word), "of {} letters {} arrived: {line:?}", word.len(), line.trim_end().len());
     session.person.write_all(b"poweroff\n")?;
     session.end()
+}
+
+/// Started with `&`, the monitor neither reads from the terminal nor changes it, so it is not stopped.
+fn background(lab: &Lab) -> Result<()> {
+    let mut session = start_in(lab, false)?;
+    let modes = format!("{:?}", tcgetattr(session.terminal.as_fd())?);
+    ensure!(modes == format!("{:?}", session.before), "the terminal was changed: {modes}");
+    session.person.write_all(b"poweroff\n")?;
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    ensure!(session.child.try_wait()?.is_none(), "it has read what was typed, or was stopped");
+    session.child.kill()?;
+    session.child.wait()?;
+    Ok(())
 }

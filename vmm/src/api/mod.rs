@@ -7,8 +7,10 @@
 //!
 //! `wire` holds the JSON types, `view` how a client reads those of `patcher`.
 
+pub mod access;
 pub mod client;
 pub mod command;
+mod connections;
 mod event_stream;
 mod reply;
 mod routes;

@@ -1,5 +1,7 @@
 //! The routing table: which request is which command.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -9,11 +11,13 @@ use patcher::plan::MAX_BYTES;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use crate::api::access::Role;
 use crate::api::command::Command;
+use crate::api::connections::Place;
 use crate::api::event_stream::EventStream;
 use crate::api::reply::{self, Reply};
 use crate::api::wire::EventList;
-use crate::patch::controller::Controls;
+use crate::patch::controller::{Controls, NotGiven};
 
 /// Time a client has to send a request's body.
 const BODY_TIME: Duration = Duration::from_secs(10);
@@ -64,12 +68,16 @@ pub(super) struct ApiState {
 }
 
 /// Answers a request.
-pub(super) async fn handle(request: Request<Incoming>, state: ApiState) -> Reply {
+pub(super) async fn handle(request: Request<Incoming>, role: Role, place: &Place, state: ApiState) -> Reply {
     let path = format!("/{}", request.uri().path().trim_matches('/'));
     let (action, name) = match find(request.method(), &path) {
         Ok(found) => found,
         Err(status) => return no_route(status, request.method(), &path),
     };
+    if role == Role::Reader && !is_reading(request.method(), action) {
+        let what = format!("{} {path} is for the VM's owner; you may only read", request.method());
+        return reply::error(StatusCode::FORBIDDEN, &what);
+    }
     let command = match action {
         Action::Command(command) => command(),
         Action::Patch(command) => command(name.to_owned()),
@@ -86,15 +94,52 @@ pub(super) async fn handle(request: Request<Incoming>, state: ApiState) -> Reply
             }
         },
         Action::Events => return reply::json(StatusCode::OK, &EventList { events: state.events.kept() }),
-        Action::EventStream => return state.events.follow(),
+        Action::EventStream => {
+            place.is_busy();
+            return state.events.follow();
+        }
     };
+    place.is_busy();
     let (sender, receiver) = oneshot::channel();
-    // A client that hung up does not stop its command, and gets no answer.
-    state.controls.give(command, move |answer| drop(sender.send(answer)));
-    match receiver.await {
-        Ok(answer) => reply::of(answer),
-        Err(_) => reply::error(StatusCode::SERVICE_UNAVAILABLE, "the VM is shutting down"),
+    // Dropped with this future when the client hangs up.
+    let waiting = Waiting::default();
+    let is_wanted = waiting.0.clone();
+    // What a client asked for that has gone is not done, unless it was begun.
+    let given = state.controls.give(
+        command,
+        move || is_wanted.load(Relaxed),
+        move |answer| drop(sender.send(answer)),
+    );
+    let unavailable = |what| reply::error(StatusCode::SERVICE_UNAVAILABLE, what);
+    match given {
+        Ok(()) => match receiver.await {
+            Ok(answer) => reply::of(answer),
+            Err(_) => unavailable("the VM is shutting down"),
+        },
+        Err(NotGiven::Ended) => unavailable("the VM is shutting down"),
+        Err(NotGiven::Full) => unavailable("too many requests wait"),
     }
+}
+
+/// A client that waits for an answer.
+struct Waiting(Arc<AtomicBool>);
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.store(false, Relaxed);
+    }
+}
+
+/// Whether a request neither changes the guest nor stops its vCPUs.
+fn is_reading(method: &Method, action: &Action) -> bool {
+    let stops = matches!(action, Action::Command(command) if matches!(command(), Command::Vcpus));
+    *method == Method::GET && !stops
 }
 
 /// The action of a request, and the name in its path.
@@ -163,6 +208,30 @@ mod tests {
             Action::Events => "Events".to_owned(),
             Action::EventStream => "EventStream".to_owned(),
         })
+    }
+
+    #[test]
+    fn a_reader_may_read_but_not_stop_the_guest() {
+        for (method, path, may) in [
+            (Method::GET, "/vm", true),
+            (Method::GET, "/vm/vcpus", false),
+            (Method::PUT, "/vm/pause", false),
+            (Method::PUT, "/vm/resume", false),
+            (Method::DELETE, "/vm/arena", false),
+            (Method::GET, "/events", true),
+            (Method::GET, "/events/stream", true),
+            (Method::GET, "/targets", true),
+            (Method::GET, "/patches", true),
+            (Method::GET, "/patches/x", true),
+            (Method::POST, "/patches", false),
+            (Method::POST, "/patches/check", false),
+            (Method::POST, "/patches/explain", false),
+            (Method::POST, "/patches/x/revert", false),
+        ] {
+            let (action, _) = find(&method, path).expect("a route");
+            assert_eq!(is_reading(&method, action), may, "{method} {path}");
+        }
+        assert_eq!(ROUTES.len(), 14, "every route is in the list above");
     }
 
     #[test]

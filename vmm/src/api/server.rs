@@ -1,13 +1,12 @@
 //! Serves the control socket.
 //!
-//! The machine's event loop accepts connections and hands them to one thread here. A client can
-//! only end its own connection, whatever it sends or leaves out (a panic apart, which ends a release
-//! build): sizes, times and the number of connections are bounded, and commands run on the
-//! controller's thread, not on this one.
+//! One thread accepts and serves connections. A client can only end its own connection, whatever it sends or
+//! leaves out: sizes, times and the number of connections are bounded, and commands run on the controller's
+//! thread, not on this one.
 
 use std::convert::Infallible;
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -17,9 +16,12 @@ use hyper::StatusCode;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::timeout;
+use rustix::io::Errno;
+use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
 
+use crate::api::access::{Access, Role};
+use crate::api::connections::{Connections, Place};
 use crate::api::event_stream::EventStream;
 use crate::api::reply;
 use crate::api::routes::{self, ApiState};
@@ -27,8 +29,6 @@ use crate::guest::events::Events;
 use crate::host::priority;
 use crate::patch::controller::Controls;
 
-/// Connections served at the same time; more wait.
-const MAX_CONNECTIONS: usize = 16;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 64;
 /// Time a client has to send a request's head.
@@ -36,65 +36,103 @@ const HEAD_TIME: Duration = Duration::from_secs(5);
 /// Time a connection may stay open, whatever it does. Longer than any plan's deadline.
 const CONNECTION_TIME: Duration = Duration::from_secs(300);
 
-/// Where accepted connections go.
-#[derive(Clone, Debug)]
-pub struct Connections(mpsc::UnboundedSender<UnixStream>);
-
-impl Connections {
-    /// Serves a connection. It is dropped when the server has ended.
-    pub fn serve(&self, connection: UnixStream) {
-        let _ = self.0.send(connection);
-    }
-}
+/// Pause after a connection that could not be accepted, when no other can be closed for it.
+const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
 
 /// Starts the server's thread. It ends with the process.
 ///
 /// # Errors
 /// When the system has no thread or descriptor left.
-pub fn start(controls: Controls, events: Arc<Events>) -> io::Result<Connections> {
+pub fn start(
+    listener: &UnixListener,
+    access: Access,
+    controls: Controls,
+    events: Arc<Events>,
+) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (sender, mut receiver) = mpsc::unbounded_channel::<UnixStream>();
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let listener = listener.try_clone()?;
     let state = ApiState { controls, events: EventStream::new(events) };
     thread::Builder::new().name("api".into()).spawn(move || {
         // Without the permission it keeps the usual priority.
         let _ = priority::raise();
         runtime.block_on(async {
-            while let Some(stream) = receiver.recv().await {
-                let Ok(slot) = slots.clone().acquire_owned().await else { break };
-                let state = state.clone();
-                tokio::spawn(async move {
-                    // A client that hangs up gets no answer.
-                    let _ = serve(stream, state).await;
-                    drop(slot);
-                });
-                // Let it begin before the next is taken.
-                tokio::task::yield_now().await;
+            match tokio::net::UnixListener::from_std(listener) {
+                Ok(listener) => accept(&listener, access, &state).await,
+                Err(error) => tracing::error!("the control socket can't be served: {error}"),
             }
         });
     })?;
-    Ok(Connections(sender))
+    Ok(())
+}
+
+async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &ApiState) {
+    let connections = Connections::default();
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) if is_shortage(&error) => {
+                // The connection stays in the listener's queue, which stays readable.
+                if !connections.close_one() {
+                    sleep(NO_DESCRIPTOR).await;
+                }
+                // So that what was closed gives its descriptor back.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            // The client has hung up already.
+            Err(_) => continue,
+        };
+        let Some(role) = access.role(&stream) else {
+            refuse(&stream, StatusCode::FORBIDDEN, "this VM belongs to another user");
+            continue;
+        };
+        let Some(place) = connections.place(role) else {
+            refuse(&stream, StatusCode::SERVICE_UNAVAILABLE, "too many clients wait for answers");
+            continue;
+        };
+        let place = Arc::new(place);
+        let (served, state) = (place.clone(), state.clone());
+        // A client that hangs up gets no answer.
+        let task = tokio::spawn(async move { drop(serve(stream, role, served, state).await) });
+        place.taken_by(role, task.abort_handle());
+        // Let it begin before the next is taken.
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Whether the process or the system has no descriptor or memory left (accept(2)).
+fn is_shortage(error: &io::Error) -> bool {
+    let code = error.raw_os_error();
+    [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].iter().any(|no| code == Some(no.raw_os_error()))
+}
+
+/// Answers a client that is not served, without waiting for it.
+fn refuse(stream: &UnixStream, status: StatusCode, error: &str) {
+    let body = reply::error_text(error);
+    let head = format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n");
+    let answer = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+    // A new connection has room for it.
+    let _ = stream.try_write(answer.as_bytes());
 }
 
 /// Serves a connection until it is closed.
-async fn serve(stream: UnixStream, state: ApiState) -> Result<(), Box<dyn std::error::Error>> {
-    stream.set_nonblocking(true)?;
-    let stream = tokio::net::UnixStream::from_std(stream)?;
-    // Root may connect to any socket, other users only to their own. The socket's mode says the
-    // same; this holds even if the mode was changed.
-    let peer = stream.peer_cred()?.uid();
-    let is_allowed = peer == 0 || peer == rustix::process::geteuid().as_raw();
+async fn serve(
+    stream: UnixStream,
+    role: Role,
+    place: Arc<Place>,
+    state: ApiState,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let follows = Arc::new(AtomicBool::new(false));
     let following = follows.clone();
     let service = service_fn(move |request| {
-        let (state, following) = (state.clone(), following.clone());
+        let (state, place, following) = (state.clone(), place.clone(), following.clone());
         async move {
-            let reply = if is_allowed {
-                routes::handle(request, state).await
+            let reply = routes::handle(request, role, &place, state).await;
+            if reply::is_stream(&reply) {
+                following.store(true, Relaxed);
             } else {
-                reply::error(StatusCode::FORBIDDEN, "this VM belongs to another user")
-            };
-            following.fetch_or(reply::is_stream(&reply), Relaxed);
+                place.waits();
+            }
             Ok::<_, Infallible>(reply)
         }
     });

@@ -277,6 +277,7 @@ mod tests {
                 arena,
                 fence: "kick".to_owned(),
                 patches: 1,
+                console_dropped_bytes: 7,
                 breakpoints: 2,
                 guard: GuardInfo { pages: 3, writes: 4, pages_ahead: 5 },
                 uptime_ms: 6,

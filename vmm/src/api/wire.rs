@@ -33,6 +33,9 @@ pub struct Info {
     pub fence: String,
     /// How many patches are applied.
     pub patches: usize,
+    /// How many bytes of the guest's console were dropped, because standard output was not read in time.
+    #[serde(default)]
+    pub console_dropped_bytes: u64,
     /// How many of the guest's own breakpoints were intercepted and delivered to it.
     pub breakpoints: u64,
     /// The text guard.

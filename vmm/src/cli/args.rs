@@ -1,16 +1,20 @@
 //! The command line.
 
+use std::io;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing::level_filters::LevelFilter;
 
 use crate::cli::exit_status;
 use crate::config::Fence;
+use crate::host::log::{self, Format};
 
 const EXAMPLES: &str = "\
 Examples:
   vmm --kernel bzImage --initrd initrd --cpus 4 --memory 512 --api-socket /run/vm.sock
   vmm --kernel bzImage --initrd initrd --patch plan.json
+  vmm --kernel bzImage --initrd initrd --patch-or-stop fix.json --log-level info --log-file vm.log
   vmm patch apply --socket /run/vm.sock plan.json
   vmm kernel keys --kernel bzImage sched
   vmm doctor
@@ -55,18 +59,89 @@ pub struct Run {
     /// Path of the control socket.
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
+    /// Group, by name or number, whose members may read from the control socket.
+    #[arg(long, value_name = "GROUP", requires = "api_socket", value_parser = group)]
+    pub api_group: Option<u32>,
     /// Plan (JSON) to apply right before the guest starts init; - reads standard input.
     #[arg(long, value_name = "FILE")]
     pub patch: Option<PathBuf>,
+    /// The same, but unless the plan is applied the VM ends before init, with exit code 12.
+    #[arg(long, value_name = "FILE", conflicts_with = "patch")]
+    pub patch_or_stop: Option<PathBuf>,
     /// How fences are made.
     #[arg(long, value_enum, default_value_t = FenceKind::Auto)]
     pub fence: FenceKind,
     /// From init on, guard the kernel's text against every writer but the kernel's own patcher.
     #[arg(long)]
     pub guard: bool,
-    /// Print the outcome of --patch as JSON.
+    /// Print the outcome of --patch or --patch-or-stop as JSON.
     #[arg(long)]
     pub json: bool,
+    // Not a group of their own: clap takes an optional group that holds another for absent.
+    /// Log entries of this level and above.
+    #[arg(long, value_enum, value_name = "LEVEL", default_value_t = LogLevel::Warn)]
+    pub log_level: LogLevel,
+    /// How log entries are written.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// Append the log to this file instead of standard error.
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+}
+
+/// A level of the log, as an argument.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogLevel {
+    /// What ended the VM or left it unprotected.
+    Error,
+    /// What an operator should look at.
+    Warn,
+    /// What became of the VM and its patches.
+    Info,
+    /// Every request.
+    Debug,
+}
+
+/// [`Format`], as an argument.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Run {
+    /// Starts the log.
+    ///
+    /// # Errors
+    /// What the system returned.
+    pub(super) fn start_log(&self) -> io::Result<()> {
+        let level = match self.log_level {
+            LogLevel::Error => LevelFilter::ERROR,
+            LogLevel::Warn => LevelFilter::WARN,
+            LogLevel::Info => LevelFilter::INFO,
+            LogLevel::Debug => LevelFilter::DEBUG,
+        };
+        let format = match self.log_format {
+            LogFormat::Text => Format::Text,
+            LogFormat::Json => Format::Json,
+        };
+        log::start(level, format, self.log_file.as_deref())
+    }
+}
+
+/// The number of a group: as it is, or that of a name in `/etc/group` (group(5)).
+fn group(text: &str) -> Result<u32, String> {
+    if let Ok(number) = text.parse() {
+        return Ok(number);
+    }
+    let groups = std::fs::read_to_string("/etc/group").map_err(|error| format!("/etc/group: {error}"))?;
+    let number = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next()? == text).then(|| fields.nth(1)?.parse().ok())?
+    });
+    number.ok_or_else(|| format!("/etc/group has no group {text}"))
 }
 
 /// [`Fence`], as an argument.

@@ -50,6 +50,9 @@ pub(super) enum Error {
         /// What is wrong.
         source: patcher::image::Error,
     },
+    /// The log can't be written.
+    #[error("the log: {0}")]
+    Log(#[source] io::Error),
     /// Standard output can't be written.
     #[error("standard output: {0}")]
     Output(#[from] io::Error),
@@ -66,6 +69,7 @@ impl Error {
             | Self::KernelFile { .. }
             | Self::Kernel { .. }
             | Self::Plan { .. }
+            | Self::Log(_)
             | Self::Monitor(
                 monitor::Error::Socket(_)
                 | monitor::Error::Machine(machine::Error::Boot(

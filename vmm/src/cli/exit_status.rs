@@ -22,6 +22,8 @@ pub enum ExitStatus {
     GuestReset = 10,
     /// The guest crashed (triple fault).
     GuestCrashed = 11,
+    /// The plan of `--patch-or-stop` was not applied, so init was not started.
+    NotPatched = 12,
 }
 
 impl From<ExitStatus> for ExitCode {
@@ -33,7 +35,8 @@ impl From<ExitStatus> for ExitCode {
 /// Help of `vmm`.
 pub(super) const OF_A_VM: &str = "\
 Exit codes of a VM: 0 powered off or stopped, 1 failure of the monitor or the host, 2 bad input,
-10 the guest asked for a reset, 11 the guest crashed (triple fault).";
+10 the guest asked for a reset, 11 the guest crashed (triple fault), 12 the plan of --patch-or-stop was not
+applied; killed by SIGABRT (134 in a shell) if a thread of the monitor panicked.";
 
 /// Help of the commands that send requests.
 pub(super) const OF_A_REQUEST: &str = "\

@@ -12,6 +12,14 @@ pub(super) fn print(page: &Page) -> io::Result<()> {
     write(&mut anstream::stdout().lock(), page.styled().as_bytes())
 }
 
+/// The same page to another writer, for the reader of standard output.
+pub(super) fn print_to(output: &mut impl Write, page: &Page) -> io::Result<()> {
+    let choice = anstream::AutoStream::choice(&io::stdout());
+    let mut text = anstream::AutoStream::new(Vec::new(), choice);
+    text.write_all(page.styled().as_bytes())?;
+    output.write_all(&text.into_inner())
+}
+
 /// Prints JSON as it is.
 pub(super) fn print_raw(json: &[u8]) -> io::Result<()> {
     let end: &[u8] = if json.ends_with(b"\n") { b"" } else { b"\n" };

@@ -1,7 +1,12 @@
 //! `vmm --kernel`: runs a VM.
 
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+
 use patcher::plan::Plan;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::api::command::Answer;
 use crate::api::view;
@@ -10,59 +15,90 @@ use crate::cli::args::Run;
 use crate::cli::ask::print_answer;
 use crate::cli::error::Error;
 use crate::cli::exit_status::ExitStatus;
-use crate::cli::plan;
 use crate::cli::render::Render;
+use crate::cli::{output, plan};
 use crate::config::Config;
-use crate::host::stderr::complain;
+use crate::host::backlog::Backlog;
+use crate::host::log;
 use crate::monitor::{self, Hooks, Options};
 use crate::patch::init_gate::AtInit;
 use crate::vcpu::Ending;
 
 /// Runs a VM until it ends.
 pub(super) fn run_vm(run: Run, hooks: Hooks) -> Result<ExitStatus, Error> {
+    run.start_log().map_err(Error::Log)?;
     let mut config =
         Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory, run.fence.into())?;
     config.guard = run.guard;
     let json = run.json;
-    let at_init = match run.patch {
+    // Without the buffer of `io::Stdout`, whose lock a writer that waits for a reader would hold.
+    let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let output = Backlog::start("console", stdout, missing)?;
+    let or_stop = run.patch_or_stop.is_some();
+    let at_init = match run.patch.or(run.patch_or_stop) {
         None => None,
         Some(path) => {
             let plan = plan::read(&path)?;
             if let Err(refused) = Plan::parse(&plan) {
-                print::<view::Refusals>(&Refusals::new(refused), json)?;
+                print_answer::<view::Refusals>(&serde_json::to_vec_pretty(&Refusals::new(refused))?, json)?;
                 return Ok(ExitStatus::BadInput);
             }
-            // The guest boots even if the outcome can't be printed.
-            Some(AtInit { plan, then: Box::new(move |answer| drop(print_outcome(answer, json))) })
+            let mut output = output.clone();
+            // The outcome counts even if it can't be printed.
+            Some(AtInit {
+                plan,
+                or_stop,
+                then: Box::new(move |answer| drop(print_outcome(answer, json, &mut output))),
+            })
         }
     };
-    let ending = monitor::run(Options { config, socket: run.api_socket, at_init, hooks })?;
-    monitor::flush();
-    Ok(match ending {
+    let (socket, api_group) = (run.api_socket, run.api_group);
+    let ending = monitor::run(Options { config, socket, api_group, output, at_init, hooks })?;
+    let status = match ending {
         Ending::PowerOff | Ending::Stopped => ExitStatus::Done,
         Ending::Reset => ExitStatus::GuestReset,
         Ending::TripleFault => {
-            complain("the guest crashed (triple fault)");
+            tracing::error!("the guest crashed (triple fault)");
             ExitStatus::GuestCrashed
         }
         Ending::Failed(what) => {
-            complain(what);
+            tracing::error!("{what}");
             ExitStatus::Failed
         }
-    })
+        Ending::NotPatched => {
+            tracing::error!("the plan of --patch-or-stop was not applied; the guest has not started init");
+            ExitStatus::NotPatched
+        }
+    };
+    log::flush();
+    Ok(status)
+}
+
+/// What stands in the console's output where bytes are missing.
+fn missing(bytes: u64) -> String {
+    format!("\r\n[vmm: {bytes} bytes of the console were dropped here]\r\n")
 }
 
 /// Prints the outcome of `--patch` before init starts.
-fn print_outcome(answer: Answer, json: bool) -> Result<(), Error> {
+fn print_outcome(answer: Answer, json: bool, output: &mut impl Write) -> Result<(), Error> {
     match answer {
-        Answer::Report(report) => print::<view::Report>(&report, json),
-        Answer::Refused(refusals) => print::<view::Refusals>(&refusals, json),
-        Answer::Failed(error) => print::<ApiError>(&ApiError { error }, json),
-        other => print::<ApiError>(&ApiError { error: format!("{other:?}") }, json),
+        Answer::Report(report) => print_to::<view::Report>(output, &report, json),
+        Answer::Refused(refusals) => print_to::<view::Refusals>(output, &refusals, json),
+        Answer::Failed(error) => print_to::<ApiError>(output, &ApiError { error }, json),
+        other => print_to::<ApiError>(output, &ApiError { error: format!("{other:?}") }, json),
     }
 }
 
-/// Prints an answer as a client of the control socket does.
-fn print<T: Render + serde::de::DeserializeOwned>(answer: &impl Serialize, json: bool) -> Result<(), Error> {
-    print_answer::<T>(&serde_json::to_vec_pretty(answer)?, json)
+/// Prints an answer as a client of the control socket does, to the writer of the console.
+fn print_to<T: Render + DeserializeOwned>(
+    output: &mut impl Write,
+    answer: &impl Serialize,
+    json: bool,
+) -> Result<(), Error> {
+    let mut text = serde_json::to_vec_pretty(answer)?;
+    if json {
+        text.push(b'\n');
+        return Ok(output.write_all(&text)?);
+    }
+    Ok(output::print_to(output, &serde_json::from_slice::<T>(&text)?.page())?)
 }

@@ -1,12 +1,13 @@
 //! The serial console: a 16550 UART at COM1.
 
-use std::io::{self, Write};
+use std::io;
 
 use parking_lot::Mutex;
 use vm_superio::Serial;
 use vm_superio::serial::SerialEvents;
 
 use crate::devices::irq_line::IrqLine;
+use crate::host::backlog::Backlog;
 
 /// Signals that the guest has read all its input, so that the UART can take more.
 struct Drained(IrqLine);
@@ -21,10 +22,13 @@ impl SerialEvents for Drained {
     }
 }
 
-type Uart = Serial<IrqLine, Drained, Box<dyn Write + Send>>;
+type Uart = Serial<IrqLine, Drained, Backlog>;
 
 /// COM1.
-pub struct Console(Mutex<Uart>);
+pub struct Console {
+    uart: Mutex<Uart>,
+    output: Backlog,
+}
 
 /// What became of input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,17 +43,24 @@ impl Console {
     /// A console that interrupts by `interrupt`, writes to `output`, and signals `drained` when the
     /// guest has read all its input.
     #[must_use]
-    pub fn new(interrupt: IrqLine, drained: IrqLine, output: Box<dyn Write + Send>) -> Self {
-        Self(Mutex::new(Serial::with_events(interrupt, Drained(drained), output)))
+    pub fn new(interrupt: IrqLine, drained: IrqLine, output: Backlog) -> Self {
+        let uart = Serial::with_events(interrupt, Drained(drained), output.clone());
+        Self { uart: Mutex::new(uart), output }
+    }
+
+    /// How many bytes the guest wrote that were dropped, because they were not read in time.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.output.dropped()
     }
 
     pub(super) fn read(&self, offset: u8) -> u8 {
-        self.0.lock().read(offset)
+        self.uart.lock().read(offset)
     }
 
     pub(super) fn write(&self, offset: u8, value: u8) {
-        // If the output is closed, what the guest writes is lost, as on an unplugged serial line.
-        let _ = self.0.lock().write(offset, value);
+        // The output takes everything; an interrupt that can't be raised is lost, as a real one can be.
+        let _ = self.uart.lock().write(offset, value);
     }
 
     /// Gives input to the guest.
@@ -57,7 +68,7 @@ impl Console {
     /// # Errors
     /// When the interrupt can't be raised.
     pub fn input(&self, bytes: &[u8]) -> io::Result<Input> {
-        let mut uart = self.0.lock();
+        let mut uart = self.uart.lock();
         if uart.fifo_capacity() == 0 {
             return Ok(Input::Full);
         }

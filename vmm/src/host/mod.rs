@@ -1,8 +1,12 @@
 //! The host's kernel and C library: what concerns neither KVM nor a guest.
 
+pub mod backlog;
+pub mod fail_stop;
 pub mod heap;
 pub mod lock;
+pub mod log;
 pub mod membarrier;
+pub mod peer;
 pub mod poll;
 pub mod priority;
 pub mod signals;

@@ -1,32 +1,59 @@
 //! The terminal, raw while a guest has it, and the keys that are for the monitor.
+//!
+//! A process in the background must leave the terminal to the foreground: reading from it or changing it
+//! would stop the whole monitor (SIGTTIN, SIGTTOU; tcsetattr(3)).
 
 use std::io::{self, IsTerminal};
-use std::os::fd::{AsFd, OwnedFd};
-use std::panic;
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::process::getpgrp;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
 
-/// Keeps standard input raw, if it is a terminal, until dropped or until any thread panics.
-pub struct Raw(Option<Arc<Saved>>);
+/// What standard input is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stdin {
+    /// The terminal of a foreground process.
+    Terminal,
+    /// The terminal of another process: there is no input.
+    Elsewhere,
+    /// A pipe or a file.
+    Stream,
+}
 
-/// A terminal, and its settings before it became raw.
-struct Saved {
+impl Stdin {
+    /// Finds out.
+    #[must_use]
+    pub fn now() -> Self {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            Self::Stream
+        } else if is_foreground(stdin.as_fd()) {
+            Self::Terminal
+        } else {
+            Self::Elsewhere
+        }
+    }
+}
+
+/// Whether a terminal takes orders of this process. One that is not the process's controlling terminal
+/// stops nobody.
+fn is_foreground(terminal: BorrowedFd<'_>) -> bool {
+    tcgetpgrp(terminal).map_or(true, |foreground| foreground == getpgrp())
+}
+
+/// Keeps a terminal raw until dropped.
+pub struct Raw {
     terminal: OwnedFd,
     before: Termios,
 }
 
 impl Raw {
-    /// Makes standard input raw.
+    /// Makes standard input raw, which is a terminal.
     ///
     /// # Errors
     /// What the system returned.
     pub fn new() -> io::Result<Self> {
-        let stdin = io::stdin();
-        if !stdin.is_terminal() {
-            return Ok(Self(None));
-        }
-        Self::of(stdin.as_fd().try_clone_to_owned()?)
+        Self::of(io::stdin().as_fd().try_clone_to_owned()?)
     }
 
     /// Makes a terminal raw, as cfmakeraw(3), except for its output: the monitor writes lines of its
@@ -37,35 +64,22 @@ impl Raw {
         raw.make_raw();
         raw.output_modes = before.output_modes;
         tcsetattr(&terminal, OptionalActions::Now, &raw)?;
-        let saved = Arc::new(Saved { terminal, before });
-        // A panic that aborts drops nothing.
-        let (on_panic, next) = (saved.clone(), panic::take_hook());
-        panic::set_hook(Box::new(move |info| {
-            on_panic.restore();
-            next(info);
-        }));
-        Ok(Self(Some(saved)))
+        Ok(Self { terminal, before })
     }
 
-    /// Whether there is a terminal.
-    #[must_use]
-    pub fn is_terminal(&self) -> bool {
-        self.0.is_some()
-    }
-}
-
-impl Saved {
-    fn restore(&self) {
-        // It fails only when the terminal has hung up, and then nothing is left to restore.
-        let _ = tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
+    /// Restores the terminal: all of its settings.
+    pub fn restore(&self) {
+        // A shell that took the terminal back has restored it.
+        if is_foreground(self.terminal.as_fd()) {
+            // It fails only when the terminal has hung up, and then nothing is left to restore.
+            let _ = tcsetattr(&self.terminal, OptionalActions::Now, &self.before);
+        }
     }
 }
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        if let Some(saved) = &self.0 {
-            saved.restore();
-        }
+        self.restore();
     }
 }
 
@@ -115,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_terminal_is_raw_until_the_end_or_a_panic() {
+    fn the_terminal_is_raw_until_the_end() {
         let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
         grantpt(&keyboard).and_then(|()| unlockpt(&keyboard)).expect("its other end");
         let path = ptsname(&keyboard, Vec::new()).expect("its path").into_string().expect("UTF-8");
@@ -134,11 +148,11 @@ mod tests {
         drop(guard);
         assert_eq!(settings(), before);
 
+        // As at a panic, which drops nothing.
         let guard = raw();
         assert_ne!(settings(), before);
-        std::thread::spawn(|| panic!("on purpose")).join().expect_err("it panicked");
+        guard.restore();
         assert_eq!(settings(), before);
-        drop(guard);
     }
 
     #[test]

@@ -1,30 +1,32 @@
 //! Runs one VM: builds machine, controller and control socket, runs the event loop until the VM ends,
 //! and takes everything down again. Each of the event loop's subscribers has a file of its own.
 
-mod api_accept;
 mod console_input;
 mod event_sink;
 mod shutdown;
 mod signal_events;
 mod watch;
 
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 
+use crate::api::access::Access;
 use crate::api::server;
 use crate::api::socket::{self, Socket};
 use crate::boot::kernel;
 use crate::config::Config;
 use crate::devices::irq_line::IrqLine;
+use crate::host::backlog::Backlog;
+use crate::host::fail_stop;
 use crate::host::heap;
 use crate::host::priority;
 use crate::host::signals::Signals;
-use crate::host::terminal::Raw;
+use crate::host::terminal::{Raw, Stdin};
 use crate::machine::{self, Breakpoints, Machine};
-use crate::monitor::api_accept::ApiAccept;
 use crate::monitor::console_input::ConsoleInput;
 use crate::monitor::event_sink::EventSink;
 use crate::monitor::shutdown::{Shutdown, ShutdownEvents};
@@ -65,6 +67,10 @@ pub struct Options {
     pub config: Config,
     /// The control socket's path.
     pub socket: Option<PathBuf>,
+    /// The group whose members may read from the control socket.
+    pub api_group: Option<u32>,
+    /// Where the guest's console goes.
+    pub output: Backlog,
     /// A plan to apply right before the guest starts init.
     pub at_init: Option<AtInit>,
     /// What differs from the shipped monitor.
@@ -86,19 +92,30 @@ impl Default for Hooks {
     }
 }
 
+/// How long the last of the guest's console waits for its reader when the VM ends.
+const LAST_OUTPUT: Duration = Duration::from_millis(500);
+
 /// Runs a VM until it ends.
 ///
 /// # Errors
 /// See [`Error`]; nothing of the VM is left then.
 pub fn run(options: Options) -> Result<Ending, Error> {
-    let Options { config, socket, at_init, hooks } = options;
+    let Options { config, socket, api_group, output, at_init, hooks } = options;
+    let kernel_file = config.kernel.clone();
     heap::unmap_large_blocks_when_freed();
+    let to_restore = Arc::new(OnceLock::<Weak<Raw>>::new());
+    let terminal = to_restore.clone();
+    fail_stop::abort_on_panic(move || {
+        if let Some(raw) = terminal.get().and_then(Weak::upgrade) {
+            raw.restore();
+        }
+    });
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
-    let socket = socket.map(|path| Socket::bind(&path)).transpose()?;
+    let socket = socket.map(|path| Socket::bind(&path, api_group)).transpose()?;
     let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
-    let mut machine = Machine::build(&config, &file, Box::new(io::stdout()), drained, hooks.breakpoints)?;
+    let mut machine = Machine::build(&config, &file, output.clone(), drained, hooks.breakpoints)?;
     let image = Arc::new(Image::new(file));
 
     if at_init.is_some() {
@@ -112,21 +129,27 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
     }
     let engine = Engine::new(config, &machine, image, hooks.driver);
-    let (controls, controller) = Controller::new(engine, at_init).spawn()?;
     let shutdown = Arc::new(Shutdown::new()?);
+    let stop = shutdown.clone();
+    let stop = Box::new(move || stop.begin(Ending::NotPatched));
+    let (controls, controller) = Controller::new(engine, at_init, stop).spawn()?;
 
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
-    let raw = Raw::new()?;
     events.add_subscriber(Box::new(ShutdownEvents(shutdown.clone())));
-    events.add_subscriber(Box::new(ConsoleInput::new(
-        machine.ports().clone(),
-        on_drained,
-        raw.is_terminal(),
-        shutdown.clone(),
-    )?));
-    if let Some(socket) = socket {
-        let connections = server::start(controls.clone(), machine.guard().events().clone())?;
-        events.add_subscriber(Box::new(ApiAccept { socket, connections }));
+    let stdin = Stdin::now();
+    let raw = if stdin == Stdin::Terminal { Some(Arc::new(Raw::new()?)) } else { None };
+    if let Some(raw) = &raw {
+        let _ = to_restore.set(Arc::downgrade(raw));
+    }
+    if stdin == Stdin::Elsewhere {
+        tracing::warn!("in the background: the guest's console has no input");
+    } else {
+        let (ports, shutdown) = (machine.ports().clone(), shutdown.clone());
+        events.add_subscriber(Box::new(ConsoleInput::new(ports, on_drained, raw.is_some(), shutdown)?));
+    }
+    if let Some(socket) = &socket {
+        let access = Access { readers: api_group };
+        server::start(socket.listener(), access, controls.clone(), machine.guard().events().clone())?;
     }
 
     let listener: Arc<dyn Listener> =
@@ -142,6 +165,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     // From here on this thread only passes events on. Without the right to a higher priority it keeps
     // its own.
     let _ = priority::raise();
+    tracing::info!(kernel = %kernel_file.display(), pid = std::process::id(), "the VM starts");
     let ending = loop {
         if let Some(ending) = shutdown.ending() {
             break ending;
@@ -154,17 +178,16 @@ pub fn run(options: Options) -> Result<Ending, Error> {
             Err(error) => break Ending::Failed(error.to_string()),
         }
     };
+    tracing::info!(?ending, "the VM ends");
     machine.shut_down();
     drop(raw);
     drop(events);
+    // Its path goes before the last output, so that no client comes any more.
+    drop(socket);
     drop(listener);
     drop(controls);
     // The controller's thread ends with the last handle to it; a client's connection may hold one.
     drop(controller);
+    output.flush_within(LAST_OUTPUT);
     Ok(ending)
-}
-
-/// Flushes standard output, so that the last of the guest's console output is not lost.
-pub fn flush() {
-    let _ = io::stdout().flush();
 }

@@ -2,13 +2,11 @@
 
 use std::os::fd::AsRawFd;
 
-use crate::host::stderr::complain;
-
 use event_manager::{EventOps, EventSet, Events};
 
 /// Has the event loop call the subscriber when `source` is readable.
 pub(super) fn readable(ops: &mut EventOps, source: &impl AsRawFd) {
     if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
-        complain(format_args!("the event loop: {error}"));
+        tracing::error!("the event loop: {error}");
     }
 }

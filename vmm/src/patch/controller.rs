@@ -8,6 +8,8 @@
 //!                 write, touched ┘
 //! ```
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -25,22 +27,59 @@ use crate::text_guard;
 type Done = Box<dyn FnOnce() + Send>;
 
 enum Message {
-    /// A command, when it was given, and what takes the answer.
-    Command(Command, Instant, Box<dyn FnOnce(Answer) + Send>),
+    Command(Given),
     Located(Located, Done),
     ProtectedWrite(Done),
     Touched,
 }
 
+/// A command.
+struct Given {
+    command: Command,
+    at: Instant,
+    is_wanted: Box<dyn Fn() -> bool + Send>,
+    reply: Box<dyn FnOnce(Answer) + Send>,
+}
+
+/// Most commands that wait. Clients that hung up leave theirs until the controller comes to it.
+const MOST_WAITING: usize = 256;
+
+/// Why a command was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotGiven {
+    /// The controller has ended.
+    Ended,
+    /// Too many wait.
+    Full,
+}
+
 /// A handle for giving commands; clones give to the same controller.
 #[derive(Clone)]
-pub struct Controls(Sender<Message>);
+pub struct Controls {
+    messages: Sender<Message>,
+    /// How many commands wait.
+    waiting: Arc<AtomicUsize>,
+}
 
 impl Controls {
-    /// Gives a command; `reply` is called with the answer, on the controller's thread.
-    /// Returns `false` when the controller has ended.
-    pub fn give(&self, command: Command, reply: impl FnOnce(Answer) + Send + 'static) -> bool {
-        self.0.send(Message::Command(command, Instant::now(), Box::new(reply))).is_ok()
+    /// Gives a command; `reply` is called with the answer, on the controller's thread. A command that is
+    /// not wanted any more when its turn comes is dropped.
+    ///
+    /// # Errors
+    /// [`NotGiven`]; nothing is done then.
+    pub fn give(
+        &self,
+        command: Command,
+        is_wanted: impl Fn() -> bool + Send + 'static,
+        reply: impl FnOnce(Answer) + Send + 'static,
+    ) -> Result<(), NotGiven> {
+        if self.waiting.fetch_add(1, Relaxed) >= MOST_WAITING {
+            self.waiting.fetch_sub(1, Relaxed);
+            return Err(NotGiven::Full);
+        }
+        let (is_wanted, reply) = (Box::new(is_wanted), Box::new(reply));
+        let given = Given { command, at: Instant::now(), is_wanted, reply };
+        self.messages.send(Message::Command(given)).map_err(|_| NotGiven::Ended)
     }
 
     /// Says where the kernel is, and waits until that is dealt with.
@@ -56,14 +95,14 @@ impl Controls {
     /// Says that the guest changed the site of a patch.
     pub fn touched(&self) {
         // A controller that has ended reconciles nothing.
-        let _ = self.0.send(Message::Touched);
+        let _ = self.messages.send(Message::Touched);
     }
 
     fn wait(&self, message: impl FnOnce(Done) -> Message) {
         let (sender, receiver) = mpsc::sync_channel(1);
         // The channel has room for the only message it gets.
         let done = Box::new(move || _ = sender.send(()));
-        if self.0.send(message(done)).is_ok() {
+        if self.messages.send(message(done)).is_ok() {
             // An error means that the controller has ended, and there is nothing to wait for.
             let _ = receiver.recv();
         }
@@ -79,10 +118,10 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller that has not started yet.
+    /// A controller that has not started yet. It calls `stop` to end a VM that must not start init.
     #[must_use]
-    pub fn new(engine: Engine, at_init: Option<AtInit>) -> Self {
-        Self { engine, init_gate: InitGate::new(at_init), protected_at: Instant::now() }
+    pub fn new(engine: Engine, at_init: Option<AtInit>, stop: Box<dyn Fn() + Send>) -> Self {
+        Self { engine, init_gate: InitGate::new(at_init, stop), protected_at: Instant::now() }
     }
 
     /// Starts the thread. It ends when the last [`Controls`] is gone.
@@ -91,19 +130,26 @@ impl Controller {
     /// When the system has no thread left.
     pub fn spawn(self) -> std::io::Result<(Controls, JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel();
+        let controls = Controls { messages: sender, waiting: Arc::default() };
+        let waiting = controls.waiting.clone();
         let serve = move || {
             // Where this is not permitted the thread runs with the usual priority.
             let _ = priority::raise();
-            self.serve(&receiver);
+            self.serve(&receiver, &waiting);
         };
         let thread = thread::Builder::new().name("controller".into()).spawn(serve)?;
-        Ok((Controls(sender), thread))
+        Ok((controls, thread))
     }
 
-    fn serve(mut self, messages: &Receiver<Message>) {
+    fn serve(mut self, messages: &Receiver<Message>, waiting: &AtomicUsize) {
         while let Some(message) = self.next(messages) {
             match message {
-                Message::Command(command, given_at, reply) => reply(self.obey(command, given_at)),
+                Message::Command(Given { command, at, is_wanted, reply }) => {
+                    waiting.fetch_sub(1, Relaxed);
+                    if is_wanted() {
+                        reply(self.obey(command, at));
+                    }
+                }
                 Message::Located(found, done) => {
                     self.engine.set_located(found);
                     self.init_gate.close(&mut self.engine);

@@ -13,6 +13,7 @@ use patcher::resolve::targets::{self, Targets};
 use crate::api::command::Answer;
 use crate::api::wire::{ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, State, VcpuLine};
 use crate::config::Config;
+use crate::devices::ports::Ports;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::introspect::Introspection;
 use crate::guest::kernel::{GuestKernel, Located};
@@ -35,6 +36,7 @@ pub struct Engine {
     pub(super) vm: Arc<Vm>,
     pub(super) rendezvous: Arc<Rendezvous>,
     pub(super) guard: Arc<Guard>,
+    ports: Arc<Ports>,
     uses_membarrier: bool,
     pub(super) host: Host,
     pub(super) driver: Box<dyn Driver>,
@@ -62,6 +64,7 @@ impl Engine {
             vm: machine.vm().clone(),
             rendezvous: machine.rendezvous().clone(),
             guard: machine.guard().clone(),
+            ports: machine.ports().clone(),
             uses_membarrier: machine.uses_membarrier(),
             host: machine.host(),
             driver,
@@ -96,6 +99,7 @@ impl Engine {
                 .map(|arena| ArenaInfo { base: arena.slots.range().start, used_bytes: arena.slots.used() }),
             fence: if self.uses_membarrier { "membarrier" } else { "kick" }.to_owned(),
             patches: self.patches.applied().count(),
+            console_dropped_bytes: self.ports.console().dropped(),
             breakpoints: self.rendezvous.delivered(),
             guard: GuardInfo {
                 pages: self.guard.guarded_pages(),

@@ -18,8 +18,8 @@ use std::time::Instant;
 use patcher::addr::{Gpa, Gva};
 
 use crate::api::command::Answer;
+use crate::api::wire::PatchState;
 use crate::guest::kernel::GuestKernel;
-use crate::host::stderr::complain;
 use crate::memory::PAGE;
 use crate::patch::engine::Engine;
 
@@ -29,17 +29,28 @@ pub struct AtInit {
     pub plan: Vec<u8>,
     /// Called with the outcome, on the controller's thread, before init starts.
     pub then: Box<dyn FnOnce(Answer) + Send>,
+    /// Whether the guest must not start init unless the plan was applied.
+    pub or_stop: bool,
 }
 
 /// What is to be done at the gate.
 pub(super) struct InitGate {
     /// `None` once its outcome is known.
     at_init: Option<AtInit>,
+    /// Ends the VM.
+    stop: Box<dyn Fn() + Send>,
+}
+
+/// Whether the guest may start init.
+#[derive(PartialEq, Eq)]
+enum Verdict {
+    Start,
+    Stop,
 }
 
 impl InitGate {
-    pub(super) fn new(at_init: Option<AtInit>) -> Self {
-        Self { at_init }
+    pub(super) fn new(at_init: Option<AtInit>, stop: Box<dyn Fn() + Send>) -> Self {
+        Self { at_init, stop }
     }
 
     /// Makes the guest wait right before it starts init, if there is something to be done then.
@@ -52,9 +63,11 @@ impl InitGate {
         let close = |page| engine.guard.close_init_gate(page).map_err(|error| error.to_string());
         if let Err(why) = page.and_then(close) {
             if guards_text {
-                complain(format_args!("--guard: can't wait for init: {why}; text is not guarded"));
+                tracing::error!("--guard: can't wait for init: {why}; text is not guarded");
             }
-            self.conclude(|_| Answer::Failed(format!("can't wait for init: {why}")));
+            if self.conclude(|_| Answer::Failed(format!("can't wait for init: {why}"))) == Verdict::Stop {
+                self.end(engine);
+            }
         }
     }
 
@@ -64,22 +77,32 @@ impl InitGate {
         if !engine.guard.is_init_gate_closed() {
             return;
         }
-        self.conclude(|plan| engine.apply(plan, Instant::now()));
+        if self.conclude(|plan| engine.apply(plan, Instant::now())) == Verdict::Stop {
+            return self.end(engine);
+        }
         if engine.wants_text_guarded()
             && let Err(why) = engine.guard_text()
         {
-            complain(format_args!("--guard: {why}; text is not guarded"));
+            tracing::error!("--guard: {why}; text is not guarded");
         }
         if let Err(error) = engine.guard.open_init_gate() {
-            complain(error);
+            tracing::error!("{error}");
         }
     }
 
     /// Reports the outcome of the plan, if there is one and that was not done yet.
-    fn conclude(&mut self, outcome: impl FnOnce(&[u8]) -> Answer) {
-        if let Some(AtInit { plan, then }) = self.at_init.take() {
-            then(outcome(&plan));
-        }
+    fn conclude(&mut self, outcome: impl FnOnce(&[u8]) -> Answer) -> Verdict {
+        let Some(AtInit { plan, then, or_stop }) = self.at_init.take() else { return Verdict::Start };
+        let answer = outcome(&plan);
+        let is_applied = matches!(&answer, Answer::Report(report) if report.state == PatchState::Applied);
+        then(answer);
+        if or_stop && !is_applied { Verdict::Stop } else { Verdict::Start }
+    }
+
+    /// Ends the VM. No vCPU enters the guest again, so the one at the gate does not go on.
+    fn end(&self, engine: &Engine) {
+        engine.rendezvous.stop();
+        (self.stop)();
     }
 }
 

@@ -13,7 +13,6 @@ use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::host::lock::{Condvar, Mutex, MutexGuard};
-use crate::host::stderr::complain;
 use crate::memory::{self, GuestRam};
 use crate::text_guard::pages::{Reasons, whole_pages};
 use crate::text_guard::protector::Protector;
@@ -167,11 +166,11 @@ impl Guard {
         self.started.elapsed()
     }
 
-    /// Says on standard error that the host refused to make pages writable. Guest writes to them are
+    /// Logs that the host refused to make pages writable. Guest writes to them are
     /// still done, one by one.
     pub(super) fn report(result: Result<(), memory::Error>) {
         if let Err(error) = result {
-            complain(error);
+            tracing::error!("{error}");
         }
     }
 }

@@ -42,6 +42,8 @@ pub enum Ending {
     TripleFault,
     /// The monitor was told to stop.
     Stopped,
+    /// The plan that init had to wait for was not applied.
+    NotPatched,
     /// Something broke.
     Failed(String),
 }

@@ -30,6 +30,12 @@ impl Render for Info {
             let (base, bytes) = (arena.base, arena.used_bytes);
             page.line([plain(format_args!("copies of instructions at {base}, {bytes} bytes"))]);
         }
+        if self.console_dropped_bytes > 0 {
+            let bytes = self.console_dropped_bytes;
+            page.line([red(format_args!(
+                "{bytes} bytes of the console were dropped: they were not read in time"
+            ))]);
+        }
         if self.breakpoints > 0 {
             let count = self.breakpoints;
             page.line([plain(format_args!("{count} breakpoints of its own delivered to the guest"))]);

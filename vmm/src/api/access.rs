@@ -1,0 +1,37 @@
+//! Who may do what: the owner and root everything, members of a configured group only what neither changes
+//! nor stops the guest.
+
+use std::os::fd::AsFd;
+
+use crate::host::peer;
+
+/// What a client may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Everything.
+    Owner,
+    /// To read.
+    Reader,
+}
+
+/// Who may connect.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Access {
+    /// The group whose members may read.
+    pub readers: Option<u32>,
+}
+
+impl Access {
+    /// The role of the process that connected; `None` if it has none. The socket's mode says the same; this
+    /// holds even if the mode was changed.
+    pub(super) fn role(&self, stream: &impl AsFd) -> Option<Role> {
+        let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+        if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+            return Some(Role::Owner);
+        }
+        let readers = self.readers?;
+        let is_reader = peer.gid.as_raw() == readers
+            || peer::groups(stream).is_ok_and(|groups| groups.contains(&readers));
+        is_reader.then_some(Role::Reader)
+    }
+}

@@ -1,0 +1,20 @@
+//! Fail-stop: a panic of any thread ends the process. A monitor that lacks a thread would keep a guest
+//! that nobody can stop, or one that is held for ever.
+
+use std::backtrace::Backtrace;
+use std::{panic, process, thread};
+
+use crate::host::log;
+
+/// From here on a panic is logged, then calls `last` and aborts (SIGABRT), whether the build unwinds or
+/// not.
+pub fn abort_on_panic(last: impl Fn() + Send + Sync + 'static) {
+    panic::set_hook(Box::new(move |info| {
+        let thread = thread::current();
+        let name = thread.name().unwrap_or("?");
+        tracing::error!("the thread {name} panicked, so the monitor ends: {info}\n{}", Backtrace::capture());
+        last();
+        log::flush();
+        process::abort();
+    }));
+}

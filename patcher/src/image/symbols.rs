@@ -165,6 +165,12 @@ impl Symbols {
         Some(Function { name: self.entry_name(named), start: Gva(found.address), end: Gva(end) })
     }
 
+    /// Whether a symbol is at an address.
+    #[must_use]
+    pub fn is_at(&self, address: Gva) -> bool {
+        self.entries.binary_search_by_key(&address.0, |entry| entry.address).is_ok()
+    }
+
     /// The next symbol's address behind an address.
     #[must_use]
     pub fn after(&self, address: Gva) -> Option<Gva> {

@@ -5,6 +5,7 @@ use crate::image::KernelImage;
 use crate::image::symbols::{Found, Function};
 use crate::image::tables::{CALL_KEY, CALL_TRAMPOLINE};
 use crate::image::tables::{JumpEntry, StaticCallSite};
+use crate::insn;
 use crate::linux::memory::{GuestMemory, read_u32};
 use crate::linux::modules::{Module, Modules};
 use crate::plan::refusal::Refusal;
@@ -191,6 +192,29 @@ impl<'a> Kernel<'a> {
     #[must_use]
     pub fn is_patched_by_itself(&self, at: Gva) -> bool {
         self.is_fentry(at) || self.image.tables().is_switched(self.linked(at))
+    }
+
+    /// Whether the instruction at an address is one that the kernel makes a call, though it may be a NOP
+    /// now: a static call, or a function's fentry call. A task may still be where it led to.
+    #[must_use]
+    pub fn may_call(&self, at: Gva) -> bool {
+        let Some(module) = self.module_at(at) else {
+            return self.is_fentry(at) || self.image.tables().is_static_call(self.linked(at));
+        };
+        // Its list of fentry calls is not read; they are at or behind the marker of indirect branches.
+        let is_entry = |function: Function<'_>| {
+            [0, insn::MARKER].map(|skip| function.start.plus(skip)).contains(&Some(at))
+        };
+        module.static_call_sites.iter().any(|site| site.code == at)
+            || module.symbols.function_at(at).is_some_and(is_entry)
+    }
+
+    /// Whether compilers were told to make no jump tables: a kernel with thunks for indirect branches is
+    /// built with `-fno-jump-tables` (Linux arch/x86/Makefile, `CONFIG_RETPOLINE`, `CONFIG_X86_KERNEL_IBT`),
+    /// and its modules with the same flags.
+    #[must_use]
+    pub fn has_thunks(&self) -> bool {
+        self.image.symbols().only("__x86_indirect_thunk_rax").is_some()
     }
 
     /// Whether the instruction at an address is in the exception table. Yes, if that is not known.

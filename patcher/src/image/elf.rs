@@ -72,6 +72,16 @@ impl<'a> Vmlinux<'a> {
         self.segments.iter().find(|segment| segment.executable).map(|segment| segment.at)
     }
 
+    /// Its code: from the first executable segment's start to `_etext`, and what is only executed while
+    /// the kernel starts.
+    pub(super) fn code(&self, symbols: &Symbols) -> Vec<Piece<'a>> {
+        let text = self.text_base().and_then(|start| {
+            let end = symbols.only("_etext").and_then(|end| self.between(start, end));
+            end.or_else(|| self.segments.iter().copied().find(|segment| segment.executable))
+        });
+        text.into_iter().chain(self.section(".init.text")).collect()
+    }
+
     /// A section by its name.
     pub(super) fn section(&self, name: &str) -> Option<Piece<'a>> {
         self.sections.iter().find(|(found, _)| *found == name.as_bytes()).map(|(_, piece)| *piece)

@@ -70,18 +70,14 @@ impl KernelImage {
         let btf = types(&symbols, &vmlinux);
         let mut tables = Tables::read(&vmlinux, &symbols);
         let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
+        let fixups = std::mem::take(&mut tables.fixups);
+        let landings = Landings::of_image(&vmlinux, &symbols, &tables, fixups);
         Ok(Self {
             release,
             build_id: build_id(&symbols, &vmlinux),
             compression: unpacked.as_ref().map(|(method, _)| *method),
             landmarks: Landmarks::read(&vmlinux, &symbols, &tables, &offsets),
-            landings: Landings::of_image(
-                &vmlinux,
-                &symbols,
-                tables.jump_entries.as_deref().unwrap_or_default(),
-                std::mem::take(&mut tables.fixups),
-            )
-            .ok_or(Error::Elf { what: "its .cold parts are larger than a kernel's".into() })?,
+            landings: landings.ok_or(Error::Elf { what: "its code is larger than a kernel's".into() })?,
             tables,
             offsets,
             lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),

@@ -1,52 +1,87 @@
 //! Where execution arrives other than by a function's own branches: places that no site may have in its
-//! inside.
+//! inside. `docs/kernel.md`, "Landings", says why these are all.
 //!
 //! - the target of a static key's jump, whether the jump is there now or not;
 //! - the fixup of an instruction that may fault (`__ex_table`);
-//! - what a function's `.cold` part, which the compiler moved away, branches back to.
+//! - what alternatives branch to, those in place and those that are not;
+//! - what code branches to, or takes the address of, inside another function: `.cold` parts and the
+//!   functions around them, assembly that shares its ends;
+//! - what a pointer in the kernel's data leads to: jump tables.
+//!
+//! Symbols are left out: a site does not extend over one.
 
 use std::ops::Range;
 
 use crate::addr::Gva;
 use crate::image::elf::Vmlinux;
 use crate::image::symbols::Symbols;
-use crate::image::tables::JumpEntry;
+use crate::image::tables::{JumpEntry, Tables};
 use crate::insn;
 
 /// Places where execution arrives, each with where it comes from; sorted.
 #[derive(Debug, Default)]
 pub struct Landings(Vec<(Gva, Gva)>);
 
-/// Most bytes of `.cold` parts that an image may have. Real ones have less than 2 MiB.
-const MOST_BYTES: u64 = 16 << 20;
+/// Most bytes of code that an image may have. Real ones have less than 32 MiB.
+const MOST_BYTES: usize = 256 << 20;
+
+/// Tables of whole addresses, not distances, of instructions to patch, not of places to go to.
+const LISTS: [(&str, &str, &str); 2] = [
+    ("__start_mcount_loc", "__stop_mcount_loc", "__mcount_loc"),
+    ("__parainstructions", "__parainstructions_end", ".parainstructions"),
+];
 
 impl Landings {
     /// From tables: jumps of static keys, and faults with their fixups.
     pub(crate) fn new(jumps: &[JumpEntry], fixups: impl IntoIterator<Item = (Gva, Gva)>) -> Self {
-        Self::sorted(jumps.iter().map(|entry| (entry.target, entry.code)).chain(swapped(fixups)))
+        Self::sorted(jumps.iter().map(|entry| (entry.code, entry.target)).chain(fixups))
     }
 
-    /// The same of an image, with what `.cold` parts branch to. `None` if these are larger than any
-    /// kernel's.
+    /// From code that lies at `start`: what it branches or points to, other than by a branch within one
+    /// function.
+    pub(crate) fn of_code(code: &[u8], start: Gva, symbols: &Symbols) -> Self {
+        let end = Gva(start.0.saturating_add(code.len() as u64));
+        let inside = |(_, to): &(Gva, Gva)| (start..end).contains(to) && !symbols.is_at(*to);
+        Self::sorted(strays(code, start, symbols).into_iter().filter(inside))
+    }
+
+    /// Those of an image. `None` if its code is larger than any kernel's.
     pub(super) fn of_image(
         vmlinux: &Vmlinux<'_>,
         symbols: &Symbols,
-        jumps: &[JumpEntry],
+        tables: &Tables,
         fixups: impl IntoIterator<Item = (Gva, Gva)>,
     ) -> Option<Self> {
-        let last = symbols.at_or_before(Gva(u64::MAX)).unwrap_or(Gva(0));
-        let parts = cold_parts(symbols, &(Gva(0)..last), MOST_BYTES)?.into_iter().flat_map(|part| {
-            let size = part.end.offset_from(part.start).unwrap_or(0);
-            branches_out(vmlinux.bytes(part.start, size).unwrap_or_default(), part.start)
+        let code = vmlinux.code(symbols);
+        if code.iter().map(|piece| piece.bytes.len()).sum::<usize>() > MOST_BYTES {
+            return None;
+        }
+        let jumps = tables.jump_entries.iter().flatten().map(|entry| (entry.code, entry.target));
+        let strays = code.iter().flat_map(|piece| strays(piece.bytes, piece.at, symbols));
+        let text: Vec<Range<Gva>> = code
+            .iter()
+            .map(|piece| piece.at..Gva(piece.at.0.saturating_add(piece.bytes.len() as u64)))
+            .collect();
+        let all = jumps.chain(fixups).chain(alternatives(tables)).chain(strays);
+        let listed = LISTS.iter().filter_map(|(start, stop, section)| {
+            let table = vmlinux.table(symbols, (start, stop), section)?;
+            Some(table.at..Gva(table.at.0.saturating_add(table.bytes.len() as u64)))
         });
-        let tables = Self::new(jumps, fixups);
-        Some(Self::sorted(tables.0.into_iter().chain(swapped(parts))))
+        let listed: Vec<Range<Gva>> = listed.collect();
+        let is_list = |from: &Gva| listed.iter().any(|range| range.contains(from));
+        let pointers = pointers(vmlinux, &text).filter(|(from, _)| !is_list(from));
+        let inside =
+            |(_, to): &(Gva, Gva)| text.iter().any(|range| range.contains(to)) && !symbols.is_at(*to);
+        Some(Self::sorted(all.chain(pointers).filter(inside)))
     }
 
-    fn sorted(landings: impl Iterator<Item = (Gva, Gva)>) -> Self {
-        let mut landings: Vec<(Gva, Gva)> = landings.collect();
+    /// From where, to where.
+    fn sorted(pairs: impl Iterator<Item = (Gva, Gva)>) -> Self {
+        let mut landings: Vec<(Gva, Gva)> = pairs.map(|(from, to)| (to, from)).collect();
         landings.sort_unstable();
-        landings.dedup();
+        // One way to each place is enough.
+        landings.dedup_by_key(|(to, _)| *to);
+        landings.shrink_to_fit();
         Self(landings)
     }
 
@@ -55,6 +90,11 @@ impl Landings {
     pub fn inside(&self, at: Gva, end: Gva) -> Option<(Gva, Gva)> {
         let first = self.0.partition_point(|(to, _)| *to <= at);
         self.0.get(first).filter(|(to, _)| *to < end).map(|&(to, from)| (from, to))
+    }
+
+    /// All of them: from where, to where.
+    pub fn iter(&self) -> impl Iterator<Item = (Gva, Gva)> {
+        self.0.iter().map(|&(to, from)| (from, to))
     }
 
     /// How many there are.
@@ -70,33 +110,54 @@ impl Landings {
     }
 }
 
-fn swapped(pairs: impl IntoIterator<Item = (Gva, Gva)>) -> impl Iterator<Item = (Gva, Gva)> {
-    pairs.into_iter().map(|(from, to)| (to, from))
+/// Branches of alternatives to places outside of them: of the code as it was linked, and of each
+/// replacement, as they are when it is in place.
+fn alternatives(tables: &Tables) -> impl Iterator<Item = (Gva, Gva)> {
+    tables.alternatives.iter().flatten().flat_map(|entry| {
+        let of = |code: &[u8], start: Gva| {
+            let outside = |to: &Gva| to.offset_from(start).is_none_or(|offset| offset >= code.len());
+            let to = insn::decode(code, start).filter_map(move |insn| insn.branch.filter(outside));
+            to.map(|to| (entry.at, to)).collect::<Vec<_>>()
+        };
+        of(&entry.original, entry.at).into_iter().chain(of(&entry.replacement, entry.replacement_at))
+    })
 }
 
-/// Whether a symbol is a part of a function that the compiler moved away (gcc: `NAME.cold`, earlier
-/// `NAME.cold.N`).
-pub(crate) fn is_cold(name: &str) -> bool {
-    name.ends_with(".cold") || name.contains(".cold.")
+/// What code branches to outside of the function that the branch is in, and what inside any function it
+/// takes the address of: from where, to where. Each function is decoded from its symbol on.
+fn strays(code: &[u8], start: Gva, symbols: &Symbols) -> Vec<(Gva, Gva)> {
+    let end = Gva(start.0.saturating_add(code.len() as u64));
+    let mut strays = Vec::new();
+    let mut at = start;
+    while at < end {
+        let next = symbols.after(at).map_or(end, |next| next.min(end));
+        let function = at..next;
+        while at < next {
+            let from = at.offset_from(start).unwrap_or(0);
+            let to = next.offset_from(start).unwrap_or(code.len());
+            for insn in insn::decode(&code[from..to], at) {
+                let branch = insn.branch.filter(|to| !function.contains(to));
+                strays.extend(branch.or(insn.points_to).map(|to| (insn.at, to)));
+                at = Gva(insn.at.0 + insn.len as u64);
+            }
+            // What is no instruction is skipped byte by byte.
+            at = if at < next { Gva(at.0 + 1) } else { next };
+        }
+    }
+    strays
 }
 
-/// The parts of functions that the compiler moved away, within some text; each reaches to the next
-/// symbol, or to the text's end. `None` if they have more than so many bytes in all.
-pub(crate) fn cold_parts(symbols: &Symbols, text: &Range<Gva>, most: u64) -> Option<Vec<Range<Gva>>> {
-    let cold = symbols.iter().filter(|(start, _, name)| is_cold(name) && text.contains(start));
-    let mut starts: Vec<Gva> = cold.map(|(start, ..)| start).collect();
-    // In the order of addresses, so aliases are neighbours.
-    starts.dedup();
-    let end = |start| symbols.after(start).map_or(text.end, |end| end.min(text.end));
-    let parts: Vec<Range<Gva>> = starts.into_iter().map(|start| start..end(start)).collect();
-    let size: u64 = parts.iter().map(|part| part.end.0 - part.start.0).sum();
-    (size <= most).then_some(parts)
-}
-
-/// The branches of a piece of code to places outside of it: from where, to where.
-pub(crate) fn branches_out(code: &[u8], start: Gva) -> Vec<(Gva, Gva)> {
-    let end = start.0.saturating_add(code.len() as u64);
-    let outside = |to: &Gva| *to < start || to.0 >= end;
-    let branch = |insn: insn::Insn| Some((insn.at, insn.branch.filter(outside)?));
-    insn::decode(code, start).filter_map(branch).collect()
+/// The aligned words of the kernel's data that are addresses in `text`: from where, to where.
+fn pointers(vmlinux: &Vmlinux<'_>, text: &[Range<Gva>]) -> impl Iterator<Item = (Gva, Gva)> {
+    const WORD: usize = 8;
+    let words = vmlinux.segments().flat_map(|segment| {
+        let skipped = segment.at.0.next_multiple_of(WORD as u64).wrapping_sub(segment.at.0);
+        let words = segment.bytes.get(usize::try_from(skipped).unwrap_or(0)..).unwrap_or_default();
+        let first = Gva(segment.at.0.wrapping_add(skipped));
+        let place = move |index: usize| Gva(first.0.wrapping_add((WORD * index) as u64));
+        let words = words.as_chunks::<WORD>().0.iter().enumerate();
+        words.map(move |(index, word)| (place(index), Gva(u64::from_le_bytes(*word))))
+    });
+    let within = |at: &Gva| text.iter().any(|range| range.contains(at));
+    words.filter(move |(from, to)| within(to) && !within(from))
 }

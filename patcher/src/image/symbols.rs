@@ -25,6 +25,8 @@ struct Entry {
 /// How many names of one address are tried. A guest's modules may claim any number, and each is
 /// looked up again.
 const MOST_ALIASES: usize = 64;
+/// How many places of one name are counted. Real kernels have less than 1,000 `__func__.0`.
+const MOST_PLACES: usize = 4096;
 /// How many symbols of other kinds are skipped in search of a function.
 const MOST_OTHERS: usize = 4096;
 
@@ -97,16 +99,44 @@ impl Symbols {
         entries.filter(move |entry| self.entry_name(entry) == name).map(|entry| Gva(entry.address))
     }
 
-    /// Finds a symbol by its exact name.
+    /// Finds a symbol by its exact name, or as `name,N`: the N-th place of this name in the order of
+    /// addresses, counted from 1, as the guest's livepatches count it (Linux include/linux/livepatch.h,
+    /// `old_sympos`). No symbol of the kernel has a comma in its name.
     #[must_use]
     pub fn find(&self, name: &str) -> Found {
         let mut addresses: Vec<Gva> = self.named(name).collect();
         addresses.dedup();
         match *addresses {
-            [] => Found::None,
+            [] => self.find_place(name).map_or(Found::None, Found::One),
             [one] => Found::One(one),
             _ => Found::Several(addresses),
         }
+    }
+
+    /// The address of `name,N`.
+    fn find_place(&self, text: &str) -> Option<Gva> {
+        let (name, place) = text.rsplit_once(',')?;
+        // Written in one way only: digits, the first of them not 0.
+        let canonical = !place.starts_with('0') && place.bytes().all(|byte| byte.is_ascii_digit());
+        let place: usize = place.parse().ok().filter(|_| canonical)?;
+        self.distinct(name).nth(place.checked_sub(1)?)
+    }
+
+    /// The addresses of the symbols of this name, in order, each once.
+    fn distinct<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Gva> {
+        let mut last = None;
+        self.named(name).filter(move |at| last.replace(*at) != Some(*at))
+    }
+
+    /// A name that only this address has: the symbol's own, or `name,N`. `None` if no such symbol is
+    /// there, or its place is not among the first of very many.
+    #[must_use]
+    pub fn unique_name(&self, name: &str, at: Gva) -> Option<String> {
+        if self.only(name) == Some(at) {
+            return Some(name.to_owned());
+        }
+        let place = self.distinct(name).take(MOST_PLACES).position(|found| found == at)?;
+        Some(format!("{name},{}", place + 1))
     }
 
     /// The address of a name, if there is only one.
@@ -133,6 +163,12 @@ impl Symbols {
         let named = aliases().find(|entry| entry.kind.is_ascii_uppercase()).or_else(|| aliases().next())?;
         let end = self.entries.get(after).map_or(u64::MAX, |entry| entry.address);
         Some(Function { name: self.entry_name(named), start: Gva(found.address), end: Gva(end) })
+    }
+
+    /// Whether a symbol is at an address.
+    #[must_use]
+    pub fn is_at(&self, address: Gva) -> bool {
+        self.entries.binary_search_by_key(&address.0, |entry| entry.address).is_ok()
     }
 
     /// The next symbol's address behind an address.
@@ -162,16 +198,23 @@ impl Symbols {
         Some(if at == address.0 { name.to_owned() } else { format!("{name}+{:#x}", address.0 - at) })
     }
 
-    /// As [`Symbols::describe`], but unambiguous: if the symbol's name is not unique, the address is
-    /// given relative to `_text`.
+    /// As [`Symbols::describe`], but unambiguous, and the same after every boot: `name,N` if the
+    /// symbol's name is not unique.
     #[must_use]
     pub fn identify(&self, address: Gva) -> Option<String> {
-        const FIRST: &str = "_text";
         let described = self.describe(address)?;
-        let name = described.split('+').next().unwrap_or(&described);
+        let (name, offset) = described.split_at(described.find('+').unwrap_or(described.len()));
         if self.only(name).is_some() {
             return Some(described);
         }
+        let unique = self.unique_name(name, self.at_or_before(address)?);
+        unique.map(|unique| format!("{unique}{offset}")).or_else(|| self.from_first(address))
+    }
+
+    /// An address as its distance from the kernel's first byte, `_text+0xoffset`. `None` in modules.
+    #[must_use]
+    pub fn from_first(&self, address: Gva) -> Option<String> {
+        const FIRST: &str = "_text";
         Some(format!("{FIRST}+{:#x}", address.offset_from(self.only(FIRST)?)?))
     }
 
@@ -221,7 +264,26 @@ mod tests {
         assert_eq!(table.describe(Gva(0x11)).as_deref(), Some("one+0x1"));
         assert_eq!(table.describe(Gva(0x31)).as_deref(), Some("dup+0x1"));
         assert_eq!(table.identify(Gva(0x11)).as_deref(), Some("one+0x1"));
-        assert_eq!(table.identify(Gva(0x31)).as_deref(), Some("_text+0x29"));
+        assert_eq!(table.identify(Gva(0x31)).as_deref(), Some("dup,2+0x1"));
+        assert_eq!(table.from_first(Gva(0x31)).as_deref(), Some("_text+0x29"));
         assert_eq!((table.describe(Gva(7)), table.identify(Gva(7))), (None, None));
+    }
+
+    #[test]
+    fn places_of_a_name_are_counted_from_one_by_address() {
+        let symbols = [(0x30, b't', "dup"), (0x20, b't', "dup"), (0x20, b't', "dup"), (0x40, b't', "one")];
+        let table = Symbols::new(symbols.into_iter()).expect("a table");
+        assert_eq!(table.find("dup,1"), Found::One(Gva(0x20)));
+        assert_eq!(table.find("dup,2"), Found::One(Gva(0x30)), "two symbols at one address are one place");
+        assert_eq!(table.find("one,1"), Found::One(Gva(0x40)));
+        for none in
+            ["dup,0", "dup,3", "dup,", "dup,01", "dup,+1", "dup,-1", "dup,1,1", "dup,x", ",1", "one,2"]
+        {
+            assert_eq!(table.find(none), Found::None, "{none}");
+        }
+        assert_eq!(table.find(&format!("dup,{}1", u64::MAX)), Found::None, "beyond any number");
+        assert_eq!(table.unique_name("dup", Gva(0x30)).as_deref(), Some("dup,2"));
+        assert_eq!(table.unique_name("one", Gva(0x40)).as_deref(), Some("one"));
+        assert_eq!(table.unique_name("dup", Gva(0x31)), None);
     }
 }

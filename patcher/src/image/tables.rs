@@ -96,6 +96,8 @@ pub struct Tables {
     pub features: Vec<(u16, String)>,
     /// The instructions that static keys and static calls switch, sorted.
     switched: Vec<Gva>,
+    /// Those of static calls, sorted.
+    called: Vec<Gva>,
     /// The first word of every static key and static call's key, where it is not zero.
     initial: BTreeMap<Gva, u64>,
 }
@@ -133,11 +135,13 @@ impl Tables {
                 .unwrap_or_default(),
             features: features(vmlinux, symbols),
             switched: Vec::new(),
+            called: Vec::new(),
             initial: BTreeMap::new(),
         };
         let jumps = tables.jump_entries.iter().flatten().map(|entry| entry.code);
-        tables.switched =
-            sorted(jumps.chain(tables.static_call_sites.iter().flatten().map(|site| site.code)));
+        let calls = || tables.static_call_sites.iter().flatten().map(|site| site.code);
+        let (switched, called) = (sorted(jumps.chain(calls())), sorted(calls()));
+        (tables.switched, tables.called) = (switched, called);
         let keys = tables.jump_entries.iter().flatten().map(|entry| entry.key);
         let calls = symbols.iter().filter(|(.., name)| name.starts_with(CALL_KEY)).map(|(at, ..)| at);
         let first = |at| Some((at, u64::from_le_bytes(vmlinux.bytes(at, 8)?.try_into().ok()?)));
@@ -155,6 +159,12 @@ impl Tables {
     #[must_use]
     pub fn is_switched(&self, at: Gva) -> bool {
         self.switched.binary_search(&at).is_ok()
+    }
+
+    /// Whether a static call is at an address, though it may call nothing now.
+    #[must_use]
+    pub fn is_static_call(&self, at: Gva) -> bool {
+        self.called.binary_search(&at).is_ok()
     }
 
     /// The first word of a static key or a static call's key in the image.

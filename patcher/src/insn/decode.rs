@@ -1,6 +1,8 @@
 //! Decoding: where instructions begin, where they branch to, how they read.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, OpKind};
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic, OpKind,
+};
 
 use crate::addr::Gva;
 
@@ -24,6 +26,11 @@ pub struct Insn {
     pub len: usize,
     /// Its branch target, if it is a direct branch or call.
     pub branch: Option<Gva>,
+    /// The address that it makes without going there: by `lea` relative to RIP, or as an operand of 64
+    /// bits.
+    pub points_to: Option<Gva>,
+    /// Whether it goes where a register or memory says.
+    pub is_indirect: bool,
     /// Whether control may return to the next instruction from elsewhere: a call, interrupt or
     /// exception.
     pub returns: bool,
@@ -54,6 +61,8 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
             at: Gva(insn.ip()),
             len: insn.len(),
             branch: branch(&insn),
+            points_to: points_to(&insn),
+            is_indirect: insn.flow_control() == FlowControl::IndirectBranch,
             returns: returns(&insn),
             ends: matches!(
                 insn.flow_control(),
@@ -82,6 +91,16 @@ pub(crate) fn branch(insn: &Instruction) -> Option<Gva> {
         FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
     );
     (near && goes).then(|| Gva(insn.near_branch_target()))
+}
+
+fn points_to(insn: &Instruction) -> Option<Gva> {
+    if insn.mnemonic() == Mnemonic::Lea {
+        return insn.is_ip_rel_memory_operand().then(|| Gva(insn.ip_rel_memory_address()));
+    }
+    // No instruction has two of this kind, and it comes last.
+    let last = insn.op_count().checked_sub(1)?;
+    let is_address = matches!(insn.op_kind(last), OpKind::Immediate32to64 | OpKind::Immediate64);
+    is_address.then(|| Gva(insn.immediate(last)))
 }
 
 pub(crate) fn returns(insn: &Instruction) -> bool {
@@ -136,6 +155,18 @@ mod tests {
         assert_eq!(marker(&[0x0f, 0x1f, 0x40, 0xd6, 0x90]), 4, "sealed, since 6.15");
         assert_eq!(marker(&[0x0f, 0x1f, 0x44, 0, 0]), 0, "the fentry call's NOP");
         assert_eq!(marker(&[0x0f, 0x1f, 0x40, 0x00]), 0, "another NOP");
+    }
+
+    #[test]
+    fn what_an_instruction_points_to() {
+        let points_to = |code: &[u8]| decode(code, Gva(0x1000)).next().expect("one").points_to;
+        assert_eq!(points_to(&[0x48, 0x8d, 0x05, 0x10, 0, 0, 0]), Some(Gva(0x1017)), "lea rax, [rip+0x10]");
+        assert_eq!(points_to(&[0x68, 0, 0, 0, 0x81]), Some(Gva(0xffff_ffff_8100_0000)), "push");
+        assert_eq!(points_to(&[0x48, 0xc7, 0xc0, 0, 0, 0, 0x81]), Some(Gva(0xffff_ffff_8100_0000)), "mov");
+        assert_eq!(points_to(&[0x48, 0xb8, 1, 0, 0, 0, 0, 0, 0, 0x80]), Some(Gva(1 << 63 | 1)), "movabs");
+        assert_eq!(points_to(&[0xb8, 0, 0, 0, 0x81]), None, "of 32 bits");
+        assert_eq!(points_to(&[0x48, 0x8d, 0x40, 0x10]), None, "lea rax, [rax+0x10]");
+        assert_eq!(points_to(&[0x48, 0x8b, 0x05, 0x10, 0, 0, 0]), None, "a load");
     }
 
     #[test]

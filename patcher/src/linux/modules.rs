@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
-use crate::image::landings::{Landings, cold_parts};
+use crate::image::landings::Landings;
 use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
 use crate::plan::refusal::Refusal;
@@ -23,22 +23,8 @@ pub struct Module {
     pub static_call_sites: Vec<StaticCallSite>,
     /// The instructions that may fault, sorted.
     pub exceptions: Vec<Gva>,
-    /// Where execution arrives by its tables.
+    /// Where execution arrives by its tables. What its code leads to is found when a site needs it.
     pub landings: Landings,
-}
-
-/// Most bytes of `.cold` parts that a module may have. Those of kvm, which has most, are 61 KB.
-const MOST_COLD_BYTES: u64 = 4 << 20;
-
-impl Module {
-    /// The parts of its functions that the compiler moved away.
-    ///
-    /// # Errors
-    /// [`Refusal::BadModules`] when they are larger than any module's.
-    pub(crate) fn cold_parts(&self) -> Result<Vec<Range<Gva>>, Refusal> {
-        let why = "their .cold parts claim to be very large";
-        cold_parts(&self.symbols, &self.text, MOST_COLD_BYTES).ok_or(Refusal::BadModules { why })
-    }
 }
 
 /// The modules of a guest, or why they are not known.

@@ -41,6 +41,8 @@ pub const MAX_PATCHES: usize = 4096;
 pub const DEFAULT_DEADLINE_MS: u64 = 2000;
 /// Longest deadline, in milliseconds.
 pub const MAX_DEADLINE_MS: u64 = 60_000;
+/// Longest build ID, in bytes. The linker makes some of 16 or 20, or as long as it is told.
+pub const MAX_BUILD_ID: usize = 64;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 128;
 /// Most functions in `quiesced.outside`.
@@ -77,6 +79,8 @@ pub struct Plan {
     pub name: String,
     /// The kernel release it was made for; any, if absent.
     pub release: Option<String>,
+    /// The build ID of the kernel that it was made for; any, if absent.
+    pub build_id: Option<Vec<u8>>,
     /// Time the program may take, in milliseconds.
     pub deadline_ms: u64,
     /// How to apply it.

@@ -27,16 +27,16 @@ pub enum Refusal {
         /// The longest allowed.
         limit: usize,
     },
-    /// The plan names another kernel release.
+    /// The plan names another kernel release or build ID.
     #[error("the plan is for kernel {wanted}, but the guest runs {running}")]
     KernelMismatch {
-        /// The plan's release.
+        /// The plan's release or build ID.
         wanted: String,
-        /// The guest's release.
+        /// The guest's.
         running: String,
     },
     /// An address is neither a symbol, nor a symbol with an offset, nor a number.
-    #[error("{text:?} is not an address: use symbol, symbol+0xoffset or 0xaddress")]
+    #[error("{text:?} is not an address: use symbol, symbol,N, symbol+0xoffset or 0xaddress")]
     BadAddress {
         /// The text.
         text: String,
@@ -48,12 +48,14 @@ pub enum Refusal {
         name: String,
     },
     /// Several symbols have this name.
-    #[error("{name} is ambiguous: it is at {}; give the address instead", list(.at))]
+    #[error("{name} is ambiguous; write one of {}", list(.forms, *.places))]
     AmbiguousSymbol {
         /// The name.
         name: String,
-        /// Where they are, in the running guest.
-        at: Vec<Gva>,
+        /// The first of them as a plan can write them, at every boot.
+        forms: Vec<String>,
+        /// How many there are.
+        places: usize,
     },
     /// No static call has this name.
     #[error("the kernel has no static call {name}; `vmm kernel calls` lists the calls")]
@@ -367,8 +369,10 @@ impl Refusal {
     }
 }
 
-fn list(addresses: &[Gva]) -> String {
-    addresses.iter().map(Gva::to_string).collect::<Vec<_>>().join(", ")
+fn list(forms: &[String], places: usize) -> String {
+    let more = places.saturating_sub(forms.len());
+    let rest = if more == 0 { String::new() } else { format!(" and {more} more") };
+    forms.join(", ") + &rest
 }
 
 /// A reason and its place.

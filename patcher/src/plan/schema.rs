@@ -6,8 +6,8 @@ use crate::plan::pointer::Pointer;
 use crate::plan::refusal::{Refusal, Refused};
 use crate::plan::write_policy::Policy;
 use crate::plan::{
-    DEFAULT_DEADLINE_MS, MAX_BYTES, MAX_DEADLINE_MS, MAX_NAME, MAX_OUTSIDE, MAX_PATCHES, MAX_SITE, Patch,
-    Plan, Spinlocks, Strategy, VERSION,
+    DEFAULT_DEADLINE_MS, MAX_BUILD_ID, MAX_BYTES, MAX_DEADLINE_MS, MAX_NAME, MAX_OUTSIDE, MAX_PATCHES,
+    MAX_SITE, Patch, Plan, Spinlocks, Strategy, VERSION,
 };
 
 // Every field of `RawPatch` is optional: a missing field is then reported by the kind of patch that
@@ -31,10 +31,11 @@ struct RawPlan {
     patches: Vec<RawPatch>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawKernel {
-    release: String,
+    release: Option<String>,
+    build_id: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -144,6 +145,14 @@ impl RawPlan {
                 "\"quiesced\" needs inspect: no other strategy looks where the vCPUs are".into(),
             );
         }
+        let is_empty = |kernel: &RawKernel| kernel.release.is_none() && kernel.build_id.is_none();
+        if self.kernel.as_ref().is_some_and(is_empty) {
+            refuse("/kernel", "a kernel is named by \"release\", \"build_id\" or both".into());
+        }
+        let kernel = self.kernel.unwrap_or_default();
+        if let Some(Err(what)) = kernel.build_id.as_deref().map(build_id) {
+            refuse("/kernel/build_id", what);
+        }
         let mut patches = Vec::with_capacity(self.patches.len());
         for (i, patch) in self.patches.into_iter().enumerate() {
             match patch.check() {
@@ -156,7 +165,8 @@ impl RawPlan {
         }
         Ok(Plan {
             name: self.name,
-            release: self.kernel.map(|kernel| kernel.release),
+            release: kernel.release,
+            build_id: kernel.build_id.and_then(|digits| build_id(&digits).ok()),
             deadline_ms,
             strategy: self.strategy,
             atomic: self.atomic,
@@ -247,6 +257,12 @@ impl RawPatch {
     }
 }
 
+/// The bytes of a build ID in hex digits, as `vmm kernel info` prints it.
+fn build_id(digits: &str) -> Result<Vec<u8>, String> {
+    let bytes = hex::decode(digits).ok().filter(|bytes| (1..=MAX_BUILD_ID).contains(&bytes.len()));
+    bytes.ok_or_else(|| format!("a build ID is 1 to {MAX_BUILD_ID} pairs of hex digits"))
+}
+
 /// The bytes of a site in hex digits; ASCII white space is ignored.
 fn bytes(text: &str) -> Result<Vec<u8>, String> {
     let digits = text.replace(|c: char| c.is_ascii_whitespace(), "");
@@ -288,6 +304,31 @@ mod tests {
         assert_eq!(plan.release.as_deref(), Some("6.1"));
         assert_eq!(plan.patches.len(), 2);
         assert_eq!(plan.deadline_ms, 5);
+    }
+
+    #[test]
+    fn a_kernel_is_named_by_release_build_id_or_both() {
+        let kernel = |json: &str| {
+            let plan = format!(
+                r#"{{"version":1,"name":"a","kernel":{json},"patches":[{{"redirect":"f","to":"g"}}]}}"#
+            );
+            Plan::parse(plan.as_bytes()).map(|plan| (plan.release, plan.build_id))
+        };
+        assert_eq!(kernel(r#"{"build_id":"01fE"}"#), Ok((None, Some(vec![1, 0xfe]))));
+        let both = kernel(r#"{"release":"6.1","build_id":"00"}"#);
+        assert_eq!(both, Ok((Some("6.1".to_owned()), Some(vec![0]))));
+        let refused = kernel("{}").expect_err("it says nothing");
+        assert_eq!((refused.len(), refused[0].pointer.as_str()), (1, "/kernel"));
+        let long = "00".repeat(MAX_BUILD_ID + 1);
+        for bad in ["", "0", "0x01", "zz", "01 fe", long.as_str()] {
+            let refused = kernel(&format!(r#"{{"build_id":"{bad}"}}"#)).expect_err("it is refused");
+            assert_eq!(refused.len(), 1, "{bad}");
+            assert_eq!(
+                (refused[0].pointer.as_str(), refused[0].refusal.code()),
+                ("/kernel/build_id", "plan_malformed"),
+                "{bad}"
+            );
+        }
     }
 
     #[test]

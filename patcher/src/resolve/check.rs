@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use crate::addr::Gva;
-use crate::image::landings::{Landings, branches_out, is_cold};
+use crate::image::landings::Landings;
 use crate::image::symbols::Function;
 use crate::insn;
 use crate::linux::kprobes::{among, probes};
@@ -22,6 +22,12 @@ use crate::site::Site;
 /// Functions longer than this, in bytes, are not decoded.
 const MAX_FUNCTION: usize = 1 << 20;
 
+/// Modules with more text than this, in bytes, are not decoded. kvm has 1 MiB.
+const MAX_MODULE: usize = 32 << 20;
+
+/// Symbols of the padding before functions begin so (Linux tools/objtool, `--prefix`; kCFI).
+const PADDING: [&str; 2] = ["__pfx_", "__cfi_"];
+
 /// What the sites of one plan are checked with.
 pub(crate) struct SiteChecker<'a> {
     kernel: Kernel<'a>,
@@ -35,8 +41,8 @@ pub(crate) struct SiteChecker<'a> {
     bypass: bool,
     /// Shapes by function start: a plan of thousands of sites has many in one function.
     shapes: RefCell<HashMap<Gva, Rc<Shape>>>,
-    /// What the `.cold` parts of modules branch to, by where a module's text begins.
-    cold: RefCell<HashMap<Gva, Landings>>,
+    /// What the code of modules leads to, by where a module's text begins.
+    of_modules: RefCell<HashMap<Gva, Landings>>,
 }
 
 impl<'a> SiteChecker<'a> {
@@ -50,25 +56,17 @@ impl<'a> SiteChecker<'a> {
             text,
             bypass,
             shapes: RefCell::default(),
-            cold: RefCell::default(),
+            of_modules: RefCell::default(),
         })
     }
 
-    /// Refuses code whose place was chosen by the plan, not by the kernel's tables: where a livepatch of
-    /// the guest has replaced the function, it would never be executed; in a `.cold` part, which the rest
-    /// of the function branches into, more than one instruction may be entered in the middle.
+    /// Refuses code whose place was chosen by the plan, not by the kernel's tables, where a livepatch of
+    /// the guest has replaced the function: it would never be executed.
     pub(crate) fn chosen(&self, code: &Code) -> Result<(), Refusal> {
-        if let Some(function) = self.livepatched.iter().find(|function| function.contains(&code.at)) {
-            return Err(Refusal::Livepatched { function: function.start });
+        match self.livepatched.iter().find(|function| function.contains(&code.at)) {
+            Some(function) => Err(Refusal::Livepatched { function: function.start }),
+            None => Ok(()),
         }
-        let function = self.kernel.function_at(code.at);
-        if function.is_some_and(|function| is_cold(function.name))
-            && let Some(inside) = insn::decode(&code.old, code.at).map(|insn| insn.at).nth(1)
-        {
-            let why = "the function branches into its .cold part";
-            return Err(Refusal::InteriorReachable { at: code.at, inside, why });
-        }
-        Ok(())
     }
 
     /// Checks code against the instructions around it. `named` is the function's name in the plan,
@@ -87,17 +85,18 @@ impl<'a> SiteChecker<'a> {
         }
         // Checked before decoding: the text may hold the kprobe's `int3` or jump.
         unprobed(&self.probes, at, end)?;
-        let landing = match self.kernel.landing_inside(at, end) {
-            None => self.landing_from_cold_part(at, end)?,
-            landing => landing,
-        };
-        if let Some((from, to)) = landing {
+        if let Some((from, to)) = self.kernel.landing_inside(at, end) {
             return Err(Refusal::BranchIntoSite { from, to });
         }
         // Where the kernel replaces one instruction by another itself, the boundaries are known.
         // Decoding thousands of functions would take longer than patching them.
-        if !self.kernel.is_patched_by_itself(at) || insn::count(&old, at) != Some(1) {
-            self.shape(&function)?.holds(at, end, &function)?;
+        let is_one = insn::count(&old, at) == Some(1);
+        if !self.kernel.is_patched_by_itself(at) || !is_one {
+            let shape = self.shape(&function)?;
+            shape.holds(at, end, &function)?;
+            if !is_one {
+                self.entered_at_its_first(&function, &shape, &old, at, end)?;
+            }
         }
         if insn::count(&new, at).is_none() {
             return Err(Refusal::ReplacementUndecodable { bytes: new });
@@ -121,22 +120,43 @@ impl<'a> SiteChecker<'a> {
         Ok(Site { pointer: pointer.clone(), at, symbol, old, new, old_inside, new_inside, may_fault })
     }
 
-    /// A branch of a module's `.cold` parts to the inside of a site: from where, to where.
-    fn landing_from_cold_part(&self, at: Gva, end: Gva) -> Result<Option<(Gva, Gva)>, Refusal> {
-        // Those of the image are known from the image.
-        let Some(module) = self.kernel.module_at(at) else { return Ok(None) };
-        if let Some(landings) = self.cold.borrow().get(&module.text.start) {
-            return Ok(landings.inside(at, end));
+    /// Refuses several instructions that execution may enter behind the first, as far as neither the
+    /// image's landings nor the function's own branches tell.
+    fn entered_at_its_first(
+        &self,
+        function: &Function<'_>,
+        shape: &Shape,
+        old: &[u8],
+        at: Gva,
+        end: Gva,
+    ) -> Result<(), Refusal> {
+        let inside = insn::decode(old, at).map(|insn| insn.at).nth(1).unwrap_or(end);
+        let refuse = |why| Err(Refusal::InteriorReachable { at, inside, why });
+        // Linux arch/x86/kernel/callthunks.c, `patch_dest`; arch/x86/kernel/alternative.c, FineIBT.
+        if PADDING.iter().any(|prefix| function.name.starts_with(prefix)) {
+            return refuse("calls may enter the padding before a function anywhere");
         }
-        let mut branches = Vec::new();
-        for part in module.cold_parts()? {
-            let size = part.end.offset_from(part.start).unwrap_or(0);
-            branches.extend(branches_out(&read(self.text, part.start, size)?, part.start));
+        // arch/x86/kernel/alternative.c, `apply_direct_call_offset`.
+        if at == function.start && insn::marker(old) != 0 {
+            return refuse("direct calls may go behind the marker of indirect branches");
         }
-        let landings = Landings::new(&[], branches);
-        let inside = landings.inside(at, end);
-        self.cold.borrow_mut().insert(module.text.start, landings);
-        Ok(inside)
+        let Some(module) = self.kernel.module_at(at) else { return Ok(()) };
+        if shape.indirect().is_some() && !self.kernel.has_thunks() {
+            return refuse("the module's function jumps to where a table may say");
+        }
+        if !self.of_modules.borrow().contains_key(&module.text.start) {
+            let size = module.text.end.offset_from(module.text.start).unwrap_or(0);
+            if size > MAX_MODULE {
+                return Err(Refusal::BadModules { why: "the text is too long to be decoded" });
+            }
+            let code = read(self.text, module.text.start, size)?;
+            let landings = Landings::of_code(&code, module.text.start, &module.symbols);
+            self.of_modules.borrow_mut().insert(module.text.start, landings);
+        }
+        match self.of_modules.borrow().get(&module.text.start).and_then(|landings| landings.inside(at, end)) {
+            Some((from, to)) => Err(Refusal::BranchIntoSite { from, to }),
+            None => Ok(()),
+        }
     }
 
     fn shape(&self, function: &Function<'_>) -> Result<Rc<Shape>, Refusal> {

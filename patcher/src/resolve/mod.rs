@@ -15,6 +15,8 @@ pub mod targets;
 
 pub use resolved_plan::ResolvedPlan;
 
+use crate::image::KernelImage;
+use crate::insn;
 use crate::linux::kprobes::probes;
 use crate::linux::{GuestMemory, Kernel};
 use crate::plan::refusal::{Pointer, Refusal, Refused};
@@ -85,11 +87,10 @@ pub fn resolve<'t>(
     taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
 ) -> Result<ResolvedPlan, Vec<Refused>> {
     let RunningGuest { kernel, text, .. } = guest;
-    if let Some(wanted) = plan.release.as_ref().filter(|wanted| *wanted != kernel.image.release()) {
+    let other = other_kernel(plan, kernel.image);
+    if !other.is_empty() {
         // Symbols of another kernel would only produce follow-up errors.
-        let running = kernel.image.release().to_owned();
-        let refusal = Refusal::KernelMismatch { wanted: wanted.clone(), running };
-        return Err(vec![refusal.at(Pointer::new("/kernel/release"))]);
+        return Err(other);
     }
     let bypass = plan.strategy == Strategy::Bypass;
     let checker = SiteChecker::new(kernel, text, bypass).map_err(|refusal| vec![refusal.at_root()])?;
@@ -144,6 +145,23 @@ pub fn resolve<'t>(
         data,
         on_guest_write: plan.on_guest_write,
     })
+}
+
+/// Refuses a plan that was made for another kernel.
+fn other_kernel(plan: &Plan, image: &KernelImage) -> Vec<Refused> {
+    let mut refused = Vec::new();
+    let mut refuse = |wanted: String, running: String, place: &str| {
+        refused.push(Refusal::KernelMismatch { wanted, running }.at(Pointer::new(place)));
+    };
+    if let Some(wanted) = plan.release.as_deref().filter(|wanted| *wanted != image.release()) {
+        refuse(wanted.to_owned(), image.release().to_owned(), "/kernel/release");
+    }
+    if let Some(wanted) = plan.build_id.as_deref().filter(|wanted| Some(*wanted) != image.build_id()) {
+        let build = |id: &[u8]| format!("build {}", insn::hex(id));
+        let running = image.build_id().map_or_else(|| "one without a build ID".to_owned(), build);
+        refuse(build(wanted), running, "/kernel/build_id");
+    }
+    refused
 }
 
 /// What a patch comes to, if the strategy can change it and the guest would execute it.

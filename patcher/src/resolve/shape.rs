@@ -9,8 +9,10 @@ use crate::plan::refusal::Refusal;
 pub(crate) struct Shape {
     /// Where its instructions begin, and the last one ends.
     boundaries: Vec<Gva>,
-    /// Branches to its inside: from where, to where.
+    /// Branches to its inside: from where, to where. So are addresses that it takes of its inside.
     branches: Vec<(Gva, Gva)>,
+    /// The first jump to where a register or memory says.
+    indirect: Option<Gva>,
 }
 
 impl Shape {
@@ -19,12 +21,14 @@ impl Shape {
         /// A low estimate of the average instruction length, in bytes.
         const TYPICAL: usize = 3;
         let end = start.0.saturating_add(code.len() as u64);
-        let mut shape = Self { boundaries: Vec::with_capacity(code.len() / TYPICAL), branches: Vec::new() };
+        let boundaries = Vec::with_capacity(code.len() / TYPICAL);
+        let mut shape = Self { boundaries, branches: Vec::new(), indirect: None };
         let mut decoded_to = start;
         for insn in insn::decode(code, start) {
             shape.boundaries.push(insn.at);
             decoded_to = Gva(insn.at.0.saturating_add(insn.len as u64));
-            let inside = insn.branch.filter(|to| start < *to && to.0 < end);
+            let inside = insn.branch.or(insn.points_to).filter(|to| start < *to && to.0 < end);
+            shape.indirect = shape.indirect.or(Some(insn.at).filter(|_| insn.is_indirect));
             shape.branches.extend(inside.map(|to| (insn.at, to)));
         }
         shape.boundaries.push(decoded_to);
@@ -32,7 +36,7 @@ impl Shape {
     }
 
     /// Checks that a site begins and ends at instruction boundaries, and that no branch of the
-    /// function, or of its `.cold` part, goes to its inside.
+    /// function goes to its inside.
     pub(crate) fn holds(&self, at: Gva, end: Gva, function: &Function<'_>) -> Result<(), Refusal> {
         self.boundary(at, function)?;
         self.boundary(end, function)?;
@@ -40,6 +44,11 @@ impl Shape {
             Some(&(from, to)) => Err(Refusal::BranchIntoSite { from, to }),
             None => Ok(()),
         }
+    }
+
+    /// The first jump to where a register or memory says, if there is one: a tail call, or a jump table.
+    pub(crate) fn indirect(&self) -> Option<Gva> {
+        self.indirect
     }
 
     /// Checks that `at` is an instruction boundary.

@@ -56,7 +56,7 @@ impl<'a> Sleepers<'a> {
         let insns: Vec<Insn> = insn::decode(code, at).collect();
         let comes_back = |boundary: Gva| {
             let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
-            if calls_sleep && before.is_some_and(|insn| insn.returns) {
+            if calls_sleep && before.is_some_and(|insn| insn.returns || self.kernel.may_call(insn.at)) {
                 return Some("the call before it returns there");
             }
             if self.kernel.may_fault(boundary) {

@@ -31,7 +31,8 @@ pub(crate) fn plan(json: &[u8]) {
 /// The address of the function with random text.
 const FUNCTION: Gva = Gva(0xffff_ffff_8100_0000);
 
-struct Function<'a>(&'a [u8]);
+/// A function's text, and nothing else.
+pub(crate) struct Function<'a>(pub(crate) &'a [u8]);
 
 impl GuestMemory for Function<'_> {
     fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {

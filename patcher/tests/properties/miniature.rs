@@ -221,8 +221,18 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
         k.bytes.push(0xc3);
     }
     k.put("text_poke", b'T', &[0x90, 0xc3]);
+    // NOPs that are entered in the middle, and a function that branches and points there.
+    let tail = k.put("tail", b'T', &[&[0x90; 7][..], &[0x0f, 0x1f, 0x44, 0, 0], &[0xc3]].concat());
+    k.align();
+    let shares = k.here();
+    let lea = [&[0x48, 0x8d, 0x05][..], &near(shares + 12, tail + 3)].concat();
+    k.put("shares", b'T', &[&[0xe9][..], &near(shares + 5, tail + 2), &lea, &[0xc3]].concat());
     let replacement = k.put("__alt_replacement", b't', &[0x0f, 0x01, 0xcb]);
     k.put("_etext", b'T', &[]);
+    k.align();
+    let jump = k.here();
+    k.put("__alt_jump", b't', &[&[0xe9][..], &near(jump + 5, tail + 5)].concat());
+    k.put("jump_table", b'd', &[(tail + 4).to_le_bytes(), tail.to_le_bytes()].concat());
     k.put("linux_banner", b'D', b"Linux version 6.1.0-miniature (x) #1 SMP PREEMPT_DYNAMIC\n\0");
     let name = k.put("feature_name", b'd', b"smap\0");
     let flags: Vec<u8> = (0..32_u64).flat_map(|i| (if i == 20 { name } else { 0 }).to_le_bytes()).collect();
@@ -245,8 +255,9 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
         [near(at, function + 10), near(at + 4, call)].concat()
     });
     k.table("__alt_instructions", "__alt_instructions_end", move |at| {
-        let feature = [20, 0, 7, 3];
-        [&near(at, function + 15)[..], &near(at + 4, replacement), &feature].concat()
+        let (feature, other) = ([20, 0, 7, 3], [21, 0, 5, 5]);
+        let first = [&near(at, function + 15)[..], &near(at + 4, replacement), &feature].concat();
+        [&first[..], &near(at + 12, tail + 7), &near(at + 16, jump), &other].concat()
     });
     k.table("__smp_locks", "__smp_locks_end", move |at| near(at, function + 22).to_vec());
     k.table("__parainstructions", "__parainstructions_end", move |_| {

@@ -1,7 +1,7 @@
 //! Where a site may lie: what its function, the kernel's tables and `.cold` parts lead to.
 
 use patcher::addr::Gva;
-use patcher::image::KernelImage;
+use patcher::image::{KernelImage, Symbols};
 use patcher::insn;
 use patcher::linux::module_list::read_modules;
 use patcher::linux::{Kernel, Modules};
@@ -50,13 +50,19 @@ fn places_that_the_kernel_patches_itself() {
     assert_eq!(codes(18, 2), ["undecodable"]);
 }
 
-/// Where execution arrives by the kernel's tables or from a `.cold` part is no inside of a site: that of
-/// the miniature's static key (+10), of its exception's fixup (+25), and of its `.cold` part (+22).
+/// Where execution arrives by the kernel's tables, its data or another function is no inside of a site:
+/// by the miniature's static key (+10), its exception's fixup (+25), and its `.cold` part (+22); and in
+/// `tail` by a branch (+2), an address in an instruction (+3), a table of pointers (+4), and an alternative
+/// that is not in place (+5).
 #[test]
 fn no_site_has_inside_what_tables_or_cold_parts_lead_to() {
     let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    assert_eq!(image.landings().len(), 3);
     let function = image.symbols().only("function").expect("it");
+    let tail = image.symbols().only("tail").expect("it");
+    let landings: Vec<Gva> = image.landings().iter().map(|(_, to)| to).collect();
+    let of =
+        |function: Gva, offsets: &[u64]| offsets.iter().map(|by| Gva(function.0 + by)).collect::<Vec<_>>();
+    assert_eq!(landings, [of(function, &[10, 22, 25]), of(tail, &[2, 3, 4, 5])].concat());
     let kernel = Kernel { image: &image, slide: 0x20_0000, modules: &Modules::NONE };
     let live = |offset: u64| Gva(function.0 + 0x20_0000 + offset);
     let inside = |at, end| kernel.landing_inside(live(at), live(end)).map(|(_, to)| to);
@@ -94,10 +100,50 @@ fn no_site_has_inside_what_tables_or_cold_parts_lead_to() {
     for (offset, length) in [(10, 1), (9, 1), (22, 1), (25, 1)] {
         assert_eq!(codes(offset, length), [""; 0], "+{offset}, {length} bytes");
     }
-    // Where a function branches into its `.cold` part is not known.
-    let cold = image.symbols().only("function.cold").expect("it").offset_from(function).expect("behind");
-    assert_eq!(codes(cold as u64, 1), [""; 0]);
-    assert_eq!(codes(cold as u64, 2), ["interior_reachable"]);
+    let from_function = |at: Gva| at.offset_from(function).expect("behind") as u64;
+    // Nothing leads into the `.cold` part, behind its symbol.
+    let cold = image.symbols().only("function.cold").expect("it");
+    assert_eq!(image.landings().inside(cold, Gva(cold.0 + 8)), None);
+    for offset in [2, 3, 4, 5] {
+        assert_eq!(codes(from_function(tail) + offset - 1, 2), ["branch_into_site"], "tail+{offset}");
+        assert_eq!(codes(from_function(tail) + offset, 1), [""; 0], "tail+{offset}");
+    }
+}
+
+/// Several instructions are refused where calls may go behind the first: behind `endbr64`, and in the padding
+/// before functions. Where the kernel calls from a NOP now and then, a task may come back behind it.
+#[test]
+fn sites_that_calls_may_enter_behind_the_first_instruction() {
+    const F: u64 = 0xffff_ffff_8100_0000;
+    let names = [(F, b'T', "f"), (F + 0x20, b't', "__pfx_g"), (F + 0x30, b'T', "g"), (F + 0x40, b'T', "h")];
+    let image = KernelImage::from_parts("x".into(), Symbols::new(names.into_iter()).expect("few"), Gva(F));
+    let mut code = vec![0x90; 0x50];
+    code[..4].copy_from_slice(&[0xf3, 0x0f, 0x1e, 0xfa]);
+    let text = checks::Function(&code);
+    let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+    let refused = |at: &str, expect: &str| {
+        let replace = "f8".repeat(expect.len() / 2);
+        let plan = format!(
+            r#"{{"version":1,"name":"x","patches":[{{"at":"{at}","expect":"{expect}","replace":"{replace}"}}]}}"#
+        );
+        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
+        let all =
+            resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []).err().unwrap_or_default();
+        all.iter().map(ToString::to_string).collect::<String>()
+    };
+    assert!(refused("f", "f30f1efa90").contains("behind the marker of indirect branches"));
+    assert!(refused("__pfx_g+0x4", "9090").contains("the padding before a function"));
+    for other in ["g", "f+0x4"] {
+        let why = refused(other, "9090");
+        // Nothing says that tasks are not preempted there.
+        assert!(why.contains("the kernel") && why.contains("[interior_reachable]"), "{other}: {why}");
+    }
+
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let kernel = Kernel { image: &image, slide: 0x20_0000, modules: &Modules::NONE };
+    let function = image.symbols().only("function").expect("it").0 + 0x20_0000;
+    let may_call: Vec<u64> = (0..26).filter(|offset| kernel.may_call(Gva(function + offset))).collect();
+    assert_eq!(may_call, [0, 10], "the fentry call and the static call, not the static key's jump");
 }
 
 /// A branch from the `.cold` part of a module's function, whose last part ends with the module's text.

@@ -346,7 +346,7 @@ pub enum KernelCommand {
         #[command(flatten)]
         file: KernelFile,
     },
-    /// List the symbols, as /proc/kallsyms does.
+    /// List the symbols, as /proc/kallsyms does; as `name,N` where several have one name.
     Symbols {
         /// The kernel.
         #[command(flatten)]

@@ -33,13 +33,15 @@ fn print(command: &KernelCommand) -> Result<(), Error> {
         KernelCommand::Symbols { file, pattern } => {
             let image = read(&file.kernel)?;
             let chosen = image.symbols().iter().filter(|(.., name)| matches(pattern.as_deref(), name));
+            // As a plan writes it: `name,N` if the name is not unique.
+            let form = |at, name: &str| image.symbols().unique_name(name, at).unwrap_or_else(|| name.into());
             if file.json {
-                let line = |(at, kind, name)| json!({ "at": at, "kind": char::from(kind), "name": name });
+                let line = |(at, kind, name)| json!({ "at": at, "kind": char::from(kind), "name": name, "plan": form(at, name) });
                 output::print_json(&chosen.map(line).collect::<Vec<_>>())?;
             } else {
                 let mut page = Page::default();
                 for (at, kind, name) in chosen {
-                    page.line([plain(format_args!("{:016x} {} {name}", at.0, char::from(kind)))]);
+                    page.line([plain(format_args!("{:016x} {} {}", at.0, char::from(kind), form(at, name)))]);
                 }
                 output::print(&page)?;
             }

@@ -1,5 +1,7 @@
 //! The kernel image as a whole.
 
+use std::ops::Range;
+
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
@@ -13,13 +15,17 @@ use crate::image::lock_ops::LockOps;
 use crate::image::offsets::Offsets;
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
+use crate::image::banner::Banner;
+use crate::image::preempt_count::CountLayout;
+use crate::image::profile::{Evidence, Profile};
 use crate::image::{kallsyms, payload};
 
 /// What is known of a kernel from its image alone. Addresses are link-time addresses.
 #[derive(Debug)]
 pub struct KernelImage {
     release: String,
-    build_id: Option<Vec<u8>>,
+    /// The linker's build ID, and where it is.
+    build_id: Option<(Gva, Vec<u8>)>,
     compression: Option<&'static str>,
     symbols: Symbols,
     tables: Tables,
@@ -27,7 +33,13 @@ pub struct KernelImage {
     lock_ops: Option<LockOps>,
     landmarks: Landmarks,
     landings: Landings,
+    profile: Profile,
+    banner: Option<Banner>,
+    count: Option<CountLayout>,
     text_base: Gva,
+    text_end: Option<Gva>,
+    end: Gva,
+    data: Option<Range<Gva>>,
 }
 
 impl KernelImage {
@@ -63,15 +75,33 @@ impl KernelImage {
             .ok_or(Error::NoSymbols)?;
         let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
         drop(found);
-        let release = payload::header_release(file)
-            .map(str::to_owned)
-            .or_else(|| banner_release(&symbols, &vmlinux))
-            .ok_or(Error::NoRelease)?;
+        let release = payload::header_release(file);
+        let banner = Banner::find(&vmlinux, &symbols, release);
+        let release = release.or(banner.as_ref().and_then(Banner::release)).ok_or(Error::NoRelease)?.to_owned();
         let btf = types(&symbols, &vmlinux);
         let mut tables = Tables::read(&vmlinux, &symbols);
         let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
+        let lock_ops = btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf));
+        let count = CountLayout::read(&vmlinux, &symbols);
+        let profile = Profile::of(&Evidence {
+            vmlinux: &vmlinux,
+            symbols: &symbols,
+            tables: &tables,
+            btf: btf.as_ref(),
+            banner: banner.as_ref().map(Banner::text),
+            lock_ops: lock_ops.as_ref(),
+            count,
+            text_base,
+        });
+        let section_end = |name| vmlinux.section(name).and_then(|text| text.at.plus(text.bytes.len()));
         Ok(Self {
             release,
+            profile,
+            banner,
+            count,
+            text_end: symbols.only("_etext").or_else(|| section_end(".text")),
+            end: symbols.only("_end").unwrap_or_else(|| vmlinux.end()),
+            data: vmlinux.section(".data").and_then(|data| Some(data.at..data.at.plus(data.bytes.len())?)),
             build_id: build_id(&symbols, &vmlinux),
             compression: unpacked.as_ref().map(|(method, _)| *method),
             landmarks: Landmarks::read(&vmlinux, &symbols, &tables, &offsets),
@@ -84,7 +114,7 @@ impl KernelImage {
             .ok_or(Error::Elf { what: "its .cold parts are larger than a kernel's".into() })?,
             tables,
             offsets,
-            lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
+            lock_ops,
             symbols,
             text_base,
         })
@@ -103,7 +133,13 @@ impl KernelImage {
             lock_ops: None,
             landmarks: Landmarks::default(),
             landings: Landings::default(),
+            profile: Profile::default(),
+            banner: None,
+            count: None,
             text_base,
+            text_end: None,
+            end: Gva(u64::MAX),
+            data: None,
         }
     }
 
@@ -116,7 +152,13 @@ impl KernelImage {
     /// The linker's build ID, if there is one.
     #[must_use]
     pub fn build_id(&self) -> Option<&[u8]> {
-        self.build_id.as_deref()
+        self.build_id.as_ref().map(|(_, id)| id.as_slice())
+    }
+
+    /// The same with its link-time address: a running kernel has it, too.
+    #[must_use]
+    pub fn build_id_in_memory(&self) -> Option<(Gva, &[u8])> {
+        self.build_id.as_ref().map(|(at, id)| (*at, id.as_slice()))
     }
 
     /// How the vmlinux is compressed; `None` if the file is no bzImage.
@@ -161,12 +203,49 @@ impl KernelImage {
         &self.landmarks
     }
 
+    /// Which capabilities it has, and why not.
+    #[must_use]
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Its version banner, if there is one.
+    #[must_use]
+    pub fn banner(&self) -> Option<&Banner> {
+        self.banner.as_ref()
+    }
+
+    /// Where the bits of its preempt count are, if that is known.
+    #[must_use]
+    pub fn count_layout(&self) -> Option<CountLayout> {
+        self.count
+    }
+
     /// Whether an address is in the kernel's text, or in its init sections. Since 6.16 the type letters do
     /// not tell: data symbols have those of text, too.
     #[must_use]
     pub fn is_text(&self, at: Gva) -> bool {
         let is_init = self.landmarks.init.as_ref().is_some_and(|init| init.contains(&at));
-        is_init || self.symbols.only("_etext").is_none_or(|end| (self.text_base..end).contains(&at))
+        is_init || self.text_end.is_none_or(|end| (self.text_base..end).contains(&at))
+    }
+
+    /// The end of its text, which begins at [`KernelImage::text_base`]; without its init sections. `None`
+    /// if that is not known.
+    #[must_use]
+    pub fn text_end(&self) -> Option<Gva> {
+        self.text_end
+    }
+
+    /// The end of the image in memory.
+    #[must_use]
+    pub fn end(&self) -> Gva {
+        self.end
+    }
+
+    /// Its section `.data`, if the file has its sections.
+    #[must_use]
+    pub fn data(&self) -> Option<Range<Gva>> {
+        self.data.clone()
     }
 
     /// The link-time address of `_text`.
@@ -174,13 +253,6 @@ impl KernelImage {
     pub fn text_base(&self) -> Gva {
         self.text_base
     }
-}
-
-/// The release in `linux_banner`: "Linux version RELEASE (...". (Linux init/version-timestamp.c)
-fn banner_release(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<String> {
-    let text = vmlinux.bytes(symbols.only("linux_banner")?, 256)?.strip_prefix(b"Linux version ")?;
-    let end = text.iter().position(|&b| b == b' ')?;
-    String::from_utf8(text[..end].to_vec()).ok()
 }
 
 fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
@@ -198,15 +270,17 @@ struct NoteHeader {
 }
 
 /// The description of the note `NT_GNU_BUILD_ID`.
-fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
+fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<(Gva, Vec<u8>)> {
     const BUILD_ID: u32 = 3;
-    let mut notes = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?.bytes;
+    let table = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?;
+    let mut notes = table.bytes;
     loop {
         let (note, rest) = NoteHeader::ref_from_prefix(notes).ok()?;
         let length = note.description_length.get() as usize;
         let (name, rest) = rest.split_at_checked((note.name_length.get() as usize).next_multiple_of(4))?;
         if note.kind == BUILD_ID && name == b"GNU\0" {
-            return rest.get(..length).map(<[u8]>::to_vec);
+            let at = table.at.plus(table.bytes.len() - rest.len())?;
+            return Some((at, rest.get(..length)?.to_vec()));
         }
         notes = rest.get(length.next_multiple_of(4)..)?;
     }

@@ -15,6 +15,7 @@ use crate::linux::memory::{GuestMemory, read};
 use crate::linux::view::Kernel;
 use crate::plan::refusal::{Pointer, Refusal};
 use crate::resolve::expand::{Code, Needs};
+use crate::resolve::required;
 use crate::resolve::shape::Shape;
 use crate::safety::interior::{Sleepers, boundaries};
 use crate::site::Site;
@@ -106,6 +107,9 @@ impl<'a> SiteChecker<'a> {
             return Err(Refusal::NothingToDo { at });
         }
         let (old_inside, new_inside) = (boundaries(&old, at), boundaries(&new, at));
+        if !old_inside.is_empty() || !new_inside.is_empty() {
+            required::several_instructions(self.kernel.image.profile())?;
+        }
         // The lock functions that are called at these sites do not sleep.
         let calls_sleep = needs != Needs::Unlocked;
         self.sleepers.keep_out(&old, at, &old_inside, calls_sleep)?;

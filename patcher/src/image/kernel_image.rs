@@ -127,6 +127,8 @@ impl KernelImage {
             release,
             build_id: None,
             compression: None,
+            text_end: symbols.only("_etext"),
+            end: symbols.only("_end").unwrap_or(text_base),
             symbols,
             tables: Tables::default(),
             offsets: Offsets::default(),
@@ -137,8 +139,6 @@ impl KernelImage {
             banner: None,
             count: None,
             text_base,
-            text_end: None,
-            end: Gva(u64::MAX),
             data: None,
         }
     }

@@ -1,6 +1,6 @@
 //! Checking the code of a site against the guest around it.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
@@ -30,8 +30,8 @@ pub(crate) struct SiteChecker<'a> {
     sleepers: Sleepers<'a>,
     /// Where the guest has kprobes.
     probes: Vec<Gva>,
-    /// Functions that the guest's own livepatches replace.
-    livepatched: Vec<Range<Gva>>,
+    /// Functions that the guest's own livepatches replace, read when first needed.
+    livepatched: OnceCell<Result<Vec<Range<Gva>>, Refusal>>,
     /// Whether a copy of the old instruction may be executed elsewhere.
     bypass: bool,
     /// Shapes by function start: a plan of thousands of sites has many in one function.
@@ -41,11 +41,11 @@ pub(crate) struct SiteChecker<'a> {
 }
 
 impl<'a> SiteChecker<'a> {
-    /// Reads the guest's kprobes and livepatches.
+    /// Reads the guest's kprobes.
     pub(crate) fn new(kernel: Kernel<'a>, text: &'a dyn GuestMemory, bypass: bool) -> Result<Self, Refusal> {
         Ok(Self {
             probes: probes(&kernel, text)?,
-            livepatched: livepatched(&kernel, text)?,
+            livepatched: OnceCell::new(),
             sleepers: Sleepers::new(kernel, text),
             kernel,
             text,
@@ -59,7 +59,9 @@ impl<'a> SiteChecker<'a> {
     /// the guest has replaced the function, it would never be executed; in a `.cold` part, which the rest
     /// of the function branches into, more than one instruction may be entered in the middle.
     pub(crate) fn chosen(&self, code: &Code) -> Result<(), Refusal> {
-        if let Some(function) = self.livepatched.iter().find(|function| function.contains(&code.at)) {
+        let livepatched = self.livepatched.get_or_init(|| livepatched(&self.kernel, self.text));
+        let livepatched = livepatched.as_ref().map_err(Clone::clone)?;
+        if let Some(function) = livepatched.iter().find(|function| function.contains(&code.at)) {
             return Err(Refusal::Livepatched { function: function.start });
         }
         let function = self.kernel.function_at(code.at);

@@ -335,12 +335,17 @@ const STATIC_CALLS: &[Part] = &[Part {
 /// arch/x86/lib/retpoline.S (since 5.19). Which thunk is used is chosen at boot since there are several:
 /// `x86_return_thunk` points to it (arch/x86/kernel/cpu/bugs.c, since 6.5).
 const RETURN_THUNKS: &[Part] = &[Part {
-    shown_by: &[Symbol("x86_return_thunk"), Symbol("__x86_return_thunk"), Section(".return_sites")],
+    shown_by: &[
+        Symbol("x86_return_thunk"),
+        Symbol("__x86_return_thunk"),
+        Symbol("zen_untrain_ret"),
+        Symbol("retbleed_untrain_ret"),
+        Section(".return_sites"),
+    ],
     facts: &[&[
         &[Symbol("x86_return_thunk")],
         &[
             Symbol("__x86_return_thunk"),
-            Without("x86_return_thunk"),
             Without("srso_return_thunk"),
             Without("its_return_thunk"),
             Without("retbleed_return_thunk"),
@@ -364,8 +369,7 @@ const LOCK_PREFIXES: &[Part] = &[Part {
     facts: &[&[&[Tabled(SmpLocks)]]],
 }];
 
-/// arch/x86/kernel/kvm.c, arch/x86/kernel/paravirt.c, kernel/locking/qspinlock_paravirt.h. The operations
-/// are a variable of their own since 7.0.
+/// arch/x86/kernel/kvm.c, arch/x86/kernel/paravirt.c, kernel/locking/qspinlock_paravirt.h.
 const SPINLOCKS: &[Part] = &[
     Part {
         shown_by: &[
@@ -376,7 +380,7 @@ const SPINLOCKS: &[Part] = &[
             Symbol("kvm_kick_cpu"),
         ],
         facts: &[
-            &[&[Symbol("pv_ops_lock")], &[Symbol("pv_ops"), Member("paravirt_patch_template", "lock")]],
+            &[&[Symbol("pv_ops"), Member("paravirt_patch_template", "lock")]],
             &[&[Member("pv_lock_ops", "queued_spin_lock_slowpath")]],
             &[&[Member("pv_lock_ops", "queued_spin_unlock")]],
             &[&[Member("pv_lock_ops", "wait")]],

@@ -3,7 +3,9 @@
 //! The vmlinux inside a bzImage is stripped of symbols and debug information, but has its section
 //! headers (Linux arch/x86/boot/compressed/Makefile, `OBJCOPYFLAGS_vmlinux.bin`).
 
-use object::elf::{EM_X86_64, FileHeader64, PF_X, PT_LOAD, SHT_NOBITS};
+use std::ops::Range;
+
+use object::elf::{EM_X86_64, FileHeader64, PF_X, PT_LOAD, ProgramHeader64, SHT_NOBITS};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{Endianness, elf};
 
@@ -15,6 +17,8 @@ use crate::image::symbols::Symbols;
 #[derive(Debug)]
 pub(super) struct Vmlinux<'a> {
     segments: Vec<Piece<'a>>,
+    /// Where each segment ends in memory.
+    ends: Vec<Gva>,
     sections: Vec<(&'a [u8], Piece<'a>)>,
 }
 
@@ -37,11 +41,13 @@ impl<'a> Vmlinux<'a> {
         if header.e_machine(endian) != EM_X86_64 {
             return Err(Error::Elf { what: "it is for another machine".into() });
         }
-        let segments = header
-            .program_headers(endian, file)
-            .map_err(bad)?
-            .iter()
-            .filter(|segment| segment.p_type(endian) == PT_LOAD)
+        let headers = header.program_headers(endian, file).map_err(bad)?;
+        let loaded = || headers.iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
+        let end = |segment: &ProgramHeader64<Endianness>| {
+            Gva(segment.p_vaddr(endian).saturating_add(segment.p_memsz(endian)))
+        };
+        let ends = loaded().map(end).collect();
+        let segments = loaded()
             .map(|segment| {
                 Ok(Piece {
                     at: Gva(segment.p_vaddr(endian)),
@@ -59,7 +65,7 @@ impl<'a> Vmlinux<'a> {
                 Some((headers.section_name(endian, section).ok()?, piece))
             })
             .collect();
-        Ok(Self { segments, sections })
+        Ok(Self { segments, ends, sections })
     }
 
     /// Its segments that are loaded.
@@ -80,6 +86,23 @@ impl<'a> Vmlinux<'a> {
             end.or_else(|| self.segments.iter().copied().find(|segment| segment.executable))
         });
         text.into_iter().chain(self.section(".init.text")).collect()
+    }
+
+    /// The end of the last segment in memory.
+    pub(super) fn end(&self) -> Gva {
+        self.ends.iter().copied().max().unwrap_or(Gva(0))
+    }
+
+    /// From the first to the last section whose name begins so; `None` if there is none.
+    pub(super) fn sections_from_to(&self, prefixes: &[&str]) -> Option<Range<Gva>> {
+        let chosen = || {
+            self.sections
+                .iter()
+                .filter(|(name, _)| prefixes.iter().any(|prefix| name.starts_with(prefix.as_bytes())))
+        };
+        let start = chosen().map(|(_, section)| section.at).min()?;
+        let end = chosen().filter_map(|(_, section)| section.at.plus(section.bytes.len())).max()?;
+        Some(start..end)
     }
 
     /// A section by its name.

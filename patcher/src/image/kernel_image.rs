@@ -1,9 +1,12 @@
 //! The kernel image as a whole.
 
+use std::ops::Range;
+
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::addr::Gva;
+use crate::image::banner::Banner;
 use crate::image::btf::Btf;
 use crate::image::elf::Vmlinux;
 use crate::image::error::Error;
@@ -11,6 +14,8 @@ use crate::image::landings::Landings;
 use crate::image::landmarks::Landmarks;
 use crate::image::lock_ops::LockOps;
 use crate::image::offsets::Offsets;
+use crate::image::preempt_count::CountLayout;
+use crate::image::profile::{Evidence, Profile};
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
 use crate::image::{kallsyms, payload};
@@ -19,7 +24,8 @@ use crate::image::{kallsyms, payload};
 #[derive(Debug)]
 pub struct KernelImage {
     release: String,
-    build_id: Option<Vec<u8>>,
+    /// The linker's build ID, and where it is.
+    build_id: Option<(Gva, Vec<u8>)>,
     compression: Option<&'static str>,
     symbols: Symbols,
     tables: Tables,
@@ -27,7 +33,13 @@ pub struct KernelImage {
     lock_ops: Option<LockOps>,
     landmarks: Landmarks,
     landings: Landings,
+    profile: Profile,
+    banner: Option<Banner>,
+    count: Option<CountLayout>,
     text_base: Gva,
+    text_end: Option<Gva>,
+    end: Gva,
+    data: Option<Range<Gva>>,
 }
 
 impl KernelImage {
@@ -63,24 +75,43 @@ impl KernelImage {
             .ok_or(Error::NoSymbols)?;
         let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
         drop(found);
-        let release = payload::header_release(file)
-            .map(str::to_owned)
-            .or_else(|| banner_release(&symbols, &vmlinux))
-            .ok_or(Error::NoRelease)?;
+        let release = payload::header_release(file);
+        let banner = Banner::find(&vmlinux, &symbols, release);
+        let release =
+            release.or(banner.as_ref().and_then(Banner::release)).ok_or(Error::NoRelease)?.to_owned();
         let btf = types(&symbols, &vmlinux);
         let mut tables = Tables::read(&vmlinux, &symbols);
         let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
         let fixups = std::mem::take(&mut tables.fixups);
         let landings = Landings::of_image(&vmlinux, &symbols, &tables, fixups);
+        let lock_ops = btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf));
+        let count = CountLayout::read(&vmlinux, &symbols);
+        let profile = Profile::of(&Evidence {
+            vmlinux: &vmlinux,
+            symbols: &symbols,
+            tables: &tables,
+            btf: btf.as_ref(),
+            banner: banner.as_ref().map(Banner::text),
+            lock_ops: lock_ops.as_ref(),
+            count,
+            text_base,
+        });
+        let section_end = |name| vmlinux.section(name).and_then(|text| text.at.plus(text.bytes.len()));
         Ok(Self {
             release,
+            profile,
+            banner,
+            count,
+            text_end: symbols.only("_etext").or_else(|| section_end(".text")),
+            end: symbols.only("_end").unwrap_or_else(|| vmlinux.end()),
+            data: vmlinux.section(".data").and_then(|data| Some(data.at..data.at.plus(data.bytes.len())?)),
             build_id: build_id(&symbols, &vmlinux),
             compression: unpacked.as_ref().map(|(method, _)| *method),
             landmarks: Landmarks::read(&vmlinux, &symbols, &tables, &offsets),
             landings: landings.ok_or(Error::Elf { what: "its code is larger than a kernel's".into() })?,
             tables,
             offsets,
-            lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
+            lock_ops,
             symbols,
             text_base,
         })
@@ -93,13 +124,19 @@ impl KernelImage {
             release,
             build_id: None,
             compression: None,
+            text_end: symbols.only("_etext"),
+            end: symbols.only("_end").unwrap_or(text_base),
             symbols,
             tables: Tables::default(),
             offsets: Offsets::default(),
             lock_ops: None,
             landmarks: Landmarks::default(),
             landings: Landings::default(),
+            profile: Profile::default(),
+            banner: None,
+            count: None,
             text_base,
+            data: None,
         }
     }
 
@@ -112,7 +149,13 @@ impl KernelImage {
     /// The linker's build ID, if there is one.
     #[must_use]
     pub fn build_id(&self) -> Option<&[u8]> {
-        self.build_id.as_deref()
+        self.build_id.as_ref().map(|(_, id)| id.as_slice())
+    }
+
+    /// The same with its link-time address: a running kernel has it, too.
+    #[must_use]
+    pub fn build_id_in_memory(&self) -> Option<(Gva, &[u8])> {
+        self.build_id.as_ref().map(|(at, id)| (*at, id.as_slice()))
     }
 
     /// How the vmlinux is compressed; `None` if the file is no bzImage.
@@ -157,12 +200,49 @@ impl KernelImage {
         &self.landmarks
     }
 
+    /// Which capabilities it has, and why not.
+    #[must_use]
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Its version banner, if there is one.
+    #[must_use]
+    pub fn banner(&self) -> Option<&Banner> {
+        self.banner.as_ref()
+    }
+
+    /// Where the bits of its preempt count are, if that is known.
+    #[must_use]
+    pub fn count_layout(&self) -> Option<CountLayout> {
+        self.count
+    }
+
     /// Whether an address is in the kernel's text, or in its init sections. Since 6.16 the type letters do
     /// not tell: data symbols have those of text, too.
     #[must_use]
     pub fn is_text(&self, at: Gva) -> bool {
         let is_init = self.landmarks.init.as_ref().is_some_and(|init| init.contains(&at));
-        is_init || self.symbols.only("_etext").is_none_or(|end| (self.text_base..end).contains(&at))
+        is_init || self.text_end.is_none_or(|end| (self.text_base..end).contains(&at))
+    }
+
+    /// The end of its text, which begins at [`KernelImage::text_base`]; without its init sections. `None`
+    /// if that is not known.
+    #[must_use]
+    pub fn text_end(&self) -> Option<Gva> {
+        self.text_end
+    }
+
+    /// The end of the image in memory.
+    #[must_use]
+    pub fn end(&self) -> Gva {
+        self.end
+    }
+
+    /// Its section `.data`, if the file has its sections.
+    #[must_use]
+    pub fn data(&self) -> Option<Range<Gva>> {
+        self.data.clone()
     }
 
     /// The link-time address of `_text`.
@@ -170,13 +250,6 @@ impl KernelImage {
     pub fn text_base(&self) -> Gva {
         self.text_base
     }
-}
-
-/// The release in `linux_banner`: "Linux version RELEASE (...". (Linux init/version-timestamp.c)
-fn banner_release(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<String> {
-    let text = vmlinux.bytes(symbols.only("linux_banner")?, 256)?.strip_prefix(b"Linux version ")?;
-    let end = text.iter().position(|&b| b == b' ')?;
-    String::from_utf8(text[..end].to_vec()).ok()
 }
 
 fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
@@ -194,15 +267,17 @@ struct NoteHeader {
 }
 
 /// The description of the note `NT_GNU_BUILD_ID`.
-fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<Vec<u8>> {
+fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<(Gva, Vec<u8>)> {
     const BUILD_ID: u32 = 3;
-    let mut notes = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?.bytes;
+    let table = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?;
+    let mut notes = table.bytes;
     loop {
         let (note, rest) = NoteHeader::ref_from_prefix(notes).ok()?;
         let length = note.description_length.get() as usize;
         let (name, rest) = rest.split_at_checked((note.name_length.get() as usize).next_multiple_of(4))?;
         if note.kind == BUILD_ID && name == b"GNU\0" {
-            return rest.get(..length).map(<[u8]>::to_vec);
+            let at = table.at.plus(table.bytes.len() - rest.len())?;
+            return Some((at, rest.get(..length)?.to_vec()));
         }
         notes = rest.get(length.next_multiple_of(4)..)?;
     }

@@ -5,41 +5,14 @@ use std::ops::Range;
 use crate::addr::Gva;
 use crate::image::elf::Vmlinux;
 use crate::image::offsets::Offsets;
+use crate::image::profile::{Capability, Fact};
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
 use crate::insn;
 
-/// Functions that compare or replace text, called with one of [`LOCKS`] held (Linux
-/// arch/x86/kernel/{alternative,jump_label,static_call,ftrace}.c, kprobes/{core,opt}.c,
-/// arch/x86/net/bpf_jit_comp.c; the last two take theirs inside).
-const PATCHERS: [&str; 20] = [
-    "__jump_label_patch",
-    "arch_jump_label_transform",
-    "arch_jump_label_transform_queue",
-    "__static_call_transform",
-    "arch_static_call_transform",
-    "ftrace_replace_code",
-    "ftrace_make_call",
-    "ftrace_make_nop",
-    "arch_arm_kprobe",
-    "arch_disarm_kprobe",
-    "arch_optimize_kprobes",
-    "arch_unoptimize_kprobe",
-    "arch_unoptimize_kprobes",
-    "text_poke",
-    "text_poke_bp",
-    "text_poke_queue",
-    // The last two are called so since 6.16.
-    "smp_text_poke_single",
-    "smp_text_poke_batch_add",
-    "__bpf_arch_text_poke",
-    "alternatives_enable_smp",
-];
-
-/// The locks that are held from comparing to replacing: that of all text (kernel/extable.c), and those
-/// of jump labels and static calls, which release the first in between
-/// (kernel/{jump_label,static_call_inline}.c).
-const LOCKS: [&str; 3] = ["text_mutex", "jump_label_mutex", "static_call_mutex"];
+/// Parts of the functions in the profile's declaration ([`Capability::PatchingLocks`]), where the compiler
+/// made functions of their own of them.
+const PARTS_OF_PATCHERS: [&str; 2] = ["__jump_label_patch", "__static_call_transform"];
 
 /// Functions that are never called with a spinlock held: on the way out of a system call, and
 /// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
@@ -67,19 +40,40 @@ impl Landmarks {
         let place = |name: &str| place(vmlinux, tables, symbols.only(name)?);
         let lock = |name: &str| symbols.only(name)?.plus(usize::try_from(offsets.mutex_owner?).ok()?);
         Self {
-            patchers: PATCHERS.into_iter().filter_map(place).collect(),
+            patchers: declared(patcher).chain(PARTS_OF_PATCHERS).filter_map(place).collect(),
             unlocked: UNLOCKED.into_iter().filter_map(place).collect(),
-            locks: LOCKS.into_iter().filter_map(lock).collect(),
-            init: symbols.only("__init_begin").zip(symbols.only("__init_end")).map(|(from, to)| from..to),
+            locks: declared(mutex).filter_map(lock).collect(),
+            init: init(vmlinux, symbols),
             probes: symbols.only("kprobe_table"),
             livepatches: symbols.only("klp_ops"),
         }
     }
 }
 
+/// The names in facts of one kind that the kernel's own patching is declared by.
+fn declared(name: fn(Fact) -> Option<&'static str>) -> impl Iterator<Item = &'static str> {
+    let facts = Capability::PatchingLocks.parts().iter().flat_map(|part| part.facts);
+    facts.flat_map(|choices| choices.iter().copied().flatten()).filter_map(move |fact| name(*fact))
+}
+
+fn patcher(fact: Fact) -> Option<&'static str> {
+    if let Fact::Patcher(name) = fact { Some(name) } else { None }
+}
+
+fn mutex(fact: Fact) -> Option<&'static str> {
+    if let Fact::Lock(name) = fact { Some(name) } else { None }
+}
+
+/// Between the linker script's symbols, or else the sections in between (Linux
+/// arch/x86/kernel/vmlinux.lds.S).
+fn init(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Option<Range<Gva>> {
+    let marked = symbols.only("__init_begin").zip(symbols.only("__init_end"));
+    marked.map(|(start, end)| start..end).or_else(|| vmlinux.sections_from_to(&[".init.text", ".exit.text"]))
+}
+
 /// The first instruction of a function behind `endbr64`, which must stay whole, and behind the fentry
 /// call. `None` if a static key's jump or a static call is there.
-fn place(vmlinux: &Vmlinux<'_>, tables: &Tables, entry: Gva) -> Option<Gva> {
+pub(super) fn place(vmlinux: &Vmlinux<'_>, tables: &Tables, entry: Gva) -> Option<Gva> {
     let mut at = entry.plus(insn::marker(vmlinux.bytes(entry, insn::MARKER)?))?;
     if tables.is_fentry(at) {
         at = at.plus(insn::FENTRY)?;

@@ -6,6 +6,7 @@
 //!                                    └──────────────────────────────────────┴──▶ tables
 //! ```
 
+pub mod banner;
 mod btf;
 mod elf;
 mod error;
@@ -18,6 +19,8 @@ mod lzop;
 pub mod names;
 pub mod offsets;
 mod payload;
+pub mod preempt_count;
+pub mod profile;
 pub(crate) mod records;
 pub mod symbols;
 pub mod tables;

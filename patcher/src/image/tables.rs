@@ -167,6 +167,20 @@ impl Tables {
         self.called.binary_search(&at).is_ok()
     }
 
+    /// Whether the kernel replaces bytes between two addresses while it runs: a fentry call, a static key's
+    /// jump, a static call, a lock prefix.
+    #[must_use]
+    pub fn is_patched_between(&self, start: Gva, end: Gva) -> bool {
+        /// The longest instruction of these.
+        const LONGEST: u64 = 6;
+        let among = |places: &[Gva]| {
+            let first = places.partition_point(|at| at.0.saturating_add(LONGEST) <= start.0);
+            places.get(first).is_some_and(|at| *at < end)
+        };
+        let prefixes = || self.smp_locks.iter().flatten().any(|at| start <= *at && *at < end);
+        among(&self.switched) || self.mcount_locations.as_deref().is_some_and(among) || prefixes()
+    }
+
     /// The first word of a static key or a static call's key in the image.
     pub(super) fn initial_value(&self, key: Gva) -> u64 {
         self.initial.get(&key).copied().unwrap_or(0)

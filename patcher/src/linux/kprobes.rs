@@ -3,19 +3,21 @@
 
 use crate::addr::Gva;
 use crate::image::offsets::ProbeOffsets;
+use crate::image::profile::Capability;
 use crate::linux::memory::{GuestMemory, read, read_u64};
-use crate::linux::view::Kernel;
+use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
 /// `KPROBE_TABLE_SIZE`.
 const BUCKETS: usize = 64;
 const MOST_PROBES: usize = 1 << 16;
 
-/// Their addresses, sorted. Empty if the kernel does not describe `struct kprobe`.
+/// Their addresses, sorted. Empty if the kernel has no kprobes.
 ///
 /// # Errors
-/// [`Refusal::Unmapped`]; [`Refusal::BadProbes`] when the lists do not end.
+/// [`Refusal::MissingCapability`]; [`Refusal::Unmapped`]; [`Refusal::BadProbes`] when the lists do not end.
 pub fn probes(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Gva>, Refusal> {
+    kernel.image.profile().know(Capability::Kprobes).map_err(missing)?;
     let (Some(offsets), Some(table)) = (kernel.image.offsets().probe, kernel.image.landmarks().probes) else {
         return Ok(Vec::new());
     };

@@ -6,17 +6,19 @@ use std::ops::Range;
 
 use crate::addr::Gva;
 use crate::image::offsets::LivepatchOffsets;
+use crate::image::profile::Capability;
 use crate::linux::memory::{GuestMemory, read_u64};
-use crate::linux::view::Kernel;
+use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
 const MOST_FUNCTIONS: usize = 1 << 16;
 
-/// The replaced functions. Empty if the kernel does not describe `struct klp_ops`, or has none.
+/// The replaced functions. Empty if the kernel has no livepatches.
 ///
 /// # Errors
-/// [`Refusal::Unmapped`]; [`Refusal::BadLivepatches`] when the list does not end.
+/// [`Refusal::MissingCapability`]; [`Refusal::Unmapped`]; [`Refusal::BadLivepatches`] when the list does not end.
 pub fn livepatched(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Range<Gva>>, Refusal> {
+    kernel.image.profile().know(Capability::Livepatches).map_err(missing)?;
     let (Some(offsets), Some(list)) =
         (kernel.image.offsets().livepatch, kernel.image.landmarks().livepatches)
     else {

@@ -8,12 +8,13 @@ use crate::addr::Gva;
 use crate::image::KernelImage;
 use crate::image::landings::Landings;
 use crate::image::offsets::ModuleOffsets;
+use crate::image::profile::{Capability, State};
 use crate::image::records::{ExceptionRecord, JumpRecord, StaticCallRecord, SymbolRecord, records};
 use crate::image::symbols::Symbols;
 use crate::image::tables::{exceptions, fixups, live_jump_entries, live_static_call_sites};
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::linux::modules::{Module, Modules};
-use crate::linux::view::Kernel;
+use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
 /// `MODULE_STATE_LIVE`.
@@ -39,6 +40,10 @@ pub fn read_modules(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> 
 
 fn read_all(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Result<Vec<Module>, Refusal> {
     let kernel = Kernel { image, slide, modules: &Modules::NONE };
+    image.profile().know(Capability::Modules).map_err(missing)?;
+    if *image.profile().state(Capability::Modules) == State::Absent {
+        return Ok(Vec::new());
+    }
     let offsets = image.offsets().module.ok_or(Refusal::UnknownLayout { what: "struct module" })?;
     let head = kernel.symbol("modules")?;
     let mut modules = Vec::new();

@@ -56,7 +56,7 @@ impl Modules {
     /// All of them.
     ///
     /// # Errors
-    /// [`Refusal::UnknownLayout`] without BTF; [`Refusal::BadModules`] when the guest's list is
+    /// [`Refusal::MissingCapability`]; [`Refusal::BadModules`] when the guest's list is
     /// inconsistent.
     pub fn all(&self) -> Result<&[Module], Refusal> {
         self.unknown.clone().map_or(Ok(&self.loaded), Err)

@@ -2,6 +2,7 @@
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
+use crate::image::profile::{Capability, Lacking};
 use crate::image::symbols::{Found, Function};
 use crate::image::tables::{CALL_KEY, CALL_TRAMPOLINE};
 use crate::image::tables::{JumpEntry, StaticCallSite};
@@ -14,6 +15,12 @@ use crate::plan::refusal::Refusal;
 const LARGEST_MODULE: usize = 16 << 20;
 /// Most places of an ambiguous name that a refusal lists.
 const MOST_FORMS: usize = 16;
+
+/// A refusal for want of a capability.
+#[must_use]
+pub fn missing(Lacking { capability, reason }: Lacking) -> Refusal {
+    Refusal::MissingCapability { capability: capability.name(), reason }
+}
 
 /// A kernel image and where it runs.
 #[derive(Debug, Clone, Copy)]
@@ -74,12 +81,12 @@ impl<'a> Kernel<'a> {
     /// written `symbol,N` ([`Symbols::find`]).
     ///
     /// # Errors
-    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
+    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`]; for a module's, as [`Modules::all`].
     pub fn symbol(&self, name: &str) -> Result<Gva, Refusal> {
         let unknown = || Refusal::UnknownSymbol { name: name.to_owned() };
         let (found, slide) = match name.split_once(':') {
             Some((module, symbol)) => {
-                let module = self.module(module).ok_or_else(unknown)?;
+                let module = self.module(module)?.ok_or_else(unknown)?;
                 (module.symbols.find(symbol), 0)
             }
             None => (self.image.symbols().find(name), self.slide),
@@ -92,10 +99,10 @@ impl<'a> Kernel<'a> {
     }
 
     /// A loaded module by its name.
-    fn module(&self, name: &str) -> Option<&'a Module> {
+    fn module(&self, name: &str) -> Result<Option<&'a Module>, Refusal> {
         let letter = |byte: u8| if byte == b'-' { b'_' } else { byte };
         let same = |module: &&Module| module.name.bytes().map(letter).eq(name.bytes().map(letter));
-        self.modules.known().iter().find(same)
+        Ok(self.modules.all()?.iter().find(same))
     }
 
     /// The refusal of a name that is at several places, with the forms that a plan can write instead.
@@ -223,8 +230,7 @@ impl<'a> Kernel<'a> {
         if let Some(module) = self.module_at(at) {
             return module.exceptions.binary_search(&at).is_ok();
         }
-        let end = self.image.symbols().only("_end").map(|end| self.live(end));
-        let own = end.is_some_and(|end| (self.live(self.image.text_base())..end).contains(&at));
+        let own = (self.image.text_base()..self.image.end()).contains(&self.linked(at));
         let handled = self.image.tables().exceptions.as_ref().filter(|_| own);
         handled.is_none_or(|handled| handled.binary_search(&self.linked(at)).is_ok())
     }
@@ -288,8 +294,9 @@ impl<'a> Kernel<'a> {
     /// The address of the kernel's record of a CPU feature: bit `feature % 32` of the four bytes there.
     ///
     /// # Errors
-    /// [`Refusal::UnknownLayout`] without BTF.
+    /// [`Refusal::MissingCapability`].
     pub fn feature_word(&self, feature: u16) -> Result<Gva, Refusal> {
+        self.image.profile().require(Capability::CpuFeatures).map_err(missing)?;
         let offset = self.image.offsets().capability;
         let offset = offset.ok_or(Refusal::UnknownLayout { what: "struct cpuinfo_x86" })?;
         let start = self.symbol("boot_cpu_data")?;

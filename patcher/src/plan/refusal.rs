@@ -81,6 +81,14 @@ pub enum Refusal {
         /// Which type.
         what: &'static str,
     },
+    /// The kernel's image lacks what the plan needs.
+    #[error("the kernel lacks {capability}: {reason}; `vmm kernel info` lists what a kernel has")]
+    MissingCapability {
+        /// What it lacks.
+        capability: &'static str,
+        /// Why.
+        reason: String,
+    },
     /// The guest's list of modules is inconsistent.
     #[error("the guest's modules can't be read: {why}")]
     BadModules {
@@ -322,6 +330,7 @@ impl Refusal {
             Self::UnknownStaticKey { .. } => "unknown_static_key",
             Self::UnknownFeature { .. } => "unknown_feature",
             Self::UnknownLayout { .. } => "unknown_layout",
+            Self::MissingCapability { .. } => "missing_capability",
             Self::BadModules { .. } => "bad_modules",
             Self::Probed { .. } => "probed",
             Self::BadProbes => "bad_probes",
@@ -395,10 +404,17 @@ impl fmt::Display for Refused {
 
 impl Serialize for Refused {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut fields = serializer.serialize_struct("Refused", 3)?;
+        let mut fields = serializer.serialize_struct("Refused", 5)?;
         fields.serialize_field("code", self.refusal.code())?;
         fields.serialize_field("pointer", self.pointer.as_str())?;
         fields.serialize_field("message", &self.refusal.to_string())?;
+        if let Refusal::MissingCapability { capability, reason } = &self.refusal {
+            fields.serialize_field("capability", capability)?;
+            fields.serialize_field("reason", reason)?;
+        } else {
+            fields.skip_field("capability")?;
+            fields.skip_field("reason")?;
+        }
         fields.end()
     }
 }

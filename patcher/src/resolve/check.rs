@@ -1,6 +1,6 @@
 //! Checking the code of a site against the guest around it.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
@@ -15,6 +15,7 @@ use crate::linux::memory::{GuestMemory, read};
 use crate::linux::view::Kernel;
 use crate::plan::refusal::{Pointer, Refusal};
 use crate::resolve::expand::{Code, Needs};
+use crate::resolve::required;
 use crate::resolve::shape::Shape;
 use crate::safety::interior::{Sleepers, boundaries};
 use crate::site::Site;
@@ -35,8 +36,8 @@ pub(crate) struct SiteChecker<'a> {
     sleepers: Sleepers<'a>,
     /// Where the guest has kprobes.
     probes: Vec<Gva>,
-    /// Functions that the guest's own livepatches replace.
-    livepatched: Vec<Range<Gva>>,
+    /// Functions that the guest's own livepatches replace, read when first needed.
+    livepatched: OnceCell<Result<Vec<Range<Gva>>, Refusal>>,
     /// Whether a copy of the old instruction may be executed elsewhere.
     bypass: bool,
     /// Shapes by function start: a plan of thousands of sites has many in one function.
@@ -46,11 +47,11 @@ pub(crate) struct SiteChecker<'a> {
 }
 
 impl<'a> SiteChecker<'a> {
-    /// Reads the guest's kprobes and livepatches.
+    /// Reads the guest's kprobes.
     pub(crate) fn new(kernel: Kernel<'a>, text: &'a dyn GuestMemory, bypass: bool) -> Result<Self, Refusal> {
         Ok(Self {
             probes: probes(&kernel, text)?,
-            livepatched: livepatched(&kernel, text)?,
+            livepatched: OnceCell::new(),
             sleepers: Sleepers::new(kernel, text),
             kernel,
             text,
@@ -63,7 +64,9 @@ impl<'a> SiteChecker<'a> {
     /// Refuses code whose place was chosen by the plan, not by the kernel's tables, where a livepatch of
     /// the guest has replaced the function: it would never be executed.
     pub(crate) fn chosen(&self, code: &Code) -> Result<(), Refusal> {
-        match self.livepatched.iter().find(|function| function.contains(&code.at)) {
+        let livepatched = self.livepatched.get_or_init(|| livepatched(&self.kernel, self.text));
+        let livepatched = livepatched.as_ref().map_err(Clone::clone)?;
+        match livepatched.iter().find(|function| function.contains(&code.at)) {
             Some(function) => Err(Refusal::Livepatched { function: function.start }),
             None => Ok(()),
         }
@@ -105,6 +108,9 @@ impl<'a> SiteChecker<'a> {
             return Err(Refusal::NothingToDo { at });
         }
         let (old_inside, new_inside) = (boundaries(&old, at), boundaries(&new, at));
+        if !old_inside.is_empty() || !new_inside.is_empty() {
+            required::several_instructions(self.kernel.image.profile())?;
+        }
         // The lock functions that are called at these sites do not sleep.
         let calls_sleep = needs != Needs::Unlocked;
         self.sleepers.keep_out(&old, at, &old_inside, calls_sleep)?;

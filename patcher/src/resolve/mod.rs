@@ -9,6 +9,7 @@
 
 mod check;
 pub mod expand;
+mod required;
 mod resolved_plan;
 mod shape;
 pub mod targets;
@@ -93,8 +94,15 @@ pub fn resolve<'t>(
         return Err(other);
     }
     let bypass = plan.strategy == Strategy::Bypass;
+    let mut refused = required::plan(kernel.image.profile(), plan);
+    let lacking =
+        |(i, patch)| Some(required::patch(kernel.image.profile(), patch).err()?.at(Pointer::patch(i)));
+    refused.extend(plan.patches.iter().enumerate().filter_map(lacking));
+    if !refused.is_empty() {
+        // What is not known would only produce follow-up errors.
+        return Err(refused);
+    }
     let checker = SiteChecker::new(kernel, text, bypass).map_err(|refusal| vec![refusal.at_root()])?;
-    let mut refused = Vec::new();
     let mut sites: Vec<Site> = Vec::new();
     let (mut data, mut needs) = (Vec::new(), Needs::Nothing);
     for (i, patch) in plan.patches.iter().enumerate() {
@@ -124,6 +132,15 @@ pub fn resolve<'t>(
             Err(refusal) => refused.push(refusal.at(Pointer::new(&format!("/quiesced/outside/{i}")))),
         }
     }
+    let patchers = match required::patched_by_the_guest(kernel.image.profile()) {
+        Ok(()) => Patchers::of(&kernel, text, &sites),
+        // Of patches that need the locks anyway, none has come so far.
+        Err(refusal) => {
+            let concerned = sites.iter().filter(|site| blockers::may_patch(&kernel, site));
+            refused.extend(concerned.map(|site| refusal.clone().at(site.pointer.clone())));
+            Patchers::default()
+        }
+    };
     let taken: Vec<(&str, &Site)> = taken.into_iter().collect();
     refused.extend(overlaps(&plan.over, &sites, &taken));
     refused.extend(same_words(&sites, &data));
@@ -140,7 +157,7 @@ pub fn resolve<'t>(
         unlocked,
         outside,
         blockers: if unlocked { blockers::unlocked(&kernel, text, &sites) } else { Vec::new() },
-        patchers: Patchers::of(&kernel, text, &sites),
+        patchers,
         sites,
         data,
         on_guest_write: plan.on_guest_write,

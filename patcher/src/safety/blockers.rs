@@ -11,6 +11,7 @@
 //!   under that hold.
 
 use crate::addr::Gva;
+use crate::image::profile::{Capability, State};
 use crate::insn::INT3;
 use crate::linux::{GuestMemory, Kernel};
 use crate::site::Site;
@@ -31,7 +32,7 @@ pub struct Patchers {
 }
 
 impl Patchers {
-    /// Reads them from the image. Empty if its BTF does not describe `struct mutex`.
+    /// Reads them from the image. Empty if the kernel does not patch itself.
     pub(crate) fn of(kernel: &Kernel<'_>, text: &dyn GuestMemory, sites: &[Site]) -> Self {
         let locks = locks(kernel);
         if locks.is_empty() {
@@ -43,6 +44,23 @@ impl Patchers {
             busy: false,
         }
     }
+}
+
+/// Whether the guest's kernel may compare or replace the bytes of a site itself. It does so at the entries
+/// of its tables only, and wherever a kprobe is. Tables of modules are in guest memory, which is not trusted.
+pub(crate) fn may_patch(kernel: &Kernel<'_>, site: &Site) -> bool {
+    const KNOWN: [Capability; 4] = [
+        Capability::FunctionTracer,
+        Capability::StaticKeys,
+        Capability::StaticCalls,
+        Capability::LockPrefixes,
+    ];
+    let profile = kernel.image.profile();
+    let is_own = (kernel.live(kernel.image.text_base())..kernel.live(kernel.image.end())).contains(&site.at);
+    !is_own
+        || *profile.state(Capability::Kprobes) != State::Absent
+        || KNOWN.iter().any(|capability| profile.know(*capability).is_err())
+        || kernel.image.tables().is_patched_between(kernel.linked(site.at), kernel.linked(site.end()))
 }
 
 /// The words that are zero while the guest's kernel does not patch itself.

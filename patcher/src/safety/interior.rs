@@ -7,6 +7,7 @@
 use std::cell::OnceCell;
 
 use crate::addr::Gva;
+use crate::image::banner::Banner;
 use crate::insn::{self, Insn};
 use crate::linux::{GuestMemory, Kernel};
 use crate::plan::refusal::Refusal;
@@ -85,22 +86,18 @@ pub fn preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
 /// select `CONFIG_PREEMPT_COUNT`; with `PREEMPT_RT` most spinlocks are sleeping locks. No, if that is
 /// not known.
 #[must_use]
-pub(crate) fn counts_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
-    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
+pub(crate) fn counts_spinlocks(kernel: Kernel<'_>) -> bool {
+    banner(kernel).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
 }
 
-/// The first line of `linux_banner`.
-fn banner(kernel: Kernel<'_>, text: &dyn GuestMemory) -> Option<String> {
-    let mut banner = [0; 256];
-    text.read(kernel.symbol("linux_banner").ok()?, &mut banner).ok()?;
-    let end = banner.iter().position(|byte| *byte == b'\n')?;
-    Some(std::str::from_utf8(&banner[..end]).ok()?.to_owned())
+fn banner(kernel: Kernel<'_>) -> Option<&str> {
+    kernel.image.banner().map(Banner::text)
 }
 
 /// `linux_banner` names the build's preemption model; with `PREEMPT_DYNAMIC` it is chosen at boot
 /// (Linux kernel/sched/core.c, `preempt_dynamic_mode`: 0 none, 1 voluntary).
 fn read_preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> Option<bool> {
-    let banner = banner(kernel, text)?;
+    let banner = banner(kernel)?;
     if !banner.contains("PREEMPT_DYNAMIC") {
         return Some(banner.contains("PREEMPT"));
     }

@@ -1,6 +1,7 @@
 //! Properties of plans, resolving, relocation and sessions, on random input. Cases that failed are
 //! kept in `proptest-regressions` and run first.
 
+mod capabilities;
 mod checks;
 mod cut;
 mod miniature;

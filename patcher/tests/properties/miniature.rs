@@ -9,6 +9,9 @@ pub(crate) const BASE: u64 = 0xffff_ffff_8100_0000;
 /// kallsyms with fewer symbols are not recognized.
 const FILLERS: usize = 1100;
 
+/// Where the preempt count is, behind `BASE`.
+const COUNT: u64 = 0x3000;
+
 struct Builder {
     bytes: Vec<u8>,
     symbols: Vec<(u64, u8, String)>,
@@ -57,7 +60,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// The structures whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 11] = [
+pub(crate) const STRUCTURES: [Structure; 13] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -67,6 +70,7 @@ pub(crate) const STRUCTURES: [Structure; 11] = [
             ("list", 8),
             ("name", 24),
             ("mem", 80),
+            ("core_layout", 80),
             ("kallsyms", 160),
             ("jump_entries", 168),
             ("num_jump_entries", 176),
@@ -76,7 +80,9 @@ pub(crate) const STRUCTURES: [Structure; 11] = [
             ("num_exentries", 208),
         ],
     ),
-    ("mutex", 32, &[("owner", 0)]),
+    ("mutex", 32, &[("owner", 0), ("rtmutex", 0)]),
+    ("rt_mutex_base", 32, &[("owner", 24)]),
+    ("module_layout", 16, &[("base", 0), ("text_size", 8)]),
     ("task_struct", 64, &[("comm", 16)]),
     ("kprobe", 64, &[("hlist", 0), ("addr", 40)]),
     ("klp_ops", 64, &[("node", 0), ("func_stack", 16)]),
@@ -97,8 +103,8 @@ pub(crate) const STRUCTURES: [Structure; 11] = [
     ),
 ];
 
-/// `Documentation/bpf/btf.rst`.
-fn btf() -> Vec<u8> {
+/// `Documentation/bpf/btf.rst`. Members that are to be left out get another name.
+fn btf(left_out: &[Name]) -> Vec<u8> {
     let mut strings = vec![0];
     let mut text = |name: &str| {
         let at = u32::try_from(strings.len()).expect("small");
@@ -109,7 +115,8 @@ fn btf() -> Vec<u8> {
     for (name, size, members) in STRUCTURES {
         types.extend([text(name), 4 << 24 | u32::try_from(members.len()).expect("few"), size]);
         for (member, offset) in members {
-            types.extend([text(member), 1, 8 * offset]);
+            let left_out = left_out.contains(&Name::Member(name, member));
+            types.extend([text(if left_out { "other" } else { member }), 1, 8 * offset]);
         }
     }
     let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -185,10 +192,52 @@ pub(crate) fn kallsyms(layout: Kallsyms, linked: u64, base: u64, symbols: &[(u64
     out
 }
 
+/// A name that an image may lack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Name {
+    Symbol(&'static str),
+    /// Of a structure in the BTF.
+    Member(&'static str, &'static str),
+}
+
+/// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
+pub(crate) const OLDER: [Name; 9] = [
+    Name::Symbol("text_poke_bp"),
+    Name::Symbol("text_poke_queue"),
+    Name::Symbol("pcpu_hot"),
+    Name::Symbol("__x86_return_thunk"),
+    Name::Member("module", "core_layout"),
+    Name::Member("module_layout", "base"),
+    Name::Member("module_layout", "text_size"),
+    Name::Member("mutex", "rtmutex"),
+    Name::Member("rt_mutex_base", "owner"),
+];
+/// Those that the miniature has instead.
+pub(crate) const NEWER: [Name; 10] = [
+    Name::Symbol("smp_text_poke_single"),
+    Name::Symbol("smp_text_poke_batch_add"),
+    Name::Symbol("__preempt_count"),
+    Name::Symbol("current_task"),
+    Name::Symbol("x86_return_thunk"),
+    Name::Symbol("srso_return_thunk"),
+    Name::Member("module", "mem"),
+    Name::Member("module_memory", "base"),
+    Name::Member("module_memory", "size"),
+    Name::Member("mutex", "owner"),
+];
+
+fn fillers() -> Vec<String> {
+    (0..FILLERS).map(|number| format!("f{number}")).collect()
+}
+
 /// The file, with made-up functions.
 pub(crate) fn vmlinux() -> Vec<u8> {
-    let names: Vec<String> = (0..FILLERS).map(|number| format!("f{number}")).collect();
-    vmlinux_with(&names)
+    vmlinux_with(&fillers())
+}
+
+/// The file without some names.
+pub(crate) fn vmlinux_without(left_out: &[Name]) -> Vec<u8> {
+    build(&fillers(), Kallsyms::From5_10, left_out)
 }
 
 /// The file, with functions of these names besides its own.
@@ -198,6 +247,47 @@ pub(crate) fn vmlinux_with(names: &[String]) -> Vec<u8> {
 
 /// The same with the kallsyms of some kernel.
 pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
+    build(names, layout, &OLDER)
+}
+
+/// Functions by which the kernel patches itself, and what else the profile looks for in text.
+const FUNCTIONS: [&str; 33] = [
+    "entry_SYSCALL_64",
+    "text_poke",
+    "text_poke_bp",
+    "text_poke_queue",
+    "smp_text_poke_single",
+    "smp_text_poke_batch_add",
+    "static_key_enable",
+    "arch_jump_label_transform",
+    "arch_jump_label_transform_queue",
+    "__static_call_update",
+    "arch_static_call_transform",
+    "ftrace_replace_code",
+    "ftrace_make_call",
+    "ftrace_make_nop",
+    "register_kprobe",
+    "kprobe_int3_handler",
+    "arch_arm_kprobe",
+    "arch_disarm_kprobe",
+    "arch_optimize_kprobes",
+    "arch_unoptimize_kprobe",
+    "arch_unoptimize_kprobes",
+    "__bpf_arch_text_poke",
+    "do_jit",
+    "alternatives_enable_smp",
+    "__x86_return_thunk",
+    "srso_return_thunk",
+    "retbleed_untrain_ret",
+    "klp_enable_patch",
+    "load_module",
+    "_paravirt_nop",
+    "__pv_queued_spin_lock_slowpath",
+    "kvm_wait",
+    "kvm_kick_cpu",
+];
+
+fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     let mut k = Builder { bytes: Vec::new(), symbols: Vec::new() };
     k.mark("_text", b'T');
     k.bytes.push(0xcc);
@@ -220,7 +310,26 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
         k.mark(name, b't');
         k.bytes.push(0xc3);
     }
-    k.put("text_poke", b'T', &[0x90, 0xc3]);
+    for name in FUNCTIONS {
+        k.put(name, b'T', &[0x90, 0xc3]);
+    }
+    // Two instructions.
+    k.put("pair", b'T', &[0x90, 0x90, 0xc3]);
+    let native = k.put("native_unlock", b'T', &[0x90, 0xc3]);
+    k.put("__raw_callee_save___pv_queued_spin_unlock", b'T', &[0x90, 0xc3]);
+    k.put("__raw_callee_save___kvm_vcpu_is_preempted", b'T', &[0x90, 0xc3]);
+    k.align();
+    let unlocker = k.here();
+    k.put("unlocker", b'T', &[&[0xe8][..], &near(unlocker + 5, native), &[0x66, 0x90, 0xc3]].concat());
+    // inc dword gs:[count]; ret; and add dword gs:[count], 0x10000; ret.
+    let (count, hot) = (BASE + COUNT, left_out.contains(&Name::Symbol("__preempt_count")));
+    k.align();
+    let spin = k.here();
+    k.put("_raw_spin_lock", b'T', &[&[0x65, 0xff, 0x05][..], &near(spin + 7, count), &[0xc3]].concat());
+    k.align();
+    let irq = k.here();
+    let adds = [&[0x65, 0x81, 0x05][..], &near(irq + 11, count), &0x1_0000_u32.to_le_bytes(), &[0xc3]];
+    k.put("irq_enter_rcu", b'T', &adds.concat());
     // NOPs that are entered in the middle, and a function that branches and points there.
     let tail = k.put("tail", b'T', &[&[0x90; 7][..], &[0x0f, 0x1f, 0x44, 0, 0], &[0xc3]].concat());
     k.align();
@@ -233,6 +342,24 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
     let jump = k.here();
     k.put("__alt_jump", b't', &[&[0xe9][..], &near(jump + 5, tail + 5)].concat());
     k.put("jump_table", b'd', &[(tail + 4).to_le_bytes(), tail.to_le_bytes()].concat());
+    // The preempt count is at a fixed place.
+    k.bytes.resize(usize::try_from(COUNT).expect("small"), 0);
+    k.symbols.push((
+        count - if hot { 8 } else { 0 },
+        b'D',
+        if hot { "pcpu_hot" } else { "__preempt_count" }.to_owned(),
+    ));
+    k.bytes.extend([0; 8]);
+    for name in ["__per_cpu_start", "current_task", "idle_threads", "init_top_pgt", "x86_return_thunk"] {
+        k.put(name, b'D', &[0; 16]);
+    }
+    for name in ["__per_cpu_offset", "preempt_dynamic_mode", "__init_begin", "__init_end"] {
+        k.put(name, b'D', &[0; 16]);
+    }
+    k.put("pv_lock_hash", b'D', &[1; 8]);
+    for name in ["__setup_start", "__setup_end", "jump_label_mutex", "static_call_mutex"] {
+        k.put(name, b'D', &[0; 32]);
+    }
     k.put("linux_banner", b'D', b"Linux version 6.1.0-miniature (x) #1 SMP PREEMPT_DYNAMIC\n\0");
     let name = k.put("feature_name", b'd', b"smap\0");
     let flags: Vec<u8> = (0..32_u64).flat_map(|i| (if i == 20 { name } else { 0 }).to_le_bytes()).collect();
@@ -247,7 +374,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
     let livepatches = k.here().to_le_bytes();
     k.put("klp_ops", b'd', &[livepatches, livepatches].concat());
     k.put("boot_cpu_data", b'D', &[0; 256]);
-    k.put("pv_ops", b'D', &[0; 64]);
+    k.put("pv_ops", b'D', &native.to_le_bytes().repeat(8));
     k.table("__start___jump_table", "__stop___jump_table", move |at| {
         [&near(at, function)[..], &near(at + 4, function + 10), &far(at + 8, key | 3)].concat()
     });
@@ -261,7 +388,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
     });
     k.table("__smp_locks", "__smp_locks_end", move |at| near(at, function + 22).to_vec());
     k.table("__parainstructions", "__parainstructions_end", move |_| {
-        [&(function + 15).to_le_bytes()[..], &[3, 7, 0, 0, 0, 0, 0, 0]].concat()
+        [&unlocker.to_le_bytes()[..], &[3, 7, 0, 0, 0, 0, 0, 0]].concat()
     });
     k.table("__start_mcount_loc", "__stop_mcount_loc", move |_| function.to_le_bytes().to_vec());
     k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |_| vec![0; 4]);
@@ -271,10 +398,13 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
     k.table("__start_notes", "__stop_notes", |_| {
         [&[4, 0, 0, 0, 4, 0, 0, 0, 3, 0, 0, 0][..], b"GNU\0", &[1, 2, 3, 4]].concat()
     });
-    k.table("__start_BTF", "__stop_BTF", |_| btf());
+    k.table("__start_BTF", "__stop_BTF", |_| btf(left_out));
     k.align();
     k.mark("_end", b'B');
     let linked = k.here();
+    let is_left_out =
+        |name: &str| left_out.iter().any(|one| matches!(one, Name::Symbol(left) if *left == name));
+    k.symbols.retain(|(.., name)| !is_left_out(name));
     k.bytes.extend(kallsyms(layout, linked, BASE, &k.symbols));
     elf(&[(BASE, k.bytes)])
 }

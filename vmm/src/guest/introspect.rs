@@ -38,13 +38,11 @@ impl Introspection {
     pub fn new(kernel: &GuestKernel) -> Self {
         let comm = kernel.kernel().image.offsets().task_comm;
         let per_cpu = PerCpu::find(kernel).ok();
-        let place = |name| {
-            let at = kernel.kernel().symbol(name).ok()?;
-            Some((at, kernel.translate(at)?.at))
-        };
-        let text = place("_text").zip(place("_etext")).and_then(|((start, from), (end, to))| {
-            let size = end.offset_from(start)? as u64;
-            (from.0 + size == to.0).then_some((from, size))
+        let image = kernel.kernel().image;
+        let text = image.text_end().and_then(|end| {
+            let size = end.offset_from(image.text_base())? as u64;
+            let [from, to] = [image.text_base(), end].map(|at| kernel.translate(kernel.kernel().live(at)));
+            (from?.at.0 + size == to?.at.0).then_some((from?.at, size))
         });
         Self { per_cpu, comm, text, locks: blockers::locks(&kernel.kernel()), kernel: kernel.clone() }
     }

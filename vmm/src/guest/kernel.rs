@@ -13,6 +13,8 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::{Gpa, Gva};
 use patcher::image::KernelImage;
+use patcher::image::profile::Capability;
+use patcher::linux::view::missing;
 use patcher::linux::{GuestMemory, Kernel, Modules};
 use patcher::plan::refusal::Refusal;
 
@@ -26,6 +28,9 @@ const UPPER_HALF: u64 = 1 << 63;
 const SLIDE_ALIGN: u64 = 2 << 20;
 /// And by less than this (`KERNEL_IMAGE_SIZE`).
 const SLIDE_MAX: u64 = 1 << 30;
+
+/// Bits 12 to 51 of CR3 (SDM volume 3, table 4-12).
+const ROOT: u64 = 0x000f_ffff_ffff_f000;
 
 /// What a vCPU's registers tell about the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +72,7 @@ impl GuestKernel {
     /// [`Refusal::GuestNotReady`] when the guest runs something else.
     pub fn new(image: Arc<KernelImage>, found: Located, ram: Arc<GuestRam>) -> Result<Self, Refusal> {
         let other = |why: String| Refusal::GuestNotReady { why };
+        image.profile().require(Capability::Location).map_err(missing)?;
         let at_link = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
         let slide = found.syscall_entry.0.wrapping_sub(at_link.symbol("entry_SYSCALL_64")?.0);
         if !slide.is_multiple_of(SLIDE_ALIGN) || slide >= SLIDE_MAX {
@@ -77,21 +83,53 @@ impl GuestKernel {
             )));
         }
         let here = Kernel { image: &image, slide, modules: &Modules::NONE };
-        let (root, banner) = (here.symbol("init_top_pgt")?, here.symbol("linux_banner")?);
         let modules = Arc::new(Modules::NONE);
         let mut kernel = Self { image: image.clone(), slide, tables: found.tables, ram, modules };
-        let root = kernel.translate(root).ok_or_else(|| other(format!("{root} is not mapped")))?;
-        kernel.tables.root = root.at;
-        let expected = format!("Linux version {} ", image.release());
-        let mut text = vec![0; expected.len()];
-        kernel.read(banner, &mut text).map_err(|at| other(format!("{at} is not mapped")))?;
-        if text != expected.as_bytes() {
-            return Err(other(format!(
-                "{:?} is where {expected:?} should be",
-                String::from_utf8_lossy(&text)
-            )));
+        kernel.tables.root = match here.symbol("init_top_pgt") {
+            Ok(root) => kernel.translate(root).ok_or_else(|| other(format!("{root} is not mapped")))?.at,
+            Err(_) => kernel.root_in_use()?,
+        };
+        let banner = image.banner().ok_or_else(|| other("its image has no version banner".to_owned()))?;
+        kernel.compare(here.live(banner.at), banner.text().as_bytes())?;
+        if let Some((at, build_id)) = image.build_id_in_memory() {
+            kernel.compare(here.live(at), build_id)?;
         }
         Ok(kernel)
+    }
+
+    /// The top-level table in use, if it is the kernel's own. That lies in `.data` of the kernel (Linux
+    /// arch/x86/kernel/head_64.S, `init_top_pgt`), and is in use when the boot CPU sets up system calls
+    /// (arch/x86/mm/init.c, `init_mem_mapping`). The tables of early boot lie in init data, and those of
+    /// processes in no part of the kernel.
+    fn root_in_use(&self) -> Result<Gpa, Refusal> {
+        let root = Gpa(self.tables.root.0 & ROOT);
+        let data = self.image.data().unwrap_or(Gva(0)..Gva(0));
+        let live = self.kernel().live(data.start);
+        let start = self.translate(live).map(|mapping| mapping.at);
+        let size = data.end.0.wrapping_sub(data.start.0);
+        let is_inside = start.is_some_and(|start| root.0.checked_sub(start.0).is_some_and(|at| at < size));
+        if is_inside {
+            return Ok(root);
+        }
+        let why = format!(
+            "the page tables at {root} were in use when it was found, and they are not the kernel's own; \
+             use a kernel with CONFIG_KALLSYMS_ALL"
+        );
+        Err(Refusal::GuestNotReady { why })
+    }
+
+    /// Refuses a kernel that does not have these bytes of its image.
+    fn compare(&self, at: Gva, expected: &[u8]) -> Result<(), Refusal> {
+        let other = |why: String| Err(Refusal::GuestNotReady { why });
+        let mut found = vec![0; expected.len()];
+        if let Err(at) = self.read(at, &mut found) {
+            return other(format!("{at} is not mapped"));
+        }
+        if found != expected {
+            let (found, expected) = (String::from_utf8_lossy(&found), String::from_utf8_lossy(expected));
+            return other(format!("{found:?} is where {expected:?} should be"));
+        }
+        Ok(())
     }
 
     /// The image with its place.

@@ -5,7 +5,11 @@
 //! entry and before exit: there nothing is known of the vCPU.
 
 use patcher::addr::{Gva, VcpuId};
-use patcher::linux::memory::{read_u32, read_u64};
+use patcher::image::preempt_count::{CountLayout, IN_PCPU_HOT};
+use patcher::image::profile::Capability;
+use patcher::linux::GuestMemory;
+use patcher::linux::memory::read_u64;
+use patcher::linux::view::missing;
 use patcher::safety::quiesce::{Condition, Mode, Offender, VcpuState};
 
 use crate::guest::kernel::GuestKernel;
@@ -43,27 +47,30 @@ pub fn offenders(
 pub(crate) struct PerCpu {
     bases: Vec<u64>,
     preempt_count: u64,
+    layout: CountLayout,
     current: u64,
     idle: u64,
 }
 
 impl PerCpu {
     pub(crate) fn find(kernel: &GuestKernel) -> Result<Self, String> {
+        let image = kernel.kernel().image;
+        image.profile().require(Capability::PerCpu).map_err(|lacking| missing(lacking).to_string())?;
         let offset = |name: &str| kernel.kernel().per_cpu(name);
         // Linux 6.2 to 6.14 keep both in one structure (arch/x86/include/asm/current.h,
-        // struct pcpu_hot): the current task first, the preempt count eight bytes on.
+        // struct pcpu_hot), the current task first.
         let hot = offset("pcpu_hot");
-        let preempt_count = offset("__preempt_count").or(hot.map(|hot| hot.wrapping_add(8)));
+        let preempt_count = offset("__preempt_count").or(hot.map(|hot| hot.wrapping_add(IN_PCPU_HOT)));
         let current = offset("current_task").or(hot);
-        let (Some(preempt_count), Some(current), Some(idle)) =
-            (preempt_count, current, offset("idle_threads"))
+        let (Some(preempt_count), Some(layout), Some(current), Some(idle)) =
+            (preempt_count, image.count_layout(), current, offset("idle_threads"))
         else {
             return Err("the kernel's per-CPU symbols are not known".into());
         };
         let table = kernel.kernel().symbol("__per_cpu_offset").map_err(|refusal| refusal.to_string())?;
         let base = |cpu: u64| read_u64(kernel, Gva(table.0.wrapping_add(8 * cpu))).ok();
         let bases = (0..MOST_CPUS).map_while(base).collect();
-        Ok(Self { bases, preempt_count, current, idle })
+        Ok(Self { bases, preempt_count, layout, current, idle })
     }
 
     /// The task that runs on a vCPU: its `struct task_struct`.
@@ -71,6 +78,12 @@ impl PerCpu {
         let known = registers.in_kernel() && self.bases.contains(&registers.gs_base());
         let at = Gva(registers.gs_base().wrapping_add(self.current));
         read_u64(kernel, at).ok().filter(|_| known).map(Gva)
+    }
+
+    fn preempt_count(&self, kernel: &GuestKernel, at: Gva) -> Option<u32> {
+        let mut count = [0; 8];
+        kernel.read(at, &mut count[..self.layout.size()]).ok()?;
+        Some(self.layout.narrow(u64::from_le_bytes(count)))
     }
 
     fn mode(&self, kernel: &GuestKernel, registers: &VcpuRegisters) -> Option<Mode> {
@@ -82,7 +95,7 @@ impl PerCpu {
         let word = |offset: u64| read_u64(kernel, at(offset)).ok();
         Some(Mode::Kernel {
             interrupts: registers.interrupts(),
-            preempt_count: read_u32(kernel, at(self.preempt_count)).ok()?,
+            preempt_count: self.preempt_count(kernel, at(self.preempt_count))?,
             idle: word(self.current)? == word(self.idle)?,
         })
     }

@@ -75,7 +75,7 @@ impl GuestArena {
 }
 
 fn find(kernel: &GuestKernel) -> Result<(Gva, Gpa), String> {
-    let end = kernel.kernel().symbol("_end").map_err(|refusal| refusal.to_string())?;
+    let end = kernel.kernel().live(kernel.kernel().image.end());
     let gigabyte = end.0 >> 30;
     let above = (1..ENTRIES).map(|i| (end.0 & !(ARENA_SIZE - 1)) + i * ARENA_SIZE);
     let below = (1..ENTRIES).map(|i| (kernel.base().0 & !(ARENA_SIZE - 1)).wrapping_sub(i * ARENA_SIZE));

@@ -16,6 +16,8 @@
 use std::time::Instant;
 
 use patcher::addr::{Gpa, Gva};
+use patcher::image::profile::Capability;
+use patcher::linux::view::missing;
 
 use crate::api::command::Answer;
 use crate::api::wire::PatchState;
@@ -108,6 +110,8 @@ impl InitGate {
 
 /// The page that the kernel writes to right before it starts init, or why there is none.
 fn page(kernel: &GuestKernel) -> Result<Gpa, String> {
+    let profile = kernel.kernel().image.profile();
+    profile.require(Capability::InitGate).map_err(|lacking| missing(lacking).to_string())?;
     let symbol = |name| kernel.kernel().symbol(name).map_err(|refusal| refusal.to_string());
     let (start, end) = (symbol("__setup_start")?, symbol("__setup_end")?);
     let page = Gva(start.0.next_multiple_of(PAGE));

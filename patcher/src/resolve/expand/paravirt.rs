@@ -39,7 +39,7 @@ pub(crate) fn expand(
 ) -> Result<Expansion, Refusal> {
     let ops = kernel.image.lock_ops().ok_or(Refusal::UnknownLayout { what: "struct pv_lock_ops" })?;
     let busy = |why: &str| Refusal::Busy { name: "spinlocks".into(), why: why.into() };
-    if !counts_spinlocks(*kernel, text) {
+    if !counts_spinlocks(*kernel) {
         return Err(busy("the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT)"));
     }
     let mut wanted = ops.native.map(|at| kernel.live(at));

@@ -24,7 +24,8 @@ pub(crate) fn expand(
     }
     let table = kernel.image.tables().smp_locks.as_ref();
     let table = table.ok_or(Refusal::UnknownSymbol { name: "__smp_locks".into() })?;
-    let (start, end) = (kernel.symbol("_text")?, kernel.symbol("_etext")?);
+    let end = kernel.image.text_end().ok_or(Refusal::UnknownSymbol { name: "_etext".into() })?;
+    let (start, end) = (kernel.live(kernel.image.text_base()), kernel.live(end));
     let (old, new) = if lock { (DS, LOCK) } else { (LOCK, DS) };
     let mut code = Vec::new();
     // The table is padded to whole pages.

@@ -1,6 +1,7 @@
-//! `vmm kernel info`: what an image has, in numbers.
+//! `vmm kernel info`: what an image has, in numbers, and what can be done with the kernel.
 
 use patcher::addr::Gva;
+use patcher::image::profile::{Capability, State};
 use patcher::image::{KernelImage, Tables};
 use patcher::insn;
 use serde::Serialize;
@@ -25,6 +26,27 @@ pub(super) struct Info {
     mcount_locations: Option<usize>,
     orc_entries: Option<usize>,
     exceptions: Option<usize>,
+    capabilities: Vec<CapabilityLine>,
+}
+
+/// Whether a kernel has a capability.
+#[derive(Debug, Serialize)]
+struct CapabilityLine {
+    name: &'static str,
+    state: &'static str,
+    /// Why it is missing.
+    reason: Option<String>,
+}
+
+impl CapabilityLine {
+    fn new((capability, state): (Capability, &State)) -> Self {
+        let (state, reason) = match state {
+            State::Supported => ("supported", None),
+            State::Absent => ("absent", None),
+            State::Missing { reason } => ("missing", Some(reason.clone())),
+        };
+        Self { name: capability.name(), state, reason }
+    }
 }
 
 impl Info {
@@ -47,6 +69,7 @@ impl Info {
             mcount_locations: tables.mcount_locations.as_ref().map(Vec::len),
             orc_entries: tables.orc_entries,
             exceptions: tables.exceptions.as_ref().map(Vec::len),
+            capabilities: image.profile().iter().map(CapabilityLine::new).collect(),
         }
     }
 
@@ -74,6 +97,11 @@ impl Info {
             ]
             .map(|(what, found)| [plain(""), plain(what), found]),
         );
+        page.line([bold("Capabilities")]);
+        page.rows(self.capabilities.iter().map(|line| {
+            let reason = line.reason.as_deref().unwrap_or_default();
+            vec![plain(""), plain(line.name), plain(line.state), plain(reason)]
+        }));
         page
     }
 }

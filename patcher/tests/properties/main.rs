@@ -5,6 +5,7 @@ mod capabilities;
 mod checks;
 mod cut;
 mod miniature;
+mod names;
 mod sites;
 
 use patcher::addr::Gva;

@@ -6,6 +6,7 @@ mod checks;
 mod cut;
 mod miniature;
 mod names;
+mod plan_names;
 mod sites;
 
 use patcher::addr::Gva;

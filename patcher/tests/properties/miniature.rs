@@ -200,8 +200,14 @@ pub(crate) enum Name {
     Member(&'static str, &'static str),
 }
 
+/// Stands for an alternative with a direct call, and for the table's newer layout.
+pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
+
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 9] = [
+pub(crate) const OLDER: [Name; 12] = [
+    DIRECT_CALL,
+    Name::Symbol("nop_func"),
+    Name::Symbol("BUG_func"),
     Name::Symbol("text_poke_bp"),
     Name::Symbol("text_poke_queue"),
     Name::Symbol("pcpu_hot"),
@@ -213,9 +219,12 @@ pub(crate) const OLDER: [Name; 9] = [
     Name::Member("rt_mutex_base", "owner"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 10] = [
+pub(crate) const NEWER: [Name; 13] = [
     Name::Symbol("smp_text_poke_single"),
     Name::Symbol("smp_text_poke_batch_add"),
+    DIRECT_CALL,
+    Name::Symbol("nop_func"),
+    Name::Symbol("BUG_func"),
     Name::Symbol("__preempt_count"),
     Name::Symbol("current_task"),
     Name::Symbol("x86_return_thunk"),
@@ -251,7 +260,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
 }
 
 /// Functions by which the kernel patches itself, and what else the profile looks for in text.
-const FUNCTIONS: [&str; 33] = [
+const FUNCTIONS: [&str; 35] = [
     "entry_SYSCALL_64",
     "text_poke",
     "text_poke_bp",
@@ -280,6 +289,8 @@ const FUNCTIONS: [&str; 33] = [
     "srso_return_thunk",
     "retbleed_untrain_ret",
     "klp_enable_patch",
+    "nop_func",
+    "BUG_func",
     "load_module",
     "_paravirt_nop",
     "__pv_queued_spin_lock_slowpath",
@@ -321,6 +332,8 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.align();
     let unlocker = k.here();
     k.put("unlocker", b'T', &[&[0xe8][..], &near(unlocker + 5, native), &[0x66, 0x90, 0xc3]].concat());
+    // call *[rip]; ret.
+    let caller = k.put("caller", b'T', &[0xff, 0x15, 0, 0, 0, 0, 0xc3]);
     // inc dword gs:[count]; ret; and add dword gs:[count], 0x10000; ret.
     let (count, hot) = (BASE + COUNT, left_out.contains(&Name::Symbol("__preempt_count")));
     k.align();
@@ -381,10 +394,21 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.table("__start_static_call_sites", "__stop_static_call_sites", move |at| {
         [near(at, function + 10), near(at + 4, call)].concat()
     });
+    let direct = !left_out.contains(&DIRECT_CALL);
     k.table("__alt_instructions", "__alt_instructions_end", move |at| {
-        let (feature, other) = ([20, 0, 7, 3], [21, 0, 5, 5]);
-        let first = [&near(at, function + 15)[..], &near(at + 4, replacement), &feature].concat();
-        [&first[..], &near(at + 12, tail + 7), &near(at + 16, jump), &other].concat()
+        let entry = |at, code, by, feature: &[u8]| [&near(at, code)[..], &near(at + 4, by), feature].concat();
+        if direct {
+            let always = [117, 0, 2, 0, 6, 0];
+            [
+                entry(at, function + 15, replacement, &[20, 0, 0, 0, 7, 3]),
+                entry(at + 14, tail + 7, jump, &[21, 0, 0, 0, 5, 5]),
+                entry(at + 28, caller, replacement, &always),
+            ]
+            .concat()
+        } else {
+            let first = entry(at, function + 15, replacement, &[20, 0, 7, 3]);
+            [first, entry(at + 12, tail + 7, jump, &[21, 0, 5, 5])].concat()
+        }
     });
     k.table("__smp_locks", "__smp_locks_end", move |at| near(at, function + 22).to_vec());
     k.table("__parainstructions", "__parainstructions_end", move |_| {

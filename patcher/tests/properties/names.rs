@@ -1,79 +1,100 @@
-//! What a plan names: the kernel it was made for, and one of several symbols of a name.
+//! Every name of the kernel's that the code looks up is declared by a capability, so that a kernel without
+//! it is refused, or is listed here with what is done without it.
 
-use patcher::addr::Gva;
-use patcher::image::KernelImage;
-use patcher::image::symbols::{Found, Symbols};
-use patcher::linux::{Kernel, Modules};
-use patcher::plan::Plan;
-use patcher::resolve::{RunningGuest, resolve};
-use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
 
-use crate::{checks, miniature};
+use patcher::image::profile::{Capability, Fact};
 
-/// A plan for another release or build is refused, with a reason for each, before anything else is looked at.
-#[test]
-fn a_plan_for_another_kernel_is_refused() {
-    let miniature = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    let symbols = Symbols::new([(miniature::BASE, b'T', "_text")].into_iter()).expect("one");
-    let nameless = KernelImage::from_parts("6.1.0-miniature".to_owned(), symbols, Gva(miniature::BASE));
-    let refused = |image: &KernelImage, kernel: &str| {
-        let plan = format!(
-            r#"{{"version":1,"name":"x","kernel":{kernel},"patches":[{{"redirect":"no_such","to":"no_such"}}]}}"#
-        );
-        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
-        let memory = [0xa5, 0];
-        let text = checks::Anywhere::new(&memory).expect("memory");
-        let kernel = Kernel { image, slide: 0, modules: &Modules::NONE };
-        let refused = resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []);
-        let refused = refused.expect_err("it is refused").into_iter();
-        refused.map(|refused| refused.to_string()).collect::<Vec<_>>()
-    };
-    for right in [r#"{"build_id":"01020304"}"#, r#"{"release":"6.1.0-miniature","build_id":"01020304"}"#] {
-        let all = refused(&miniature, right);
-        assert!(!all.is_empty() && all.iter().all(|one| !one.contains("kernel_mismatch")), "{all:?}");
-    }
-    let other = "/kernel/build_id: the plan is for kernel build 01020305, but the guest runs build 01020304 \
-                 [kernel_mismatch]";
-    assert_eq!(refused(&miniature, r#"{"build_id":"01020305"}"#), [other]);
-    let both = refused(&miniature, r#"{"release":"6.2","build_id":"01020305"}"#);
-    assert_eq!((both.len(), both[1].as_str()), (2, other));
-    assert_eq!(
-        refused(&nameless, r#"{"build_id":"01020304"}"#),
-        [
-            "/kernel/build_id: the plan is for kernel build 01020304, but the guest runs one without a build ID \
-          [kernel_mismatch]"
-        ]
-    );
+/// Names that no capability relies on, and what is done where they are missing.
+const UNDECLARED: [(&str, &str); 14] = [
+    ("_end", "the end of the last segment"),
+    ("_etext", "the end of the section .text"),
+    ("linux_banner", "the banner is found by its text"),
+    ("__static_call_return0", "a call of it is compared as a call, and is not the same"),
+    ("__static_call_return", "a conditional tail call that is to call nothing is refused"),
+    ("__jump_label_patch", "its callers are blocked"),
+    ("__static_call_transform", "its callers are blocked"),
+    ("syscall_exit_to_user_mode", "vCPUs are waited for without blockers there"),
+    ("schedule", "vCPUs are waited for without blockers there"),
+    ("__preempt_count", "declared as what counts interrupts and spinlocks"),
+    ("irq_enter_rcu", "declared as what counts interrupts and spinlocks"),
+    ("queued_spin_lock_slowpath", "a member of struct pv_lock_ops"),
+    ("queued_spin_unlock", "a member of struct pv_lock_ops"),
+    ("vcpu_is_preempted", "a member of struct pv_lock_ops"),
+];
+
+/// How names are looked up.
+const CALLS: [&str; 5] = ["symbol(", "only(", "per_cpu(", "offset(", "raised_by("];
+/// Files all of whose text literals are names.
+const LISTS: [&str; 3] = ["image/offsets.rs", "image/lock_ops.rs", "image/landmarks.rs"];
+
+fn declared() -> BTreeSet<&'static str> {
+    let parts = || Capability::ALL.into_iter().flat_map(Capability::parts);
+    let facts = parts().flat_map(|part| part.facts).copied().flatten().copied().flatten();
+    facts
+        .flat_map(|fact| match *fact {
+            Fact::Symbol(name)
+            | Fact::Patcher(name)
+            | Fact::Lock(name)
+            | Fact::CountsInterrupts(name)
+            | Fact::CountsSpinlocks(name) => vec![name],
+            Fact::Member(name, member) => vec![name, member],
+            _ => Vec::new(),
+        })
+        .collect()
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+/// The text literals of a piece of code that are identifiers.
+fn literals(code: &str) -> impl Iterator<Item = &str> {
+    let is_name = |text: &&str| {
+        !text.is_empty() && text.chars().all(|c| c == '_' || c.is_ascii_alphanumeric()) && !text.starts_with(char::is_numeric)
+    };
+    code.split('"').skip(1).step_by(2).filter(is_name)
+}
 
-    /// However symbols share names and addresses: each can be written in a form that leads to it and to
-    /// nothing else.
-    #[test]
-    fn every_symbol_has_a_form_that_leads_to_it(
-        symbols in prop::collection::vec((0..40_u64, 0..6_usize), 1..60),
-        beyond in 1..100_usize,
-    ) {
-        const NAMES: [&str; 6] = ["a", "b", "a.0", "a.cold", "b.1", "c"];
-        const SLIDE: u64 = 0x20_0000;
-        let first = (miniature::BASE, b'T', "_text");
-        let all = symbols.iter().map(|(at, name)| (miniature::BASE + 16 * at, b't', NAMES[*name]));
-        let table = Symbols::new(std::iter::once(first).chain(all)).expect("few");
-        let image = KernelImage::from_parts("x".to_owned(), table, Gva(miniature::BASE));
-        let kernel = Kernel { image: &image, slide: SLIDE, modules: &Modules::NONE };
-        for (at, _, name) in image.symbols().iter() {
-            let form = image.symbols().unique_name(name, at).expect("it has one");
-            let live = Gva(at.0 + SLIDE);
-            prop_assert_eq!(kernel.address(&form), Ok(live), "{}", form);
-            let form = image.symbols().from_first(at).expect("it has one");
-            prop_assert_eq!(kernel.address(&form), Ok(live), "{}", form);
-            let described = kernel.identify(Gva(live.0 + 3)).expect("it has one");
-            prop_assert_eq!(kernel.address(&described), Ok(Gva(live.0 + 3)), "{}", described);
-            let places = image.symbols().iter().filter(|(.., other)| *other == name).count();
-            let none = format!("{name},{}", places + beyond);
-            prop_assert_eq!(image.symbols().find(&none), Found::None, "{}", none);
+fn look_ups(folder: &Path, found: &mut Vec<(String, String)>) {
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() && !path.ends_with("profile") {
+            look_ups(&path, found);
         }
+        if path.extension().is_none_or(|extension| extension != "rs") {
+            continue;
+        }
+        let source = fs::read_to_string(&path).expect("source");
+        let shipped = source.split("#[cfg(test)]").next().unwrap_or_default();
+        let lines = shipped.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let code: String = lines.collect::<Vec<_>>().join("\n");
+        let place = path.display().to_string();
+        let mut add = |name: &str| found.push((place.clone(), name.to_owned()));
+        if LISTS.iter().any(|list| path.ends_with(list)) {
+            literals(&code).for_each(&mut add);
+        }
+        for call in CALLS {
+            for arguments in code.split(call).skip(1) {
+                let arguments = arguments.split(')').next().unwrap_or_default();
+                literals(arguments).for_each(&mut add);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_name_that_is_looked_up_is_declared() {
+    let mut found = Vec::new();
+    for folder in ["src", "../vmm/src"] {
+        look_ups(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &mut found);
+    }
+    let declared = declared();
+    let looked_up: BTreeSet<&str> = found.iter().map(|(_, name)| name.as_str()).collect();
+    assert!(looked_up.len() > 60, "the look-ups were not found: {looked_up:?}");
+    let excused = |name: &str| UNDECLARED.iter().any(|(known, _)| *known == name);
+    let forgotten: Vec<&(String, String)> =
+        found.iter().filter(|(_, name)| !declared.contains(name.as_str()) && !excused(name)).collect();
+    assert!(forgotten.is_empty(), "declare these in a capability: {forgotten:?}");
+    for (name, _) in UNDECLARED {
+        assert!(looked_up.contains(name), "{name} is not looked up any more");
     }
 }

@@ -49,7 +49,7 @@ pub(crate) fn expand(
         code.push(Code { at: site.at, old: there, new: wanted });
     }
     if code.is_empty() {
-        return Err(Refusal::NothingToDo { at: kernel.symbol("__alt_instructions")? });
+        return Err(Refusal::NothingToDo { at: kernel.live(kernel.image.text_base()) });
     }
     Ok(Expansion { code, ..Expansion::default() })
 }

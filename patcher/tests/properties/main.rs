@@ -3,6 +3,7 @@
 
 mod checks;
 mod cut;
+mod files;
 mod miniature;
 mod sites;
 

@@ -1,5 +1,6 @@
 //! The host's kernel and C library: what concerns neither KVM nor a guest.
 
+pub mod file;
 pub mod heap;
 pub mod lock;
 pub mod membarrier;

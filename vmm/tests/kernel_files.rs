@@ -86,7 +86,8 @@ fn what_is_no_kernel_is_named_by_both_commands() {
         }
     }
     for command in [&["kernel", "info"][..], &[]] {
-        for (path, says) in [(&*folder.0, "this is a directory; give a file"), (Path::new("/dev/null"), "empty")]
+        for (path, says) in
+            [(&*folder.0, "this is a directory; give a file"), (Path::new("/dev/null"), "empty")]
         {
             let (code, error) = vmm(command, path);
             assert!(code == Some(2) && error.contains(says), "{command:?}, {says:?}: {code:?} {error}");
@@ -119,5 +120,8 @@ fn what_can_not_be_placed_is_told() {
     }
     let low = with(&with(&vmlinux, 64 + 24, &0x1000_u64.to_le_bytes()), 24, &0x1000_u64.to_le_bytes());
     let (code, error) = vmm(&[], &folder.file(&low));
-    assert!(code == Some(2) && error.contains("a segment belongs to 0x1000, below 1 MiB"), "{code:?} {error}");
+    assert!(
+        code == Some(2) && error.contains("a segment belongs to 0x1000, below 1 MiB"),
+        "{code:?} {error}"
+    );
 }

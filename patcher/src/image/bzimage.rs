@@ -44,14 +44,14 @@ pub(super) fn payload(file: &[u8]) -> Result<&[u8], Error> {
     if header[0x211] & LOADED_HIGH == 0 {
         return other("a zImage, which is loaded below 1 MiB in 16-bit mode; build a bzImage");
     }
-    if protocol >= PROTOCOL_2_12 && header[0x236] & KERNEL_64 == 0 {
-        return other("a 32-bit x86 kernel (without XLF_KERNEL_64); guests are x86-64");
-    }
     if u32_at(0x24c) == 0 {
         return other(
             "no Linux kernel: it has Linux's boot header, but no compressed kernel (payload_length is 0); \
              memtest86+ and other programs are made so",
         );
+    }
+    if protocol >= PROTOCOL_2_12 && header[0x236] & KERNEL_64 == 0 {
+        return other("a 32-bit x86 kernel (without XLF_KERNEL_64); guests are x86-64");
     }
     // Boot sector, setup sectors (0 means 4), and `syssize` units of 16 bytes.
     let setup = match header[0x1f1] {
@@ -105,6 +105,7 @@ mod tests {
         says(&file(|f| f[0x211] = 0), "a zImage");
         says(&file(|f| f[0x236] = 0), "a 32-bit x86 kernel");
         says(&file(|f| f[0x24c] = 0), "memtest86+");
+        says(&file(|f| (f[0x236], f[0x24c]) = (0, 0)), "memtest86+");
     }
 
     #[test]

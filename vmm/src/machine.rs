@@ -107,7 +107,7 @@ impl Machine {
             fd.set_cpuid2(&features).context("KVM_SET_CPUID2")?;
             if id == 0 {
                 // The other vCPUs wait for INIT and SIPI from the guest's kernel.
-                let sregs = registers::sregs(&fd.get_sregs().context("KVM_GET_SREGS")?);
+                let sregs = registers::sregs(&fd.get_sregs().context("KVM_GET_SREGS")?, entry);
                 fd.set_sregs(&sregs).context("KVM_SET_SREGS")?;
                 fd.set_regs(&registers::regs(entry)).context("KVM_SET_REGS")?;
             }

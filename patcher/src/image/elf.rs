@@ -5,11 +5,12 @@
 
 use std::ops::Range;
 
-use object::elf::{EM_X86_64, FileHeader64, PF_X, PT_LOAD, ProgramHeader64, SHT_NOBITS};
+use object::Endianness;
+use object::elf::{PF_X, PT_LOAD, ProgramHeader64, SHT_NOBITS};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
-use object::{Endianness, elf};
 
 use crate::addr::Gva;
+use crate::image::elf_header;
 use crate::image::error::Error;
 use crate::image::symbols::Symbols;
 
@@ -32,15 +33,8 @@ pub(super) struct Piece<'a> {
 
 impl<'a> Vmlinux<'a> {
     pub(super) fn parse(file: &'a [u8]) -> Result<Self, Error> {
-        if !file.starts_with(&elf::ELFMAG) {
-            return Err(Error::Foreign);
-        }
         let bad = |e: object::Error| Error::Elf { what: e.to_string() };
-        let header = FileHeader64::<Endianness>::parse(file).map_err(bad)?;
-        let endian = header.endian().map_err(bad)?;
-        if header.e_machine(endian) != EM_X86_64 {
-            return Err(Error::Elf { what: "it is for another machine".into() });
-        }
+        let (header, endian) = elf_header::check(file)?;
         let headers = header.program_headers(endian, file).map_err(bad)?;
         let loaded = || headers.iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
         let end = |segment: &ProgramHeader64<Endianness>| {
@@ -51,7 +45,9 @@ impl<'a> Vmlinux<'a> {
             .map(|segment| {
                 Ok(Piece {
                     at: Gva(segment.p_vaddr(endian)),
-                    bytes: segment.data(endian, file).map_err(|()| Error::Truncated { what: "vmlinux" })?,
+                    bytes: segment
+                        .data(endian, file)
+                        .map_err(|()| Error::Elf { what: "a segment without bytes".into() })?,
                     executable: segment.p_flags(endian).0 & PF_X.0 != 0,
                 })
             })

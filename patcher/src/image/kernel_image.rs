@@ -2,9 +2,6 @@
 
 use std::ops::Range;
 
-use zerocopy::little_endian::U32;
-use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
-
 use crate::addr::Gva;
 use crate::image::banner::Banner;
 use crate::image::btf::Btf;
@@ -18,7 +15,7 @@ use crate::image::preempt_count::CountLayout;
 use crate::image::profile::{Evidence, Profile};
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
-use crate::image::{kallsyms, payload};
+use crate::image::{bzimage, kallsyms, notes, payload};
 
 /// What is known of a kernel from its image alone. Addresses are link-time addresses.
 #[derive(Debug)]
@@ -43,7 +40,7 @@ pub struct KernelImage {
 }
 
 impl KernelImage {
-    /// Reads a bzImage or a vmlinux.
+    /// Reads a bzImage or a vmlinux, which may be compressed.
     ///
     /// ```
     /// use patcher::image::{Error, KernelImage, unpack};
@@ -75,7 +72,7 @@ impl KernelImage {
             .ok_or(Error::NoSymbols)?;
         let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
         drop(found);
-        let release = payload::header_release(file);
+        let release = bzimage::release(file);
         let banner = Banner::find(&vmlinux, &symbols, release);
         let release =
             release.or(banner.as_ref().and_then(Banner::release)).ok_or(Error::NoRelease)?.to_owned();
@@ -158,7 +155,7 @@ impl KernelImage {
         self.build_id.as_ref().map(|(at, id)| (*at, id.as_slice()))
     }
 
-    /// How the vmlinux is compressed; `None` if the file is no bzImage.
+    /// How the vmlinux is compressed; `None` if the file is a plain vmlinux.
     #[must_use]
     pub fn compression(&self) -> Option<&'static str> {
         self.compression
@@ -256,31 +253,12 @@ fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
     Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes)
 }
 
-/// `Elf64_Nhdr` (gABI, "Note Section"). The name and the description follow, each padded to four
-/// bytes.
-#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct NoteHeader {
-    name_length: U32,
-    description_length: U32,
-    kind: U32,
-}
-
 /// The description of the note `NT_GNU_BUILD_ID`.
 fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<(Gva, Vec<u8>)> {
     const BUILD_ID: u32 = 3;
     let table = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?;
-    let mut notes = table.bytes;
-    loop {
-        let (note, rest) = NoteHeader::ref_from_prefix(notes).ok()?;
-        let length = note.description_length.get() as usize;
-        let (name, rest) = rest.split_at_checked((note.name_length.get() as usize).next_multiple_of(4))?;
-        if note.kind == BUILD_ID && name == b"GNU\0" {
-            let at = table.at.plus(table.bytes.len() - rest.len())?;
-            return Some((at, rest.get(..length)?.to_vec()));
-        }
-        notes = rest.get(length.next_multiple_of(4)..)?;
-    }
+    let (behind, id) = notes::find(table.bytes, b"GNU\0", BUILD_ID)?;
+    Some((table.at.plus(behind)?, id.to_vec()))
 }
 
 #[cfg(test)]
@@ -289,15 +267,9 @@ mod tests {
 
     #[test]
     fn foreign_and_truncated_files_are_told_apart() {
-        assert_eq!(KernelImage::parse(b"").unwrap_err(), Error::Foreign);
+        assert_eq!(KernelImage::parse(b"").unwrap_err(), Error::Empty);
         assert_eq!(KernelImage::parse(&[0; 4096]).unwrap_err(), Error::Foreign);
-        let mut stub = vec![0; 0x260];
-        stub[0x202..0x206].copy_from_slice(b"HdrS");
-        stub[0x24c] = 100;
-        assert_eq!(KernelImage::parse(&stub).unwrap_err(), Error::Truncated { what: "bzImage" });
-        stub.resize(5 * 512 + 100, 0xaa);
-        stub[5 * 512 + 96..].copy_from_slice(&[0; 4]);
-        assert!(matches!(KernelImage::parse(&stub), Err(Error::Compression { .. })));
-        assert!(matches!(KernelImage::parse(b"\x7fELF\x02\x01\x01"), Err(Error::Elf { .. })));
+        let elf = KernelImage::parse(b"\x7fELF\x02\x01\x01").unwrap_err();
+        assert_eq!(elf, Error::Truncated { what: "vmlinux", bytes: 7, stated: 64 });
     }
 }

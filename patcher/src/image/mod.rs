@@ -2,21 +2,27 @@
 //! debug information.
 //!
 //! ```text
-//! bzImage ──payload──▶ vmlinux (ELF) ──▶ read-only data ──▶ kallsyms ──▶ symbols
-//!                                    └──────────────────────────────────────┴──▶ tables
+//! bzImage, compressed ──payload──▶ vmlinux (ELF) ──▶ read-only data ──▶ kallsyms ──▶ symbols
+//!                                                └──────────────────────────────────────┴──▶ tables
 //! ```
 
 pub mod banner;
 mod btf;
+mod bzimage;
+mod compression;
 mod elf;
+mod elf_header;
 mod error;
+mod foreign;
 mod kallsyms;
 mod kernel_image;
 pub mod landings;
 pub mod landmarks;
+mod loadable;
 pub mod lock_ops;
 mod lzop;
 pub mod names;
+mod notes;
 pub mod offsets;
 mod payload;
 pub mod preempt_count;
@@ -27,6 +33,7 @@ pub mod tables;
 
 pub use error::Error;
 pub use kernel_image::KernelImage;
+pub use loadable::{KernelFile, LoadSegment, Loadable};
 pub use names::{StaticCall, StaticKey};
 pub use payload::unpack;
 pub use symbols::{Found, Symbols};

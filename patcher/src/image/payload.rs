@@ -1,110 +1,75 @@
-//! The compressed payload of a bzImage (Linux Documentation/arch/x86/boot.rst: `payload_offset`,
-//! `payload_length`).
+//! The vmlinux in a file: the payload of a bzImage, a compressed vmlinux, or the file itself.
 
 use std::borrow::Cow;
-use std::io::Read;
 
+use object::elf::ELFMAG;
+
+use crate::image::compression::Method;
 use crate::image::error::Error;
-use crate::image::lzop;
+use crate::image::{bzimage, foreign};
 
 /// Largest uncompressed kernel, in bytes. More means a broken or hostile file.
 const MAX_KERNEL: u64 = 1 << 30;
-/// Largest dictionary of xz and lzma. The kernel's build uses at most 32 MiB (scripts/xz_wrap.sh); a
-/// hostile file may ask for 4 GiB.
-const MAX_DICTIONARY_KIB: u32 = 128 << 10;
 
-const GZIP: &[u8] = &[0x1f, 0x8b];
-const BZIP2: &[u8] = b"BZh";
-/// lzma has no magic number: the usual parameters, and the low bytes of the dictionary size.
-const LZMA: &[u8] = &[0x5d, 0, 0];
-const XZ: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
-const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
-const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
-
-/// The vmlinux inside a bzImage; any other file is returned as it is.
+/// The vmlinux in a bzImage or in a compressed vmlinux; any other ELF file as it is.
 ///
 /// # Errors
-/// When the payload is truncated or does not decompress.
+/// When the file is none of these, or is truncated or damaged.
 pub fn unpack(file: &[u8]) -> Result<Cow<'_, [u8]>, Error> {
     Ok(extract(file)?.map_or(Cow::Borrowed(file), |(_, vmlinux)| Cow::Owned(vmlinux)))
 }
 
-/// Returns the vmlinux inside a bzImage and how it was compressed, or `None` if `file` is no
-/// bzImage.
+/// Returns the vmlinux in a compressed kernel and how it was compressed, or `None` if `file` is an ELF
+/// file.
 pub(super) fn extract(file: &[u8]) -> Result<Option<(&'static str, Vec<u8>)>, Error> {
-    if file.get(0x202..0x206) != Some(b"HdrS") {
+    extract_up_to(MAX_KERNEL, file)
+}
+
+fn extract_up_to(limit: u64, file: &[u8]) -> Result<Option<(&'static str, Vec<u8>)>, Error> {
+    if bzimage::is(file) {
+        let (method, vmlinux) = sized(bzimage::payload(file)?)?;
+        if !vmlinux.starts_with(&ELFMAG) {
+            return Err(Error::Elf { what: "the bzImage's payload is none".into() });
+        }
+        return Ok(Some((method, vmlinux)));
+    }
+    if file.starts_with(&ELFMAG) {
         return Ok(None);
     }
-    let truncated = || Error::Truncated { what: "bzImage" };
-    let u32_at = |at: usize| {
-        let bytes = file.get(at..at + 4).and_then(|b| b.try_into().ok()).ok_or_else(truncated)?;
-        Ok::<_, Error>(u32::from_le_bytes(bytes) as usize)
-    };
-    let sectors = match *file.get(0x1f1).ok_or_else(truncated)? {
-        0 => 4,
-        n => usize::from(n),
-    };
-    let start = (sectors + 1) * 512 + u32_at(0x248)?;
-    let payload = file.get(start..start + u32_at(0x24c)?).ok_or_else(truncated)?;
-    decompress(payload).map(Some)
-}
-
-/// The release a bzImage states in its header (`kernel_version`), up to the first space.
-pub(super) fn header_release(file: &[u8]) -> Option<&str> {
-    if file.get(0x202..0x206)? != b"HdrS" {
-        return None;
+    let Some(method) = Method::of(file) else { return Err(foreign::why(file)) };
+    let name = method.name();
+    let vmlinux =
+        method.decompress(file, &ELFMAG, limit).map_err(|what| Error::Decompress { method: name, what })?;
+    if !vmlinux.starts_with(&ELFMAG) {
+        return Err(match foreign::why(&vmlinux) {
+            Error::Other(what) => Error::Other(what),
+            _ => Error::Other(format!("a file compressed with {name} that holds no ELF file").into()),
+        });
     }
-    let offset = u16::from_le_bytes(file.get(0x20e..0x210)?.try_into().ok()?);
-    let text = file.get(usize::from(offset) + 0x200..)?;
-    let end = text.iter().take(256).position(|&b| b == b' ' || b == 0)?;
-    std::str::from_utf8(&text[..end]).ok().filter(|text| !text.is_empty())
+    if vmlinux.len() as u64 > limit {
+        return Err(Error::TooLarge { bytes: vmlinux.len() as u64, limit });
+    }
+    Ok(Some((name, vmlinux)))
 }
 
-fn decompress(payload: &[u8]) -> Result<(&'static str, Vec<u8>), Error> {
-    // The last four bytes are the uncompressed size, added by the kernel's build for every
-    // method (scripts/Makefile.lib, size_append); gzip's own trailer ends with the same.
-    let (data, size) = payload.split_last_chunk::<4>().ok_or(Error::Truncated { what: "bzImage" })?;
+/// Decompresses the payload of a bzImage. Its last four bytes are the uncompressed size, added by the
+/// kernel's build for every method (scripts/Makefile.lib, `size_append`); gzip's own trailer ends with
+/// the same.
+fn sized(payload: &[u8]) -> Result<(&'static str, Vec<u8>), Error> {
+    let unknown = || Error::Compression { magic: payload.iter().take(6).copied().collect() };
+    let method = Method::of(payload).ok_or_else(unknown)?;
+    let (data, size) = payload.split_last_chunk::<4>().ok_or_else(unknown)?;
     let size = u64::from(u32::from_le_bytes(*size));
     if size > MAX_KERNEL {
-        return Err(Error::TooLarge { bytes: size });
+        return Err(Error::TooLarge { bytes: size, limit: MAX_KERNEL });
     }
-    let is = |magic: &[u8]| payload.starts_with(magic);
-    let (method, kernel) = if is(GZIP) {
-        ("gzip", read(flate2::read::GzDecoder::new(payload), size))
-    } else if is(BZIP2) {
-        ("bzip2", read(bzip2::read::BzDecoder::new(data), size))
-    } else if is(LZMA) {
-        let decoder = lzma_rust2::LzmaReader::new_mem_limit(data, MAX_DICTIONARY_KIB, None);
-        ("lzma", decoder.map_err(|e| e.to_string()).and_then(|decoder| read(decoder, size)))
-    } else if is(XZ) {
-        ("xz", read(lzma_rust2::XzReader::new_mem_limit(data, false, MAX_DICTIONARY_KIB), size))
-    } else if is(lzop::MAGIC) {
-        (
-            "lzo",
-            usize::try_from(size).map_err(|e| e.to_string()).and_then(|size| lzop::decompress(data, size)),
-        )
-    } else if is(LZ4_LEGACY) {
-        ("lz4", read(lz4_flex::frame::FrameDecoder::new(data), size))
-    } else if is(ZSTD) {
-        let decoder = ruzstd::decoding::StreamingDecoder::new(data);
-        ("zstd", decoder.map_err(|e| e.to_string()).and_then(|decoder| read(decoder, size)))
-    } else {
-        return Err(Error::Compression { magic: payload.iter().take(6).copied().collect() });
-    };
-    let fail = |what| Error::Decompress { method, what };
-    let kernel = kernel.map_err(fail)?;
+    let data = if method == Method::Gzip { payload } else { data };
+    let fail = |what| Error::Decompress { method: method.name(), what };
+    let kernel = method.decompress(data, &[], size).map_err(fail)?;
     if kernel.len() as u64 != size {
-        return Err(fail(format!("the payload states {size} bytes but holds {}", kernel.len())));
+        return Err(fail(format!("the payload states {size} bytes but holds {} or more", kernel.len())));
     }
-    Ok((method, kernel))
-}
-
-/// Reads at most one byte more than stated, so that a wrong size is noticed and a decompression bomb
-/// stops early.
-fn read(decoder: impl Read, size: u64) -> Result<Vec<u8>, String> {
-    let mut kernel = Vec::new();
-    decoder.take(size + 1).read_to_end(&mut kernel).map_err(|e| e.to_string())?;
-    Ok(kernel)
+    Ok((method.name(), kernel))
 }
 
 #[cfg(test)]
@@ -172,8 +137,17 @@ mod tests {
     fn every_method_of_the_kernel_is_decompressed() {
         let size = u32::try_from(text().len()).expect("small");
         for (method, file) in FILES {
-            assert_eq!(decompress(&payload(method, file, size)), Ok((method, text())));
+            assert_eq!(sized(&payload(method, file, size)), Ok((method, text())));
         }
+    }
+
+    #[test]
+    fn a_decompression_bomb_is_stopped() {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let zeros = [&ELFMAG[..], &[0; 1 << 20]].concat();
+        let bomb = std::io::Write::write_all(&mut encoder, &zeros).and_then(|()| encoder.finish());
+        let error = extract_up_to(1000, &bomb.expect("it is compressed")).expect_err("too large");
+        assert_eq!(error, Error::TooLarge { bytes: 1001, limit: 1000 });
     }
 
     #[test]
@@ -183,18 +157,19 @@ mod tests {
             let mut wrong_size = payload(method, file, size - 1);
             let end = wrong_size.len();
             wrong_size[end - 4..].copy_from_slice(&(size - 1).to_le_bytes());
-            let error = decompress(&wrong_size).expect_err("one byte more than stated");
+            let error = sized(&wrong_size).expect_err("one byte more than stated");
             assert!(matches!(error, Error::Decompress { method: found, .. } if found == method), "{error}");
             let whole = payload(method, file, size);
             let mut cut = whole[..whole.len() / 2].to_vec();
             cut.extend(size.to_le_bytes());
-            let error = decompress(&cut).expect_err("cut off");
+            let error = sized(&cut).expect_err("cut off");
             assert!(matches!(error, Error::Decompress { method: found, .. } if found == method), "{error}");
         }
-        assert_eq!(decompress(&[0x5d, 0, 0]), Err(Error::Truncated { what: "bzImage" }));
+        let unknown = Error::Compression { magic: vec![0x5d, 0] };
+        assert_eq!(sized(&[0x5d, 0]), Err(unknown));
         assert_eq!(
-            decompress(&[0x1f, 0x8b, 0xff, 0xff, 0xff, 0xff]),
-            Err(Error::TooLarge { bytes: 0xffff_ffff })
+            sized(&[0x1f, 0x8b, 0xff, 0xff, 0xff, 0xff]),
+            Err(Error::TooLarge { bytes: 0xffff_ffff, limit: MAX_KERNEL })
         );
     }
 }

@@ -4,6 +4,7 @@
 mod capabilities;
 mod checks;
 mod cut;
+mod files;
 mod miniature;
 mod names;
 mod plan_names;

@@ -496,8 +496,7 @@ pub(crate) fn with_module(image: &KernelImage, sections: &Sections) -> Vec<u8> {
     [vec![hole], memory].concat()
 }
 
-/// A bzImage of it, compressed with LZ4, every block as it is (Linux
-/// Documentation/arch/x86/boot.rst; lib/decompress_unlz4.c).
+/// A bzImage of it, compressed with LZ4, every block as it is (lib/decompress_unlz4.c).
 pub(crate) fn bzimage(vmlinux: &[u8]) -> Vec<u8> {
     let mut payload = vec![0x02, 0x21, 0x4c, 0x18];
     let size = u32::try_from(vmlinux.len()).expect("small").to_le_bytes();
@@ -513,22 +512,32 @@ pub(crate) fn bzimage(vmlinux: &[u8]) -> Vec<u8> {
     payload.extend(u32::try_from(block.len()).expect("small").to_le_bytes());
     payload.extend(block);
     payload.extend(size);
+    bzimage_of(&payload)
+}
+
+/// A bzImage with this payload, of boot protocol 2.15 with a 64-bit entry (Linux
+/// Documentation/arch/x86/boot.rst).
+pub(crate) fn bzimage_of(payload: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 2 * 512];
     file[0x1f1] = 1;
-    file[0x202..0x206].copy_from_slice(b"HdrS");
+    file[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+    (file[0x211], file[0x236]) = (1, 1);
     file[0x24c..0x250].copy_from_slice(&u32::try_from(payload.len()).expect("small").to_le_bytes());
     file.extend(payload);
     file
 }
 
-/// An ELF file with these segments, readable and executable.
+/// Where the image is mapped (Linux `__START_KERNEL_map`): physical addresses are relative to it.
+const MAP: u64 = 0xffff_ffff_8000_0000;
+
+/// An ELF file with these segments, readable and executable, which is entered where the first begins.
 pub(crate) fn elf(segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
     const HEADER: usize = 64;
     const SEGMENT: usize = 56;
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);
     file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for word in [segments[0].0, HEADER as u64, 0] {
+    for word in [segments[0].0.wrapping_sub(MAP), HEADER as u64, 0] {
         file.extend(word.to_le_bytes());
     }
     let [low, high] = u16::try_from(segments.len()).expect("few").to_le_bytes();
@@ -537,7 +546,7 @@ pub(crate) fn elf(segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
     for (at, bytes) in segments {
         let size = bytes.len() as u64;
         file.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-        for word in [offset, *at, *at, size, size, 1] {
+        for word in [offset, *at, at.wrapping_sub(MAP), size, size, 1] {
             file.extend(word.to_le_bytes());
         }
         offset += size;

@@ -1,11 +1,15 @@
 //! Promise: a stock SMP guest boots, its devices work, and the VM ends with the right exit
 //! code however it ends.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use patcher::image::unpack;
 use serde_json::json;
 use tests::lab::Lab;
+use tests::patches::redirect_plan;
 use tests::vm::{Method, Setup, Vm};
 
 use super::Test;
@@ -20,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::memory_above_the_device_gap", large_memory),
     ("boot::signals_end_it_cleanly", signals),
     ("boot::kaslr_on_and_off", kaslr),
+    ("boot::vmlinux_plain_and_compressed_by_each_entry", vmlinux),
     ("boot::the_monitors_own_memory_is_small", small),
     ("boot::short_series", |lab| tests::campaigns::boots(lab, 3)),
 ];
@@ -86,6 +91,80 @@ fn kaslr(lab: &Lab) -> Result<()> {
         "never relocated: {slides:?}"
     );
     Ok(())
+}
+
+/// What a kernel entered by each protocol says of its loader: what Linux sets itself for PVH without Xen
+/// (arch/x86/platform/pvh/enlighten.c), and what the monitor writes to the zero page.
+const BY_PVH: &str = "176";
+const BY_ZERO_PAGE: &str = "255";
+
+/// The compressed vmlinux in a bzImage as a file of its own: the payload without the size behind it
+/// (Linux Documentation/arch/x86/boot.rst).
+fn compressed(bzimage: &Path, folder: &Path, method: &str) -> Result<PathBuf> {
+    let file = fs::read(bzimage)?;
+    let word = |at: usize| {
+        let bytes = file.get(at..).and_then(|rest| rest.first_chunk()).context("truncated")?;
+        Ok::<_, anyhow::Error>(usize::try_from(u32::from_le_bytes(*bytes))?)
+    };
+    let start = (usize::from(file[0x1f1]) + 1) * 512 + word(0x248)?;
+    let path = folder.join("vmlinux").with_extension(method);
+    fs::write(&path, file.get(start..start + word(0x24c)? - 4).context("truncated")?)?;
+    Ok(path)
+}
+
+/// The vmlinux in a bzImage, its note of the PVH entry under another name.
+fn without_pvh(bzimage: &Path, folder: &Path) -> Result<PathBuf> {
+    const NOTE: &[u8] = b"\x12\0\0\0Xen\0";
+    let file = fs::read(bzimage)?;
+    let mut elf = unpack(&file)?.into_owned();
+    let at = elf.windows(NOTE.len()).position(|bytes| bytes == NOTE).context("no PVH entry")?;
+    elf[at + 4] = b'x';
+    let path = folder.join("vmlinux");
+    fs::write(&path, elf)?;
+    Ok(path)
+}
+
+/// A vmlinux boots where it is linked, by PVH if it has that entry, else in 64-bit mode, and is patched
+/// as any kernel is: before init, under load, by a key.
+fn vmlinux(lab: &Lab) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let at = folder.path();
+    let plan = at.join("plan.json");
+    fs::write(&plan, redirect_plan("early", None).to_string())?;
+    let arguments = vec!["--patch".to_owned(), plan.display().to_string()];
+    let kernels = [
+        (compressed(&lab.kernel, at, "lz4")?, BY_PVH),
+        (without_pvh(&lab.later_kernel, at)?, BY_ZERO_PAGE),
+        (compressed(&lab.current_kernel, at, "zst")?, BY_PVH),
+    ];
+    let setups = kernels.each_ref().map(|(kernel, _)| Setup {
+        kernel: Some(kernel.clone()),
+        arguments: arguments.clone(),
+        ..Setup::cpus(2)
+    });
+    for (mut vm, (kernel, entry)) in Vm::start_all(lab, &setups)?.into_iter().zip(kernels) {
+        entered_and_patched(&mut vm, entry).with_context(|| kernel.display().to_string())?;
+        vm.power_off()?;
+    }
+    Ok(())
+}
+
+fn entered_and_patched(vm: &mut Vm, entry: &str) -> Result<()> {
+    let (loader, _) = vm.ask("cat /proc/sys/kernel/bootloader_type")?;
+    ensure!(loader.iter().any(|line| line.contains(entry)), "entered by {loader:?}, not {entry}");
+    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
+    ensure!(info["kernel"]["slide"] == 0, "it was moved: {info}");
+    ensure!(vm.greeting.contains("ppid=1"), "init started unpatched: {}", vm.greeting);
+    vm.hammer("getppid", 0, 1)?;
+    vm.expect_all(true)?;
+    vm.revert("early")?;
+    vm.expect_all(false)?;
+    tests::campaigns::flip_by_each_strategy(vm)?;
+    vm.apply(&json!({ "version": 1, "name": "key", "patches": [{ "static_key": "sched_schedstats", "enable": true }] }))?;
+    let (now, _) = vm.ask(&format!("cat {}", tests::vm::SCHEDSTATS))?;
+    ensure!(now.iter().any(|line| line.contains('1')), "the key is not on: {now:?}");
+    vm.revert("key")?;
+    vm.expect_no_kernel_errors()
 }
 
 /// Runs the monitor to its end; for command lines that it does not accept.

@@ -1,31 +1,27 @@
-//! Loads a bzImage, its initrd and its command line, and writes the zero page that describes them
-//! (Linux Documentation/arch/x86/boot.rst).
+//! Loads a kernel, its initrd and its command line, and writes what tells the kernel of them: the zero
+//! page, or for an entry by PVH its start info.
+//!
+//! ```text
+//! bzImage ──────────────────────▶ 64-bit entry of its decompressor ─┬─ zero page
+//! vmlinux ─┬─ without PVH note ─▶ 64-bit entry, startup_64 ─────────┘
+//!          └─ with PVH note ────▶ 32-bit entry, pvh_start_xen ──────── hvm_start_info
+//! ```
 
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use linux_loader::cmdline::Cmdline;
-use linux_loader::configurator::linux::LinuxBootConfigurator;
-use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::bootparam::boot_params;
-use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
+use linux_loader::loader::load_cmdline;
 use patcher::addr::Gpa;
+use patcher::image::{self, KernelFile};
 use vm_memory::GuestAddress;
 
-use crate::memory::layout::{BASE_MEMORY_END, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, RSDP, ZERO_PAGE};
+use crate::boot::{bzimage, pvh, vmlinux, zero_page};
+use crate::host::file;
+use crate::memory::layout::{COMMAND_LINE, COMMAND_LINE_MAX, DEVICE_GAP};
 use crate::memory::{self, GuestRam, PAGE};
 
-/// Offset of the 64-bit entry in the protected-mode kernel (boot.rst, "64-bit Boot Protocol").
-const ENTRY_64: u64 = 0x200;
-/// The first protocol with `xloadflags`, 2.12 (boot.rst).
-const PROTOCOL_2_12: u16 = 0x20c;
-/// `XLF_KERNEL_64` of `xloadflags` (boot.rst): the kernel has a 64-bit entry.
-const HAS_64_BIT_ENTRY: u16 = 1;
-/// `type_of_loader` of a boot loader without an assigned number (boot.rst).
-const LOADER_UNDEFINED: u8 = 0xff;
-/// Types of memory ranges (ACPI 6.5, table 15.1).
-const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
+/// Largest kernel file and initrd, in bytes: nothing larger lies below the gap for devices.
+pub const MAX_FILE: u64 = DEVICE_GAP;
 
 /// Why a kernel can't be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -38,9 +34,17 @@ pub enum Error {
         /// The system's error.
         source: std::io::Error,
     },
-    /// The kernel is not a bzImage with a 64-bit entry, or is damaged.
-    #[error("{path} is no bzImage that can be loaded: {what}")]
+    /// The file is no kernel, or is damaged.
+    #[error("{path}: {source}")]
     Kernel {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: image::Error,
+    },
+    /// The kernel is one, and can't be loaded or entered.
+    #[error("{path} can't be loaded: {what}")]
+    Load {
         /// The file.
         path: PathBuf,
         /// What is wrong.
@@ -50,13 +54,13 @@ pub enum Error {
     #[error("the kernel command line: {0}")]
     CommandLine(String),
     /// RAM is too small.
-    #[error("{what} needs {needed} MiB of memory, the guest has {available} MiB")]
+    #[error("{what} needs {needed} MiB of memory, the guest has {available} MiB where it can be")]
     TooSmall {
         /// What does not fit.
         what: &'static str,
         /// What it needs, in MiB.
         needed: u64,
-        /// What the guest has below the device gap, in MiB.
+        /// What the guest has below the device gap, and below the highest place of an initrd, in MiB.
         available: u64,
     },
     /// RAM can't be written.
@@ -64,16 +68,37 @@ pub enum Error {
     Memory(#[from] memory::Error),
 }
 
+/// Where the first vCPU enters the kernel, and in which mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// In 64-bit mode, with the zero page (Linux Documentation/arch/x86/boot.rst, "64-bit Boot
+    /// Protocol").
+    Long(u64),
+    /// In 32-bit protected mode, with `hvm_start_info` (Xen docs/misc/pvh.pandoc).
+    Pvh(u64),
+}
+
+/// A kernel that is in memory.
+pub(super) struct Loaded {
+    /// Where it is entered.
+    pub(super) entry: Entry,
+    /// The end of the memory that it takes when it starts.
+    pub(super) end: u64,
+    /// The highest address that its initrd may have.
+    pub(super) initrd_max: u64,
+    /// The setup header of a bzImage; zeros for a vmlinux.
+    pub(super) header: linux_loader::loader::bootparam::setup_header,
+}
+
 /// Reads a file that the user named.
 ///
 /// # Errors
 /// [`Error::File`].
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    std::fs::read(path).map_err(|source| Error::File { path: path.to_owned(), source })
+    file::read(path, MAX_FILE).map_err(|source| Error::File { path: path.to_owned(), source })
 }
 
-/// Loads the kernel `image` (read from `path`), its initrd and its command line. Returns the
-/// kernel's 64-bit entry.
+/// Loads the kernel `image` (read from `path`), its initrd and its command line. Returns the entry.
 ///
 /// # Errors
 /// See [`Error`].
@@ -83,84 +108,50 @@ pub fn load(
     image: &[u8],
     initrd: Option<&[u8]>,
     command_line: &str,
-) -> Result<u64, Error> {
-    let broken = |what: String| Error::Kernel { path: path.to_owned(), what };
-    let low_end = ram.usable_ram().next().map_or(0, |(_, size)| size);
-    let fits = |what, needed: u64| {
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        if needed <= low_end {
-            Ok(())
-        } else {
-            Err(Error::TooSmall { what, needed: mib(needed), available: low_end >> 20 })
-        }
+) -> Result<Entry, Error> {
+    let bad = |source| Error::Kernel { path: path.to_owned(), source };
+    let broken = |what: String| Error::Load { path: path.to_owned(), what };
+    let loaded = match KernelFile::open(image).map_err(bad)? {
+        KernelFile::BzImage => bzimage::load(ram, path, image)?,
+        KernelFile::Vmlinux(elf) => vmlinux::load(ram, path, &elf)?,
     };
-    if let Some(stated) = stated_size(image).filter(|stated| *stated > image.len() as u64) {
-        return Err(broken(format!("it is truncated: {} of {stated} bytes", image.len())));
-    }
-    fits("the kernel", HIGH_MEMORY + image.len() as u64)?;
-    let loaded = BzImage::load(
-        ram.monitor_view(),
-        Some(GuestAddress(HIGH_MEMORY)),
-        &mut Cursor::new(image),
-        Some(GuestAddress(HIGH_MEMORY)),
-    )
-    .map_err(|e| broken(e.to_string()))?;
-    let mut header = loaded.setup_header.ok_or_else(|| broken("it has no setup header".into()))?;
-    if header.version < PROTOCOL_2_12 || header.xloadflags & HAS_64_BIT_ENTRY == 0 {
-        return Err(broken("it has no 64-bit entry (boot protocol 2.12 and XLF_KERNEL_64)".into()));
-    }
-    // Without KASLR the kernel unpacks itself to the higher of its preferred and its load address
-    // (boot.rst, `init_size`).
-    let unpacked_end = header.pref_address.max(HIGH_MEMORY) + u64::from(header.init_size);
-    fits("the unpacked kernel", unpacked_end)?;
-
-    header.type_of_loader = LOADER_UNDEFINED;
-    header.cmd_line_ptr = u32::try_from(COMMAND_LINE).unwrap_or(u32::MAX);
     let text =
         Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(|e| Error::CommandLine(e.to_string()))?;
     load_cmdline(ram.monitor_view(), GuestAddress(COMMAND_LINE), &text)
         .map_err(|e| Error::CommandLine(e.to_string()))?;
-    if let Some(initrd) = initrd {
-        let size = initrd.len() as u64;
-        let end = low_end.min(u64::from(header.initrd_addr_max) + 1);
-        fits("the kernel with its initrd", unpacked_end + size.next_multiple_of(PAGE))?;
-        let at = (end - size) & !(PAGE - 1);
-        ram.write(Gpa(at), initrd)?;
-        header.ramdisk_image = u32::try_from(at).unwrap_or(u32::MAX);
-        header.ramdisk_size = u32::try_from(size).unwrap_or(u32::MAX);
+    let initrd = initrd.map(|initrd| place_initrd(ram, &loaded, initrd)).transpose()?;
+    match loaded.entry {
+        Entry::Long(_) => zero_page::write(ram, loaded.header, initrd),
+        Entry::Pvh(_) => pvh::write_start_info(ram, initrd),
     }
-    write_zero_page(ram, header).map_err(broken)?;
-    Ok(loaded.kernel_load.0 + ENTRY_64)
+    .map_err(broken)?;
+    Ok(loaded.entry)
 }
 
-/// The size of a bzImage by its header (boot.rst, `setup_sects`, `syssize`, `header`): boot sector,
-/// setup sectors (0 means 4), and `syssize` units of 16 bytes.
-fn stated_size(image: &[u8]) -> Option<u64> {
-    let setup = match *image.get(0x1f1)? {
-        0 => 4,
-        sectors => u64::from(sectors),
-    };
-    let units = u32::from_le_bytes(image.get(0x1f4..0x1f8)?.try_into().ok()?);
-    (image.get(0x202..0x206)? == b"HdrS").then_some((setup + 1) * 512 + 16 * u64::from(units))
+/// Puts the initrd as high as it may be; returns its address and size.
+fn place_initrd(ram: &GuestRam, loaded: &Loaded, initrd: &[u8]) -> Result<(u64, u64), Error> {
+    let size = initrd.len() as u64;
+    let end = low_end(ram).min(loaded.initrd_max + 1);
+    let needed = loaded.end.saturating_add(size.next_multiple_of(PAGE));
+    fits_below(end, "the kernel with its initrd", needed)?;
+    let at = (end - size) & !(PAGE - 1);
+    ram.write(Gpa(at), initrd)?;
+    Ok((at, size))
 }
 
-fn write_zero_page(
-    ram: &GuestRam,
-    header: linux_loader::loader::bootparam::setup_header,
-) -> Result<(), String> {
-    let mut params = boot_params { hdr: header, acpi_rsdp_addr: RSDP, ..Default::default() };
-    let mut map = vec![(0, BASE_MEMORY_END, E820_RAM), (RSDP, HIGH_MEMORY - RSDP, E820_RESERVED)];
-    for (start, size) in ram.usable_ram() {
-        let from = start.max(HIGH_MEMORY);
-        map.push((from, start + size - from, E820_RAM));
+/// The end of RAM below the gap for devices.
+fn low_end(ram: &GuestRam) -> u64 {
+    ram.usable_ram().next().map_or(0, |(_, size)| size)
+}
+
+/// Checks that `needed` bytes of low RAM are there.
+pub(super) fn fits(ram: &GuestRam, what: &'static str, needed: u64) -> Result<(), Error> {
+    fits_below(low_end(ram), what, needed)
+}
+
+fn fits_below(end: u64, what: &'static str, needed: u64) -> Result<(), Error> {
+    if needed <= end {
+        return Ok(());
     }
-    for (entry, &(addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
-        (entry.addr, entry.size, entry.r#type) = (addr, size, kind);
-    }
-    params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
-    LinuxBootConfigurator::write_bootparams(
-        &BootParams::new(&params, GuestAddress(ZERO_PAGE)),
-        ram.monitor_view(),
-    )
-    .map_err(|e| e.to_string())
+    Err(Error::TooSmall { what, needed: needed.div_ceil(1 << 20), available: end >> 20 })
 }

@@ -1,6 +1,12 @@
-//! What a vCPU needs to start Linux: the 64-bit boot protocol, ACPI tables, CPUID.
+//! What a vCPU needs to start Linux: the kernel in memory and what tells it of the machine, registers,
+//! ACPI tables, CPUID.
 
 pub mod acpi;
+mod bzimage;
 pub mod cpuid;
+mod e820;
 pub mod kernel;
+mod pvh;
 pub mod registers;
+mod vmlinux;
+mod zero_page;

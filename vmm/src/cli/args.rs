@@ -41,7 +41,7 @@ pub struct Cli {
 /// A VM to run.
 #[derive(Debug, Args)]
 pub struct Run {
-    /// Kernel image (bzImage).
+    /// Kernel image: bzImage or vmlinux, which may be compressed.
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
     /// Initial RAM file system.
@@ -320,7 +320,7 @@ pub enum VmCommand {
 /// The kernel image, and how to print.
 #[derive(Debug, Args)]
 pub struct KernelFile {
-    /// Kernel image (bzImage or vmlinux).
+    /// Kernel image: bzImage or vmlinux, which may be compressed.
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
     /// Print JSON.

@@ -73,7 +73,11 @@ impl Error {
             | Self::Monitor(
                 monitor::Error::Socket(_)
                 | monitor::Error::Machine(machine::Error::Boot(
-                    Boot::File { .. } | Boot::Kernel { .. } | Boot::CommandLine(_) | Boot::TooSmall { .. },
+                    Boot::File { .. }
+                    | Boot::Kernel { .. }
+                    | Boot::Load { .. }
+                    | Boot::CommandLine(_)
+                    | Boot::TooSmall { .. },
                 )),
             ) => ExitStatus::BadInput,
             Self::Monitor(_) | Self::Client(_) | Self::Answer(_) | Self::Output(_) => ExitStatus::Failed,

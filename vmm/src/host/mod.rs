@@ -2,6 +2,7 @@
 
 pub mod backlog;
 pub mod fail_stop;
+pub mod file;
 pub mod heap;
 pub mod lock;
 pub mod log;

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT                      0x000e_0000  ACPI tables (RSDP first)
-//! 0x0000_7000  zero page                0x0010_0000  kernel (its protected-mode part)
+//! 0x0000_6000  PVH start info           0x0010_0000  bzImage (its protected-mode part)
+//! 0x0000_7000  zero page                0x0100_0000  vmlinux, usually
 //! 0x0000_9000  page tables              ...          initrd, at the top of low RAM
 //! 0x0002_0000  command line             0xc000_0000  gap for devices, up to 4 GiB; the arena
 //! 0x0009_fc00  end of base memory       0x1_0000_0000  rest of RAM
@@ -10,6 +11,12 @@
 
 /// Boot GDT.
 pub const GDT: u64 = 0x500;
+/// `hvm_start_info` of the PVH boot protocol.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// Its list of modules: one, the initrd.
+pub const PVH_MODULES: u64 = 0x6100;
+/// Its memory map: at most a few entries, up to [`ZERO_PAGE`].
+pub const PVH_MEMORY_MAP: u64 = 0x6200;
 /// `struct boot_params` (Linux Documentation/arch/x86/zero-page.rst).
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Top-level page table of the boot mapping; one PDPT and four page directories follow.
@@ -24,7 +31,7 @@ pub const BASE_MEMORY_END: u64 = 0x9_fc00;
 pub const RSDP: u64 = 0xe_0000;
 /// The other ACPI tables, up to [`HIGH_MEMORY`].
 pub const ACPI_TABLES: u64 = 0xe_0040;
-/// 1 MiB, where the kernel is loaded.
+/// 1 MiB, where a bzImage is loaded, and which no kernel is below.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Start of the gap for devices, which ends at 4 GiB.
 pub const DEVICE_GAP: u64 = 0xc000_0000;

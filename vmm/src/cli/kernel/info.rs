@@ -82,7 +82,7 @@ impl Info {
         page.table(
             [
                 ("build id", known(self.build_id.as_deref(), "none")),
-                ("compression", known(self.compression, "none: this is a vmlinux")),
+                ("compression", known(self.compression, "none: this is a plain vmlinux")),
                 ("symbols", plain(self.symbols)),
                 ("static keys", plain(self.static_keys)),
                 ("jump entries", count(self.jump_entries)),

@@ -5,12 +5,14 @@ use std::path::Path;
 use patcher::image::{KernelImage, StaticCall, StaticKey};
 use serde_json::json;
 
+use crate::boot::kernel;
 use crate::cli::args::KernelCommand;
 use crate::cli::error::Error;
 use crate::cli::exit_status::ExitStatus;
 use crate::cli::kernel::info::Info;
 use crate::cli::output;
 use crate::cli::render::page::{Page, plain};
+use crate::host::file;
 
 mod info;
 mod rows;
@@ -88,7 +90,8 @@ fn print(command: &KernelCommand) -> Result<(), Error> {
 }
 
 fn read(path: &Path) -> Result<KernelImage, Error> {
-    let file = std::fs::read(path).map_err(|source| Error::KernelFile { path: path.to_owned(), source })?;
+    let file = file::read(path, kernel::MAX_FILE)
+        .map_err(|source| Error::KernelFile { path: path.to_owned(), source })?;
     KernelImage::parse(&file).map_err(|source| Error::Kernel { path: path.to_owned(), source })
 }
 

@@ -106,12 +106,16 @@ pub fn alternatives(lab: &Lab) -> Result<()> {
 /// The first difference.
 pub fn twins(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 1) {
-        compare(lab, &setup)?;
+        println!("{}", compare(lab, &setup)?);
     }
     Ok(())
 }
 
-fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
+/// Runs the oracle on one kernel; returns what was counted.
+///
+/// # Errors
+/// The first difference.
+pub fn compare(lab: &Lab, setup: &Setup) -> Result<String> {
     let [mut outside, mut inside] = start_twins(lab, setup, ["", ""])?;
     for vm in [&mut outside, &mut inside] {
         vm.ask("mount debugfs /sys/kernel/debug")?;
@@ -164,8 +168,8 @@ fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
     }
     outside.expect_no_kernel_errors()?;
     inside.expect_no_kernel_errors()?;
-    println!("{}: {} switches, {changed} bytes of text", places.image.release(), switches.len());
     ensure!(switches.len() >= 22, "only {} switches", switches.len());
     outside.power_off()?;
-    inside.power_off()
+    inside.power_off()?;
+    Ok(format!("{}: {} switches, {changed} bytes of text", places.image.release(), switches.len()))
 }

@@ -164,7 +164,7 @@ mod tests {
         let [again] = &kept(&path).expect("it")[..] else { panic!("one row") };
         assert!(again.has_failed());
         assert_eq!(
-            markdown(&[again.clone()]).strip_prefix(HEAD),
+            markdown(std::slice::from_ref(again)).strip_prefix(HEAD),
             Some(
                 "| 6.1 | 2026-11-28 | 60 | 2 | 12 by hold; refused: inspect: `a` (b\\|c) | not run | \
                  **failed**: it broke | not run | refused: `busy` (why) | 3 |\n"

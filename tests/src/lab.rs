@@ -98,6 +98,15 @@ pub struct Rigged {
 /// # Errors
 /// Whatever keeps it from being provided, with what to do about it where that is known.
 pub fn prepare(monitor: Monitor) -> Result<Place> {
+    prepare_with(monitor, &[])
+}
+
+/// The same with more files in the host if that is emulated: their names there, without a leading slash,
+/// and where they are here.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_with(monitor: Monitor, files: &[(&str, &Path)]) -> Result<Place> {
     let (kernel, later) = (Kernel::debian()?, Kernel::backports()?);
     let current_kernel = Kernel::current()?.bzimage;
     let binaries = binaries::build(monitor)?;
@@ -116,20 +125,16 @@ pub fn prepare(monitor: Monitor) -> Result<Place> {
         other => bail!("{RIG}={other}: there are qemu and bochs"),
     };
     let me = std::env::current_exe().context("this program's own path")?;
-    let rig = Rig::start(
-        &emulator,
-        &kernel,
-        &binaries.rig_init,
-        &[
-            ("bin/vmm", &binaries.vmm),
-            ("bin/vmm-lab", &binaries.vmm_lab),
-            ("bin/self", &me),
-            ("guest/bzImage", &kernel.bzimage),
-            ("guest/bzImage-later", &later_kernel),
-            ("guest/bzImage-current", &current_kernel),
-            ("guest/initrd", &initrd),
-        ],
-    )?;
+    let own: [(&str, &Path); 7] = [
+        ("bin/vmm", &binaries.vmm),
+        ("bin/vmm-lab", &binaries.vmm_lab),
+        ("bin/self", &me),
+        ("guest/bzImage", &kernel.bzimage),
+        ("guest/bzImage-later", &later_kernel),
+        ("guest/bzImage-current", &current_kernel),
+        ("guest/initrd", &initrd),
+    ];
+    let rig = Rig::start(&emulator, &kernel, &binaries.rig_init, &[&own, files].concat())?;
     let lab = Lab {
         vmm: "/bin/vmm".into(),
         vmm_lab: "/bin/vmm-lab".into(),

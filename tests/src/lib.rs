@@ -5,6 +5,7 @@ pub mod campaigns;
 pub mod cost;
 pub mod drivers;
 pub mod guard;
+pub mod kernels;
 pub mod lab;
 pub mod matrix;
 pub mod memory;

@@ -23,10 +23,18 @@ const NEIGHBOUR: &str = "sched_feat_keys";
 /// Anything unexpected.
 pub fn contended(lab: &Lab, times: usize) -> Result<()> {
     let vms = Vm::start_all(lab, &all_kernels(lab, 4))?;
-    vms.into_iter().zip(BLOCKERS).try_for_each(|(vm, least)| contend(vm, least, times))
+    vms.into_iter().zip(BLOCKERS).try_for_each(|(vm, least)| {
+        println!("{}", contend(vm, least, times)?);
+        Ok(())
+    })
 }
 
-fn contend(mut vm: Vm, least: usize, times: usize) -> Result<()> {
+/// The same in one VM, whose kernel has so many functions at least that patch text. Returns what was
+/// counted.
+///
+/// # Errors
+/// As [`contended`].
+pub fn contend(mut vm: Vm, least: usize, times: usize) -> Result<String> {
     vm.hammer("getppid", 0, 1)?;
     let blockers = blockers(&vm)?;
     ensure!(blockers >= least, "only {blockers} blockers");
@@ -61,12 +69,13 @@ fn contend(mut vm: Vm, least: usize, times: usize) -> Result<()> {
     vm.expect_no_kernel_errors()?;
     ensure!(toggled > 2, "the guest switched nothing");
     tries.sort_unstable();
-    println!(
-        "{times} times: the guest wrote {toggled} times; attempts: median {}, max {}; the same key: {outcomes:?}",
+    vm.power_off()?;
+    Ok(format!(
+        "{times} times beside {toggled} writes of the guest, {blockers} blockers; attempts: median {}, max {}; \
+         the same key: {outcomes:?}",
         tries[tries.len() / 2],
         tries[tries.len() - 1]
-    );
-    vm.power_off()
+    ))
 }
 
 /// For so long: one CPU switches a key from inside in a tight loop, programs switch another

@@ -6,12 +6,12 @@ use serde_json::{Value, json};
 use crate::vm::{Vm, field};
 
 /// Switches the spinlocks of a guest from paravirtual to native ones and back, so many times,
-/// while every CPU contends for one of them. No sum may be lost, no error logged. Prints how
+/// while every CPU contends for one of them. No sum may be lost, no error logged. Tells how
 /// long that took, and what the guest got done with either kind.
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn switch(mut vm: Vm, times: usize) -> Result<()> {
+pub fn switch(mut vm: Vm, times: usize) -> Result<String> {
     vm.ask("locks")?;
     let (mut to_native, mut to_kvm) = (Vec::new(), Vec::new());
     let (mut native, mut kvm) = (Rate::default(), Rate::default());
@@ -27,11 +27,15 @@ pub fn switch(mut vm: Vm, times: usize) -> Result<()> {
     ensure!(field(&outcome, "clashes")? == 0, "a descriptor was given twice: {outcome}");
     ensure!(native.added > 0 && kvm.added > 0, "no CPU got the lock: {native:?} {kvm:?}");
     vm.expect_no_kernel_errors()?;
-    println!("{times} times there and back, {sum} updates, none lost");
-    println!("  to native: {}", Times::spread(to_native));
-    println!("  to kvm:    {}", Times::spread(to_kvm));
-    println!("  updates a second: native {}, kvm {}", native.per_second(), kvm.per_second());
-    vm.power_off()
+    vm.power_off()?;
+    Ok(format!(
+        "{times} times there and back, {sum} updates, none lost; updates a second: native {}, kvm {}\n  \
+         to native: {}\n  to kvm:    {}",
+        native.per_second(),
+        kvm.per_second(),
+        Times::spread(to_native),
+        Times::spread(to_kvm)
+    ))
 }
 
 /// A plan that switches the spinlocks.

@@ -93,7 +93,7 @@ impl Kernel {
 
 /// The release and the image of an unpacked package: `boot/vmlinuz-RELEASE`, and since 7.0
 /// `usr/lib/modules/RELEASE/vmlinuz`.
-fn image_in(folder: &Path) -> Option<(String, PathBuf)> {
+pub(super) fn image_in(folder: &Path) -> Option<(String, PathBuf)> {
     let names =
         |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let in_boot = names(folder.join("boot")).find_map(|path| {
@@ -131,13 +131,21 @@ fn fetch(suite: &str, parts: Parts, into: &Path) -> Result<(), Error> {
         fs::create_dir_all(&headers).at(&headers)?;
         output_of(apt.command("apt-get").args(["-q", "download"]).args(&with_headers).current_dir(&headers))?;
     }
-    // From 6.19 on the package of the image is empty and depends on one that has it.
-    let binary = depends(&apt, &image, "linux-binary-")?.pop().unwrap_or(image);
-    output_of(apt.command("apt-get").args(["-q", "download", &binary]).current_dir(&work))?;
-    output_of(Command::new("dpkg-deb").arg("-x").arg(only(packages_in(&work)?, &binary)?).arg(into))?;
+    fetch_image(&apt, &image, &work.join("image"), into)?;
     fs::remove_dir_all(&work).at(&work)?;
     step.done();
     Ok(())
+}
+
+/// Unpacks the package that has an image, given the one that is named after it. It is fetched to
+/// `work`, which is removed.
+pub(super) fn fetch_image(apt: &Apt, image: &str, work: &Path, into: &Path) -> Result<(), Error> {
+    fs::create_dir_all(work).at(work)?;
+    // From 6.19 on the package of the image is empty and depends on one that has it.
+    let binary = depends(apt, image, "linux-binary-")?.pop().unwrap_or_else(|| image.to_owned());
+    output_of(apt.command("apt-get").args(["-q", "download", &binary]).current_dir(work))?;
+    output_of(Command::new("dpkg-deb").arg("-x").arg(only(packages_in(work)?, &binary)?).arg(into))?;
+    fs::remove_dir_all(work).at(work)
 }
 
 /// The packages that one depends on, by how their names begin.

@@ -61,7 +61,7 @@ pub(super) struct ParavirtRecord {
     pub(super) at: U64,
     pub(super) operation: u8,
     pub(super) len: u8,
-    _padding: [u8; 6],
+    pub(super) padding: [u8; 6],
 }
 
 /// What `struct alt_instr` begins with in every version (arch/x86/include/asm/alternative.h).

@@ -283,12 +283,17 @@ fn smp_locks(table: Piece<'_>) -> Vec<Gva> {
 }
 
 fn paravirt_sites(table: Piece<'_>) -> Vec<ParavirtSite> {
+    // In 5.10 the last record has no padding (arch/x86/include/asm/paravirt_types.h, `_paravirt_alt`).
+    let mut bytes = table.bytes.to_vec();
+    if bytes.len() % size_of::<ParavirtRecord>() >= offset_of!(ParavirtRecord, padding) {
+        bytes.resize(bytes.len().next_multiple_of(size_of::<ParavirtRecord>()), 0);
+    }
     let site = |(_, record): (Gva, &ParavirtRecord)| ParavirtSite {
         at: Gva(record.at.get()),
         operation: record.operation,
         len: record.len,
     };
-    records(table.at, table.bytes).map(site).collect()
+    records(table.at, &bytes).map(site).collect()
 }
 
 fn pointers(table: Piece<'_>) -> impl Iterator<Item = Gva> {

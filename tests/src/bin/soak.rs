@@ -10,21 +10,24 @@ use guest::provision::binaries::Monitor;
 use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
-use tests::{breakpoints, guard, matrix, oracle, selfpatching, spinlocks, targets};
+use tests::{breakpoints, guard, kernels, matrix, oracle, selfpatching, spinlocks, targets};
 
 /// Long campaigns against real guests.
 #[derive(Debug, Parser)]
 #[command(after_help = "\
 Examples:
   cargo soak                     everything
-  cargo soak boots --times 200   one campaign, longer")]
+  cargo soak boots --times 200   one campaign, longer
+  cargo soak kernels --only 6.1  every campaign of one kernel; without --only, of every stock kernel")]
 struct Arguments {
     /// Which campaign. All, if absent.
-    #[arg(value_parser = CAMPAIGNS.map(|(name, ..)| name))]
+    #[arg(value_parser = CAMPAIGNS.map(|(name, ..)| name).into_iter().chain([KERNELS]).collect::<Vec<_>>())]
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
     times: Option<usize>,
+    #[command(flatten, next_help_heading = "Options of kernels")]
+    kernels: kernels::Options,
 }
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
@@ -45,7 +48,10 @@ const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("guard-cost", 5, guard::cost),
     ("spinlocks", 100, |lab, times| {
         let both = targets::both_kernels(lab, 8);
-        both.iter().try_for_each(|setup| spinlocks::switch(Vm::start(lab, setup)?, times))
+        both.iter().try_for_each(|setup| {
+            println!("{}", spinlocks::switch(Vm::start(lab, setup)?, times)?);
+            Ok(())
+        })
     }),
     ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),
@@ -59,12 +65,28 @@ const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
     ("flips-hold", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "hold", times)),
 ];
 
+/// The campaign that starts a host for each kernel.
+const KERNELS: &str = "kernels";
+
 /// Longest time for all campaigns.
 const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    lab::run_there(Monitor::Checked, std::env::args().skip(1), DEADLINE, |_| (), |lab| run(lab, &arguments))
+    if arguments.campaign.as_deref() == Some(KERNELS) {
+        return kernels::soak(&arguments.kernels);
+    }
+    let is_outer = Lab::inherited().is_none();
+    let code = lab::run_there(
+        Monitor::Checked,
+        std::env::args().skip(1),
+        DEADLINE,
+        |_| (),
+        |lab| run(lab, &arguments),
+    )?;
+    let all = arguments.campaign.is_none() && is_outer;
+    let of_kernels = if all { kernels::soak(&arguments.kernels)? } else { ExitCode::SUCCESS };
+    Ok(if code == ExitCode::SUCCESS { of_kernels } else { code })
 }
 
 fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {

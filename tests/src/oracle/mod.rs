@@ -9,7 +9,7 @@ use serde_json::json;
 
 pub(crate) use self::places::Places;
 use self::places::differences;
-use self::switches::{FEATURES, Switch, switches};
+use self::switches::{FEATURES, MODES, PREEMPTION, Switch, switches};
 use crate::lab::Lab;
 use crate::targets::both_kernels;
 use crate::vm::{Setup, Vm};
@@ -106,31 +106,42 @@ pub fn alternatives(lab: &Lab) -> Result<()> {
 /// The first difference.
 pub fn twins(lab: &Lab) -> Result<()> {
     for setup in both_kernels(lab, 1) {
-        compare(lab, &setup)?;
+        println!("{}", compare(lab, &setup)?);
     }
     Ok(())
 }
 
-fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
+/// Runs the oracle on one kernel; returns what was counted.
+///
+/// # Errors
+/// The first difference.
+pub fn compare(lab: &Lab, setup: &Setup) -> Result<String> {
     let [mut outside, mut inside] = start_twins(lab, setup, ["", ""])?;
+    let mut has_modes = false;
     for vm in [&mut outside, &mut inside] {
         vm.ask("mount debugfs /sys/kernel/debug")?;
         vm.mount_tracing()?;
         // With events this would switch others on.
         vm.ask("write /sys/kernel/tracing/options/record-cmd 0")?;
-        // What was set before returns became jumps to a thunk is not what would be set now.
-        vm.ask("write /sys/kernel/debug/sched/preempt voluntary")?;
+        // A kernel without such modes has no such file.
+        let modes = vm.ask(&format!("cat {PREEMPTION}")).map(|(lines, _)| lines.concat()).unwrap_or_default();
+        has_modes = MODES.iter().all(|mode| modes.contains(mode));
+        if has_modes {
+            // What was set before returns became jumps to a thunk is not what would be set now.
+            vm.ask(&format!("write {PREEMPTION} {}", MODES[1]))?;
+        }
         vm.expect_no_kernel_errors()?;
     }
     let mut places = Places::new(setup)?;
     places.compare(&[&outside, &inside], &[])?;
-    let (features, _) = outside.ask(&format!("cat {FEATURES}"))?;
+    let read = |file| Some((file, outside.ask(&format!("cat {file}")).ok()?.0.concat()));
+    let (file, features) = FEATURES.into_iter().find_map(read).context("the scheduler's features")?;
     let keys: Vec<String> = places.image.static_keys().into_iter().map(|key| key.name).collect();
     // Some features are looked at in another way.
     let has_jumps = |switch: &Switch| {
         switch.patches[0]["static_key"].as_str().is_none_or(|key| keys.iter().any(|name| name == key))
     };
-    let switches: Vec<Switch> = switches(&features.concat()).into_iter().filter(has_jumps).collect();
+    let switches: Vec<Switch> = switches(file, &features, has_modes).into_iter().filter(has_jumps).collect();
     let mut changed = 0;
     for (number, switch) in switches.iter().enumerate() {
         let write = |value: &str| format!("write {} {value}", switch.path);
@@ -164,8 +175,8 @@ fn compare(lab: &Lab, setup: &Setup) -> Result<()> {
     }
     outside.expect_no_kernel_errors()?;
     inside.expect_no_kernel_errors()?;
-    println!("{}: {} switches, {changed} bytes of text", places.image.release(), switches.len());
     ensure!(switches.len() >= 22, "only {} switches", switches.len());
     outside.power_off()?;
-    inside.power_off()
+    inside.power_off()?;
+    Ok(format!("{}: {} switches, {changed} bytes of text", places.image.release(), switches.len()))
 }

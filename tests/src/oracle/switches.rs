@@ -19,11 +19,18 @@ pub(super) struct Switch {
     pub(super) counted: bool,
 }
 
-/// The file of the scheduler's features.
-pub(super) const FEATURES: &str = "/sys/kernel/debug/sched/features";
+/// The file of the scheduler's features: since 5.13, and before.
+pub(super) const FEATURES: [&str; 2] =
+    ["/sys/kernel/debug/sched/features", "/sys/kernel/debug/sched_features"];
+/// The file of the preemption mode (`CONFIG_PREEMPT_DYNAMIC`). Not every kernel has the two modes that
+/// the switch is between.
+pub(super) const PREEMPTION: &str = "/sys/kernel/debug/sched/preempt";
+/// These.
+pub(super) const MODES: [&str; 2] = ["none", "voluntary"];
 
-/// Switches that every guest has.
-pub(super) fn switches(features: &str) -> Vec<Switch> {
+/// Switches that every guest has, given the file of the scheduler's features and what it says, and the one
+/// of the preemption mode, if it has that.
+pub(super) fn switches(file: &str, features: &str, has_modes: bool) -> Vec<Switch> {
     let key = |name: &str, path: &str, enable: bool, (to_new, to_old): (&str, &str)| Switch {
         patches: json!([{ "static_key": name, "enable": enable }]),
         path: path.to_owned(),
@@ -52,7 +59,7 @@ pub(super) fn switches(features: &str) -> Vec<Switch> {
         let (on, off) = (plain.to_owned(), format!("NO_{plain}"));
         let enable = plain != feature;
         let (to_new, to_old) = if enable { (on, off) } else { (off, on) };
-        switches.push(key(&name, FEATURES, enable, (&to_new, &to_old)));
+        switches.push(key(&name, file, enable, (&to_new, &to_old)));
     }
     // A tracepoint is a key and a call of what listens to it.
     switches.push(Switch {
@@ -67,14 +74,16 @@ pub(super) fn switches(features: &str) -> Vec<Switch> {
         words: vec!["__tracepoint_sched_process_exit+0x8".into(), "__SCK__tp_func_sched_process_exit".into()],
         counted: false,
     });
-    // A call that returns 0 instead of being made.
-    switches.push(Switch {
-        patches: json!([{ "static_call": "might_resched", "target": "__static_call_return0" }]),
-        path: "/sys/kernel/debug/sched/preempt".into(),
-        to_new: "none".into(),
-        to_old: "voluntary".into(),
-        words: vec!["__SCK__might_resched".into()],
-        counted: false,
-    });
+    if has_modes {
+        // A call that returns 0 instead of being made.
+        switches.push(Switch {
+            patches: json!([{ "static_call": "might_resched", "target": "__static_call_return0" }]),
+            path: PREEMPTION.into(),
+            to_new: MODES[0].into(),
+            to_old: MODES[1].into(),
+            words: vec!["__SCK__might_resched".into()],
+            counted: false,
+        });
+    }
     switches
 }

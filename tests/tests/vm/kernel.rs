@@ -102,7 +102,10 @@ fn span(vm: &mut Vm, start: &str, stop: &str) -> Result<u64> {
 }
 
 fn switched_spinlocks(lab: &Lab) -> Result<()> {
-    Vm::start_all(lab, &both_kernels(lab, 8))?.into_iter().try_for_each(|vm| spinlocks::switch(vm, 10))
+    Vm::start_all(lab, &both_kernels(lab, 8))?.into_iter().try_for_each(|vm| {
+        println!("{}", spinlocks::switch(vm, 10)?);
+        Ok(())
+    })
 }
 
 /// The newest kernel, at the place that KASLR gives it: redirects under load, and events that name the

@@ -155,6 +155,11 @@ pub(crate) fn image(file: &[u8]) {
     let keys = image.static_keys();
     assert_eq!(keys.is_empty(), image.tables().jump_entries.as_ref().is_none_or(Vec::is_empty));
     let _ = (image.static_calls(), image.tables().feature_counts());
+    for (_, to) in image.landings().iter() {
+        // A site may begin there, but not before it and end behind it.
+        assert!(!image.symbols().is_at(to) && image.landings().inside(to, Gva(to.0 + 1)).is_none());
+        assert!(image.landings().inside(Gva(to.0 - 1), Gva(to.0 + 1)).is_some());
+    }
 }
 
 /// Guest memory in which every address maps to a byte of `memory`, or is unmapped if that byte is

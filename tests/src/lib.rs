@@ -11,6 +11,7 @@ pub mod matrix;
 pub mod memory;
 pub mod oracle;
 pub mod patches;
+pub mod redirects;
 pub mod selfpatching;
 pub mod signal;
 pub mod skip;

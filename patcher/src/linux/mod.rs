@@ -8,6 +8,7 @@ pub mod livepatches;
 pub mod memory;
 pub mod module_list;
 pub mod modules;
+mod names;
 pub mod view;
 
 pub use memory::GuestMemory;

@@ -138,11 +138,11 @@ impl<'a> SiteChecker<'a> {
     ) -> Result<(), Refusal> {
         let inside = insn::decode(old, at).map(|insn| insn.at).nth(1).unwrap_or(end);
         let refuse = |why| Err(Refusal::InteriorReachable { at, inside, why });
-        // Linux arch/x86/kernel/callthunks.c, `patch_dest`; arch/x86/kernel/alternative.c, FineIBT.
+        // Linux arch/x86/kernel/callthunks.c, `patch_dest`; FineIBT: arch/x86/include/asm/cfi.h.
         if PADDING.iter().any(|prefix| function.name.starts_with(prefix)) {
             return refuse("calls may enter the padding before a function anywhere");
         }
-        // arch/x86/kernel/alternative.c, `apply_direct_call_offset`.
+        // Proposed: linux-kernel, Peter Zijlstra, 2024-09-27, `apply_direct_call_offset`.
         if at == function.start && insn::marker(old) != 0 {
             return refuse("direct calls may go behind the marker of indirect branches");
         }

@@ -155,6 +155,11 @@ pub(crate) fn image(file: &[u8]) {
     let keys = image.static_keys();
     assert_eq!(keys.is_empty(), image.tables().jump_entries.as_ref().is_none_or(Vec::is_empty));
     let _ = (image.static_calls(), image.tables().feature_counts());
+    for (_, to) in image.landings().iter() {
+        // A site may begin there, but not before it and end behind it.
+        assert!(!image.symbols().is_at(to) && image.landings().inside(to, Gva(to.0 + 1)).is_none());
+        assert!(image.landings().inside(Gva(to.0 - 1), Gva(to.0 + 1)).is_some());
+    }
 }
 
 /// Guest memory in which every address maps to a byte of `memory`, or is unmapped if that byte is
@@ -186,7 +191,7 @@ impl GuestMemory for Anywhere<'_> {
 /// With any guest memory, modules are read or refused, targets are listed, and every kind of patch is
 /// resolved or refused. Nothing hangs.
 pub(crate) fn live(image: &KernelImage, input: &[u8]) {
-    const PATCHES: [&str; 8] = [
+    const PATCHES: [&str; 10] = [
         r#"{"static_key":"key","enable":true}"#,
         r#"{"static_key":"key","enable":false}"#,
         r#"{"static_call":"call","target":"none"}"#,
@@ -195,12 +200,27 @@ pub(crate) fn live(image: &KernelImage, input: &[u8]) {
         r#"{"smp_locks":false}"#,
         r#"{"paravirt":"spinlocks","to":"native"}"#,
         r#"{"redirect":"function","to":"f0"}"#,
+        r#"{"redirect":"_text+0x10","to":"f0,1"}"#,
+        r#"{"redirect":"mod-ule:f,1","to":"module:f,2","keep_fentry":true}"#,
     ];
     let Some(text) = Anywhere::new(input) else { return };
     let modules = read_modules(image, 0, &text);
     let guest = RunningGuest { kernel: Kernel { image, slide: 0, modules: &modules }, text: &text, vcpus: 1 };
     let _ = patcher::resolve::targets::list(guest);
-    for patch in PATCHES {
+    // What is there, of one instruction and of several, at the beginning of each module's text.
+    let raw = |at: Gva, length: usize| {
+        let mut found = vec![0; length];
+        text.read(at, &mut found).ok()?;
+        let (expect, replace) = (insn::hex(&found), insn::hex(&insn::nops(length)));
+        Some(format!(r#"{{"at":"{at}","expect":"{expect}","replace":"{replace}"}}"#))
+    };
+    let starts = modules.known().iter().take(1).map(|module| module.text.start);
+    let of_modules: Vec<String> = starts
+        .flat_map(|start| {
+            [1, 2, 5].into_iter().filter_map(move |length| raw(Gva(start.0.wrapping_add(5)), length))
+        })
+        .collect();
+    for patch in PATCHES.into_iter().chain(of_modules.iter().map(String::as_str)) {
         let plan = format!(r#"{{"version":1,"name":"x","patches":[{patch}]}}"#);
         let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
         if let Ok(resolved) = resolve(&plan, guest, []) {

@@ -202,17 +202,15 @@ fn instructions_that_may_fault() {
 /// The same symbols, however kallsyms writes them down.
 #[test]
 fn every_layout_of_kallsyms_is_read() {
-    use miniature::Kallsyms::{From5_10, From6_4, From7_0};
     let names: Vec<String> = (0..1500).map(|number| format!("f{number}")).collect();
     let symbols = |layout| {
         let image = KernelImage::parse(&miniature::vmlinux_as(&names, layout)).expect("a kernel");
         let list = image.symbols().iter().map(|(at, kind, name)| (at, kind, name.to_owned()));
         list.collect::<Vec<_>>()
     };
-    let first = symbols(From5_10);
+    let first = symbols(miniature::Kallsyms::From5_10);
     assert!(first.len() > 1500);
-    let later = [From6_4 { absolute_percpu: true }, From6_4 { absolute_percpu: false }, From7_0];
-    for layout in later {
+    for layout in miniature::LATER {
         assert_eq!(symbols(layout), first, "{layout:?}");
     }
 }
@@ -242,6 +240,10 @@ fn seeds_for_the_fuzzer_are_kernels() {
     let small = miniature::vmlinux();
     let packed = miniature::bzimage(&small);
     let mut files = vec![("image", "bzimage".to_owned(), packed), ("image", "vmlinux".to_owned(), small)];
+    let names: Vec<String> = (0..1500).map(|number| format!("f{number}")).collect();
+    for layout in miniature::LATER {
+        files.push(("image", format!("{layout:?}"), miniature::vmlinux_as(&names, layout)));
+    }
     let named = |name| std::env::var_os(name).map(|path| std::fs::read(path).expect("a file"));
     if let Some(file) = named("FUZZ_KERNEL") {
         let real = KernelImage::parse(&file).expect("a kernel");

@@ -139,6 +139,13 @@ pub(crate) enum Kallsyms {
     From7_0,
 }
 
+/// Those after the first.
+pub(crate) const LATER: [Kallsyms; 3] = [
+    Kallsyms::From6_4 { absolute_percpu: true },
+    Kallsyms::From6_4 { absolute_percpu: false },
+    Kallsyms::From7_0,
+];
+
 /// kallsyms that is linked at `linked`, every token a single character, of symbols from `base` on.
 pub(crate) fn kallsyms(layout: Kallsyms, linked: u64, base: u64, symbols: &[(u64, u8, String)]) -> Vec<u8> {
     let align = if layout == Kallsyms::From7_0 { 4 } else { 8 };

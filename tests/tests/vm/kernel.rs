@@ -9,6 +9,7 @@ use tests::guard::guarded;
 use tests::lab::Lab;
 use tests::oracle::{alternatives, lock_prefixes, twins};
 use tests::patches::redirect_plan;
+use tests::redirects::{behind_the_fentry_call, traced};
 use tests::spinlocks;
 use tests::targets::{all_kernels, both_kernels, dry_run, random, targets};
 use tests::vm::{Method, SCHEDSTATS, Setup, Vm};
@@ -21,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::a_change_from_outside_is_the_guests_own", twins),
     ("kernel::modules_and_what_is_theirs", modules),
     ("kernel::redirect_and_the_function_tracer", traced),
+    ("kernel::redirect_behind_the_fentry_call", behind_the_fentry_call),
     ("kernel::a_call_retargeted_again_and_again", retargeted),
     ("kernel::alternatives_undone_and_used", alternatives),
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
@@ -214,42 +216,6 @@ fn fits(vm: &Vm, plan: &Value) -> Result<()> {
     // The first patch is still applied as far as the monitor is concerned.
     let overlap = answer["refusals"][0]["code"] == "overlapping_sites";
     ensure!(status == 200 || overlap, "{answer:#}");
-    Ok(())
-}
-
-/// A redirect behind the tracer's place, with the tracer on and off before, meanwhile and
-/// after; and a redirect that finds the tracer in its place.
-fn traced(lab: &Lab) -> Result<()> {
-    const FUNCTION: &str = "__x64_sys_getppid";
-    for mut vm in Vm::start_all(lab, &both_kernels(lab, 2))? {
-        vm.mount_tracing()?;
-        vm.ask(&format!("write /sys/kernel/tracing/set_ftrace_filter {FUNCTION}"))?;
-        let trace =
-            |vm: &mut Vm, tracer: &str| vm.ask(&format!("write /sys/kernel/tracing/current_tracer {tracer}"));
-        let plan = |keep: bool| {
-            json!({ "version": 1, "name": "redirect", "deadline_ms": 60_000,
-                "patches": [{ "redirect": FUNCTION, "to": "__x64_sys_getpid", "keep_fentry": keep }] })
-        };
-        vm.hammer("getppid", 0, 1)?;
-        vm.apply(&plan(true))?;
-        vm.expect_all(true)?;
-        trace(&mut vm, "function")?;
-        vm.expect_all(true)?;
-        let (lines, _) = vm.ask("cat /sys/kernel/tracing/per_cpu/cpu0/stats")?;
-        let traced = lines.iter().find_map(|line| line.strip_prefix("entries: ")).context("a count")?;
-        ensure!(traced.trim() != "0", "{FUNCTION} is not traced");
-        vm.revert("redirect")?;
-        vm.expect_all(false)?;
-        // Now the tracer is in its place, whether the plan cares or not.
-        vm.apply(&plan(false))?;
-        vm.expect_all(true)?;
-        trace(&mut vm, "nop")?;
-        vm.expect_all(true)?;
-        vm.revert("redirect")?;
-        vm.expect_all(false)?;
-        vm.expect_no_kernel_errors()?;
-        vm.power_off()?;
-    }
     Ok(())
 }
 

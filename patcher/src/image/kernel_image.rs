@@ -6,6 +6,7 @@ use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::addr::Gva;
+use crate::image::banner::Banner;
 use crate::image::btf::Btf;
 use crate::image::elf::Vmlinux;
 use crate::image::error::Error;
@@ -13,11 +14,10 @@ use crate::image::landings::Landings;
 use crate::image::landmarks::Landmarks;
 use crate::image::lock_ops::LockOps;
 use crate::image::offsets::Offsets;
-use crate::image::symbols::Symbols;
-use crate::image::tables::Tables;
-use crate::image::banner::Banner;
 use crate::image::preempt_count::CountLayout;
 use crate::image::profile::{Evidence, Profile};
+use crate::image::symbols::Symbols;
+use crate::image::tables::Tables;
 use crate::image::{kallsyms, payload};
 
 /// What is known of a kernel from its image alone. Addresses are link-time addresses.
@@ -77,7 +77,8 @@ impl KernelImage {
         drop(found);
         let release = payload::header_release(file);
         let banner = Banner::find(&vmlinux, &symbols, release);
-        let release = release.or(banner.as_ref().and_then(Banner::release)).ok_or(Error::NoRelease)?.to_owned();
+        let release =
+            release.or(banner.as_ref().and_then(Banner::release)).ok_or(Error::NoRelease)?.to_owned();
         let btf = types(&symbols, &vmlinux);
         let mut tables = Tables::read(&vmlinux, &symbols);
         let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();

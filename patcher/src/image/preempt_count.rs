@@ -86,9 +86,10 @@ pub(in crate::image) fn raised_by(vmlinux: &Vmlinux<'_>, symbols: &Symbols, name
     };
     let mut decoder = Decoder::with_ip(64, code, entry.0, DecoderOptions::NONE);
     let insns = std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode()));
-    let insn = insns.take(MOST).take_while(|insn| !insn.is_invalid()).find(|insn| {
-        matches!(insn.mnemonic(), Mnemonic::Inc | Mnemonic::Add) && is_count(insn)
-    })?;
+    let insn = insns
+        .take(MOST)
+        .take_while(|insn| !insn.is_invalid())
+        .find(|insn| matches!(insn.mnemonic(), Mnemonic::Inc | Mnemonic::Add) && is_count(insn))?;
     let by = if insn.mnemonic() == Mnemonic::Inc { Some(1) } else { insn.try_immediate(1).ok() };
     Some(Raise { size: insn.memory_size().size(), by })
 }

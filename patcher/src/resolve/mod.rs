@@ -94,7 +94,8 @@ pub fn resolve<'t>(
     }
     let bypass = plan.strategy == Strategy::Bypass;
     let mut refused = required::plan(kernel.image.profile(), plan);
-    let lacking = |(i, patch)| Some(required::patch(kernel.image.profile(), patch).err()?.at(Pointer::patch(i)));
+    let lacking =
+        |(i, patch)| Some(required::patch(kernel.image.profile(), patch).err()?.at(Pointer::patch(i)));
     refused.extend(plan.patches.iter().enumerate().filter_map(lacking));
     if !refused.is_empty() {
         // What is not known would only produce follow-up errors.

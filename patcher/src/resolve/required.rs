@@ -56,11 +56,9 @@ fn of_patch(patch: &Patch) -> &'static [Need] {
             Know(Capability::Kprobes),
             Know(Capability::PatchingLocks),
         ],
-        Patch::SmpLocks { .. } => &[
-            Have(Capability::LockPrefixes),
-            Know(Capability::Kprobes),
-            Know(Capability::PatchingLocks),
-        ],
+        Patch::SmpLocks { .. } => {
+            &[Have(Capability::LockPrefixes), Know(Capability::Kprobes), Know(Capability::PatchingLocks)]
+        }
         Patch::Paravirt { .. } => &[
             Have(Capability::Spinlocks),
             Have(Capability::Alternatives),

@@ -203,6 +203,9 @@ pub(crate) enum Name {
 /// Stands for an alternative with a direct call, and for the table's newer layout.
 pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 
+/// Stands for all symbols of data and the BTF, which has no section here.
+pub(crate) const ALL_DATA: Name = Name::Symbol("data");
+
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
 pub(crate) const OLDER: [Name; 12] = [
     DIRECT_CALL,
@@ -347,7 +350,11 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.put("_etext", b'T', &[]);
     // The preempt count is at a fixed place.
     k.bytes.resize(usize::try_from(COUNT).expect("small"), 0);
-    k.symbols.push((count - if hot { 8 } else { 0 }, b'D', if hot { "pcpu_hot" } else { "__preempt_count" }.to_owned()));
+    k.symbols.push((
+        count - if hot { 8 } else { 0 },
+        b'D',
+        if hot { "pcpu_hot" } else { "__preempt_count" }.to_owned(),
+    ));
     k.bytes.extend([0; 8]);
     for name in ["__per_cpu_start", "current_task", "idle_threads", "init_top_pgt", "x86_return_thunk"] {
         k.put(name, b'D', &[0; 16]);
@@ -382,7 +389,8 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     });
     let direct = !left_out.contains(&DIRECT_CALL);
     k.table("__alt_instructions", "__alt_instructions_end", move |at| {
-        let entry = |at, code, feature: &[u8]| [&near(at, code)[..], &near(at + 4, replacement), feature].concat();
+        let entry =
+            |at, code, feature: &[u8]| [&near(at, code)[..], &near(at + 4, replacement), feature].concat();
         if direct {
             let always = [117, 0, 2, 0, 6, 0];
             [entry(at, function + 15, &[20, 0, 0, 0, 7, 3]), entry(at + 14, caller, &always)].concat()
@@ -406,8 +414,10 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.align();
     k.mark("_end", b'B');
     let linked = k.here();
-    let is_left_out = |name: &str| left_out.iter().any(|one| matches!(one, Name::Symbol(left) if *left == name));
-    k.symbols.retain(|(.., name)| !is_left_out(name));
+    let is_left_out =
+        |name: &str| left_out.iter().any(|one| matches!(one, Name::Symbol(left) if *left == name));
+    let has_data = !left_out.contains(&ALL_DATA);
+    k.symbols.retain(|(_, kind, name)| !is_left_out(name) && (has_data || matches!(kind, b't' | b'T')));
     k.bytes.extend(kallsyms(layout, linked, BASE, &k.symbols));
     elf(&[(BASE, k.bytes)])
 }

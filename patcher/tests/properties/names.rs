@@ -49,7 +49,9 @@ fn declared() -> BTreeSet<&'static str> {
 /// The text literals of a piece of code that are identifiers.
 fn literals(code: &str) -> impl Iterator<Item = &str> {
     let is_name = |text: &&str| {
-        !text.is_empty() && text.chars().all(|c| c == '_' || c.is_ascii_alphanumeric()) && !text.starts_with(char::is_numeric)
+        !text.is_empty()
+            && text.chars().all(|c| c == '_' || c.is_ascii_alphanumeric())
+            && !text.starts_with(char::is_numeric)
     };
     code.split('"').skip(1).step_by(2).filter(is_name)
 }

@@ -370,34 +370,32 @@ const LOCK_PREFIXES: &[Part] = &[Part {
 }];
 
 /// arch/x86/kernel/kvm.c, arch/x86/kernel/paravirt.c, kernel/locking/qspinlock_paravirt.h.
-const SPINLOCKS: &[Part] = &[
-    Part {
-        shown_by: &[
-            Symbol("pv_lock_hash"),
-            Symbol("__pv_queued_spin_lock_slowpath"),
-            Symbol("__raw_callee_save___pv_queued_spin_unlock"),
-            Symbol("kvm_wait"),
-            Symbol("kvm_kick_cpu"),
-        ],
-        facts: &[
-            &[&[Symbol("pv_ops"), Member("paravirt_patch_template", "lock")]],
-            &[&[Member("pv_lock_ops", "queued_spin_lock_slowpath")]],
-            &[&[Member("pv_lock_ops", "queued_spin_unlock")]],
-            &[&[Member("pv_lock_ops", "wait")]],
-            &[&[Member("pv_lock_ops", "kick")]],
-            &[&[Member("pv_lock_ops", "vcpu_is_preempted")]],
-            &[&[Fact::LockOps]],
-            &[&[Symbol("__pv_queued_spin_lock_slowpath")]],
-            &[&[Symbol("__raw_callee_save___pv_queued_spin_unlock")]],
-            &[&[Symbol("kvm_wait")]],
-            &[&[Symbol("kvm_kick_cpu")]],
-            &[&[Symbol("__raw_callee_save___kvm_vcpu_is_preempted")]],
-            &[&[Symbol("pv_lock_hash")]],
-            // Up to 6.7 there is a table of calls through `pv_ops`, and calls of this are left out.
-            &[&[Symbol("_paravirt_nop")], &[NoTable(Paravirt)]],
-        ],
-    },
-];
+const SPINLOCKS: &[Part] = &[Part {
+    shown_by: &[
+        Symbol("pv_lock_hash"),
+        Symbol("__pv_queued_spin_lock_slowpath"),
+        Symbol("__raw_callee_save___pv_queued_spin_unlock"),
+        Symbol("kvm_wait"),
+        Symbol("kvm_kick_cpu"),
+    ],
+    facts: &[
+        &[&[Symbol("pv_ops"), Member("paravirt_patch_template", "lock")]],
+        &[&[Member("pv_lock_ops", "queued_spin_lock_slowpath")]],
+        &[&[Member("pv_lock_ops", "queued_spin_unlock")]],
+        &[&[Member("pv_lock_ops", "wait")]],
+        &[&[Member("pv_lock_ops", "kick")]],
+        &[&[Member("pv_lock_ops", "vcpu_is_preempted")]],
+        &[&[Fact::LockOps]],
+        &[&[Symbol("__pv_queued_spin_lock_slowpath")]],
+        &[&[Symbol("__raw_callee_save___pv_queued_spin_unlock")]],
+        &[&[Symbol("kvm_wait")]],
+        &[&[Symbol("kvm_kick_cpu")]],
+        &[&[Symbol("__raw_callee_save___kvm_vcpu_is_preempted")]],
+        &[&[Symbol("pv_lock_hash")]],
+        // Up to 6.7 there is a table of calls through `pv_ops`, and calls of this are left out.
+        &[&[Symbol("_paravirt_nop")], &[NoTable(Paravirt)]],
+    ],
+}];
 
 /// kernel/module/main.c, include/linux/module.h. The text is in `mem` since 6.4.
 const MODULES: &[Part] = &[Part {
@@ -444,11 +442,7 @@ const KPROBES: &[Part] = &[Part {
         Symbol("arch_arm_kprobe"),
         Symbol("arch_disarm_kprobe"),
     ],
-    facts: &[
-        &[&[Symbol("kprobe_table")]],
-        &[&[Member("kprobe", "hlist")]],
-        &[&[Member("kprobe", "addr")]],
-    ],
+    facts: &[&[&[Symbol("kprobe_table")]], &[&[Member("kprobe", "hlist")]], &[&[Member("kprobe", "addr")]]],
 }];
 
 /// kernel/livepatch/{core,patch}.c, include/linux/livepatch.h.

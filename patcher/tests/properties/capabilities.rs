@@ -191,6 +191,8 @@ fn a_missing_name_is_refused_to_the_plans_that_need_it_and_to_no_other() {
         let file = miniature::vmlinux_without(other_kernels);
         let whole = KernelImage::parse(&file).expect("a kernel");
         assert_eq!(missing(&whole), BTreeSet::new(), "{:?}", whole.profile());
+        // Text: 3; jump labels: 2; static calls: 1; ftrace: 3; kprobes: 5; BPF: 1; lock prefixes: 1.
+        assert_eq!((whole.landmarks().patchers.len(), whole.landmarks().locks.len()), (16, 3));
         for (plan, _) in PLANS {
             assert_eq!(Booted::new(&whole, &file, &whole).lacks(plan), Ok(BTreeSet::new()), "{plan}");
         }

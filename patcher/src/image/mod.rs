@@ -28,6 +28,7 @@ mod payload;
 pub mod preempt_count;
 pub mod profile;
 pub(crate) mod records;
+mod search;
 pub mod symbols;
 pub mod tables;
 

@@ -191,6 +191,8 @@ fn a_missing_name_is_refused_to_the_plans_that_need_it_and_to_no_other() {
         let file = miniature::vmlinux_without(other_kernels);
         let whole = KernelImage::parse(&file).expect("a kernel");
         assert_eq!(missing(&whole), BTreeSet::new(), "{:?}", whole.profile());
+        // Text: 3; jump labels: 2; static calls: 1; ftrace: 3; kprobes: 5; BPF: 1; lock prefixes: 1.
+        assert_eq!((whole.landmarks().patchers.len(), whole.landmarks().locks.len()), (16, 3));
         for (plan, _) in PLANS {
             assert_eq!(Booted::new(&whole, &file, &whole).lacks(plan), Ok(BTreeSet::new()), "{plan}");
         }
@@ -218,4 +220,53 @@ fn a_missing_name_is_refused_to_the_plans_that_need_it_and_to_no_other() {
     let untried: Vec<Name> =
         Capability::ALL.into_iter().flat_map(names).filter(|name| !tried.contains(name)).collect();
     assert_eq!(untried, [], "no miniature has them");
+}
+
+/// A kernel without data symbols and BTF, and without what could change the site: it is patched. With a sign of
+/// what could, it is not.
+#[test]
+fn a_kernel_without_data_symbols_is_patched_where_it_does_not_patch_itself() {
+    let absent = [
+        "static_key_enable",
+        "arch_jump_label_transform",
+        "arch_jump_label_transform_queue",
+        "__static_call_update",
+        "arch_static_call_transform",
+        "ftrace_replace_code",
+        "ftrace_make_call",
+        "ftrace_make_nop",
+        "register_kprobe",
+        "kprobe_int3_handler",
+        "arch_arm_kprobe",
+        "arch_disarm_kprobe",
+        "alternatives_enable_smp",
+        "klp_enable_patch",
+        "load_module",
+    ];
+    let whole = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let lacks = |sign: Option<&'static str>, plan: &str| {
+        let left_out = absent.into_iter().filter(|name| Some(*name) != sign).map(Name::Symbol);
+        let left_out: Vec<Name> = left_out.chain(miniature::OLDER).chain([miniature::ALL_DATA]).collect();
+        let file = miniature::vmlinux_without(&left_out);
+        let image = KernelImage::parse(&file).expect("a kernel");
+        assert_eq!(image.release(), "6.1.0-miniature");
+        assert!(missing(&image).contains(&PatchingLocks), "{:?}", image.profile());
+        Booted::new(&image, &file, &whole).lacks(plan).expect("no other reason")
+    };
+    let (raw, _) = PLANS[0];
+    let redirect = r#""patches":[{"redirect":"function","to":"f0"}]"#;
+    assert_eq!(lacks(None, raw), BTreeSet::new());
+    assert_eq!(lacks(None, redirect), BTreeSet::new());
+    assert_eq!(
+        lacks(None, r#""patches":[{"at":"pair","expect":"9090","replace":"6690"}]"#),
+        ["exception_table"].into()
+    );
+    assert_eq!(lacks(Some("register_kprobe"), raw), ["kprobes"].into());
+    assert_eq!(lacks(Some("klp_enable_patch"), raw), ["livepatches"].into());
+    for sign in
+        ["static_key_enable", "arch_static_call_transform", "ftrace_make_nop", "alternatives_enable_smp"]
+    {
+        assert_eq!(lacks(Some(sign), raw), ["patching_locks"].into(), "{sign}");
+    }
+    assert_eq!(lacks(None, r#""patches":[{"static_key":"f0","enable":true}]"#), ["static_keys"].into());
 }

@@ -210,6 +210,9 @@ pub(crate) enum Name {
 /// Stands for an alternative with a direct call, and for the table's newer layout.
 pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 
+/// Stands for all symbols of data and the BTF, which has no section here.
+pub(crate) const ALL_DATA: Name = Name::Symbol("data");
+
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
 pub(crate) const OLDER: [Name; 12] = [
     DIRECT_CALL,

@@ -154,8 +154,13 @@ fn kernel_commands(lab: &Lab) -> Result<()> {
             ensure!(there || info[count].is_null() && count == "paravirt_sites", "{count}: {text}");
         }
         ensure!(info["paravirt_sites"].is_null() != has_paravirt_sites, "{text}");
+        let capabilities = info["capabilities"].as_array().with_context(|| text.clone())?;
+        let named = |name: &str| capabilities.iter().any(|line| line["name"] == name);
+        ensure!(named("patching_locks") && named("kprobes"), "{capabilities:?}");
+        ensure!(capabilities.iter().all(|line| line["state"] == "supported"), "{capabilities:?}");
         for (what, says) in [
             (&["info"][..], "static keys"),
+            (&["info"], "patching_locks"),
             (&["symbols", "schedule_timeout"], " T schedule_timeout\n"),
             (&["keys", "sched_schedstats"], "sched_schedstats"),
             (&["calls", "might_resched"], "__static_call_return0"),

@@ -118,6 +118,12 @@ fn current(lab: &Lab) -> Result<()> {
     let (_, info) = vm.request(Method::GET, "/vm", b"")?;
     let release = info["kernel"]["release"].as_str().context("a release")?;
     ensure!(release.starts_with('7'), "the newest kernel is {release}; what does it change?");
+    // It has no list of its lock prefixes any more.
+    let prefixes = json!({ "version": 1, "name": "x", "patches": [{ "smp_locks": false, "force": true }] });
+    let (status, answer) = vm.request(Method::POST, "/patches", prefixes.to_string().as_bytes())?;
+    let refusal = &answer["refusals"][0];
+    ensure!(status == 409 && refusal["code"] == "missing_capability", "{answer:#}");
+    ensure!(refusal["capability"] == "lock_prefixes" && refusal["pointer"] == "/patches/0", "{answer:#}");
     vm.hammer("getppid", 0, 1)?;
     for strategy in ["breakpoint", "hold"].into_iter().cycle().take(20) {
         vm.apply(&redirect_plan("current", Some(strategy)))?;

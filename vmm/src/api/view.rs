@@ -43,6 +43,12 @@ pub struct Refused {
     pub pointer: String,
     /// The reason.
     pub message: String,
+    /// With `missing_capability`: which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capability: Option<String>,
+    /// With `missing_capability`: why it is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
 
 /// Mirrors [`patcher::program::step::Program`].
@@ -229,6 +235,8 @@ mod tests {
         assert_same::<Report>(&report(None));
         assert_same::<Report>(&report(Some("it failed".to_owned())));
         assert_same::<Refusals>(&refusals());
+        let missing = Refusal::MissingCapability { capability: "per_cpu", reason: "why".to_owned() };
+        assert_same::<Refusals>(&wire::Refusals::new(vec![missing.at_root()]));
         assert_same::<ApiError>(&ApiError { error: "no".to_owned() });
         assert_same::<Done>(&Done { took_us: 5 });
         assert_same::<Missed>(&Missed { missed: 5 });

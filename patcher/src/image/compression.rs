@@ -8,6 +8,9 @@ use crate::image::lzop;
 /// hostile file may ask for 4 GiB.
 const MAX_DICTIONARY_KIB: u32 = 128 << 10;
 
+/// How much of data is looked at that does not begin as expected.
+const BEGINNING: u64 = 64 << 10;
+
 /// A compression method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Method {
@@ -85,5 +88,19 @@ impl Method {
     }
 }
 
-/// How much of data is looked at that does not begin as expected.
-const BEGINNING: u64 = 64 << 10;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_does_not_begin_as_expected_only_the_beginning_is_decompressed() {
+        const MAX: u64 = 1 << 30;
+        let mut encoder = flate2::read::GzEncoder::new(&[7; 1 << 20][..], flate2::Compression::fast());
+        let mut packed = Vec::new();
+        encoder.read_to_end(&mut packed).expect("it is compressed");
+        let length = |expected: &[u8]| {
+            Method::Gzip.decompress(&packed, expected, MAX).expect("it decompresses").len() as u64
+        };
+        assert_eq!((length(&[7]), length(&[8])), (1 << 20, BEGINNING));
+    }
+}

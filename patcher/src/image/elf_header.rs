@@ -143,6 +143,11 @@ mod tests {
             let bytes = usize::try_from(bytes).expect("small");
             assert_eq!(check(&whole[..bytes]).map(|_| ()), Err(error));
         }
+        // A section that lies behind the table of sections.
+        let mut behind = whole.clone();
+        (behind[136 + 4], behind[136 + 24], behind[136 + 32]) = (1, 190, 11);
+        let error = Error::Truncated { what: "vmlinux", bytes: 200, stated: 201 };
+        assert_eq!(check(&behind).map(|_| ()), Err(error));
         // Without a section table, only the segment is missed.
         let mut stripped = whole[..136].to_vec();
         stripped[40] = 0;

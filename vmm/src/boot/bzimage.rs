@@ -7,7 +7,7 @@ use std::path::Path;
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::GuestAddress;
 
-use crate::boot::kernel::{Entry, Error, Loaded, fits};
+use crate::boot::loaded::{Entry, Error, Loaded, fits};
 use crate::memory::GuestRam;
 use crate::memory::layout::HIGH_MEMORY;
 

@@ -6,6 +6,7 @@ mod bzimage;
 pub mod cpuid;
 mod e820;
 pub mod kernel;
+mod loaded;
 mod pvh;
 pub mod registers;
 mod vmlinux;

@@ -8,7 +8,7 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use patcher::addr::Gpa;
 
-use crate::boot::kernel::Entry;
+use crate::boot::loaded::Entry;
 use crate::memory::layout::{GDT, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use crate::memory::{Error, GuestRam, PAGE};
 use crate::x86::{EFER_LMA, code_segment};

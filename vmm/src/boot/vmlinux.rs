@@ -6,7 +6,7 @@ use std::path::Path;
 use linux_loader::loader::bootparam::setup_header;
 use patcher::image::Loadable;
 
-use crate::boot::kernel::{Entry, Error, Loaded, fits};
+use crate::boot::loaded::{Entry, Error, Loaded, fits};
 use crate::memory::GuestRam;
 use crate::memory::layout::HIGH_MEMORY;
 

@@ -421,8 +421,9 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
         }
     });
     k.table("__smp_locks", "__smp_locks_end", move |at| near(at, function + 22).to_vec());
+    // Without the padding at its end, as in 5.10.
     k.table("__parainstructions", "__parainstructions_end", move |_| {
-        [&unlocker.to_le_bytes()[..], &[3, 7, 0, 0, 0, 0, 0, 0]].concat()
+        [&unlocker.to_le_bytes()[..], &[3, 7]].concat()
     });
     k.table("__start_mcount_loc", "__stop_mcount_loc", move |_| function.to_le_bytes().to_vec());
     k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |_| vec![0; 4]);

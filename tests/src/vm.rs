@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use guest::provision::initramfs::Initramfs;
 use serde_json::Value;
 use tempfile::TempDir;
 use vmm::api::client;
@@ -47,6 +48,8 @@ pub struct Setup {
     pub command_line: String,
     /// Added to the monitor's command line.
     pub arguments: Vec<String>,
+    /// Added to the guest's initramfs: names, without a leading slash, and files.
+    pub files: Vec<(String, PathBuf)>,
     /// Switches of `vmm-lab`, which is started instead of `vmm` if there are any.
     pub switches: Vec<String>,
 }
@@ -61,6 +64,7 @@ impl Setup {
             memory_mib: 256,
             command_line: String::new(),
             arguments: Vec::new(),
+            files: Vec::new(),
             switches: Vec::new(),
         }
     }
@@ -126,7 +130,7 @@ impl Vm {
             .arg("--kernel")
             .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")
-            .arg(&lab.initrd)
+            .arg(initrd(lab, setup, folder.path())?)
             .args(["--cpus", &setup.cpus.to_string(), "--memory", &setup.memory_mib.to_string()])
             .arg("--cmdline")
             .arg(format!("{QUIET_CONSOLE} {}", setup.command_line))
@@ -241,6 +245,18 @@ impl Vm {
         self.ask(&format!("mount tracefs {TRACING}")).map(drop)
     }
 
+    /// Gives a command by which another kernel takes the place of the guest's, and waits until its init
+    /// answers. Returns what it said.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn replace_kernel(&mut self, command: &str) -> Result<String> {
+        self.tell(command)?;
+        let (before, greeting) = cost::timed(Wait::Boot, || self.answer())?;
+        ensure!(greeting.starts_with("ready "), "{command}: {greeting:?}\n{}", before.join("\n"));
+        Ok(greeting)
+    }
+
     /// Fails if the guest's kernel logged errors since this was last asked.
     ///
     /// # Errors
@@ -326,6 +342,24 @@ impl Vm {
         }
         self.child.wait()?.code().context("the monitor was killed")
     }
+}
+
+/// The initramfs of a guest: the lab's, or one that is made of it and the files of the setup. The kernel unpacks
+/// archives that follow each other (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+fn initrd(lab: &Lab, setup: &Setup, folder: &Path) -> Result<PathBuf> {
+    if setup.files.is_empty() {
+        return Ok(lab.initrd.clone());
+    }
+    let more = folder.join("more");
+    let mut archive = Initramfs::default();
+    for (name, file) in &setup.files {
+        archive = archive.file(name, file)?;
+    }
+    archive.write(&more)?;
+    let initrd = folder.join("initrd");
+    std::fs::write(&initrd, [std::fs::read(&lab.initrd)?, std::fs::read(&more)?].concat())?;
+    std::fs::remove_file(&more)?;
+    Ok(initrd)
 }
 
 impl Drop for Vm {

@@ -11,8 +11,10 @@ mod engine;
 mod events;
 mod flips;
 mod guard;
+mod hotplug;
 mod kernel;
 mod refusals;
+mod replaced;
 mod selfpatching;
 mod socket;
 mod terminal;
@@ -47,8 +49,10 @@ fn all() -> Vec<Test> {
         events::TESTS,
         flips::TESTS,
         guard::TESTS,
+        hotplug::TESTS,
         kernel::TESTS,
         refusals::TESTS,
+        replaced::TESTS,
         selfpatching::TESTS,
         socket::TESTS,
         terminal::TESTS,

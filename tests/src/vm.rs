@@ -125,12 +125,19 @@ impl Vm {
 
     fn boot(lab: &Lab, setup: &Setup) -> Result<Self> {
         let folder = TempDir::new()?;
+        let with_files = folder.path().join("initrd");
+        let initrd = if setup.files.is_empty() {
+            &lab.initrd
+        } else {
+            write_initramfs(lab, &setup.files, &with_files)?;
+            &with_files
+        };
         let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
         let mut child = Command::new(monitor)
             .arg("--kernel")
             .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")
-            .arg(initrd(lab, setup, folder.path())?)
+            .arg(initrd)
             .args(["--cpus", &setup.cpus.to_string(), "--memory", &setup.memory_mib.to_string()])
             .arg("--cmdline")
             .arg(format!("{QUIET_CONSOLE} {}", setup.command_line))
@@ -344,22 +351,20 @@ impl Vm {
     }
 }
 
-/// The initramfs of a guest: the lab's, or one that is made of it and the files of the setup. The kernel unpacks
-/// archives that follow each other (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
-fn initrd(lab: &Lab, setup: &Setup, folder: &Path) -> Result<PathBuf> {
-    if setup.files.is_empty() {
-        return Ok(lab.initrd.clone());
-    }
-    let more = folder.join("more");
+/// Writes an initramfs: the lab's with these files, by name without a leading slash. The kernel unpacks archives
+/// that follow each other (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+///
+/// # Errors
+/// When a file can't be read or written.
+pub fn write_initramfs(lab: &Lab, files: &[(String, PathBuf)], to: &Path) -> Result<()> {
     let mut archive = Initramfs::default();
-    for (name, file) in &setup.files {
+    for (name, file) in files {
         archive = archive.file(name, file)?;
     }
-    archive.write(&more)?;
-    let initrd = folder.join("initrd");
-    std::fs::write(&initrd, [std::fs::read(&lab.initrd)?, std::fs::read(&more)?].concat())?;
-    std::fs::remove_file(&more)?;
-    Ok(initrd)
+    archive.write(to)?;
+    let more = std::fs::read(to)?;
+    std::fs::write(to, [std::fs::read(&lab.initrd)?, more].concat())?;
+    Ok(())
 }
 
 impl Drop for Vm {

@@ -12,7 +12,7 @@ pub(crate) struct Places {
     /// The kernel.
     pub(super) image: KernelImage,
     /// Its text when it was last compared.
-    pub(crate) text: Vec<u8>,
+    pub(super) text: Vec<u8>,
 }
 
 /// Where a kernel is loaded without KASLR (`CONFIG_PHYSICAL_START`).
@@ -43,7 +43,7 @@ impl Places {
 
     /// Fails unless both have the same text and the same words of data. Returns how many bytes
     /// of text are not what they were when this was last asked.
-    pub(crate) fn compare(&mut self, twins: &[&Vm; 2], words: &[String]) -> Result<usize> {
+    pub(super) fn compare(&mut self, twins: &[&Vm; 2], words: &[String]) -> Result<usize> {
         let [outside, inside] = [self.text(twins[0])?, self.text(twins[1])?];
         let differ = differences(&outside, &inside);
         let places: Vec<String> = differ
@@ -64,7 +64,7 @@ impl Places {
 }
 
 /// Where two texts differ.
-pub(super) fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
+pub(crate) fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
     const BLOCK: usize = 4096;
     let blocks = a.chunks(BLOCK).zip(b.chunks(BLOCK)).enumerate().filter(|(_, (a, b))| a != b);
     let within = |(block, (a, b)): (usize, (&[u8], &[u8]))| -> Vec<usize> {

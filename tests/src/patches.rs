@@ -18,7 +18,32 @@ pub fn redirect_plan(name: &str, strategy: Option<&str>) -> Value {
     })
 }
 
+/// xor edx, edx; mov esi, 1: what `getppid` asks for the namespace and the kind of its parent's number.
+const ARGUMENTS: &str = "31d2be01000000";
+
 impl Vm {
+    /// A plan that changes two instructions of `getppid` to two that do the same, or with `first_only` the first
+    /// one. Where they are depends on the kernel.
+    ///
+    /// # Errors
+    /// When they are nowhere.
+    pub fn arguments_plan(&self, name: &str, strategy: &str, first_only: bool) -> Result<Value> {
+        /// The function is not longer.
+        const END: usize = 0x60;
+        let digits = if first_only { 4 } else { ARGUMENTS.len() };
+        let replacement = ARGUMENTS.replace("31d2", "29d2");
+        for offset in 0..END {
+            let plan = json!({ "version": 1, "name": name, "deadline_ms": 60_000, "strategy": strategy, "patches": [
+                { "at": format!("__x64_sys_getppid+{offset:#x}"), "expect": ARGUMENTS[..digits],
+                    "replace": replacement[..digits] }] });
+            let (status, _) = self.request(Method::POST, "/patches/check", plan.to_string().as_bytes())?;
+            if status == 200 {
+                return Ok(plan);
+            }
+        }
+        anyhow::bail!("{ARGUMENTS} is nowhere in getppid")
+    }
+
     /// Applies a plan; fails unless it was applied. Returns the report.
     ///
     /// # Errors

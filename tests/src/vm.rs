@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use guest::provision::initramfs::Initramfs;
 use serde_json::Value;
 use tempfile::TempDir;
 use vmm::api::client;
@@ -47,6 +48,8 @@ pub struct Setup {
     pub command_line: String,
     /// Added to the monitor's command line.
     pub arguments: Vec<String>,
+    /// Added to the guest's initramfs: names, without a leading slash, and files.
+    pub files: Vec<(String, PathBuf)>,
     /// Switches of `vmm-lab`, which is started instead of `vmm` if there are any.
     pub switches: Vec<String>,
 }
@@ -61,6 +64,7 @@ impl Setup {
             memory_mib: 256,
             command_line: String::new(),
             arguments: Vec::new(),
+            files: Vec::new(),
             switches: Vec::new(),
         }
     }
@@ -121,12 +125,19 @@ impl Vm {
 
     fn boot(lab: &Lab, setup: &Setup) -> Result<Self> {
         let folder = TempDir::new()?;
+        let with_files = folder.path().join("initrd");
+        let initrd = if setup.files.is_empty() {
+            &lab.initrd
+        } else {
+            write_initramfs(lab, &setup.files, &with_files)?;
+            &with_files
+        };
         let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
         let mut child = Command::new(monitor)
             .arg("--kernel")
             .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")
-            .arg(&lab.initrd)
+            .arg(initrd)
             .args(["--cpus", &setup.cpus.to_string(), "--memory", &setup.memory_mib.to_string()])
             .arg("--cmdline")
             .arg(format!("{QUIET_CONSOLE} {}", setup.command_line))
@@ -241,6 +252,18 @@ impl Vm {
         self.ask(&format!("mount tracefs {TRACING}")).map(drop)
     }
 
+    /// Gives a command by which another kernel takes the place of the guest's, and waits until its init
+    /// answers. Returns what it said.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn replace_kernel(&mut self, command: &str) -> Result<String> {
+        self.tell(command)?;
+        let (before, greeting) = cost::timed(Wait::Boot, || self.answer())?;
+        ensure!(greeting.starts_with("ready "), "{command}: {greeting:?}\n{}", before.join("\n"));
+        Ok(greeting)
+    }
+
     /// Fails if the guest's kernel logged errors since this was last asked.
     ///
     /// # Errors
@@ -326,6 +349,22 @@ impl Vm {
         }
         self.child.wait()?.code().context("the monitor was killed")
     }
+}
+
+/// Writes an initramfs: the lab's with these files, by name without a leading slash. The kernel unpacks archives
+/// that follow each other (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+///
+/// # Errors
+/// When a file can't be read or written.
+pub fn write_initramfs(lab: &Lab, files: &[(String, PathBuf)], to: &Path) -> Result<()> {
+    let mut archive = Initramfs::default();
+    for (name, file) in files {
+        archive = archive.file(name, file)?;
+    }
+    archive.write(to)?;
+    let more = std::fs::read(to)?;
+    std::fs::write(to, [std::fs::read(&lab.initrd)?, more].concat())?;
+    Ok(())
 }
 
 impl Vm {

@@ -4,6 +4,10 @@ use kvm_bindings::kvm_segment;
 
 /// EFER.LMA: long mode is active (SDM volume 4, table 2-2).
 pub(crate) const EFER_LMA: u64 = 1 << 10;
+/// EFER.SVME: SVM is enabled (APM volume 2, 3.1.7).
+pub(crate) const EFER_SVME: u64 = 1 << 12;
+/// CR4.VMXE: VMX is enabled (SDM volume 3, 2.5).
+pub(crate) const CR4_VMXE: u64 = 1 << 13;
 
 /// The MSR with the address that `SYSCALL` enters the kernel at (SDM volume 4, table 2-2).
 pub(crate) const MSR_LSTAR: u32 = 0xc000_0082;

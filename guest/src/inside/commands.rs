@@ -30,6 +30,9 @@
 //! symbols NAMES      where they are
 //! write PATH TEXT    writes a file
 //! run PROGRAM ARGS   runs a program
+//! on CPU CALL A B    calls a system call 1,000 times on one CPU; results as `hammer`
+//! kexec KERNEL INITRD MORE  starts another kernel, with more on its command line; no answer but its greeting
+//! crash KERNEL INITRD MORE  the same, by a crash
 //! poweroff | reboot
 //! ```
 
@@ -49,10 +52,11 @@ use rustix::termios::tcdrain;
 use crate::inside::bpf::Fentry;
 use crate::inside::kallsyms;
 use crate::inside::kernel_log::KernelLog;
+use crate::inside::kexec;
 use crate::inside::locks::Locks;
 use crate::inside::modules::{livepatch, livepatch_end, load, unload};
 use crate::inside::toggle::{self, Action, Toggle};
-use crate::inside::workload::{Hammer, probed_offset};
+use crate::inside::workload::{Hammer, call_on, probed_offset};
 
 fn writes(path: &str, first: &str, second: &str) -> io::Result<[Action; 2]> {
     toggle::writes(Path::new(path), [first, second].map(str::to_owned))
@@ -272,6 +276,21 @@ impl Init {
                 self.console.write_all(&output.stdout)?;
                 self.console.write_all(&output.stderr)?;
                 Ok(output.status.to_string())
+            }
+            ["on", cpu, call, first, second] => {
+                let number = |text: &str| text.parse().map_err(io::Error::other);
+                let cpu = cpu.parse().map_err(io::Error::other)?;
+                let seen = call_on(cpu, call, [number(first)?, number(second)?])?;
+                Ok(format!("first={} second={} other={}", seen.first, seen.second, seen.other))
+            }
+            ["kexec", kernel, initrd, ref more @ ..] => {
+                kexec::load(kernel, initrd, more, 0)?;
+                Ok(reboot(RebootCommand::Kexec).map(|()| String::new())?)
+            }
+            ["crash", kernel, initrd, ref more @ ..] => {
+                kexec::load(kernel, initrd, more, kexec::ON_CRASH)?;
+                fs::write("/proc/sysrq-trigger", "c")?;
+                Ok(String::new())
             }
             ["poweroff"] => Ok(reboot(RebootCommand::PowerOff).map(|()| String::new())?),
             ["reboot"] => Ok(reboot(RebootCommand::Restart).map(|()| String::new())?),

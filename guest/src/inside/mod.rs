@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod commands;
 pub mod kallsyms;
 pub mod kernel_log;
+pub mod kexec;
 pub mod locks;
 pub mod modules;
 pub mod toggle;

@@ -67,6 +67,30 @@ fn file_offset(at: usize) -> io::Result<usize> {
     Err(io::Error::other("it is not mapped"))
 }
 
+/// Makes a system call 1,000 times on one CPU. Returns what it saw.
+///
+/// # Errors
+/// When there is no such call, or the CPU can't be had.
+pub fn call_on(cpu: usize, call: &str, [first, second]: [i64; 2]) -> io::Result<Counts> {
+    const TIMES: u32 = 1000;
+    let known = CALLS.iter().find(|(name, _)| *name == call).map(|(_, call)| *call);
+    let call = known.ok_or_else(|| io::Error::other("unknown system call"))?;
+    let worker = thread::spawn(move || -> io::Result<Counts> {
+        let mut set = CpuSet::new();
+        set.set(cpu);
+        sched_setaffinity(None, &set)?;
+        let mut counts = Counts::default();
+        for _ in 0..TIMES {
+            let result = call();
+            counts.first += u64::from(result == first);
+            counts.second += u64::from(result == second);
+            counts.other += u64::from(result != first && result != second);
+        }
+        Ok(counts)
+    });
+    worker.join().map_err(|_| io::Error::other("the worker panicked"))?
+}
+
 /// A worker that has not counted this many calls by [`COUNT_DEADLINE`] is reported as it is.
 const ENOUGH_CALLS: u64 = 200;
 const COUNT_DEADLINE: Duration = Duration::from_secs(20);

@@ -34,6 +34,10 @@ pub struct VcpuState {
 pub enum Mode {
     /// User mode; the kernel stack is empty.
     User,
+    /// The kernel has not started the CPU, or has switched it off: it holds no lock and has interrupted
+    /// nothing. It goes on by a start from its first instruction, or by an NMI that returns to where it
+    /// stands.
+    Off,
     /// Kernel mode.
     Kernel {
         /// RFLAGS.IF.
@@ -97,7 +101,9 @@ impl Condition {
     }
 
     fn why_not(&self, vcpu: &VcpuState) -> Option<&'static str> {
-        let Mode::Kernel { interrupts, preempt_count, idle } = vcpu.mode else { return None };
+        if vcpu.mode == Mode::User {
+            return None;
+        }
         let stands_in = |ranges: &[Range<Gva>]| ranges.iter().any(|range| range.contains(&vcpu.rip));
         if stands_in(&self.inside) {
             return Some("stands inside a site");
@@ -105,6 +111,7 @@ impl Condition {
         if stands_in(&self.outside) {
             return Some("stands in a function that must be left");
         }
+        let Mode::Kernel { interrupts, preempt_count, idle } = vcpu.mode else { return None };
         let count = preempt_count & !NO_RESCHEDULE;
         if !self.inside.is_empty() && (!interrupts || count & (SERVING_SOFTIRQ | HARDIRQ | NMI) != 0) {
             return Some("may have interrupted a site");
@@ -191,6 +198,21 @@ mod tests {
         assert!(!holds(kernel(false, 0, false)));
         assert!(!holds(kernel(false, 1, true)));
         assert!(!holds(kernel(true, 1, false)));
+    }
+
+    #[test]
+    fn a_cpu_that_is_off_meets_every_condition_but_where_it_stands() {
+        let all = Condition {
+            inside: vec![Gva(11)..Gva(15)],
+            outside: vec![Gva(20)..Gva(30)],
+            preemptible: true,
+            unlocked: true,
+        };
+        let why = |rip| all.check(&standing(rip, Mode::Off)).err().map(|offender| offender.why);
+        assert_eq!(why(10), None);
+        assert_eq!(why(12), Some("stands inside a site"));
+        assert_eq!(why(20), Some("stands in a function that must be left"));
+        assert!(all.check(&standing(10, kernel(false, 0, true))).is_err(), "one that is not off");
     }
 
     #[test]

@@ -55,12 +55,12 @@ pub fn events(vm: &Vm, kind: &str) -> Result<Vec<Value>> {
 /// A key that the guest can switch and look at by a file.
 const KEY: &str = "sched_schedstats";
 
-fn key_plan(policy: Option<&str>) -> Value {
+pub(crate) fn key_plan(policy: Option<&str>) -> Value {
     json!({ "version": 1, "name": "key", "deadline_ms": 60_000, "on_guest_write": policy,
         "patches": [{ "static_key": KEY, "enable": true }] })
 }
 
-fn key(vm: &mut Vm) -> Result<String> {
+pub(crate) fn key(vm: &mut Vm) -> Result<String> {
     Ok(vm.ask(&format!("cat {SCHEDSTATS}"))?.0.concat().trim().to_owned())
 }
 
@@ -72,7 +72,7 @@ pub(crate) fn summary(vm: &Vm, name: &str) -> Result<Value> {
 }
 
 /// Waits until something is so.
-fn eventually(vm: &mut Vm, mut is_so: impl FnMut(&mut Vm) -> Result<bool>) -> Result<()> {
+pub(crate) fn eventually(vm: &mut Vm, mut is_so: impl FnMut(&mut Vm) -> Result<bool>) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(30);
     while !is_so(vm)? {
         ensure!(Instant::now() < until, "it never came so; what happened: {:#}", happened(vm)?);

@@ -7,8 +7,7 @@ mod switches;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-pub(crate) use self::places::Places;
-use self::places::differences;
+pub(crate) use self::places::{Places, differences};
 use self::switches::{FEATURES, MODES, PREEMPTION, Switch, switches};
 use crate::lab::Lab;
 use crate::targets::both_kernels;

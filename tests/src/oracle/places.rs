@@ -64,7 +64,7 @@ impl Places {
 }
 
 /// Where two texts differ.
-pub(super) fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
+pub(crate) fn differences(a: &[u8], b: &[u8]) -> Vec<usize> {
     const BLOCK: usize = 4096;
     let blocks = a.chunks(BLOCK).zip(b.chunks(BLOCK)).enumerate().filter(|(_, (a, b))| a != b);
     let within = |(block, (a, b)): (usize, (&[u8], &[u8]))| -> Vec<usize> {

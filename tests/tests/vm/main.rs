@@ -11,9 +11,11 @@ mod engine;
 mod events;
 mod flips;
 mod guard;
+mod hotplug;
 mod kernel;
 mod monitor;
 mod refusals;
+mod replaced;
 mod selfpatching;
 mod socket;
 mod terminal;
@@ -48,9 +50,11 @@ fn all() -> Vec<Test> {
         events::TESTS,
         flips::TESTS,
         guard::TESTS,
+        hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,
         refusals::TESTS,
+        replaced::TESTS,
         selfpatching::TESTS,
         socket::TESTS,
         terminal::TESTS,

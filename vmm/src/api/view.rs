@@ -166,7 +166,7 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Value, json};
 
-    use crate::api::wire::{ArenaInfo, Done, EventList, GuardInfo, Info, KernelInfo};
+    use crate::api::wire::{ArenaInfo, Done, EventList, GuardInfo, Info, KernelInfo, VcpuRuns};
     use crate::api::wire::{PatchState, PatchSummary, State, Timing, VcpuLine};
     use crate::guest::events::{Kind, Who};
 
@@ -270,7 +270,15 @@ mod tests {
                 strategy,
             }]);
         }
-        let vcpu = |symbol| VcpuLine { vcpu: 1, rip: Gva(2), symbol, kernel: true, interrupts: false };
+        let vcpu = |symbol| VcpuLine {
+            vcpu: 1,
+            runs: VcpuRuns::Online,
+            cpu: None,
+            rip: Gva(2),
+            symbol,
+            kernel: true,
+            interrupts: false,
+        };
         assert_same::<Vec<VcpuLine>>(&[vcpu(None), vcpu(Some("f+0x2".to_owned()))]);
         let kernel = KernelInfo { release: "6.1".to_owned(), base: Gva(0xffff_ffff_8100_0000), slide: 0 };
         for (kernel, arena) in

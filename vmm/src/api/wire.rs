@@ -83,6 +83,12 @@ pub struct KernelInfo {
 pub struct VcpuLine {
     /// The vCPU.
     pub vcpu: usize,
+    /// Whether the guest's kernel uses it.
+    #[serde(default)]
+    pub runs: VcpuRuns,
+    /// Which of the guest's CPUs it is, if that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<usize>,
     /// Its next instruction.
     pub rip: Gva,
     /// The same as `function+0xoffset`, in the kernel.
@@ -91,6 +97,19 @@ pub struct VcpuLine {
     pub kernel: bool,
     /// Whether interrupts are enabled (RFLAGS.IF).
     pub interrupts: bool,
+}
+
+/// Whether the guest's kernel uses a vCPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VcpuRuns {
+    /// It does, as far as is known.
+    #[default]
+    Online,
+    /// The kernel has switched it off.
+    Offline,
+    /// The kernel has not started it.
+    NotStarted,
 }
 
 /// A command was carried out that has nothing else to report.
@@ -127,6 +146,8 @@ pub enum PatchState {
     Held,
     /// The guest replaced it at every site, so nothing was left to revert.
     Superseded,
+    /// The guest runs another kernel, by kexec or after a crash, without it.
+    Lost,
 }
 
 /// What a plan would change.

@@ -37,6 +37,8 @@ pub enum Kind {
     Conflict,
     /// A page lost its guard.
     Unguarded,
+    /// The guest's kernel was replaced by another, without the patch.
+    PatchLost,
 }
 
 /// The vCPU that caused an event.

@@ -7,6 +7,7 @@ use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::linux::GuestMemory;
 use patcher::linux::memory::read_u64;
 use patcher::safety::blockers;
+use patcher::safety::quiesce::Mode;
 
 use crate::guest::events::Who;
 use crate::guest::kernel::GuestKernel;
@@ -72,6 +73,19 @@ impl Introspection {
     pub fn describe(&self, vcpu: VcpuId, registers: &VcpuRegisters) -> Who {
         let (symbol, task) = (self.symbol_of(registers), self.task_name(registers));
         Who { symbol, task, ..Who::at(vcpu, registers.rip()) }
+    }
+
+    /// Whether a vCPU is one that the kernel has switched off.
+    #[must_use]
+    pub fn is_off(&self, registers: &VcpuRegisters) -> bool {
+        let per_cpu = self.per_cpu.as_ref();
+        per_cpu.is_some_and(|per_cpu| per_cpu.mode(&self.kernel, registers) == Some(Mode::Off))
+    }
+
+    /// The number of the CPU that a vCPU in the kernel is.
+    #[must_use]
+    pub fn cpu(&self, registers: &VcpuRegisters) -> Option<usize> {
+        self.per_cpu.as_ref()?.cpu(registers)
     }
 
     /// Where a vCPU's instruction pointer is, as `function+0xoffset`, if it is in the kernel.

@@ -6,54 +6,30 @@
 //! CPUs. From it follows the slide; from the page tables in CR3 at that moment, the physical
 //! address; from there the kernel's own top-level table, `init_top_pgt`, which is used from
 //! then on, whichever process a vCPU is running.
+//!
+//! A kernel that was found may be replaced, by kexec or after a crash: [`GuestKernel::check`] tells
+//! (`docs/replaced.md`).
 
 use std::sync::Arc;
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
-use kvm_ioctls::VcpuFd;
-use patcher::addr::{Gpa, Gva};
+use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::image::KernelImage;
 use patcher::image::profile::Capability;
 use patcher::linux::view::missing;
 use patcher::linux::{GuestMemory, Kernel, Modules};
 use patcher::plan::refusal::Refusal;
 
-use crate::memory::GuestRam;
+use crate::guest::leaving::Announcements;
+use crate::guest::located::Located;
 use crate::memory::paging::{Mapping, PageTables, Pieces};
-use crate::x86::MSR_LSTAR;
+use crate::memory::{GuestRam, PAGE};
 
-/// Kernel text lies in the upper half.
-const UPPER_HALF: u64 = 1 << 63;
+/// Bits 12 to 51 of CR3 (SDM volume 3, table 4-12).
+const ROOT: u64 = 0x000f_ffff_ffff_f000;
 /// KASLR moves the kernel by multiples of this (`CONFIG_PHYSICAL_ALIGN`).
 const SLIDE_ALIGN: u64 = 2 << 20;
 /// And by less than this (`KERNEL_IMAGE_SIZE`).
 const SLIDE_MAX: u64 = 1 << 30;
-
-/// Bits 12 to 51 of CR3 (SDM volume 3, table 4-12).
-const ROOT: u64 = 0x000f_ffff_ffff_f000;
-
-/// What a vCPU's registers tell about the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Located {
-    /// Where `SYSCALL` goes.
-    pub syscall_entry: Gva,
-    /// The page tables in use at that moment.
-    pub tables: PageTables,
-}
-
-/// Looks at a vCPU that is out of `KVM_RUN`. `None` as long as its kernel has not set up
-/// system calls.
-pub fn look(vcpu: &VcpuFd) -> Option<Located> {
-    let entry = kvm_msr_entry { index: MSR_LSTAR, ..Default::default() };
-    let mut msrs = Msrs::from_entries(&[entry]).ok()?;
-    vcpu.get_msrs(&mut msrs).ok()?;
-    let syscall_entry = msrs.as_slice().first()?.data;
-    if syscall_entry & UPPER_HALF == 0 {
-        return None;
-    }
-    let sregs = vcpu.get_sregs().ok()?;
-    Some(Located { syscall_entry: Gva(syscall_entry), tables: PageTables::of(&sregs) })
-}
 
 /// The kernel of a running guest.
 #[derive(Debug, Clone)]
@@ -63,6 +39,13 @@ pub struct GuestKernel {
     tables: PageTables,
     ram: Arc<GuestRam>,
     modules: Arc<Modules>,
+    /// Where `SYSCALL` goes, and where that lies in memory.
+    entry: (Gva, Gpa),
+    /// `linux_banner`.
+    banner: (Gva, Vec<u8>),
+    /// The linker's build ID, if there is one.
+    build_id: Option<(Gva, Vec<u8>)>,
+    announcements: Announcements,
 }
 
 impl GuestKernel {
@@ -83,18 +66,104 @@ impl GuestKernel {
             )));
         }
         let here = Kernel { image: &image, slide, modules: &Modules::NONE };
-        let modules = Arc::new(Modules::NONE);
-        let mut kernel = Self { image: image.clone(), slide, tables: found.tables, ram, modules };
+        let unmapped = |at: Gva| other(format!("{at} is not mapped"));
+        let translate = |at: Gva| found.tables.translate_in(&ram, at).ok_or_else(|| unmapped(at));
+        let entry = translate(found.syscall_entry)?.at;
+        let banner = image.banner().ok_or_else(|| other("its image has no version banner".to_owned()))?;
+        let build_id = image.build_id_in_memory().map(|(at, id)| (here.live(at), id.to_vec()));
+        let mut kernel = Self {
+            announcements: Announcements::of(&here),
+            banner: (here.live(banner.at), banner.text().as_bytes().to_vec()),
+            build_id,
+            entry: (found.syscall_entry, entry),
+            image: image.clone(),
+            slide,
+            tables: found.tables,
+            ram: ram.clone(),
+            modules: Arc::new(Modules::NONE),
+        };
         kernel.tables.root = match here.symbol("init_top_pgt") {
-            Ok(root) => kernel.translate(root).ok_or_else(|| other(format!("{root} is not mapped")))?.at,
+            Ok(root) => translate(root)?.at,
             Err(_) => kernel.root_in_use()?,
         };
-        let banner = image.banner().ok_or_else(|| other("its image has no version banner".to_owned()))?;
-        kernel.compare(here.live(banner.at), banner.text().as_bytes())?;
-        if let Some((at, build_id)) = image.build_id_in_memory() {
-            kernel.compare(here.live(at), build_id)?;
-        }
+        kernel.check().map_err(other)?;
         Ok(kernel)
+    }
+
+    /// The kernel that vCPUs run, by what the registers of each tell (`None`: it runs no kernel yet).
+    ///
+    /// # Errors
+    /// [`Refusal::GuestNotReady`] when none of them, or not all of them, run this image.
+    pub fn run_by(
+        image: &Arc<KernelImage>,
+        vcpus: &[(VcpuId, Option<Located>)],
+        ram: &Arc<GuestRam>,
+    ) -> Result<Self, Refusal> {
+        let running = || vcpus.iter().filter_map(|(vcpu, found)| Some((*vcpu, (*found)?)));
+        let mut result = Err(Refusal::GuestNotReady { why: "it has not set up system calls yet".to_owned() });
+        // With page-table isolation a process has tables of its own without the kernel's data; the kernel's
+        // are one page before them (Linux arch/x86/include/asm/pgtable.h, `PTI_PGTABLE_SWITCH_BIT`).
+        let kernels = |found: Located| {
+            let root = Gpa(found.tables.root.0 & !PAGE);
+            Located { tables: PageTables { root, ..found.tables }, ..found }
+        };
+        let candidates = running().filter(|(_, found)| found.has_syscalls());
+        for found in candidates.flat_map(|(_, found)| [found, kernels(found)]) {
+            result = Self::new(image.clone(), found, ram.clone());
+            if result.is_ok() {
+                break;
+            }
+        }
+        let kernel = result?;
+        match running().find(|(_, found)| !kernel.is_run_with(found.tables)) {
+            Some((vcpu, _)) => Err(Refusal::GuestNotReady {
+                why: format!("vCPU {} does not run the kernel that another vCPU is in", vcpu.0),
+            }),
+            None => Ok(kernel),
+        }
+    }
+
+    /// Whether the guest still has this kernel, as far as memory tells: it is where it was found, and does
+    /// not announce that another takes over.
+    ///
+    /// # Errors
+    /// What tells otherwise.
+    pub fn check(&self) -> Result<(), String> {
+        let (entry, at) = self.entry;
+        if self.translate(entry).map(|mapping| mapping.at) != Some(at) {
+            return Err("its page tables do not lead to its system calls any more".to_owned());
+        }
+        for (at, expected) in std::iter::once(&self.banner).chain(&self.build_id) {
+            let mut found = vec![0; expected.len()];
+            self.read(*at, &mut found).map_err(|at| format!("{at} is not mapped"))?;
+            if found != *expected {
+                let (found, expected) = (String::from_utf8_lossy(&found), String::from_utf8_lossy(expected));
+                return Err(format!("{found:?} is where {expected:?} should be"));
+            }
+        }
+        self.announcements.made(self).map_or(Ok(()), |what| Err(what.to_owned()))
+    }
+
+    /// Whether [`GuestKernel::check`] notices every kernel that takes over before it runs. If not, the vCPUs
+    /// have to be asked, too.
+    #[must_use]
+    pub fn announces_its_end(&self) -> bool {
+        self.announcements.are_all()
+    }
+
+    /// Whether a vCPU that uses these page tables runs this kernel or a process of it: all of them have its
+    /// system calls where it has them (with page-table isolation, too), and no other kernel's have.
+    #[must_use]
+    pub fn is_run_with(&self, tables: PageTables) -> bool {
+        let (entry, at) = self.entry;
+        tables.translate_in(&self.ram, entry).is_some_and(|mapping| mapping.at == at)
+    }
+
+    /// Where `linux_banner` lies in memory. The kernel does not write there once it runs, a kernel that
+    /// takes its place does.
+    #[must_use]
+    pub fn sentinel(&self) -> Option<Gpa> {
+        Some(self.translate(self.banner.0)?.at)
     }
 
     /// The top-level table in use, if it is the kernel's own. That lies in `.data` of the kernel (Linux
@@ -116,20 +185,6 @@ impl GuestKernel {
              use a kernel with CONFIG_KALLSYMS_ALL"
         );
         Err(Refusal::GuestNotReady { why })
-    }
-
-    /// Refuses a kernel that does not have these bytes of its image.
-    fn compare(&self, at: Gva, expected: &[u8]) -> Result<(), Refusal> {
-        let other = |why: String| Err(Refusal::GuestNotReady { why });
-        let mut found = vec![0; expected.len()];
-        if let Err(at) = self.read(at, &mut found) {
-            return other(format!("{at} is not mapped"));
-        }
-        if found != expected {
-            let (found, expected) = (String::from_utf8_lossy(&found), String::from_utf8_lossy(expected));
-            return other(format!("{found:?} is where {expected:?} should be"));
-        }
-        Ok(())
     }
 
     /// The image with its place.

@@ -4,6 +4,8 @@ pub mod cached_translations;
 pub mod events;
 pub mod introspect;
 pub mod kernel;
+mod leaving;
+pub mod located;
 pub mod locks;
 mod modules;
 pub mod per_cpu;

@@ -3,6 +3,11 @@
 //!
 //! GS.base of a vCPU in the kernel is one of `__per_cpu_offset`, except for some instructions after
 //! entry and before exit: there nothing is known of the vCPU.
+//!
+//! A CPU that the kernel has switched off halts for good, with interrupts off, in its idle task and in a
+//! function made for that (Linux arch/x86/kernel/smpboot.c, `native_play_dead`). Only INIT and SIPI start it,
+//! from its first instruction. Elsewhere, too, Linux halts with interrupts off (`kvm_wait`, `stop_this_cpu`),
+//! so the function counts.
 
 use patcher::addr::{Gva, VcpuId};
 use patcher::image::preempt_count::{CountLayout, IN_PCPU_HOT};
@@ -13,8 +18,11 @@ use patcher::linux::view::missing;
 use patcher::safety::quiesce::{Condition, Mode, Offender, VcpuState};
 
 use crate::guest::kernel::GuestKernel;
-use crate::guest::vcpu_state::VcpuRegisters;
+use crate::guest::vcpu_state::{Activity, VcpuRegisters};
 
+/// Where CPUs that are switched off halt: the same names from Linux 5.10 to 7.3 at least. Under others a CPU
+/// that is switched off is taken for one that runs.
+const OFF: [&str; 2] = ["hlt_play_dead", "native_play_dead"];
 /// No more CPUs than these are looked for in `__per_cpu_offset`.
 const MOST_CPUS: u64 = 64;
 
@@ -33,8 +41,7 @@ pub fn offenders(
     let data = PerCpu::find(kernel)?;
     let judge = |(vcpu, registers): &(VcpuId, VcpuRegisters)| {
         let (vcpu, rip) = (*vcpu, registers.rip());
-        let mode = if registers.in_kernel() { data.mode(kernel, registers) } else { Some(Mode::User) };
-        match mode {
+        match data.mode(kernel, registers) {
             Some(mode) => condition.check(&VcpuState { vcpu, rip, mode }).err(),
             None => Some(Offender { vcpu, rip, why: "enters or leaves the kernel" }),
         }
@@ -86,17 +93,34 @@ impl PerCpu {
         Some(self.layout.narrow(u64::from_le_bytes(count)))
     }
 
-    fn mode(&self, kernel: &GuestKernel, registers: &VcpuRegisters) -> Option<Mode> {
+    /// The number of the CPU that a vCPU in the kernel is.
+    pub(crate) fn cpu(&self, registers: &VcpuRegisters) -> Option<usize> {
+        let base = registers.gs_base();
+        self.bases.iter().position(|cpu| *cpu == base).filter(|_| registers.in_kernel())
+    }
+
+    /// How a vCPU runs. `None` if that is not known.
+    pub(crate) fn mode(&self, kernel: &GuestKernel, registers: &VcpuRegisters) -> Option<Mode> {
+        if registers.activity() == Activity::NotStarted {
+            return Some(Mode::Off);
+        }
+        if !registers.in_kernel() {
+            return Some(Mode::User);
+        }
         let base = registers.gs_base();
         if !self.bases.contains(&base) {
             return None;
         }
         let at = |offset: u64| Gva(base.wrapping_add(offset));
         let word = |offset: u64| read_u64(kernel, at(offset)).ok();
-        Some(Mode::Kernel {
-            interrupts: registers.interrupts(),
-            preempt_count: self.preempt_count(kernel, at(self.preempt_count))?,
-            idle: word(self.current)? == word(self.idle)?,
-        })
+        let interrupts = registers.interrupts();
+        let idle = word(self.current)? == word(self.idle)?;
+        let halts_for_good = registers.activity() == Activity::Halted && !interrupts && idle;
+        let function = kernel.kernel().function_at(registers.rip());
+        if halts_for_good && function.is_some_and(|function| OFF.contains(&function.name)) {
+            return Some(Mode::Off);
+        }
+        let preempt_count = self.preempt_count(kernel, at(self.preempt_count))?;
+        Some(Mode::Kernel { interrupts, preempt_count, idle })
     }
 }

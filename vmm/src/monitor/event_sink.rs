@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::guest::kernel::Located;
+use crate::guest::located::Located;
 use crate::monitor::shutdown::Shutdown;
 use crate::patch::controller::Controls;
 use crate::vcpu::{Ending, Listener};

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use crate::api::command::{Answer, Command};
 use crate::api::wire::{Fits, Refusals};
-use crate::guest::kernel::Located;
+use crate::guest::located::Located;
 use crate::host::priority;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
 use crate::patch::init_gate::{AtInit, InitGate};
@@ -143,6 +143,7 @@ impl Controller {
 
     fn serve(mut self, messages: &Receiver<Message>, waiting: &AtomicUsize) {
         while let Some(message) = self.next(messages) {
+            self.look_after_kernel();
             match message {
                 Message::Command(Given { command, at, is_wanted, reply }) => {
                     waiting.fetch_sub(1, Relaxed);
@@ -151,8 +152,9 @@ impl Controller {
                     }
                 }
                 Message::Located(found, done) => {
-                    self.engine.set_located(found);
+                    self.engine.set_located(Some(found));
                     self.init_gate.close(&mut self.engine);
+                    self.engine.set_located(None);
                     done();
                 }
                 Message::ProtectedWrite(done) => {
@@ -173,12 +175,22 @@ impl Controller {
             match messages.recv_timeout(if must_reconcile { INTERVAL } else { rest }) {
                 Ok(message) => return Some(message),
                 Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) if must_reconcile => self.engine.reconcile(),
+                Err(RecvTimeoutError::Timeout) if must_reconcile => {
+                    self.look_after_kernel();
+                    self.engine.reconcile();
+                }
                 Err(RecvTimeoutError::Timeout) => {
+                    self.look_after_kernel();
                     self.protected_at = Instant::now();
                     self.engine.protect_text_ahead();
                 }
             }
+        }
+    }
+
+    fn look_after_kernel(&mut self) {
+        if self.engine.look_after_kernel() {
+            self.init_gate.give_up();
         }
     }
 

@@ -5,19 +5,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use patcher::addr::{Gpa, VcpuId};
+use patcher::image::KernelImage;
 use patcher::plan::refusal::{Refusal, Refused};
 use patcher::program::compile::Host;
 use patcher::resolve::RunningGuest;
 use patcher::resolve::targets::{self, Targets};
 
 use crate::api::command::Answer;
-use crate::api::wire::{ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, State, VcpuLine};
+use crate::api::wire::{ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, State, VcpuLine, VcpuRuns};
 use crate::config::Config;
 use crate::devices::ports::Ports;
 use crate::guest::cached_translations::CachedTranslations;
-use crate::guest::introspect::Introspection;
-use crate::guest::kernel::{GuestKernel, Located};
-use crate::guest::vcpu_state::VcpuRegisters;
+use crate::guest::kernel::GuestKernel;
+use crate::guest::located::Located;
+use crate::guest::vcpu_state::{Activity, VcpuRegisters};
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
@@ -29,6 +30,9 @@ use crate::text_guard::Guard;
 
 /// How long a pause waits for vCPUs that the host preempted.
 pub(super) const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How often the kernel is looked for without being asked, once every [`crate::text_guard::REST`], before
+/// that is left to the next command: a guest that runs another image is not to be stopped for ever.
+const LOOKS: u32 = 24;
 
 /// What is known of the machine, its guest and the patches that were applied to it.
 pub struct Engine {
@@ -43,8 +47,13 @@ pub struct Engine {
     /// Copies of instructions; mapped into the guest when first needed.
     pub(super) arena: Option<GuestArena>,
     image: Arc<Image>,
+    /// Where the kernel was found, while the vCPU that found it waits.
     located: Option<Located>,
+    /// Whether it was found once.
+    has_syscalls: bool,
     kernel: Option<GuestKernel>,
+    /// How often it will be looked for without being asked.
+    looks: u32,
     pub(super) patches: PatchSet,
     /// The patch whose program could be neither finished nor undone; the guest is held.
     pub(super) held_by: Option<String>,
@@ -71,7 +80,9 @@ impl Engine {
             arena: None,
             image,
             located: None,
+            has_syscalls: false,
             kernel: None,
+            looks: LOOKS,
             patches: PatchSet::default(),
             held_by: None,
             must_reconcile: false,
@@ -130,10 +141,17 @@ impl Engine {
         // Without the kernel there are no symbols.
         let _ = self.kernel();
         let introspection = self.guard.introspection();
+        let known = introspection.as_ref();
         let line = |(vcpu, registers): &(VcpuId, VcpuRegisters)| VcpuLine {
             vcpu: vcpu.0,
+            runs: match registers.activity() {
+                Activity::NotStarted => VcpuRuns::NotStarted,
+                _ if known.is_some_and(|known| known.is_off(registers)) => VcpuRuns::Offline,
+                _ => VcpuRuns::Online,
+            },
+            cpu: known.and_then(|known| known.cpu(registers)),
             rip: registers.rip(),
-            symbol: introspection.and_then(|introspection| introspection.symbol_of(registers)),
+            symbol: known.and_then(|known| known.symbol_of(registers)),
             kernel: registers.in_kernel(),
             interrupts: registers.interrupts(),
         };
@@ -146,18 +164,34 @@ impl Engine {
         targets::list(self.guest(&CachedTranslations::of(&kernel)))
     }
 
-    /// Takes where the kernel was found.
-    pub(super) fn set_located(&mut self, found: Located) {
-        self.located = Some(found);
+    /// Takes where the kernel was found. It holds as long as the vCPU that found it waits: `None` says that
+    /// the vCPU goes on.
+    pub(super) fn set_located(&mut self, found: Option<Located>) {
+        (self.located, self.has_syscalls) = (found, true);
+    }
+
+    /// What is known of the image.
+    pub(super) fn image(&self) -> Result<Arc<KernelImage>, String> {
+        self.image.parsed()
+    }
+
+    /// Forgets the guest's kernel, and what the monitor has in its memory: the guest runs another.
+    pub(super) fn forget_kernel(&mut self) {
+        (self.kernel, self.arena, self.must_reconcile, self.looks) = (None, None, false, LOOKS);
     }
 
     /// The guest's kernel, once it has set up system calls.
     pub(super) fn kernel(&mut self) -> Result<&GuestKernel, Refusal> {
         if self.kernel.is_none() {
             let not_ready = |why: &str| Refusal::GuestNotReady { why: why.to_owned() };
-            let found = self.located.ok_or_else(|| not_ready("it has not set up system calls yet"))?;
-            let image = self.image.parsed().map_err(|why| not_ready(&why))?;
-            let kernel = GuestKernel::new(image, found, self.vm.ram().clone())?;
+            let kernel = match self.located {
+                None if !self.has_syscalls => Err(not_ready("it has not set up system calls yet"))?,
+                None => self.find_kernel()?,
+                Some(found) => {
+                    let image = self.image().map_err(|why| not_ready(&why))?;
+                    GuestKernel::new(image, found, self.vm.ram().clone())?
+                }
+            };
             self.guard.set_kernel(&kernel);
             self.kernel = Some(kernel);
         }
@@ -195,11 +229,11 @@ impl Engine {
     /// Protects text ahead of programs, as far as the guest does not write to it.
     pub(super) fn protect_text_ahead(&mut self) {
         // The image is parsed only for a VM with a control socket; without one no plan comes.
-        if !self.guard.is_text_known()
-            && self.image.is_parsed()
-            && let Ok(text) = self.text()
-        {
-            self.guard.set_text(&text);
+        if !self.guard.is_text_known() && self.image.is_parsed() && self.looks > 0 {
+            self.looks -= u32::from(self.has_syscalls);
+            if let Ok(text) = self.text() {
+                self.guard.set_text(&text);
+            }
         }
         // What can't be protected ahead is protected by the programs that need it.
         let _ = self.guard.preprotect_text();
@@ -208,7 +242,7 @@ impl Engine {
     /// Where the kernel's own text is, once the kernel is known.
     fn text(&mut self) -> Result<Range<Gpa>, String> {
         self.kernel().map_err(|refusal| refusal.to_string())?;
-        let text = self.guard.introspection().and_then(Introspection::text);
+        let text = self.guard.introspection().and_then(|known| known.text());
         text.ok_or_else(|| "the kernel's text is not in one piece".to_owned())
     }
 }

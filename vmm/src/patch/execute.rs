@@ -12,8 +12,9 @@ use patcher::resolve::ResolvedPlan;
 use crate::api::wire::{PatchState, Report, Timing};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
+use crate::guest::kernel::GuestKernel;
 use crate::patch::engine::Engine;
-use crate::patch::executor::Executor;
+use crate::patch::executor::{Executor, PATIENCE};
 use crate::patch::kernel_locks::wait_while_taken;
 use crate::text_guard::split_at_pages;
 
@@ -32,14 +33,21 @@ impl Engine {
         let pieces = plan.sites.iter().map(|site| places.pieces(site.at, site.old.len()));
         let pieces = split_at_pages(pieces.filter_map(Result::ok).flatten());
         let held = matches!(program.strategy, Strategy::Hold | Strategy::Inspect);
+        let guard = self.guard.clone();
         let mut attempts = 0;
         let (end, total) = loop {
             attempts += 1;
-            let scope = self.guard.begin(pieces.clone(), held);
+            let scope = guard.begin(pieces.clone(), held);
             let scope = scope.map_err(|error| Refusal::GuestNotReady { why: error.to_string() })?;
+            // Not earlier: what replaces the kernel from here on can't write to the sites unseen.
+            if let Err(why) = self.confirm_kernel(&kernel) {
+                drop(scope);
+                self.look_after_kernel();
+                return Err(Refusal::GuestNotReady { why });
+            }
             // Not earlier: a refusal leaves every guest byte as it was.
-            if let Some(arena) = self.arena.as_mut().filter(|_| !program.copies.is_empty()) {
-                arena.map(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
+            if !program.copies.is_empty() {
+                self.map_arena(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
             }
             let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);
             let end = self.driver.drive(&program, &mut target);
@@ -81,6 +89,16 @@ impl Engine {
             superseded: 0,
             sites: program.sites,
         })
+    }
+
+    /// Maps the arena, if it is not mapped yet. vCPUs are held meanwhile: the guest's page tables are not
+    /// protected as its text is, and must be those of the kernel that was found.
+    fn map_arena(&mut self, kernel: &GuestKernel) -> Result<(), String> {
+        let Some(arena) = self.arena.as_mut().filter(|arena| !arena.is_mapped()) else { return Ok(()) };
+        let held = self.rendezvous.hold(PATIENCE).map_err(|error| error.to_string());
+        let mapped = held.and_then(|()| self.guard.check(kernel)).and_then(|()| arena.map(kernel));
+        self.rendezvous.release();
+        mapped
     }
 
     /// Emits an event that says what became of a program.

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use patcher::addr::VcpuId;
 use patcher::program::step::{Step, StepError};
 use patcher::program::target::Target;
 use patcher::safety::quiesce::Condition;
@@ -10,6 +11,7 @@ use patcher::safety::quiesce::Condition;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::per_cpu;
+use crate::guest::vcpu_state::VcpuRegisters;
 use crate::patch::kernel_locks::await_free;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
@@ -46,7 +48,7 @@ impl<'m> Executor<'m> {
     }
 
     /// Gives up [`Step::Inspect`] as soon as a vCPU waits at the guard for the program to end: it
-    /// will not move on until then.
+    /// will not move on until then. Gives up holds, too, if the guest's kernel was replaced.
     #[must_use]
     pub fn yielding_to(self, guard: &'m Guard) -> Self {
         Self { guard: Some(guard), ..self }
@@ -96,6 +98,20 @@ impl<'m> Executor<'m> {
         }
     }
 
+    /// Whether the guest still has the kernel that the program is for. vCPUs are held.
+    fn confirm_kernel(&mut self) -> Result<(), StepError> {
+        let replaced =
+            |why| StepError::Host { what: format!("the guest's kernel is not the same any more: {why}") };
+        let Some(guard) = self.guard else { return Ok(()) };
+        guard.check(self.kernel).map_err(replaced)?;
+        if !self.kernel.announces_its_end() {
+            let all = self.rendezvous.vcpus();
+            let vcpus = self.synchronize(|r, patience| r.inspect(&all, patience))?;
+            confirm_vcpus(self.kernel, &vcpus).map_err(replaced)?;
+        }
+        Ok(())
+    }
+
     fn is_late(&self) -> bool {
         Instant::now() > self.until
     }
@@ -109,6 +125,20 @@ impl<'m> Executor<'m> {
         self.calls.set(0);
         let patience = self.until.saturating_duration_since(Instant::now()).max(PATIENCE);
         fence(self.rendezvous, patience).map_err(|error| StepError::Host { what: error.to_string() })
+    }
+}
+
+/// Whether all vCPUs run this kernel.
+///
+/// # Errors
+/// Which one does not.
+pub(super) fn confirm_vcpus(kernel: &GuestKernel, vcpus: &[(VcpuId, VcpuRegisters)]) -> Result<(), String> {
+    let is_another = |(_, registers): &&(VcpuId, VcpuRegisters)| {
+        registers.located().is_some_and(|found| !kernel.is_run_with(found.tables))
+    };
+    match vcpus.iter().find(is_another) {
+        Some((vcpu, _)) => Err(format!("vCPU {} runs another", vcpu.0)),
+        None => Ok(()),
     }
 }
 
@@ -126,8 +156,14 @@ impl Target for Executor<'_> {
             // vCPUs that were kicked leave the guest when the host runs them.
             Step::FinalFence => while self.synchronize(Rendezvous::fence).is_err() {},
             Step::Await { at } => await_free(self.kernel, *at, self.until)?,
-            Step::Hold => self.synchronize(Rendezvous::hold)?,
-            Step::Inspect(condition) => self.inspect(condition)?,
+            Step::Hold => {
+                self.synchronize(Rendezvous::hold)?;
+                self.confirm_kernel()?;
+            }
+            Step::Inspect(condition) => {
+                self.inspect(condition)?;
+                self.confirm_kernel()?;
+            }
             Step::Store { at, old, new } => {
                 let done = self.memory.exchange(*at, old, new).map_err(unmapped)?;
                 done.map_err(|found| StepError::Mismatch { found })?;

@@ -92,6 +92,13 @@ impl InitGate {
         }
     }
 
+    /// The kernel was replaced before it started init.
+    pub(super) fn give_up(&mut self) {
+        self.conclude(|_| {
+            Answer::Failed("the guest's kernel was replaced before it started init".to_owned())
+        });
+    }
+
     /// Reports the outcome of the plan, if there is one and that was not done yet.
     fn conclude(&mut self, outcome: impl FnOnce(&[u8]) -> Answer) -> Verdict {
         let Some(AtInit { plan, then, or_stop }) = self.at_init.take() else { return Verdict::Start };

@@ -27,4 +27,5 @@ mod kernel_locks;
 mod patch_set;
 mod reconcile;
 mod remove_arena;
+mod replaced;
 mod revert;

@@ -81,6 +81,15 @@ impl PatchSet {
         self.0.push(Applied { plan, report, superseded: 0, livepatched: 0 });
     }
 
+    /// Takes every patch that is in force for lost. Returns their names.
+    pub(super) fn lose_all(&mut self) -> Vec<String> {
+        let lose = |patch: &mut Applied| {
+            patch.report.state = PatchState::Lost;
+            patch.plan.name.clone()
+        };
+        self.applied_mut().map(lose).collect()
+    }
+
     /// The patches that are in force.
     pub(super) fn applied(&self) -> impl Iterator<Item = &Applied> {
         self.0.iter().filter(|patch| patch.is_applied())

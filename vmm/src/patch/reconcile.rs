@@ -23,7 +23,6 @@ use patcher::site::Site;
 
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
-use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
 use crate::patch::engine::Engine;
 use crate::text_guard::Guard;
@@ -169,7 +168,7 @@ impl Engine {
     /// Takes a patch for not in force at these sites any more.
     fn give_up(&mut self, name: &str, sites: &[Gva], why: &str) {
         self.guard.forget_some(name, |at| sites.contains(&at));
-        let Some(patch) = self.patches.get_mut(name) else { return };
+        let Some(patch) = self.patches.get_mut(name).filter(|patch| patch.is_applied()) else { return };
         patch.supersede(sites);
         let what = match patch.plan.sites.len() {
             0 => format!("superseded: it {why}"),
@@ -186,7 +185,7 @@ impl Engine {
 
 /// Whether the guest is not patching itself.
 fn is_calm(guard: &Guard) -> bool {
-    guard.introspection().is_none_or(Introspection::patching_locks_are_free)
+    guard.introspection().is_none_or(|introspection| introspection.patching_locks_are_free())
 }
 
 /// The sites that are not mapped any more, and those that are not as the patch left them.

@@ -34,7 +34,8 @@ impl Engine {
             return Err(refused(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" }));
         }
         let outside = Condition { inside: vec![arena.slots.range()], ..Condition::default() };
-        let mut target = Executor::new(&kernel, &self.rendezvous, Instant::now() + PATIENCE);
+        let until = Instant::now() + PATIENCE;
+        let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);
         let removed =
             target.perform(&Step::Inspect(outside)).map_err(|error| error.to_string()).and_then(|()| {
                 arena.unmap(&kernel)?;

@@ -1,10 +1,11 @@
 //! The guard of one VM: the [`Protector`] under a lock, and what is told of it.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use parking_lot::RwLock;
 use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::resolve::ResolvedPlan;
 
@@ -23,7 +24,9 @@ use crate::text_guard::watched::Watched;
 pub struct Guard {
     pub(super) ram: Arc<GuestRam>,
     events: Arc<Events>,
-    introspection: OnceLock<Introspection>,
+    introspection: RwLock<Option<Arc<Introspection>>>,
+    /// Why the kernel that was guarded last is guarded no more.
+    pub(super) replaced: parking_lot::Mutex<Option<String>>,
     protector: Mutex<Protector<Arc<GuestRam>>>,
     /// A program ended.
     pub(super) ended: Condvar,
@@ -41,7 +44,8 @@ impl Guard {
             protector: Mutex::new(Protector::new(ram.clone())),
             ram,
             events,
-            introspection: OnceLock::new(),
+            introspection: RwLock::default(),
+            replaced: parking_lot::Mutex::default(),
             ended: Condvar::new(),
             waiting: AtomicUsize::new(0),
             stopped_writes: AtomicU64::new(0),
@@ -49,15 +53,21 @@ impl Guard {
         }
     }
 
-    /// Makes the guest's kernel known. Only the first call has an effect.
+    /// Makes the guest's kernel known, the first one or one that has replaced it.
     pub fn set_kernel(&self, kernel: &GuestKernel) {
-        self.introspection.get_or_init(|| Introspection::new(kernel));
+        *self.introspection.write() = Some(Arc::new(Introspection::new(kernel)));
+        *self.replaced.lock() = None;
+        self.set_sentinel(kernel.sentinel());
     }
 
-    /// What is known of the guest's kernel. `None` before [`Guard::set_kernel`].
+    /// What is known of the guest's kernel. `None` before [`Guard::set_kernel`], and once it was replaced.
     #[must_use]
-    pub fn introspection(&self) -> Option<&Introspection> {
-        self.introspection.get()
+    pub fn introspection(&self) -> Option<Arc<Introspection>> {
+        self.introspection.read().clone()
+    }
+
+    pub(super) fn forget_kernel(&self) {
+        *self.introspection.write() = None;
     }
 
     /// The VM's event log.

@@ -78,10 +78,11 @@ impl Guard {
         let written = protector.state.watch_list.at(write.pieces);
         let introspection = self.introspection();
         let is_there = |site: &&Arc<Watched>| {
-            introspection.is_some_and(|introspection| site.is_there(introspection.kernel()))
+            introspection.as_ref().is_some_and(|introspection| site.is_there(introspection.kernel()))
         };
         let here: Vec<&Arc<Watched>> = written.iter().filter(is_there).collect();
         let by_patcher = introspection
+            .as_ref()
             .is_some_and(|introspection| introspection.is_kernel_patcher(write.registers, write.at));
         let done = here.iter().all(|site| is_done(site.policy, by_patcher));
         if done {

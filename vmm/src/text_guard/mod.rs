@@ -24,7 +24,8 @@
 //! ```
 //!
 //! `state` decides and is pure, `protector` has it done, `guard` holds the lock. `docs/guard.md`
-//! compares ways to protect, and lists what becomes of a write.
+//! compares ways to protect, and lists what becomes of a write. A write by another kernel than the one
+//! that is guarded makes every page writable (`docs/replaced.md`).
 //!
 //! [`GuestRam::write_protect`]: crate::memory::GuestRam::write_protect
 
@@ -36,6 +37,7 @@ mod pieces;
 mod preprotect;
 mod program;
 mod protector;
+mod replaced;
 mod state;
 mod watch_list;
 mod watched;

@@ -25,6 +25,8 @@ bitflags! {
         const INIT_GATE = 1 << 4;
         /// No other reason is left, but the host refused to make it writable.
         const STUCK = 1 << 5;
+        /// The kernel does not write to it as long as it runs ([`super::replaced`]).
+        const SENTINEL = 1 << 6;
         /// A guest write to a page with one of these is judged and emulated.
         const GUARDED = Self::TEXT.bits() | Self::SITE.bits() | Self::PROGRAM.bits();
     }

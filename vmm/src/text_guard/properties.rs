@@ -24,6 +24,8 @@ const PAGES: Range<u64> = 506..520;
 /// The text, and its parts.
 const TEXT: Range<u64> = 508..518;
 const PARTS: [Range<u64>; 2] = [508..512, 512..518];
+/// What a guest write makes writable.
+const OPENED: Reasons = Reasons::PREPROTECTED.union(Reasons::SENTINEL).union(Reasons::STUCK);
 
 #[derive(Debug, Clone)]
 enum Operation {
@@ -41,6 +43,8 @@ enum Operation {
     Lift(u64),
     CloseGate(u64),
     OpenGate,
+    Sentinel(u64),
+    LetGo,
 }
 
 /// An operation, and which of its calls the host refuses, a bit for each.
@@ -61,6 +65,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => PAGES.prop_map(Operation::Lift),
         1 => PAGES.prop_map(Operation::CloseGate),
         1 => Just(Operation::OpenGate),
+        1 => PAGES.prop_map(Operation::Sentinel),
+        1 => Just(Operation::LetGo),
     ];
     vec((operation, prop_oneof![3 => Just(0), 1 => any::<u32>()]), 1..60)
 }
@@ -107,6 +113,7 @@ enum Reason {
     Program,
     Preprotected,
     Gate,
+    Sentinel,
 }
 
 /// What the guard should know.
@@ -134,7 +141,8 @@ impl Model {
     }
 
     fn is_guarded(&self, page: u64) -> bool {
-        let guards = |reason: &Reason| !matches!(reason, Reason::Preprotected | Reason::Gate);
+        let guards =
+            |reason: &Reason| !matches!(reason, Reason::Preprotected | Reason::Gate | Reason::Sentinel);
         self.reasons.get(&page).is_some_and(|reasons| reasons.iter().any(guards))
     }
 
@@ -166,6 +174,7 @@ impl Model {
 
     /// The guest writes to a page that is not guarded.
     fn open(&mut self, page: u64) {
+        self.remove(page..page + 1, |reason| *reason == Reason::Sentinel);
         for part in (0..2).filter(|part| PARTS[*part].contains(&page)) {
             if self.is_closed(part) {
                 self.opened[part] = Some(self.now_s);
@@ -210,6 +219,7 @@ impl Model {
             Reason::Program => Reasons::PROGRAM,
             Reason::Preprotected => Reasons::PREPROTECTED,
             Reason::Gate => Reasons::INIT_GATE,
+            Reason::Sentinel => Reasons::SENTINEL,
         };
         let stuck = if self.stuck.contains(&page) { Reasons::STUCK } else { Reasons::empty() };
         self.reasons.get(&page).into_iter().flatten().map(flag).collect::<Reasons>() | stuck
@@ -314,10 +324,7 @@ fn step(
             if pages.iter().any(|page| model.is_guarded(*page)) {
                 let waits = share(&write, &model.in_flight);
                 prop_assert_eq!(judgement, if waits { Judgement::InFlight } else { Judgement::Guarded });
-            } else if pages
-                .iter()
-                .any(|page| model.expected(*page).intersects(Reasons::PREPROTECTED | Reasons::STUCK))
-            {
+            } else if pages.iter().any(|page| model.expected(*page).intersects(OPENED)) {
                 prop_assert_eq!(judgement, Judgement::Open);
                 let is_open = real.open(&write, now);
                 pages.iter().for_each(|page| model.open(*page));
@@ -335,7 +342,9 @@ fn step(
             prop_assert_eq!(real.state.judge(&whole) == Judgement::Guarded, expected);
             if expected {
                 let _ = real.lift(page * PAGE, now);
-                model.remove(page..page + 1, |reason| !matches!(reason, Reason::Preprotected | Reason::Gate));
+                model.remove(page..page + 1, |reason| {
+                    !matches!(reason, Reason::Preprotected | Reason::Gate | Reason::Sentinel)
+                });
                 model.open(page);
             }
         }
@@ -347,6 +356,19 @@ fn step(
         Operation::OpenGate => {
             let _ = real.remove(Reasons::INIT_GATE);
             model.remove(all, |reason| *reason == Reason::Gate);
+        }
+        Operation::Sentinel(page) => {
+            if real.add(Reasons::SENTINEL, &(page * PAGE..(page + 1) * PAGE)).is_ok() {
+                model.add(page, Reason::Sentinel);
+            }
+        }
+        // A vCPU that finds another kernel waits for the program's end.
+        Operation::LetGo if real.state.has_program() => {}
+        Operation::LetGo => {
+            let _ = real.let_go();
+            model.reasons.clear();
+            (model.text_known, model.opened) = (false, [None; 2]);
+            model.patches.clear();
         }
     }
     model.heed(&host.calls.borrow());

@@ -98,6 +98,12 @@ impl<H: WriteProtect> Protector<H> {
         self.unprotect(&runs)
     }
 
+    /// Gives up everything that is protected.
+    pub(super) fn let_go(&mut self) -> Result<(), H::Error> {
+        let runs = self.state.let_go();
+        self.unprotect(&runs)
+    }
+
     /// Guards the bytes that a program is about to change; with `held`, only where their pages are
     /// guarded already. On an error all is as before.
     pub(super) fn begin(&mut self, pieces: Vec<Piece>, held: bool) -> Result<(), H::Error> {

@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
+use patcher::addr::Gpa;
+
 use crate::memory::PAGE;
 use crate::memory::paging::Piece;
 use crate::text_guard::pages::{Addition, Pages, Reasons, one};
@@ -44,7 +46,7 @@ impl State {
         let is_in_flight = |piece: &Piece| self.in_flight.iter().any(|other| overlap(*piece, *other));
         if any(Reasons::GUARDED) {
             if pieces.iter().any(is_in_flight) { Judgement::InFlight } else { Judgement::Guarded }
-        } else if any(Reasons::PREPROTECTED | Reasons::STUCK) {
+        } else if any(Reasons::PREPROTECTED | Reasons::SENTINEL | Reasons::STUCK) {
             Judgement::Open
         } else {
             Judgement::NotGuarded
@@ -85,15 +87,24 @@ impl State {
     /// the stuck pages around it, are to be writable.
     #[must_use]
     pub(super) fn open(&mut self, at: u64, now: Duration) -> Vec<Range<u64>> {
+        let mut runs = self.pages.remove(Reasons::SENTINEL, &one(page_of(Gpa(at))));
         if let Some(part) = self.parts.closed(&self.pages, at) {
             self.parts.opened(&part, now);
-            return self.pages.remove(Reasons::PREPROTECTED, &part);
+            runs.extend(self.pages.remove(Reasons::PREPROTECTED, &part));
+            return runs;
         }
         if self.is_stuck(at) {
             let run = self.pages.run(at);
             return run.map_or_else(Vec::new, |run| self.pages.remove(Reasons::STUCK, &run));
         }
-        Vec::new()
+        runs
+    }
+
+    /// Gives up all text, sites and pages: the guest's kernel was replaced.
+    #[must_use]
+    pub(super) fn let_go(&mut self) -> Vec<Range<u64>> {
+        (self.watch_list, self.parts) = (WatchList::default(), TextParts::default());
+        self.remove(Reasons::all() - Reasons::STUCK)
     }
 
     /// Whether the host refused to make the page at an address writable.

@@ -6,6 +6,7 @@ use patcher::addr::{Gpa, Gva};
 use patcher::insn::MAX_LENGTH;
 use patcher::insn::store::{self, Store, Value};
 
+use crate::guest::located::{self, is_in_nested_guest};
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::memory::PAGE;
 use crate::memory::paging::{PageTables, Piece};
@@ -25,6 +26,11 @@ impl Vcpu {
     pub(super) fn emulate_store(&mut self) -> Result<(), String> {
         let failed = |error: kvm_ioctls::Error| format!("vCPU {}: a guarded write: {error}", self.id.0);
         let (regs, sregs) = (self.fd.get_regs().map_err(failed)?, self.fd.get_sregs().map_err(failed)?);
+        if !is_in_nested_guest(&self.fd, &sregs)
+            && self.guard.is_another_kernels(located::tables(&self.fd, &sregs))
+        {
+            return self.let_go(Gva(regs.rip));
+        }
         let mut stopped = Stopped {
             tables: PageTables::of(&sregs),
             is_64_bit: sregs.cs.l != 0,
@@ -50,6 +56,20 @@ impl Vcpu {
         let times = if self.unexplained.0 == regs.rip { self.unexplained.1 + 1 } else { 1 };
         self.unexplained = (regs.rip, times);
         if times > UNEXPLAINED { Err(format!("vCPU {}: KVM_RUN: bad address", self.id.0)) } else { Ok(()) }
+    }
+
+    /// Another kernel writes to what is guarded: nothing of the old one is from now on, and the vCPU can do
+    /// the write itself.
+    fn let_go(&self, rip: Gva) -> Result<(), String> {
+        let why = format!(
+            "vCPU {} wrote to its memory at {rip}, with the page tables of another kernel",
+            self.id.0
+        );
+        while !self.guard.let_go(&why) {
+            self.parked(|| self.guard.wait_for_program())?;
+        }
+        self.listener.patch_written();
+        Ok(())
     }
 
     /// Goes through the instruction as far as its writes are guarded. If the first one is not, returns

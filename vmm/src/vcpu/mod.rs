@@ -23,7 +23,7 @@ use patcher::addr::VcpuId;
 
 use crate::devices::ports::Ports;
 use crate::devices::power::PowerRequest;
-use crate::guest::kernel::{self, Located};
+use crate::guest::located::Located;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
@@ -57,7 +57,7 @@ pub trait Listener: Send + Sync {
     /// The guest wrote to the page of the init gate ([`Guard::is_init_gate`]). The vCPU tries again
     /// when it returns.
     fn init_gate_written(&self);
-    /// The guest wrote to the site of a patch, or near it. Does not wait.
+    /// The guest wrote to the site of a patch, or near it, or another kernel wrote to it. Does not wait.
     fn patch_written(&self);
 }
 
@@ -209,7 +209,8 @@ impl Vcpu {
     /// Looks for the kernel until it is found, on the first vCPU.
     fn locate_kernel(&mut self) {
         if self.locating
-            && let Some(found) = kernel::look(&self.fd)
+            && let Ok(sregs) = self.fd.get_sregs()
+            && let Some(found) = Located::read(&self.fd, &sregs).filter(Located::has_syscalls)
         {
             self.locating = false;
             self.listener.located(found);

@@ -47,11 +47,12 @@ fn kind(kind: Kind) -> Span {
         Kind::UnexpectedWrite => "unexpected write",
         Kind::Conflict => "conflict",
         Kind::Unguarded => "unguarded",
+        Kind::PatchLost => "patch lost",
     };
     let name = format!("{name:<16} ");
     match kind {
         Kind::Patch | Kind::Trap | Kind::GuestWrite => bold(name),
-        Kind::UnexpectedWrite | Kind::Conflict | Kind::Unguarded => red(name),
+        Kind::UnexpectedWrite | Kind::Conflict | Kind::Unguarded | Kind::PatchLost => red(name),
     }
 }
 

@@ -105,6 +105,7 @@ fn state(state: PatchState) -> Span {
         PatchState::Applied => green("applied"),
         PatchState::Reverted => green("reverted"),
         PatchState::Superseded => green("superseded"),
+        PatchState::Lost => red("lost"),
         PatchState::RolledBack => red("rolled_back"),
         PatchState::Held => red("held"),
     }

@@ -1,6 +1,6 @@
 //! What a VM and its vCPUs are doing.
 
-use crate::api::wire::{Done, Info, State, VcpuLine};
+use crate::api::wire::{Done, Info, State, VcpuLine, VcpuRuns};
 use crate::cli::render::Render;
 use crate::cli::render::page::{Page, bold, green, plain, red};
 
@@ -49,8 +49,12 @@ impl Render for Vec<VcpuLine> {
         page.table(self.iter().map(|line| {
             let place =
                 line.symbol.as_deref().unwrap_or(if line.kernel { "kernel mode" } else { "user space" });
-            let interrupts = if line.interrupts { "" } else { ", interrupts off" };
-            let place = plain(format_args!("{place}{interrupts}"));
+            let place = match line.runs {
+                VcpuRuns::NotStarted => plain("not started"),
+                VcpuRuns::Offline => plain(format_args!("{place}, offline")),
+                VcpuRuns::Online if line.interrupts => plain(place),
+                VcpuRuns::Online => plain(format_args!("{place}, interrupts off")),
+            };
             [bold(format_args!("vCPU {}", line.vcpu)), plain(line.rip), place]
         }));
     }

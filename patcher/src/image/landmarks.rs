@@ -8,6 +8,7 @@ use crate::image::offsets::Offsets;
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
 use crate::insn;
+use crate::insn::push::{self, Push, first_push};
 
 /// Functions that compare or replace text, called with one of [`LOCKS`] held (Linux
 /// arch/x86/kernel/{alternative,jump_label,static_call,ftrace}.c, kprobes/{core,opt}.c,
@@ -45,6 +46,10 @@ const LOCKS: [&str; 3] = ["text_mutex", "jump_label_mutex", "static_call_mutex"]
 /// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
 const UNLOCKED: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
 
+/// The functions that every module passes, with its `struct module` as their argument: when it is
+/// complete and its init is about to run, and before its memory is freed (Linux kernel/module/main.c).
+const MODULE_DOORS: [&str; 2] = ["do_init_module", "free_module"];
+
 /// Link-time addresses. What a kernel does not have is left out.
 #[derive(Debug, Default)]
 pub struct Landmarks {
@@ -60,6 +65,9 @@ pub struct Landmarks {
     pub probes: Option<Gva>,
     /// The list of functions that livepatches replace.
     pub livepatches: Option<Gva>,
+    /// Where a vCPU can be stopped that is about to run a module's init, and one that is about to free a
+    /// module; RDI is the address of its `struct module` there.
+    pub module_doors: Option<[Push; 2]>,
 }
 
 impl Landmarks {
@@ -73,8 +81,19 @@ impl Landmarks {
             init: symbols.only("__init_begin").zip(symbols.only("__init_end")).map(|(from, to)| from..to),
             probes: symbols.only("kprobe_table"),
             livepatches: symbols.only("klp_ops"),
+            module_doors: module_doors(vmlinux, symbols, tables),
         }
     }
+}
+
+fn module_doors(vmlinux: &Vmlinux<'_>, symbols: &Symbols, tables: &Tables) -> Option<[Push; 2]> {
+    let door = |name: &str| {
+        let from = place(vmlinux, tables, symbols.only(name)?)?;
+        let push = first_push(vmlinux.bytes(from, push::REACH)?, from)?;
+        (!tables.is_switched(push.at)).then_some(push)
+    };
+    let [comes, goes] = MODULE_DOORS.map(door);
+    Some([comes?, goes?])
 }
 
 /// The first instruction of a function behind `endbr64`, which must stay whole, and behind the fentry

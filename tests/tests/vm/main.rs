@@ -12,6 +12,7 @@ mod events;
 mod flips;
 mod guard;
 mod kernel;
+mod pending;
 mod refusals;
 mod selfpatching;
 mod socket;
@@ -48,6 +49,7 @@ fn all() -> Vec<Test> {
         flips::TESTS,
         guard::TESTS,
         kernel::TESTS,
+        pending::TESTS,
         refusals::TESTS,
         selfpatching::TESTS,
         socket::TESTS,

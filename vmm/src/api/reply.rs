@@ -36,7 +36,11 @@ pub(super) fn of(answer: Answer) -> Reply {
 
 fn status(report: &Report) -> StatusCode {
     match report.state {
-        PatchState::Applied | PatchState::Reverted | PatchState::Superseded => StatusCode::OK,
+        PatchState::Applied
+        | PatchState::Reverted
+        | PatchState::Superseded
+        | PatchState::Pending
+        | PatchState::Refused => StatusCode::OK,
         PatchState::RolledBack | PatchState::Held => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -260,6 +260,7 @@ mod tests {
                 livepatched: 3,
                 on_guest_write,
                 strategy,
+                modules: vec![name.clone()],
             }]);
         }
         let vcpu = |symbol| VcpuLine { vcpu: 1, rip: Gva(2), symbol, kernel: true, interrupts: false };

@@ -8,6 +8,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::PoisonError;
+use std::time::Duration;
 
 /// A mutex. A thread that panicked while it held the lock does not keep others out.
 #[derive(Debug, Default)]
@@ -46,6 +47,14 @@ impl Condvar {
     /// Gives the lock back, waits to be woken, and takes it again. It may return without that.
     pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
         guard.0 = guard.0.take().map(|held| self.0.wait(held).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// As [`Condvar::wait`], for so long at most.
+    pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, time: Duration) {
+        guard.0 = guard.0.take().map(|held| {
+            let woken = self.0.wait_timeout(held, time);
+            woken.unwrap_or_else(PoisonError::into_inner).0
+        });
     }
 
     /// Wakes every waiter, all at once.

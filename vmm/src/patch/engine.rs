@@ -1,5 +1,6 @@
 //! The state of patching: what is known of the guest, and which patches it has.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +23,9 @@ use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
 use crate::patch::driver::Driver;
 use crate::patch::image::Image;
+use crate::patch::module_gate::Gate;
 use crate::patch::patch_set::PatchSet;
+use crate::patch::pending::PendingSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
@@ -44,6 +47,12 @@ pub struct Engine {
     located: Option<Located>,
     kernel: Option<GuestKernel>,
     pub(super) patches: PatchSet,
+    /// The plans that wait for modules, and those of them that are applied.
+    pub(super) pending: PendingSet,
+    /// The patches that name modules or change them, and which they name.
+    pub(super) named_modules: BTreeMap<String, BTreeSet<String>>,
+    /// Where modules are noticed.
+    pub(super) gate: Gate,
     /// The patch whose program could be neither finished nor undone; the guest is held.
     pub(super) held_by: Option<String>,
     /// The guest may have changed sites of patches since that was last looked at.
@@ -70,6 +79,9 @@ impl Engine {
             located: None,
             kernel: None,
             patches: PatchSet::default(),
+            pending: PendingSet::default(),
+            named_modules: BTreeMap::new(),
+            gate: Gate::default(),
             held_by: None,
             must_reconcile: false,
             reconciled_at: Instant::now(),
@@ -138,7 +150,8 @@ impl Engine {
 
     /// What there is to patch by name.
     pub(super) fn targets(&mut self) -> Result<Targets, Refusal> {
-        let kernel = self.kernel()?.with_modules();
+        let complete = self.gate.complete.clone();
+        let kernel = self.kernel()?.with_modules(&complete);
         targets::list(self.guest(&CachedTranslations::of(&kernel)))
     }
 

@@ -12,7 +12,7 @@
 //!                        └─▶ revert: the plan the other way round, through execute
 //! ```
 //!
-//! All of it runs on the thread of [`controller`], on the state that [`engine`] keeps.
+//! A plan may wait for modules: `pending` keeps it, `module_gate` notices them. All of it runs on the thread of [`controller`], on the state that [`engine`] keeps.
 
 mod apply;
 pub mod arena;
@@ -24,7 +24,9 @@ pub mod executor;
 pub mod image;
 pub mod init_gate;
 mod kernel_locks;
+mod module_gate;
 mod patch_set;
+mod pending;
 mod reconcile;
 mod remove_arena;
 mod revert;

@@ -59,6 +59,7 @@ impl Applied {
             livepatched: if self.is_applied() { self.livepatched } else { 0 },
             on_guest_write: self.plan.on_guest_write,
             strategy: self.report.strategy,
+            modules: Vec::new(),
         }
     }
 }
@@ -79,6 +80,11 @@ impl PatchSet {
     pub(super) fn add(&mut self, plan: ResolvedPlan, report: Report) {
         self.0.retain(|patch| patch.plan.name != plan.name);
         self.0.push(Applied { plan, report, superseded: 0, livepatched: 0 });
+    }
+
+    /// Forgets a patch that is not in force any more.
+    pub(super) fn remove(&mut self, name: &str) {
+        self.0.retain(|patch| patch.plan.name != name);
     }
 
     /// The patches that are in force.

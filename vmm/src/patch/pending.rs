@@ -1,0 +1,353 @@
+//! Plans that wait for modules: applied when a module comes, given back when it goes. What the guest has
+//! loaded decides their state, and the state is told as it is.
+//!
+//! ```text
+//!              given, module not loaded             its init is about to run, and it fits
+//!   ─────────────────────────────────────▶ pending ───────────────────────────────────────▶ applied
+//!                                            │ ▲ ▲                                             │
+//!      its init is about to run, it does not │ │ └─────────────────────────────────────────────┘
+//!      fit, and its init runs unpatched      ▼ │ its memory is about to be freed
+//!                                         refused
+//! ```
+
+use std::time::Instant;
+
+use patcher::addr::Gva;
+use patcher::plan::Plan;
+use patcher::plan::refusal::{Refusal, Refused};
+
+use crate::api::wire::{PatchState, PatchSummary, Report, Timing};
+use crate::guest::events::{Details, Kind};
+use crate::patch::engine::{Engine, at_root};
+
+/// Most plans that wait for modules.
+const MOST_PLANS: usize = 64;
+/// Most bytes of JSON that they have together.
+const MOST_BYTES: usize = 4 << 20;
+/// Most reasons that are told for one plan.
+const MOST_REASONS: usize = 8;
+
+/// A plan that waits for modules.
+struct Pending {
+    plan: Plan,
+    /// Length of its JSON.
+    bytes: usize,
+    state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Waits,
+    /// It did not fit the module that came last, or could not be applied to it, for this reason.
+    Refused(String),
+    /// It is among the patches.
+    Applied,
+}
+
+/// The plans that wait for modules, in the order in which they were given.
+#[derive(Default)]
+pub(super) struct PendingSet(Vec<Pending>);
+
+impl PendingSet {
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether there is a plan of this name.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|pending| pending.plan.name == name)
+    }
+
+    /// The names of the plans that are not applied.
+    pub(super) fn waiting(&self) -> Vec<String> {
+        self.0.iter().filter(|pending| pending.waits()).map(|pending| pending.plan.name.clone()).collect()
+    }
+
+    /// Refuses one plan more than there may be.
+    fn has_room(&self, bytes: usize) -> Result<(), Refusal> {
+        let all: usize = self.0.iter().map(|pending| pending.bytes).sum();
+        if self.0.len() < MOST_PLANS && all + bytes <= MOST_BYTES {
+            return Ok(());
+        }
+        Err(Refusal::PendingFull {
+            plans: self.0.len() + 1,
+            bytes: all + bytes,
+            most_plans: MOST_PLANS,
+            most_bytes: MOST_BYTES,
+        })
+    }
+
+    fn set(&mut self, name: &str, state: State) {
+        let found = self.0.iter_mut().find(|pending| pending.plan.name == name);
+        found.into_iter().for_each(|pending| pending.state = state.clone());
+    }
+
+    fn remove(&mut self, name: &str) {
+        self.0.retain(|pending| pending.plan.name != name);
+    }
+
+    /// The plans that are not applied and name a module, or any at all.
+    fn waiting_for(&self, module: Option<&str>) -> Vec<Plan> {
+        let names = |plan: &Plan| module.is_none_or(|module| plan.modules().contains(module));
+        let wanted = self.0.iter().filter(|pending| pending.waits() && names(&pending.plan));
+        wanted.map(|pending| pending.plan.clone()).collect()
+    }
+
+    /// The modules that a plan names; none for a plan that is not here.
+    fn modules_of(&self, name: &str) -> Vec<String> {
+        let found = self.0.iter().find(|pending| pending.plan.name == name);
+        found.map_or_else(Vec::new, |pending| pending.plan.modules().into_iter().collect())
+    }
+
+    /// What is to be told of a plan that is not applied.
+    fn report(&self, name: &str) -> Option<Report> {
+        self.0.iter().find(|pending| pending.plan.name == name && pending.waits()).map(Pending::report)
+    }
+}
+
+impl Pending {
+    fn waits(&self) -> bool {
+        self.state != State::Applied
+    }
+
+    fn report(&self) -> Report {
+        let names: Vec<String> = self.plan.modules().into_iter().collect();
+        let (state, failure) = match &self.state {
+            State::Refused(why) => (PatchState::Refused, Some(why.clone())),
+            State::Waits | State::Applied => (PatchState::Pending, None),
+        };
+        Report {
+            name: self.plan.name.clone(),
+            state,
+            failure,
+            found_other: false,
+            strategy: self.plan.strategy,
+            reason: format!("waits for {}", names.join(", ")),
+            timing: Timing::default(),
+            traps: 0,
+            superseded: 0,
+            sites: Vec::new(),
+        }
+    }
+
+    fn summary(&self) -> PatchSummary {
+        let report = self.report();
+        PatchSummary {
+            name: report.name,
+            state: report.state,
+            sites: 0,
+            superseded: 0,
+            livepatched: 0,
+            on_guest_write: self.plan.on_guest_write,
+            strategy: report.strategy,
+            modules: self.plan.modules().into_iter().collect(),
+        }
+    }
+}
+
+impl Engine {
+    /// Takes a pending plan. Applies it if its modules are there; otherwise it waits for them.
+    pub(super) fn apply_pending(
+        &mut self,
+        plan: Plan,
+        bytes: usize,
+        given_at: Instant,
+    ) -> Result<Report, Vec<Refused>> {
+        self.pending.has_room(bytes).map_err(at_root)?;
+        // Not later: no module may pass unseen between looking at the list and waiting.
+        self.close_module_gate().map_err(at_root)?;
+        let (report, state) = if self.fits_but_for_missing_modules(&plan)? {
+            (None, State::Waits)
+        } else {
+            let report = self.apply_now(&plan, given_at)?;
+            if report.state != PatchState::Applied {
+                return Ok(report);
+            }
+            (Some(report), State::Applied)
+        };
+        let name = plan.name.clone();
+        self.pending.0.push(Pending { plan, bytes, state });
+        if report.is_none() {
+            self.patches.remove(&name);
+            self.tell_pending(&name, "waits for its module".to_owned());
+        }
+        report.or_else(|| self.pending.report(&name)).ok_or_else(Vec::new)
+    }
+
+    /// Whether a pending plan has to wait for modules. What concerns no module that is missing must fit
+    /// now.
+    pub(super) fn fits_but_for_missing_modules(&mut self, plan: &Plan) -> Result<bool, Vec<Refused>> {
+        let complete = self.gate.complete.clone();
+        let kernel = self.kernel().map_err(at_root)?.with_modules(&complete);
+        let names = plan.modules();
+        let missing = kernel.kernel().modules.missing(&names).map_err(at_root)?;
+        if missing.is_empty() {
+            return Ok(false);
+        }
+        let waits = |index: usize| {
+            let named = plan.patches.get(index).map(|patch| patch.modules()).unwrap_or_default();
+            missing.iter().any(|module| named.contains(*module))
+        };
+        let concerns_missing = |refused: &Refused| {
+            let path = refused.pointer.as_str();
+            match path.strip_prefix("/patches/").and_then(|rest| rest.split('/').next()?.parse().ok()) {
+                Some(index) => waits(index),
+                None => path.starts_with("/quiesced/outside/"),
+            }
+        };
+        let mut refused = self.prepare(plan).err().unwrap_or_default();
+        refused.retain(|refused| !concerns_missing(refused));
+        if refused.is_empty() { Ok(true) } else { Err(refused) }
+    }
+
+    /// A module is complete, and its init is about to run.
+    pub(super) fn module_comes(&mut self, at: Gva) {
+        if self.pending.waiting().is_empty() {
+            return;
+        }
+        let found = self.with_module(at).map(|(kernel, index)| {
+            let modules = kernel.kernel().modules;
+            let missing = |plan: &Plan| modules.missing(&plan.modules()).map(|missing| !missing.is_empty());
+            let name = &modules.known()[index].name;
+            let plans = self.pending.waiting_for(Some(name)).into_iter();
+            (name.clone(), plans.map(|plan| (missing(&plan), plan)).collect::<Vec<_>>())
+        });
+        let (module, plans) = match found {
+            Ok(found) => found,
+            Err(refusal) => {
+                for plan in self.pending.waiting_for(None) {
+                    self.refuse_pending(&plan.name, "a module", vec![refusal.clone().at_root()]);
+                }
+                return;
+            }
+        };
+        for (must_wait, plan) in plans {
+            let applied = match must_wait {
+                Ok(true) => continue,
+                Ok(false) => self.apply_now(&plan, Instant::now()),
+                Err(refusal) => Err(at_root(refusal)),
+            };
+            match applied {
+                Ok(Report { state: PatchState::Applied, .. }) => {
+                    self.pending.set(&plan.name, State::Applied);
+                    self.tell_pending(&plan.name, format!("applied before the init of {module} runs"));
+                }
+                Ok(Report { failure, .. }) => {
+                    let why = failure.unwrap_or_default();
+                    self.pending.set(&plan.name, State::Refused(format!("{module}: {why}")));
+                }
+                Err(refused) => self.refuse_pending(&plan.name, &module, refused),
+            }
+        }
+    }
+
+    fn refuse_pending(&mut self, name: &str, module: &str, refused: Vec<Refused>) {
+        let reasons: Vec<String> = refused.iter().take(MOST_REASONS).map(Refused::to_string).collect();
+        let why = format!("{module}: {}", reasons.join("; "));
+        self.tell_pending(name, format!("refused, and the module's init runs unpatched: {why}"));
+        self.pending.set(name, State::Refused(why));
+    }
+
+    /// A module's memory is about to be freed. Returns whether it may be: nothing leads there any more.
+    pub(super) fn module_goes(&mut self, at: Gva) -> bool {
+        if self.named_modules.is_empty() && self.pending.is_empty() {
+            return true;
+        }
+        let Ok((kernel, index)) = self.with_module(at) else { return false };
+        let module = &kernel.kernel().modules.known()[index];
+        let is_its_data = |at: Gva| {
+            let name = kernel.kernel().identify(at);
+            name.as_deref().and_then(|name| Some(name.split_once(':')?.0)) == Some(module.name.as_str())
+        };
+        let mut patches: Vec<_> = self.patches.applied().map(|patch| patch.plan.clone()).collect();
+        // Later ones may lie over earlier ones.
+        patches.reverse();
+        for plan in patches {
+            let name = plan.name.as_str();
+            let is_named = self.named_modules.get(name).is_some_and(|named| named.contains(&module.name));
+            let (inside, outside): (Vec<Gva>, Vec<Gva>) =
+                plan.sites.iter().map(|site| site.at).partition(|at| module.text.contains(at));
+            // A patch that names the module, or has nothing outside of it, is gone as a whole.
+            let is_gone = is_named || !inside.is_empty() && outside.is_empty();
+            let leaves_something =
+                !outside.is_empty() || !plan.data.iter().all(|datum| is_its_data(datum.at));
+            if is_gone && leaves_something {
+                match self.try_revert(name, Instant::now()) {
+                    Ok(Report { state: PatchState::Reverted | PatchState::Superseded, .. }) => {}
+                    other => {
+                        let why = other
+                            .map_or_else(|refused| refused.first().map(Refused::to_string), |r| r.failure);
+                        let what = "can't be taken back, so its module can't be unloaded";
+                        self.emit_conflict(name, format!("{what}: {}", why.unwrap_or_default()));
+                        return false;
+                    }
+                }
+            }
+            if is_gone {
+                self.lose(name, &module.name);
+            } else if !inside.is_empty() {
+                self.give_up(name, &inside, &format!("is gone with {}", module.name));
+            }
+        }
+        for plan in self.pending.waiting_for(Some(&module.name)) {
+            self.pending.set(&plan.name, State::Waits);
+        }
+        true
+    }
+
+    /// Takes a patch for gone with its module.
+    fn lose(&mut self, name: &str, module: &str) {
+        self.guard.forget(name);
+        self.named_modules.remove(name);
+        if self.pending.has(name) {
+            self.patches.remove(name);
+            self.pending.set(name, State::Waits);
+            return self.tell_pending(name, format!("pending again: {module} is unloaded"));
+        }
+        if let Some(patch) = self.patches.get_mut(name) {
+            let sites: Vec<Gva> = patch.plan.sites.iter().map(|site| site.at).collect();
+            patch.supersede(&sites);
+        }
+        self.emit_conflict(name, format!("superseded: it is gone with {module}, which is unloaded"));
+    }
+
+    /// Reverts a pending plan, applied or not. `None` if there is none of this name.
+    pub(super) fn revert_pending(&mut self, name: &str) -> Option<Result<Report, Vec<Refused>>> {
+        if let Some(report) = self.pending.report(name) {
+            self.pending.remove(name);
+            self.tell_pending(name, "waits no longer".to_owned());
+            return Some(Ok(Report { state: PatchState::Reverted, failure: None, ..report }));
+        }
+        if !self.pending.has(name) {
+            return None;
+        }
+        let reverted = self.try_revert(name, Instant::now());
+        if let Ok(Report { state: PatchState::Reverted | PatchState::Superseded, .. }) = &reverted {
+            self.pending.remove(name);
+        }
+        Some(reverted)
+    }
+
+    /// The last report of a patch, or what is to be told of a plan that waits.
+    pub(super) fn last_report(&self, name: &str) -> Result<Report, Refusal> {
+        match self.pending.report(name) {
+            Some(report) => Ok(report),
+            None => self.patches.get(name).map(|patch| patch.report.clone()),
+        }
+    }
+
+    /// All patches and pending plans, in a line each.
+    pub(super) fn summaries(&self) -> Vec<PatchSummary> {
+        let patches = self
+            .patches
+            .summaries()
+            .into_iter()
+            .map(|summary| PatchSummary { modules: self.pending.modules_of(&summary.name), ..summary });
+        patches.chain(self.pending.0.iter().filter(|pending| pending.waits()).map(Pending::summary)).collect()
+    }
+
+    fn tell_pending(&self, name: &str, what: String) {
+        let details = || Details { who: None, patch: Some(name.to_owned()), what };
+        self.guard.events().tell(Kind::Patch, details);
+    }
+}

@@ -59,7 +59,9 @@ impl GuestMemory for WithoutDoors<'_> {
         self.memory.read(at, into)?;
         for (door, byte) in &self.gate.doors {
             let there = door.at.offset_from(at).and_then(|offset| into.get_mut(offset));
-            there.filter(|now| **now == INT3).map(|now| *now = *byte);
+            if let Some(now) = there.filter(|now| **now == INT3) {
+                *now = *byte;
+            }
         }
         Ok(())
     }

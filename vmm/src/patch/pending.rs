@@ -351,3 +351,49 @@ impl Engine {
         self.guard.events().tell(Kind::Patch, details);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pending(name: &str, module: &str, bytes: usize) -> Pending {
+        let json = format!(
+            r#"{{"version":1,"name":"{name}","pending":true,"patches":[{{"redirect":"{module}:f","to":"g"}}]}}"#
+        );
+        Pending { plan: Plan::parse(json.as_bytes()).expect("a plan"), bytes, state: State::Waits }
+    }
+
+    fn full(set: &PendingSet, bytes: usize) -> bool {
+        set.has_room(bytes).is_err_and(|refusal| refusal.code() == "pending_full")
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_plans_and_so_many_bytes() {
+        let mut set = PendingSet::default();
+        assert!(!full(&set, MOST_BYTES) && full(&set, MOST_BYTES + 1));
+        set.0.push(pending("a", "m", MOST_BYTES - 1));
+        assert!(!full(&set, 1) && full(&set, 2));
+        set.remove("a");
+        set.0.extend((0..MOST_PLANS - 1).map(|i| pending(&i.to_string(), "m", 1)));
+        assert!(!full(&set, 1));
+        set.0.push(pending("last", "m", 1));
+        assert!(full(&set, 1));
+    }
+
+    #[test]
+    fn what_is_told_is_the_state() {
+        let mut set = PendingSet(vec![pending("a", "m", 1), pending("b", "n", 1)]);
+        let told = |set: &PendingSet| set.report("a").map(|report| (report.state, report.failure));
+        let names = |plans: Vec<Plan>| plans.into_iter().map(|plan| plan.name).collect::<Vec<_>>();
+        assert_eq!(told(&set), Some((PatchState::Pending, None)));
+        assert_eq!(names(set.waiting_for(Some("m"))), ["a"]);
+        assert_eq!(names(set.waiting_for(None)), ["a", "b"]);
+        set.set("a", State::Refused("why".to_owned()));
+        assert_eq!(told(&set), Some((PatchState::Refused, Some("why".to_owned()))));
+        assert_eq!(names(set.waiting_for(Some("m"))), ["a"], "the next module may fit");
+        set.set("a", State::Applied);
+        assert_eq!((told(&set), set.waiting()), (None, vec!["b".to_owned()]));
+        assert_eq!((set.has("a"), set.modules_of("a")), (true, vec!["m".to_owned()]));
+        assert!(names(set.waiting_for(Some("m"))).is_empty());
+    }
+}

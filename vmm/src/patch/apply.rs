@@ -16,9 +16,9 @@ use crate::api::command::Answer;
 use crate::api::wire::{Fits, PatchState, Refusals, Report};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::patch::arena::GuestArena;
+use crate::patch::doors::WithoutDoors;
 use crate::patch::engine::{Engine, at_root};
 use crate::patch::kernel_locks::wait_while_taken;
-use crate::patch::module_gate::WithoutDoors;
 
 /// A plan that fits, and its program.
 pub(super) struct Prepared {

@@ -21,11 +21,11 @@ use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
+use crate::patch::doors::Gate;
 use crate::patch::driver::Driver;
 use crate::patch::image::Image;
-use crate::patch::module_gate::Gate;
 use crate::patch::patch_set::PatchSet;
-use crate::patch::pending::PendingSet;
+use crate::patch::pending_set::PendingSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 

@@ -17,6 +17,7 @@
 mod apply;
 pub mod arena;
 pub mod controller;
+mod doors;
 pub mod driver;
 pub mod engine;
 mod execute;
@@ -27,6 +28,7 @@ mod kernel_locks;
 mod module_gate;
 mod patch_set;
 mod pending;
+mod pending_set;
 mod reconcile;
 mod remove_arena;
 mod revert;

@@ -9,22 +9,21 @@
 //!
 //! `docs/modules.md` has the argument.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
 use patcher::insn::INT3;
 use patcher::insn::push::{Push, first_push};
+use patcher::linux::Module;
 use patcher::linux::kprobes::{among, probes};
 use patcher::linux::memory::read;
-use patcher::linux::{GuestMemory, Module};
-use patcher::plan::refusal::{Pointer, Refusal};
+use patcher::plan::refusal::Refusal;
 use patcher::safety::blockers;
-use patcher::site::Site;
 
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
+use crate::patch::doors::{Gate, LONGEST};
 use crate::patch::engine::Engine;
 use crate::patch::executor::PATIENCE;
 use crate::patch::kernel_locks::wait_while_taken;
@@ -32,63 +31,8 @@ use crate::sync::module_gate::Door;
 
 /// How long closing waits for a guest that patches itself.
 const CLOSING: Duration = Duration::from_secs(2);
-/// Longest `push` of a register, in bytes.
-const LONGEST: usize = 2;
 /// More modules than these are not known to be complete.
 const MOST_COMPLETE: usize = 4096;
-/// Whose sites the doors are, in refusals.
-const OWN_NAME: &str = "where the monitor notices modules";
-
-/// What the controller knows of the gate.
-#[derive(Default)]
-pub(super) struct Gate {
-    /// What the `int3`s stand for, and their first bytes; empty while the gate is open.
-    doors: Vec<(Push, u8)>,
-    /// Modules that have come to the first door and not to the second one yet.
-    pub(super) complete: BTreeSet<Gva>,
-}
-
-/// Guest memory as it is without the `int3`s of the doors.
-pub(super) struct WithoutDoors<'m> {
-    pub(super) memory: &'m CachedTranslations<'m>,
-    pub(super) gate: &'m Gate,
-}
-
-impl GuestMemory for WithoutDoors<'_> {
-    fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
-        self.memory.read(at, into)?;
-        for (door, byte) in &self.gate.doors {
-            let there = door.at.offset_from(at).and_then(|offset| into.get_mut(offset));
-            if let Some(now) = there.filter(|now| **now == INT3) {
-                *now = *byte;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Gate {
-    pub(super) fn is_closed(&self) -> bool {
-        !self.doors.is_empty()
-    }
-
-    /// The doors as sites that no plan may change.
-    pub(super) fn sites(&self) -> Vec<(&'static str, Site)> {
-        let size = |door: &Push| door.next.offset_from(door.at).unwrap_or(LONGEST);
-        let site = |(door, byte): &(Push, u8)| Site {
-            pointer: Pointer::new(""),
-            at: door.at,
-            symbol: String::new(),
-            old: vec![*byte; size(door)],
-            new: vec![INT3; size(door)],
-            old_inside: Vec::new(),
-            new_inside: Vec::new(),
-            may_fault: false,
-        };
-        self.doors.iter().map(|door| (OWN_NAME, site(door))).collect()
-    }
-}
-
 impl Engine {
     /// Has modules stop at the doors from now on.
     pub(super) fn close_module_gate(&mut self) -> Result<(), Refusal> {

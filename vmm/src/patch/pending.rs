@@ -168,8 +168,15 @@ impl Engine {
                 self.give_up(name, &inside, &format!("is gone with {}", module.name));
             }
         }
-        for plan in self.pending.waiting_for(Some(&module.name)) {
-            self.pending.set(&plan.name, State::Waits);
+        // What was refused, and what the guest has replaced since.
+        for name in self.pending.naming(&module.name) {
+            if self.is_applied(&name) {
+                continue;
+            }
+            self.patches.remove(&name);
+            if self.pending.set(&name, State::Waits) {
+                self.tell_pending(&name, format!("pending again: {} is unloaded", module.name));
+            }
         }
         true
     }
@@ -179,9 +186,8 @@ impl Engine {
         self.guard.forget(name);
         self.named_modules.remove(name);
         if self.pending.has(name) {
-            self.patches.remove(name);
-            self.pending.set(name, State::Waits);
-            return self.tell_pending(name, format!("pending again: {module} is unloaded"));
+            // It is pending again once all patches were looked at.
+            return self.patches.remove(name);
         }
         if let Some(patch) = self.patches.get_mut(name) {
             let sites: Vec<Gva> = patch.plan.sites.iter().map(|site| site.at).collect();
@@ -199,6 +205,11 @@ impl Engine {
         }
         if !self.pending.has(name) {
             return None;
+        }
+        if !self.is_applied(name) {
+            // The guest has replaced it.
+            self.pending.remove(name);
+            return Some(self.last_report(name).map_err(at_root));
         }
         let reverted = self.try_revert(name, Instant::now());
         if let Ok(Report { state: PatchState::Reverted | PatchState::Superseded, .. }) = &reverted {
@@ -223,6 +234,10 @@ impl Engine {
             .into_iter()
             .map(|summary| PatchSummary { modules: self.pending.modules_of(&summary.name), ..summary });
         patches.chain(self.pending.summaries()).collect()
+    }
+
+    fn is_applied(&self, name: &str) -> bool {
+        self.patches.applied().any(|patch| patch.plan.name == name)
     }
 
     fn tell_pending(&self, name: &str, what: String) {

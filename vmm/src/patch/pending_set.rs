@@ -71,10 +71,18 @@ impl PendingSet {
         })
     }
 
-    /// Says what is so of a plan.
-    pub(super) fn set(&mut self, name: &str, state: State) {
-        let found = self.0.iter_mut().find(|pending| pending.plan.name == name);
-        found.into_iter().for_each(|pending| pending.state = state.clone());
+    /// Says what is so of a plan. Returns whether it is another state than before.
+    pub(super) fn set(&mut self, name: &str, state: State) -> bool {
+        let Some(found) = self.0.iter_mut().find(|pending| pending.plan.name == name) else { return false };
+        let is_new = found.state != state;
+        found.state = state;
+        is_new
+    }
+
+    /// The names of the plans that name a module, applied or not.
+    pub(super) fn naming(&self, module: &str) -> Vec<String> {
+        let names = self.0.iter().filter(|pending| pending.plan.modules().contains(module));
+        names.map(|pending| pending.plan.name.clone()).collect()
     }
 
     /// Forgets a plan.

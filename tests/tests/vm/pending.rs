@@ -158,6 +158,8 @@ fn not_fitting(lab: &Lab) -> Result<()> {
         let (_, answer) = give(&vm, &plan("probe_new"))?;
         ensure!(answer["refusals"][0]["code"] == "modules_unseen", "{answer:#}");
         vm.ask(&format!("write {TRACING}/events/kprobes/door/enable 0"))?;
+        // Until its event is removed, too, the kprobe is registered.
+        vm.ask(&format!("write {TRACING}/kprobe_events"))?;
         // As many as there may be.
         let mut given = 0;
         let refused = loop {

@@ -33,9 +33,13 @@ impl Engine {
         given_at: Instant,
     ) -> Result<Report, Vec<Refused>> {
         self.pending.has_room(bytes).map_err(at_root)?;
-        // Not later: no module may pass unseen between looking at the list and waiting.
-        self.close_module_gate().map_err(at_root)?;
-        let (report, state) = if self.fits_but_for_missing_modules(&plan)? {
+        let mut must_wait = self.fits_but_for_missing_modules(&plan)?;
+        if !self.gate.is_closed() {
+            self.close_module_gate().map_err(at_root)?;
+            // A module may have passed unseen until now.
+            must_wait = self.fits_but_for_missing_modules(&plan)?;
+        }
+        let (report, state) = if must_wait {
             (None, State::Waits)
         } else {
             let report = self.apply_now(&plan, given_at)?;

@@ -35,6 +35,9 @@ impl Engine {
         self.pending.has_room(bytes).map_err(at_root)?;
         let mut must_wait = self.fits_but_for_missing_modules(&plan)?;
         if !self.gate.is_closed() {
+            if !must_wait {
+                self.prepare(&plan)?;
+            }
             self.close_module_gate().map_err(at_root)?;
             // A module may have passed unseen until now.
             must_wait = self.fits_but_for_missing_modules(&plan)?;

@@ -173,7 +173,7 @@ fn guest_initrd(binaries: &Binaries, kernels: &[&Kernel]) -> Result<PathBuf> {
     let mut initramfs = Initramfs::default().file("init", &binaries.guest_init)?;
     for kernel in kernels {
         let modules = GUEST_MODULES.map(|path| kernel.module(path));
-        for module in modules.into_iter().chain([livepatch::module(kernel)?]) {
+        for module in modules.into_iter().chain(livepatch::modules(kernel)?) {
             let name = module.file_name().unwrap_or_default().to_string_lossy();
             initramfs = initramfs.file(&format!("modules/{}/{name}", kernel.release), &module)?;
         }

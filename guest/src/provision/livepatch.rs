@@ -1,5 +1,5 @@
-//! A livepatch module for the guest's own kernel, built against the distribution's headers once
-//! and cached. No package has one.
+//! Modules for the guest's own kernel, a livepatch among them, built against the distribution's headers
+//! once and cached. No package has them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,30 +11,33 @@ use crate::provision::kernel::Kernel;
 use crate::provision::progress::Step;
 use crate::provision::{cache, packages};
 
-/// Its name, which its files have too.
+/// The livepatch's name, which its files have too.
 pub const NAME: &str = "getppid_livepatch";
+/// The name of a module that tells which of its functions its init called.
+pub const PROBE: &str = "pending_probe";
 /// Part of the cache key: raise it when anything about the build changes.
-const BUILD: u32 = 1;
+const BUILD: u32 = 2;
 
-const FILES: [(&str, &str); 2] = [
+const FILES: [(&str, &str); 3] = [
     ("Kbuild", include_str!("../../livepatch/Kbuild")),
     ("getppid_livepatch.c", include_str!("../../livepatch/getppid_livepatch.c")),
+    ("pending_probe.c", include_str!("../../livepatch/pending_probe.c")),
 ];
 /// `libelf` is for the headers' own `objtool`.
 const PACKAGES: &[&str] = &["gcc", "make", "libelf-dev"];
 
-/// The module for a kernel, built on first use.
+/// The modules for a kernel, built on first use.
 ///
 /// # Errors
 /// When packages are missing and can't be installed, or the build fails.
-pub fn module(kernel: &Kernel) -> Result<PathBuf, Error> {
+pub fn modules(kernel: &Kernel) -> Result<[PathBuf; 2], Error> {
     let folder = cache::entry(&format!("livepatch-{}-{BUILD}", kernel.release), |into| build(kernel, into))?;
-    Ok(folder.join(format!("{NAME}.ko")))
+    Ok([NAME, PROBE].map(|name| folder.join(format!("{name}.ko"))))
 }
 
 fn build(kernel: &Kernel, into: &Path) -> Result<(), Error> {
-    packages::ensure("building a livepatch module", PACKAGES)?;
-    let step = Step::new(format!("Building a livepatch module ({})", kernel.release));
+    packages::ensure("building modules", PACKAGES)?;
+    let step = Step::new(format!("Building modules ({})", kernel.release));
     let work = into.join("work");
     for (name, text) in FILES {
         let file = work.join("module").join(name);
@@ -58,8 +61,9 @@ fn build(kernel: &Kernel, into: &Path) -> Result<(), Error> {
             .arg(format!("M={}", work.join("module").display()))
             .args(["CC=gcc", "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]),
     )?;
-    let name = format!("{NAME}.ko");
-    fs::copy(work.join("module").join(&name), into.join(&name)).at(into)?;
+    for name in [NAME, PROBE].map(|name| format!("{name}.ko")) {
+        fs::copy(work.join("module").join(&name), into.join(&name)).at(into)?;
+    }
     fs::remove_dir_all(&work).at(&work)?;
     step.done();
     Ok(())

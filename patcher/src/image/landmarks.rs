@@ -9,6 +9,7 @@ use crate::image::profile::{Capability, Fact};
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
 use crate::insn;
+use crate::insn::push::{self, Push, first_push};
 
 /// Parts of the functions in the profile's declaration ([`Capability::PatchingLocks`]), where the compiler
 /// made functions of their own of them.
@@ -17,6 +18,10 @@ const PARTS_OF_PATCHERS: [&str; 2] = ["__jump_label_patch", "__static_call_trans
 /// Functions that are never called with a spinlock held: on the way out of a system call, and
 /// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
 const UNLOCKED: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
+
+/// The functions that every module passes, with its `struct module` as their argument: when it is
+/// complete and its init is about to run, and before its memory is freed (Linux kernel/module/main.c).
+const MODULE_DOORS: [&str; 2] = ["do_init_module", "free_module"];
 
 /// Link-time addresses. What a kernel does not have is left out.
 #[derive(Debug, Default)]
@@ -33,6 +38,9 @@ pub struct Landmarks {
     pub probes: Option<Gva>,
     /// The list of functions that livepatches replace.
     pub livepatches: Option<Gva>,
+    /// Where a vCPU can be stopped that is about to run a module's init, and one that is about to free a
+    /// module; RDI is the address of its `struct module` there.
+    pub module_doors: Option<[Push; 2]>,
 }
 
 impl Landmarks {
@@ -46,6 +54,7 @@ impl Landmarks {
             init: init(vmlinux, symbols),
             probes: symbols.only("kprobe_table"),
             livepatches: symbols.only("klp_ops"),
+            module_doors: module_doors(vmlinux, symbols, tables),
         }
     }
 }
@@ -69,6 +78,16 @@ fn mutex(fact: Fact) -> Option<&'static str> {
 fn init(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Option<Range<Gva>> {
     let marked = symbols.only("__init_begin").zip(symbols.only("__init_end"));
     marked.map(|(start, end)| start..end).or_else(|| vmlinux.sections_from_to(&[".init.text", ".exit.text"]))
+}
+
+fn module_doors(vmlinux: &Vmlinux<'_>, symbols: &Symbols, tables: &Tables) -> Option<[Push; 2]> {
+    let door = |name: &str| {
+        let from = place(vmlinux, tables, symbols.only(name)?)?;
+        let push = first_push(vmlinux.bytes(from, push::REACH)?, from)?;
+        (!tables.is_switched(push.at)).then_some(push)
+    };
+    let [comes, goes] = MODULE_DOORS.map(door);
+    Some([comes?, goes?])
 }
 
 /// The first instruction of a function behind `endbr64`, which must stay whole, and behind the fentry

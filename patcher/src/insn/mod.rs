@@ -4,6 +4,7 @@
 mod decode;
 mod effect;
 mod encode;
+pub mod push;
 mod relocate;
 pub mod store;
 

@@ -3,6 +3,7 @@
 //! error.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 
 use crate::addr::Gva;
 use crate::image::KernelImage;
@@ -17,8 +18,11 @@ use crate::linux::modules::{Module, Modules};
 use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
-/// `MODULE_STATE_LIVE`.
+/// `enum module_state`: it is live, complete but not initialized yet, or being unloaded. A module that is
+/// neither is not complete, or no longer so.
 const LIVE: u32 = 0;
+const COMING: u32 = 1;
+const GOING: u32 = 2;
 const MOST_MODULES: usize = 4096;
 const MOST_SYMBOLS: usize = 1 << 20;
 const MOST_ENTRIES: usize = 1 << 20;
@@ -35,29 +39,49 @@ const RESERVED: u16 = 0xff00;
 /// Reads all modules of a guest whose kernel runs `slide` above its link-time address.
 #[must_use]
 pub fn read_modules(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Modules {
-    Modules::new(read_all(image, slide, text))
+    read_complete_modules(image, slide, text, &BTreeSet::new())
 }
 
-fn read_all(image: &KernelImage, slide: u64, text: &dyn GuestMemory) -> Result<Vec<Module>, Refusal> {
+/// Reads the modules that are live, and those that are `complete`, by the addresses of their `struct
+/// module`: their init was not run yet, or their exit is behind them.
+#[must_use]
+pub fn read_complete_modules(
+    image: &KernelImage,
+    slide: u64,
+    text: &dyn GuestMemory,
+    complete: &BTreeSet<Gva>,
+) -> Modules {
+    Modules::new(read_all(image, slide, text, complete))
+}
+
+fn read_all(
+    image: &KernelImage,
+    slide: u64,
+    text: &dyn GuestMemory,
+    complete: &BTreeSet<Gva>,
+) -> Result<(Vec<Module>, Vec<String>), Refusal> {
     let kernel = Kernel { image, slide, modules: &Modules::NONE };
     image.profile().know(Capability::Modules).map_err(missing)?;
     if *image.profile().state(Capability::Modules) == State::Absent {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), Vec::new()));
     }
     let offsets = image.offsets().module.ok_or(Refusal::UnknownLayout { what: "struct module" })?;
     let head = kernel.symbol("modules")?;
-    let mut modules = Vec::new();
+    let (mut modules, mut coming) = (Vec::new(), Vec::new());
     let budget = Cell::new(BUDGET);
     let mut next = Gva(read_u64(text, head)?);
     // Modules that are being loaded or unloaded count, too.
     for _ in 0..MOST_MODULES {
         if next == head {
-            return Ok(modules);
+            return Ok((modules, coming));
         }
         let at = Gva(next.0.wrapping_sub(offsets.list));
         let module = Reader { text, at, offsets: &offsets, budget: &budget };
-        if module.u32(offsets.state)? == LIVE {
-            modules.push(module.read()?);
+        match module.u32(offsets.state)? {
+            LIVE => modules.push(module.read()?),
+            COMING | GOING if complete.contains(&at) => modules.push(module.read()?),
+            COMING => coming.push(module.own_name()?),
+            _ => {}
         }
         next = Gva(read_u64(text, next)?);
     }
@@ -92,10 +116,14 @@ impl Reader<'_> {
         if count > most { Err(Refusal::BadModules { why: "a table is too long" }) } else { Ok(count) }
     }
 
+    fn own_name(&self) -> Result<String, Refusal> {
+        let name = self.bytes(Gva(self.at.0.wrapping_add(self.offsets.name)), LONGEST_NAME)?;
+        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+        Ok(String::from_utf8_lossy(name).into_owned())
+    }
+
     fn read(&self) -> Result<Module, Refusal> {
         let offsets = self.offsets;
-        let name = self.bytes(Gva(self.at.0.wrapping_add(offsets.name)), LONGEST_NAME)?;
-        let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
         let start = self.pointer(offsets.text.0)?;
         let end = start.plus(self.count(offsets.text.1, MOST_BYTES)?);
         let (at, bytes) = self.table(offsets.jump_entries, size_of::<JumpRecord>())?;
@@ -104,7 +132,8 @@ impl Reader<'_> {
         let static_call_sites = live_static_call_sites(at, &bytes);
         let (at, bytes) = self.table(offsets.exceptions, size_of::<ExceptionRecord>())?;
         Ok(Module {
-            name: String::from_utf8_lossy(name).into_owned(),
+            at: self.at,
+            name: self.own_name()?,
             text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
             symbols: self.symbols()?,
             landings: Landings::new(&jump_entries, fixups(at, &bytes)),
@@ -137,7 +166,12 @@ impl Reader<'_> {
                 continue;
             }
             let at = Gva(names.0.wrapping_add(entry.name.get().into()));
-            symbols.push((entry.value.get(), kind, self.name(at)?));
+            let name = self.name(at)?;
+            // Until a module is live, its sections are symbols without a name (kernel/module/kallsyms.c,
+            // `is_core_symbol`).
+            if !name.is_empty() {
+                symbols.push((entry.value.get(), kind, name));
+            }
         }
         let all = symbols.iter().map(|(at, kind, name)| (*at, *kind, name.as_str()));
         Symbols::new(all).ok_or(bad("its names are too long"))

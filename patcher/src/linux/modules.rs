@@ -1,5 +1,6 @@
 //! Loaded modules, as data. [`crate::linux::module_list`] reads them from the running guest.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::addr::Gva;
@@ -8,9 +9,11 @@ use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
 use crate::plan::refusal::Refusal;
 
-/// A live module. Addresses are those in the guest.
+/// A module that is live, or complete and about to be. Addresses are those in the guest.
 #[derive(Debug)]
 pub struct Module {
+    /// Its `struct module`.
+    pub at: Gva,
     /// Its name.
     pub name: String,
     /// Its text.
@@ -31,19 +34,38 @@ pub struct Module {
 #[derive(Debug)]
 pub struct Modules {
     loaded: Vec<Module>,
+    coming: Vec<String>,
     unknown: Option<Refusal>,
 }
 
 impl Modules {
     /// No modules.
-    pub const NONE: Self = Self { loaded: Vec::new(), unknown: None };
+    pub const NONE: Self = Self { loaded: Vec::new(), coming: Vec::new(), unknown: None };
 
-    /// The result of reading them from the guest.
+    /// The result of reading them from the guest: the modules, and the names of those whose init may be
+    /// running.
     #[must_use]
-    pub fn new(read: Result<Vec<Module>, Refusal>) -> Self {
+    pub fn new(read: Result<(Vec<Module>, Vec<String>), Refusal>) -> Self {
         match read {
-            Ok(loaded) => Self { loaded, unknown: None },
-            Err(refusal) => Self { loaded: Vec::new(), unknown: Some(refusal) },
+            Ok((loaded, coming)) => Self { loaded, coming, unknown: None },
+            Err(refusal) => Self { unknown: Some(refusal), ..Self::NONE },
+        }
+    }
+
+    /// Those of these names that no module has that is known.
+    ///
+    /// # Errors
+    /// As [`Modules::all`]; [`Refusal::Busy`] when one of them is being loaded.
+    pub fn missing<'n>(&self, names: &'n BTreeSet<String>) -> Result<Vec<&'n str>, Refusal> {
+        let loaded = self.all()?;
+        let missing = names.iter().filter(|name| !loaded.iter().any(|module| module.name == **name));
+        let missing: Vec<&str> = missing.map(String::as_str).collect();
+        match missing.iter().find(|name| self.coming.iter().any(|coming| coming == *name)) {
+            Some(name) => {
+                let why = "the guest is loading the module".to_owned();
+                Err(Refusal::Busy { name: (*name).to_owned(), why })
+            }
+            None => Ok(missing),
         }
     }
 

@@ -5,7 +5,7 @@
 //!   "kernel": { "release": "6.1.0-56-cloud-amd64" },
 //!   "deadline_ms": 500, "strategy": "auto", "atomic": true,
 //!   "quiesced": { "preemptible": true, "outside": ["queued_spin_unlock"] },
-//!   "on_guest_write": "rebase",
+//!   "on_guest_write": "rebase", "pending": false,
 //!   "patches": [
 //!     { "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" },
 //!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" },
@@ -26,6 +26,8 @@ pub mod pointer;
 pub mod refusal;
 mod schema;
 pub mod write_policy;
+
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
@@ -96,11 +98,20 @@ pub struct Plan {
     /// What to do when the guest writes to a site of the applied patch. If set, the sites'
     /// pages are write-protected while the patch is applied.
     pub on_guest_write: Option<Policy>,
+    /// Whether it waits for the modules that it names, if they are not loaded.
+    pub pending: bool,
     /// What to change.
     pub patches: Vec<Patch>,
 }
 
 impl Plan {
+    /// The modules that it names, as the kernel writes them.
+    #[must_use]
+    pub fn modules(&self) -> BTreeSet<String> {
+        let named = self.patches.iter().flat_map(Patch::addresses);
+        named.chain(self.outside.iter().map(String::as_str)).filter_map(module_of).collect()
+    }
+
     /// Whether resolving it needs the guest's modules, which take time to read.
     #[must_use]
     pub fn concerns_modules(&self) -> bool {
@@ -171,7 +182,29 @@ pub enum Patch {
     },
 }
 
+/// The module in `module:symbol`. Its name may be written with dashes, as that of its file.
+fn module_of(address: &str) -> Option<String> {
+    Some(address.split_once(':')?.0.replace('-', "_"))
+}
+
 impl Patch {
+    /// The modules that it names.
+    #[must_use]
+    pub fn modules(&self) -> BTreeSet<String> {
+        self.addresses().into_iter().filter_map(module_of).collect()
+    }
+
+    /// The addresses and names in it that may be a module's.
+    fn addresses(&self) -> Vec<&str> {
+        match self {
+            Self::Raw { at, .. } => vec![at],
+            Self::Redirect { from, to, .. } => vec![from, to],
+            Self::StaticKey { static_key, .. } => vec![static_key],
+            Self::StaticCall { static_call, target } => vec![static_call, target],
+            Self::Alternatives { .. } | Self::SmpLocks { .. } | Self::Paravirt { .. } => Vec::new(),
+        }
+    }
+
     /// The function that the patch names, if it names its site by a function.
     #[must_use]
     pub fn function(&self) -> Option<&str> {

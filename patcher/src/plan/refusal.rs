@@ -301,6 +301,26 @@ pub enum Refusal {
         /// The later one.
         by: String,
     },
+    /// The monitor can't notice when modules come and go.
+    #[error("the monitor can't notice when modules are loaded and unloaded: {why}")]
+    ModulesUnseen {
+        /// Why.
+        why: String,
+    },
+    /// Too many plans wait for modules.
+    #[error(
+        "{plans} plans of {bytes} bytes wait for modules; the limit is {most_plans} of {most_bytes} bytes"
+    )]
+    PendingFull {
+        /// How many there are.
+        plans: usize,
+        /// How long they are together.
+        bytes: usize,
+        /// How many there may be.
+        most_plans: usize,
+        /// How long they may be together.
+        most_bytes: usize,
+    },
     /// The guest's kernel has not started far enough, or is not the one that was given.
     #[error("the guest's kernel can't be patched: {why}")]
     GuestNotReady {
@@ -360,6 +380,8 @@ impl Refusal {
             Self::UnknownPatch { .. } => "unknown_patch",
             Self::NotApplied { .. } => "not_applied",
             Self::Covered { .. } => "covered",
+            Self::ModulesUnseen { .. } => "modules_unseen",
+            Self::PendingFull { .. } => "pending_full",
             Self::GuestNotReady { .. } => "guest_not_ready",
             Self::GuestHeld { .. } => "guest_held",
         }

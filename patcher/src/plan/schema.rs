@@ -28,6 +28,8 @@ struct RawPlan {
     #[serde(default)]
     over: Vec<String>,
     on_guest_write: Option<Policy>,
+    #[serde(default)]
+    pending: bool,
     patches: Vec<RawPatch>,
 }
 
@@ -160,10 +162,7 @@ impl RawPlan {
                 Err((field, what)) => refuse(&format!("/patches/{i}{field}"), what),
             }
         }
-        if !wrong.is_empty() {
-            return Err(wrong);
-        }
-        Ok(Plan {
+        let plan = Plan {
             name: self.name,
             release: kernel.release,
             build_id: kernel.build_id.and_then(|digits| build_id(&digits).ok()),
@@ -174,8 +173,14 @@ impl RawPlan {
             outside: self.quiesced.outside,
             over: self.over,
             on_guest_write: self.on_guest_write,
+            pending: self.pending,
             patches,
-        })
+        };
+        if plan.pending && wrong.is_empty() && plan.modules().is_empty() {
+            let what = "it names no module that it could wait for: a module's symbol is module:symbol";
+            wrong.push(Refusal::PlanMalformed { what: what.into() }.at(Pointer::new("/pending")));
+        }
+        if wrong.is_empty() { Ok(plan) } else { Err(wrong) }
     }
 }
 
@@ -351,6 +356,23 @@ mod tests {
         );
         assert_eq!(patch(r#"{"smp_locks":true}"#), Patch::SmpLocks { smp_locks: true, force: false });
         assert_eq!(patch(r#"{"paravirt":"spinlocks","to":"kvm"}"#), Patch::Paravirt { to: Spinlocks::Kvm });
+    }
+
+    #[test]
+    fn a_pending_plan_names_what_it_waits_for() {
+        let plan = Plan::parse(
+            br#"{"version":1,"name":"a","pending":true,"quiesced":{"outside":["c:f"]},"patches":[
+                {"redirect":"kvm-intel:f","to":"g"},{"static_call":"x","target":"b:h"},{"redirect":"f","to":"g"},
+                {"static_key":"a:k","enable":true},{"at":"0x10","expect":"0f1f","replace":"90"}]}"#,
+        )
+        .expect("a plan");
+        assert!(plan.pending);
+        assert_eq!(plan.modules().into_iter().collect::<Vec<_>>(), ["a", "b", "c", "kvm_intel"]);
+        let first = plan.patches.iter().map(|patch| patch.modules().pop_first()).collect::<Vec<_>>();
+        let names = [Some("kvm_intel"), Some("b"), None, Some("a"), None];
+        assert_eq!(first, names.map(|name| name.map(str::to_owned)));
+        let none = r#"{"version":1,"name":"a","pending":true,"patches":[{"redirect":"f","to":"g"}]}"#;
+        assert_eq!(refused(none), [("/pending".to_owned(), "plan_malformed")]);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Where a site may lie: what its function, the kernel's tables and `.cold` parts lead to.
 
+use std::collections::BTreeSet;
+
 use patcher::addr::Gva;
 use patcher::image::{KernelImage, Symbols};
 use patcher::insn;
-use patcher::linux::module_list::read_modules;
+use patcher::linux::module_list::{read_complete_modules, read_modules};
 use patcher::linux::{Kernel, Modules};
 use patcher::plan::Plan;
 use patcher::resolve::{RunningGuest, resolve};
@@ -185,4 +187,44 @@ fn cold_parts_of_modules_count() {
     assert_eq!(codes(0x10, "9090", "6690"), ["branch_into_site"]);
     assert_eq!(codes(0x11, "90", "f8"), [""; 0], "it may begin there");
     assert_eq!(codes(0x10, "90", "f8"), [""; 0], "and end there");
+}
+
+/// Which modules are read: those that are live, and of the others those that are known to be complete.
+#[test]
+fn modules_are_read_once_they_are_complete() {
+    const MODULE: u64 = 0x4_0000;
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let symbol = |name: u32, at: u64| {
+        let section = [2, 0, 1, 0];
+        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
+    };
+    // A section, then a function. None of the states is the byte that stands for a hole.
+    let symbols = [symbol(0, 0x400), symbol(1, 0x400)].concat();
+    let sections =
+        miniature::Sections { symbols, names: b"\0f\0\x01\x02\x03".to_vec(), ..Default::default() };
+    let mut memory = miniature::with_module(&image, &sections);
+    let state = 1 + usize::try_from(MODULE + image.offsets().module.expect("offsets").state)
+        .expect("64 bits")
+        % 0x4000;
+    let known = BTreeSet::from([Gva(MODULE)]);
+    let names = BTreeSet::from(["module".to_owned(), "other".to_owned()]);
+    let mut read = |value: u8, complete: &BTreeSet<Gva>| {
+        memory[state] = value;
+        let text = checks::Anywhere::new(&memory).expect("memory");
+        let modules = read_complete_modules(&image, 0, &text, complete);
+        let functions =
+            modules.known().iter().flat_map(|module| module.symbols.iter().map(|(.., name)| name));
+        let functions = functions.map(str::to_owned).collect::<Vec<_>>();
+        let missing = modules.missing(&names).map(|missing| missing.join(" "));
+        (functions.join(" "), missing.map_err(|refusal| refusal.code()))
+    };
+    let found = |functions: &str, missing: &str| (functions.to_owned(), Ok(missing.to_owned()));
+    assert_eq!(read(0, &BTreeSet::new()), found("f", "other"), "live");
+    assert_eq!(read(1, &known), found("f", "other"), "complete, and its init was not run yet");
+    assert_eq!(read(1, &BTreeSet::new()), (String::new(), Err("busy")), "its init may be running");
+    assert_eq!(read(2, &known), found("f", "other"), "its exit is behind it");
+    assert_eq!(read(2, &BTreeSet::new()), found("", "module other"), "it goes");
+    for complete in [&known, &BTreeSet::new()] {
+        assert_eq!(read(3, complete), found("", "module other"), "not formed");
+    }
 }

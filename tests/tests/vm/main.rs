@@ -14,6 +14,7 @@ mod guard;
 mod hotplug;
 mod kernel;
 mod monitor;
+mod pending;
 mod refusals;
 mod replaced;
 mod selfpatching;
@@ -53,6 +54,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,
+        pending::TESTS,
         refusals::TESTS,
         replaced::TESTS,
         selfpatching::TESTS,

@@ -36,9 +36,12 @@ pub(super) fn of(answer: Answer) -> Reply {
 
 fn status(report: &Report) -> StatusCode {
     match report.state {
-        PatchState::Applied | PatchState::Reverted | PatchState::Superseded | PatchState::Lost => {
-            StatusCode::OK
-        }
+        PatchState::Applied
+        | PatchState::Reverted
+        | PatchState::Superseded
+        | PatchState::Lost
+        | PatchState::Pending
+        | PatchState::Refused => StatusCode::OK,
         PatchState::RolledBack | PatchState::Held => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -268,6 +268,7 @@ mod tests {
                 livepatched: 3,
                 on_guest_write,
                 strategy,
+                modules: vec![name.clone()],
             }]);
         }
         let vcpu = |symbol| VcpuLine {

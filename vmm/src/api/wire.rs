@@ -144,10 +144,14 @@ pub enum PatchState {
     RolledBack,
     /// It failed and so did undoing it; the guest is held.
     Held,
-    /// The guest replaced it at every site, so nothing was left to revert.
+    /// The guest replaced it at every site, so nothing was left to revert; or it is gone with its module.
     Superseded,
     /// The guest runs another kernel, by kexec or after a crash, without it.
     Lost,
+    /// It waits for modules, and will be applied before their init runs.
+    Pending,
+    /// It waits for modules, and did not fit the one that came last.
+    Refused,
 }
 
 /// What a plan would change.
@@ -191,7 +195,7 @@ pub struct Report<S = Site> {
 }
 
 /// How long things took, in microseconds.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Timing {
     /// From the arrival of the whole request to the end.
     pub total_us: u64,
@@ -226,6 +230,9 @@ pub struct PatchSummary {
     pub on_guest_write: Option<Policy>,
     /// How it was applied.
     pub strategy: Strategy,
+    /// The modules that its plan waits for, also when they are loaded again, if it may be pending.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<String>,
 }
 
 /// A plan or a request that was refused: no guest byte was written.

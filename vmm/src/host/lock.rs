@@ -49,11 +49,11 @@ impl Condvar {
         guard.0 = guard.0.take().map(|held| self.0.wait(held).unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The same, for no longer than that.
-    pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, most: Duration) {
+    /// As [`Condvar::wait`], for so long at most.
+    pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, time: Duration) {
         guard.0 = guard.0.take().map(|held| {
-            let (held, _) = self.0.wait_timeout(held, most).unwrap_or_else(PoisonError::into_inner);
-            held
+            let woken = self.0.wait_timeout(held, time);
+            woken.unwrap_or_else(PoisonError::into_inner).0
         });
     }
 

@@ -29,4 +29,8 @@ impl Listener for EventSink {
     fn patch_written(&self) {
         self.controls.touched();
     }
+
+    fn module_at_door(&self) {
+        self.controls.module_at_door();
+    }
 }

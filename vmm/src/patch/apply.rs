@@ -7,62 +7,125 @@ use patcher::plan::refusal::{Refusal, Refused};
 use patcher::plan::{Plan, Strategy};
 use patcher::program::compile::compile;
 use patcher::program::step::Program;
-use patcher::resolve::{ResolvedPlan, resolve};
+use patcher::resolve::{ResolvedPlan, RunningGuest, resolve};
 use patcher::safety::blockers;
 use patcher::safety::slots::Arena;
+use patcher::site::Site;
 
 use crate::api::command::Answer;
-use crate::api::wire::{PatchState, Refusals};
+use crate::api::wire::{Fits, PatchState, Refusals, Report};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::patch::arena::GuestArena;
-use crate::patch::engine::{Engine, at_root, refused};
+use crate::patch::doors::WithoutDoors;
+use crate::patch::engine::{Engine, at_root};
 use crate::patch::kernel_locks::wait_while_taken;
+
+/// A plan that fits, and its program.
+pub(super) struct Prepared {
+    plan: ResolvedPlan,
+    program: Program,
+    /// Whether it names a module, or changes one.
+    concerns_modules: bool,
+}
 
 /// How long a plan that does not fit is resolved again while the guest patches itself.
 const RESOLVE_PATIENCE: Duration = Duration::from_millis(500);
 
 impl Engine {
-    /// Applies a plan that was given at `given_at`.
+    /// Applies a plan that was given at `given_at`, or has it wait for its modules.
     pub(super) fn apply(&mut self, json: &[u8], given_at: Instant) -> Answer {
-        let (plan, program) = match self.prepare(json) {
-            Ok(prepared) => prepared,
-            Err(refused) => return Answer::Refused(Refusals::new(refused)),
-        };
-        let report = match self.execute(&plan, program, given_at) {
-            Ok(report) => report,
-            Err(refusal) => return refused(refusal),
-        };
+        let report = self.admit(json).and_then(|plan| {
+            if plan.pending {
+                self.apply_pending(plan, json.len(), given_at)
+            } else {
+                self.apply_now(&plan, given_at)
+            }
+        });
+        match report {
+            Ok(report) => Answer::Report(Box::new(report)),
+            Err(refused) => Answer::Refused(Refusals::new(refused)),
+        }
+    }
+
+    /// Applies a plan to what there is.
+    pub(super) fn apply_now(&mut self, plan: &Plan, given_at: Instant) -> Result<Report, Vec<Refused>> {
+        let mut prepared = self.prepare(plan)?;
+        if prepared.concerns_modules {
+            if !self.gate.is_closed() {
+                // A module may have gone unseen until now.
+                self.close_module_gate().map_err(at_root)?;
+                prepared = self.prepare(plan)?;
+            }
+            self.named_modules.insert(plan.name.clone(), plan.modules());
+        }
+        let report = self.execute(&prepared.plan, prepared.program, given_at).map_err(at_root)?;
         self.emit_patch_event(&report);
         if report.state == PatchState::Applied {
-            self.watch(&plan);
-            self.patches.add(plan, report.clone());
+            self.watch(&prepared.plan);
+            self.patches.add(prepared.plan, report.clone());
         }
-        Answer::Report(Box::new(report))
+        Ok(report)
+    }
+
+    /// What a plan would change. Nothing is written.
+    pub(super) fn check(&mut self, json: &[u8]) -> Result<Fits, Vec<Refused>> {
+        let plan = self.admit(json)?;
+        if plan.pending && self.fits_but_for_missing_modules(&plan)? {
+            let reason =
+                "its modules are not loaded; what it changes there is checked when they are".to_owned();
+            return Ok(Fits { strategy: plan.strategy, reason, sites: Vec::new() });
+        }
+        let program = self.prepare(&plan)?.program;
+        Ok(Fits { strategy: program.strategy, reason: program.reason.to_owned(), sites: program.sites })
+    }
+
+    /// The program of a plan. Nothing is written.
+    pub(super) fn explain(&mut self, json: &[u8]) -> Result<Program, Vec<Refused>> {
+        let plan = self.admit(json)?;
+        Ok(self.prepare(&plan)?.program)
+    }
+
+    /// Reads a plan whose name is free.
+    fn admit(&self, json: &[u8]) -> Result<Plan, Vec<Refused>> {
+        let plan = Plan::parse(json)?;
+        self.not_held().map_err(at_root)?;
+        if self.pending.has(&plan.name) || self.patches.applied().any(|patch| patch.plan.name == plan.name) {
+            return Err(at_root(Refusal::NameTaken { name: plan.name }));
+        }
+        Ok(plan)
     }
 
     /// Resolves and compiles a plan. Nothing is written.
-    pub(super) fn prepare(&mut self, json: &[u8]) -> Result<(ResolvedPlan, Program), Vec<Refused>> {
+    pub(super) fn prepare(&mut self, plan: &Plan) -> Result<Prepared, Vec<Refused>> {
         let until = Instant::now() + RESOLVE_PATIENCE;
-        let plan = loop {
-            match self.resolve(json) {
+        let (resolved, concerns_modules) = loop {
+            match self.resolve(plan) {
                 // What was read may have been the middle of a change.
                 Err(_) if self.guest_was_patching(until) => {}
                 resolved => break resolved?,
             }
         };
-        let program = self.compile(&plan)?;
-        Ok((plan, program))
+        let program = self.compile(&resolved)?;
+        Ok(Prepared { plan: resolved, program, concerns_modules })
     }
 
-    fn resolve(&mut self, json: &[u8]) -> Result<ResolvedPlan, Vec<Refused>> {
-        let plan = Plan::parse(json)?;
+    fn resolve(&mut self, plan: &Plan) -> Result<(ResolvedPlan, bool), Vec<Refused>> {
         self.not_held().map_err(at_root)?;
-        if self.patches.applied().any(|patch| patch.plan.name == plan.name) {
-            return Err(at_root(Refusal::NameTaken { name: plan.name }));
-        }
+        let complete = self.gate.complete.clone();
         let kernel = self.kernel().map_err(at_root)?;
-        let kernel = if plan.concerns_modules() { kernel.with_modules() } else { kernel.clone() };
-        resolve(&plan, self.guest(&CachedTranslations::of(&kernel)), self.patches.taken_sites())
+        let kernel = if plan.concerns_modules() { kernel.with_modules(&complete) } else { kernel.clone() };
+        let memory = CachedTranslations::of(&kernel);
+        let text = WithoutDoors { memory: &memory, gate: &self.gate };
+        let guest = RunningGuest { text: &text, ..self.guest(&memory) };
+        let doors = self.gate.sites();
+        let doors = doors.iter().map(|(whose, site)| (*whose, site));
+        let resolved = resolve(plan, guest, self.patches.taken_sites().chain(doors))?;
+        let in_module = |site: &Site| {
+            let modules = kernel.kernel().modules.known();
+            modules.iter().any(|module| module.text.contains(&site.at))
+        };
+        let concerns_modules = !plan.modules().is_empty() || resolved.sites.iter().any(in_module);
+        Ok((resolved, concerns_modules))
     }
 
     /// Whether the guest was patching itself; waits until it has finished. `false` once it is

@@ -4,8 +4,9 @@
 //! ```text
 //!   API server ── command ───────┐                 ┌─▶ engine: apply, revert, info, ...
 //!   first vCPU ── located ───────┼─▶ one channel ──┼─▶ init gate: close, open
-//!   vCPUs ─────── protected ─────┤                 └─▶ engine: reconcile
-//!                 write, touched ┘
+//!   vCPUs ─────── protected ─────┤                 └─▶ engine: reconcile, decide at doors
+//!                 write, touched ┤
+//!                 at a door ─────┘
 //! ```
 
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use crate::api::command::{Answer, Command};
-use crate::api::wire::{Fits, Refusals};
+use crate::api::wire::Refusals;
 use crate::guest::located::Located;
 use crate::host::priority;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
@@ -31,6 +32,7 @@ enum Message {
     Located(Located, Done),
     ProtectedWrite(Done),
     Touched,
+    ModuleAtDoor,
 }
 
 /// A command.
@@ -98,6 +100,12 @@ impl Controls {
         let _ = self.messages.send(Message::Touched);
     }
 
+    /// Says that a module has come to a door of the gate for modules.
+    pub fn module_at_door(&self) {
+        // A controller that has ended decides nothing; the vCPUs end, too.
+        let _ = self.messages.send(Message::ModuleAtDoor);
+    }
+
     fn wait(&self, message: impl FnOnce(Done) -> Message) {
         let (sender, receiver) = mpsc::sync_channel(1);
         // The channel has room for the only message it gets.
@@ -162,7 +170,9 @@ impl Controller {
                     done();
                 }
                 Message::Touched => self.engine.reconcile(),
+                Message::ModuleAtDoor => self.engine.decide_at_doors(),
             }
+            self.engine.keep_module_gate();
         }
     }
 
@@ -181,6 +191,7 @@ impl Controller {
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     self.look_after_kernel();
+                    self.engine.keep_module_gate();
                     self.protected_at = Instant::now();
                     self.engine.protect_text_ahead();
                 }
@@ -215,16 +226,12 @@ impl Controller {
                 Err(answer) => answer,
             },
             Command::Apply(json) => engine.apply(&json, given_at),
-            Command::Check(json) => match engine.prepare(&json) {
-                Ok((_, program)) => Answer::Fits(Box::new(Fits {
-                    strategy: program.strategy,
-                    reason: program.reason.to_owned(),
-                    sites: program.sites,
-                })),
+            Command::Check(json) => match engine.check(&json) {
+                Ok(fits) => Answer::Fits(Box::new(fits)),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
-            Command::Explain(json) => match engine.prepare(&json) {
-                Ok((_, program)) => Answer::Program(Box::new(program)),
+            Command::Explain(json) => match engine.explain(&json) {
+                Ok(program) => Answer::Program(Box::new(program)),
                 Err(refused) => Answer::Refused(Refusals::new(refused)),
             },
             Command::Targets => match engine.targets() {
@@ -233,10 +240,10 @@ impl Controller {
             },
             Command::List => {
                 engine.count_livepatched();
-                Answer::Patches(engine.patches.summaries())
+                Answer::Patches(engine.summaries())
             }
-            Command::Show(name) => match engine.patches.get(&name) {
-                Ok(patch) => Answer::Report(Box::new(patch.report.clone())),
+            Command::Show(name) => match engine.last_report(&name) {
+                Ok(report) => Answer::Report(Box::new(report)),
                 Err(refusal) => refused(refusal),
             },
             Command::Revert(name) => engine.revert(&name, given_at),

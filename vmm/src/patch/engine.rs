@@ -1,5 +1,6 @@
 //! The state of patching: what is known of the guest, and which patches it has.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,9 +23,11 @@ use crate::guest::vcpu_state::{Activity, VcpuRegisters};
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
+use crate::patch::doors::Gate;
 use crate::patch::driver::Driver;
 use crate::patch::image::Image;
 use crate::patch::patch_set::PatchSet;
+use crate::patch::pending_set::PendingSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
@@ -55,6 +58,12 @@ pub struct Engine {
     /// How often it will be looked for without being asked.
     looks: u32,
     pub(super) patches: PatchSet,
+    /// The plans that wait for modules, and those of them that are applied.
+    pub(super) pending: PendingSet,
+    /// The patches that name modules or change them, and which they name.
+    pub(super) named_modules: BTreeMap<String, BTreeSet<String>>,
+    /// Where modules are noticed.
+    pub(super) gate: Gate,
     /// The patch whose program could be neither finished nor undone; the guest is held.
     pub(super) held_by: Option<String>,
     /// The guest may have changed sites of patches since that was last looked at.
@@ -84,6 +93,9 @@ impl Engine {
             kernel: None,
             looks: LOOKS,
             patches: PatchSet::default(),
+            pending: PendingSet::default(),
+            named_modules: BTreeMap::new(),
+            gate: Gate::default(),
             held_by: None,
             must_reconcile: false,
             reconciled_at: Instant::now(),
@@ -160,7 +172,8 @@ impl Engine {
 
     /// What there is to patch by name.
     pub(super) fn targets(&mut self) -> Result<Targets, Refusal> {
-        let kernel = self.kernel()?.with_modules();
+        let complete = self.gate.complete.clone();
+        let kernel = self.kernel()?.with_modules(&complete);
         targets::list(self.guest(&CachedTranslations::of(&kernel)))
     }
 

@@ -12,11 +12,12 @@
 //!                        └─▶ revert: the plan the other way round, through execute
 //! ```
 //!
-//! All of it runs on the thread of [`controller`], on the state that [`engine`] keeps.
+//! A plan may wait for modules: `pending` keeps it, `module_gate` notices them. All of it runs on the thread of [`controller`], on the state that [`engine`] keeps.
 
 mod apply;
 pub mod arena;
 pub mod controller;
+mod doors;
 pub mod driver;
 pub mod engine;
 mod execute;
@@ -24,7 +25,10 @@ pub mod executor;
 pub mod image;
 pub mod init_gate;
 mod kernel_locks;
+mod module_gate;
 mod patch_set;
+mod pending;
+mod pending_set;
 mod reconcile;
 mod remove_arena;
 mod replaced;

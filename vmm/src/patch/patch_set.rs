@@ -59,6 +59,7 @@ impl Applied {
             livepatched: if self.is_applied() { self.livepatched } else { 0 },
             on_guest_write: self.plan.on_guest_write,
             strategy: self.report.strategy,
+            modules: Vec::new(),
         }
     }
 }
@@ -88,6 +89,11 @@ impl PatchSet {
             patch.plan.name.clone()
         };
         self.applied_mut().map(lose).collect()
+    }
+
+    /// Forgets a patch that is not in force any more.
+    pub(super) fn remove(&mut self, name: &str) {
+        self.0.retain(|patch| patch.plan.name != name);
     }
 
     /// The patches that are in force.

@@ -166,7 +166,7 @@ impl Engine {
     }
 
     /// Takes a patch for not in force at these sites any more.
-    fn give_up(&mut self, name: &str, sites: &[Gva], why: &str) {
+    pub(super) fn give_up(&mut self, name: &str, sites: &[Gva], why: &str) {
         self.guard.forget_some(name, |at| sites.contains(&at));
         let Some(patch) = self.patches.get_mut(name).filter(|patch| patch.is_applied()) else { return };
         patch.supersede(sites);
@@ -177,7 +177,7 @@ impl Engine {
         self.emit_conflict(name, what);
     }
 
-    fn emit_conflict(&self, name: &str, what: String) {
+    pub(super) fn emit_conflict(&self, name: &str, what: String) {
         let details = || Details { who: None, patch: Some(name.to_owned()), what };
         self.guard.events().tell(Kind::Conflict, details);
     }

@@ -22,13 +22,14 @@ const MAX_UNEXPLAINED: usize = 10;
 impl Engine {
     /// Reverts a patch, as was asked at `given_at`.
     pub(super) fn revert(&mut self, name: &str, given_at: Instant) -> Answer {
-        match self.try_revert(name, given_at) {
+        let reverted = self.revert_pending(name).unwrap_or_else(|| self.try_revert(name, given_at));
+        match reverted {
             Ok(report) => Answer::Report(Box::new(report)),
             Err(refused) => Answer::Refused(Refusals::new(refused)),
         }
     }
 
-    fn try_revert(&mut self, name: &str, given_at: Instant) -> Result<Report, Vec<Refused>> {
+    pub(super) fn try_revert(&mut self, name: &str, given_at: Instant) -> Result<Report, Vec<Refused>> {
         self.not_held().map_err(at_root)?;
         let patch = self.patches.get(name).map_err(at_root)?;
         if !patch.is_applied() {

@@ -2,6 +2,7 @@
 
 pub mod counters;
 pub mod inspection;
+pub mod module_gate;
 pub mod protocol;
 pub mod rendezvous;
 mod shim;

@@ -11,6 +11,7 @@ use patcher::safety::trap::TrapTable;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::sync::counters::{CounterSet, Counters};
 use crate::sync::inspection::Inspection;
+use crate::sync::module_gate::ModuleGate;
 pub use crate::sync::protocol::{Admission, FenceError, Late};
 use crate::sync::protocol::{Barrier, EntryProtocol, HOLD, INTERCEPT, PAUSE, STOP, VcpuThread};
 use crate::sync::shim::poll_until;
@@ -28,6 +29,7 @@ pub struct Rendezvous {
     barrier: Option<Box<dyn Barrier>>,
     always_intercept: bool,
     traps: RwLock<Arc<TrapTable>>,
+    module_gate: ModuleGate,
 }
 
 impl Rendezvous {
@@ -46,7 +48,14 @@ impl Rendezvous {
             barrier,
             always_intercept,
             traps: RwLock::default(),
+            module_gate: ModuleGate::default(),
         }
+    }
+
+    /// The gate for modules. While it is closed, #BP exits stay on.
+    #[must_use]
+    pub fn module_gate(&self) -> &ModuleGate {
+        &self.module_gate
     }
 
     // The vCPU threads' side.
@@ -239,9 +248,9 @@ impl Rendezvous {
         self.request(INTERCEPT, patience)
     }
 
-    /// Turns #BP exits off. vCPUs follow when they are scheduled next; nothing waits for them.
+    /// Turns #BP exits off, unless the gate for modules needs them. vCPUs follow when they are scheduled next; nothing waits for them.
     pub fn disarm(&self) {
-        if !self.always_intercept {
+        if !self.always_intercept && self.module_gate.doors().is_none() {
             self.protocol.withdraw(INTERCEPT);
         }
         self.protocol.kick();

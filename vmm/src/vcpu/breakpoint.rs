@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use kvm_bindings::KVM_GUESTDBG_INJECT_BP;
 use patcher::addr::Gva;
-use patcher::insn::Effect;
+use patcher::insn::{Effect, INT3};
 use patcher::safety::trap::{TrapAction, Verdict};
 
 use crate::guest::events::{Details, Kind};
@@ -20,6 +20,11 @@ use crate::vcpu::{Vcpu, inject_bp};
 impl Vcpu {
     /// Judges the `int3` that made the vCPU leave the guest, and does what follows.
     pub(super) fn breakpoint(&self, at: Gva) -> Result<(), String> {
+        if let Some((door, push)) = self.rendezvous.module_gate().door_at(at)
+            && self.byte_at(at)? == Some(INT3)
+        {
+            return self.at_module_door(door, push);
+        }
         loop {
             let table = self.rendezvous.traps();
             // Where nothing is mapped any more, the vCPU fetches again and takes the page fault.

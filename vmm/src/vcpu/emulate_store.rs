@@ -167,7 +167,7 @@ struct Stopped {
     registers: store::GeneralRegisters,
 }
 
-fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> store::GeneralRegisters {
+pub(super) fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> store::GeneralRegisters {
     store::GeneralRegisters {
         general: [
             regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9,

@@ -4,6 +4,7 @@
 //!   Rendezvous::enter ─▶ KVM_RUN ─▶ Rendezvous::leave ─▶ handle the exit ─▶ again
 //!                                                         │
 //!        #BP exit: breakpoint.rs judges it, inject_bp.rs delivers the guest's own
+//!        at a door of the gate for modules: module_door.rs
 //!        write to a protected page: emulate_store.rs
 //!        ports, memory without RAM, power: here, by the devices
 //! ```
@@ -11,6 +12,7 @@
 mod breakpoint;
 mod emulate_store;
 mod inject_bp;
+mod module_door;
 
 use std::io;
 use std::sync::Arc;
@@ -59,6 +61,8 @@ pub trait Listener: Send + Sync {
     fn init_gate_written(&self);
     /// The guest wrote to the site of a patch, or near it, or another kernel wrote to it. Does not wait.
     fn patch_written(&self);
+    /// A module has come to a door of the gate for modules. Does not wait.
+    fn module_at_door(&self);
 }
 
 /// A vCPU and all that its thread needs.

@@ -49,6 +49,9 @@ impl Render for Report {
             ))]);
         }
         sites(page, &self.sites);
+        if matches!(self.state, PatchState::Pending | PatchState::Refused) {
+            return page.line([plain(format_args!("  {}, to be applied before its init runs", self.reason))]);
+        }
         let timing = &self.timing;
         page.line([plain("  "), how(self.strategy, &self.reason)]);
         page.line([plain(format_args!(
@@ -92,6 +95,9 @@ impl Render for Vec<PatchSummary> {
             [bold(&patch.name), state(patch.state), plain(strategy), plain(patch.sites)]
         };
         page.table([heading].into_iter().chain(self.iter().map(row)));
+        for PatchSummary { name, modules, .. } in self.iter().filter(|patch| !patch.modules.is_empty()) {
+            page.line([plain(format_args!("{name}: waits for {} whenever loaded", modules.join(", ")))]);
+        }
         for PatchSummary { name, livepatched, .. } in self.iter().filter(|patch| patch.livepatched > 0) {
             page.line([plain(format_args!(
                 "{name}: {livepatched} of its sites are not executed: the guest livepatches their functions"
@@ -108,6 +114,8 @@ fn state(state: PatchState) -> Span {
         PatchState::Lost => red("lost"),
         PatchState::RolledBack => red("rolled_back"),
         PatchState::Held => red("held"),
+        PatchState::Pending => bold("pending"),
+        PatchState::Refused => red("refused"),
     }
 }
 

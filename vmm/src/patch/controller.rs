@@ -201,7 +201,7 @@ impl Controller {
 
     fn look_after_kernel(&mut self) {
         if self.engine.look_after_kernel() {
-            self.init_gate.give_up();
+            self.init_gate.give_up(&self.engine);
         }
     }
 

@@ -93,10 +93,12 @@ impl InitGate {
     }
 
     /// The kernel was replaced before it started init.
-    pub(super) fn give_up(&mut self) {
-        self.conclude(|_| {
-            Answer::Failed("the guest's kernel was replaced before it started init".to_owned())
-        });
+    pub(super) fn give_up(&mut self, engine: &Engine) {
+        let failed =
+            |_: &[u8]| Answer::Failed("the guest's kernel was replaced before it started init".into());
+        if self.conclude(failed) == Verdict::Stop {
+            self.end(engine);
+        }
     }
 
     /// Reports the outcome of the plan, if there is one and that was not done yet.

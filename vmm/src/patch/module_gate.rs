@@ -103,7 +103,8 @@ impl Engine {
         self.forget_doors();
     }
 
-    fn forget_doors(&mut self) {
+    /// Takes the gate for open, whatever is in memory.
+    pub(super) fn forget_doors(&mut self) {
         self.gate = Gate::default();
         self.rendezvous.module_gate().open();
         self.rendezvous.disarm();
@@ -122,8 +123,10 @@ impl Engine {
         if names.is_empty() && self.pending.is_empty() {
             return self.open_module_gate();
         }
-        let Some(kernel) = self.known_kernel() else { return };
-        let stands = |(door, _): &(Push, u8)| read(kernel, door.at, 1).is_ok_and(|now| now == [INT3]);
+        // Another kernel may have taken over, without doors.
+        let Ok(kernel) = self.kernel() else { return };
+        let kernel = kernel.clone();
+        let stands = |(door, _): &(Push, u8)| read(&kernel, door.at, 1).is_ok_and(|now| now == [INT3]);
         if self.gate.is_closed() && self.gate.doors.iter().all(stands) {
             return;
         }

@@ -188,6 +188,16 @@ impl Engine {
         true
     }
 
+    /// The guest runs another kernel, without modules as far as is known.
+    pub(super) fn wait_for_modules_anew(&mut self) {
+        for name in self.pending.names() {
+            self.patches.remove(&name);
+            if self.pending.set(&name, State::Waits) {
+                self.tell_pending(&name, "pending again: the guest runs another kernel".to_owned());
+            }
+        }
+    }
+
     /// Takes a patch for gone with its module.
     fn lose(&mut self, name: &str, module: &str) {
         self.guard.forget(name);

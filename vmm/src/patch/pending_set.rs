@@ -85,6 +85,11 @@ impl PendingSet {
         names.map(|pending| pending.plan.name.clone()).collect()
     }
 
+    /// The names of all plans.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.0.iter().map(|pending| pending.plan.name.clone()).collect()
+    }
+
     /// Forgets a plan.
     pub(super) fn remove(&mut self, name: &str) {
         self.0.retain(|pending| pending.plan.name != name);

@@ -27,6 +27,11 @@ impl Engine {
             let details = || Details { who: None, patch: Some(name), what: format!("lost: {why}") };
             self.guard.events().tell(Kind::PatchLost, details);
         }
+        if self.gate.is_closed() {
+            self.forget_doors();
+        }
+        self.named_modules.clear();
+        self.wait_for_modules_anew();
         true
     }
 

@@ -10,6 +10,7 @@ pub mod banner;
 mod btf;
 mod elf;
 mod error;
+mod evidence;
 mod kallsyms;
 mod kernel_image;
 pub mod landings;

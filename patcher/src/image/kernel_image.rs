@@ -7,15 +7,16 @@ use crate::image::banner::Banner;
 use crate::image::btf::Btf;
 use crate::image::elf::Vmlinux;
 use crate::image::error::Error;
+use crate::image::evidence::Evidence;
 use crate::image::landings::Landings;
 use crate::image::landmarks::Landmarks;
 use crate::image::lock_ops::LockOps;
 use crate::image::offsets::Offsets;
 use crate::image::preempt_count::CountLayout;
-use crate::image::profile::{Evidence, Profile};
+use crate::image::profile::Profile;
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
-use crate::image::{bzimage, kallsyms, notes, payload};
+use crate::image::{bzimage, kallsyms, notes, payload, search};
 
 /// What is known of a kernel from its image alone. Addresses are link-time addresses.
 #[derive(Debug)]
@@ -77,13 +78,13 @@ impl KernelImage {
         let release =
             release.or(banner.as_ref().and_then(Banner::release)).ok_or(Error::NoRelease)?.to_owned();
         let btf = types(&symbols, &vmlinux);
-        let mut tables = Tables::read(&vmlinux, &symbols);
+        let mut tables = Tables::read(&vmlinux, &symbols, (search::jump_table, search::static_calls));
         let offsets = btf.as_ref().map(Offsets::read).unwrap_or_default();
         let fixups = std::mem::take(&mut tables.fixups);
         let landings = Landings::of_image(&vmlinux, &symbols, &tables, fixups);
         let lock_ops = btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf));
         let count = CountLayout::read(&vmlinux, &symbols);
-        let profile = Profile::of(&Evidence {
+        let evidence = Evidence {
             vmlinux: &vmlinux,
             symbols: &symbols,
             tables: &tables,
@@ -92,7 +93,8 @@ impl KernelImage {
             lock_ops: lock_ops.as_ref(),
             count,
             text_base,
-        });
+        };
+        let profile = Profile::of(|fact| evidence.has(fact), |fact| evidence.why_not(fact));
         let section_end = |name| vmlinux.section(name).and_then(|text| text.at.plus(text.bytes.len()));
         Ok(Self {
             release,

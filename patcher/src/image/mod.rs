@@ -13,6 +13,7 @@ mod compression;
 mod elf;
 mod elf_header;
 mod error;
+mod evidence;
 mod foreign;
 mod kallsyms;
 mod kernel_image;

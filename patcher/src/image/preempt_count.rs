@@ -27,11 +27,11 @@ pub enum CountLayout {
 }
 
 /// An instruction that adds to the preempt count.
-pub(in crate::image) struct Raise {
+pub(super) struct Raise {
     /// How many bytes the count has.
     size: usize,
     /// What it adds, if that is a constant.
-    pub(in crate::image) by: Option<u64>,
+    pub(super) by: Option<u64>,
 }
 
 impl CountLayout {
@@ -70,7 +70,7 @@ impl CountLayout {
 }
 
 /// The instruction at the beginning of a function that adds to the preempt count.
-pub(in crate::image) fn raised_by(vmlinux: &Vmlinux<'_>, symbols: &Symbols, name: &str) -> Option<Raise> {
+pub(super) fn raised_by(vmlinux: &Vmlinux<'_>, symbols: &Symbols, name: &str) -> Option<Raise> {
     let hot = || symbols.only("pcpu_hot").and_then(|hot| hot.0.checked_add(IN_PCPU_HOT)).map(Gva);
     let count = symbols.only("__preempt_count").or_else(hot)?;
     let entry = symbols.only(name)?;

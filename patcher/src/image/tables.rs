@@ -15,7 +15,6 @@ use crate::image::records::{
     AlternativeHead, AlternativeLengths, AlternativeRecord, AlternativeRecord5_10, AlternativeRecord5_11,
     ExceptionRecord, JumpRecord, ParavirtRecord, Record, StaticCallRecord, records, relative,
 };
-use crate::image::search;
 use crate::image::symbols::Symbols;
 
 /// A jump that a static key switches (include/linux/jump_label.h, `struct jump_entry`).
@@ -103,24 +102,32 @@ pub struct Tables {
     initial: BTreeMap<Gva, u64>,
 }
 
+/// How a table is found that no symbols mark.
+pub(super) type Search = for<'a> fn(&Vmlinux<'a>, &Symbols) -> Option<Piece<'a>>;
+
 /// Prefix of a static call's key (include/linux/static_call_types.h).
 pub(crate) const CALL_KEY: &str = "__SCK__";
 /// Prefix of its trampoline.
 pub(crate) const CALL_TRAMPOLINE: &str = "__SCT__";
 
 impl Tables {
-    pub(super) fn read(vmlinux: &Vmlinux<'_>, symbols: &Symbols) -> Self {
+    /// Where no symbols mark them, two tables are searched for.
+    pub(super) fn read(
+        vmlinux: &Vmlinux<'_>,
+        symbols: &Symbols,
+        (jump_table, static_calls): (Search, Search),
+    ) -> Self {
         let find = |start, stop, section| vmlinux.table(symbols, (start, stop), section);
         let mut tables = Self {
             jump_entries: find("__start___jump_table", "__stop___jump_table", "__jump_table")
-                .or_else(|| search::jump_table(vmlinux, symbols))
+                .or_else(|| jump_table(vmlinux, symbols))
                 .map(|table| jump_entries(table.at, table.bytes)),
             static_call_sites: find(
                 "__start_static_call_sites",
                 "__stop_static_call_sites",
                 ".static_call_sites",
             )
-            .or_else(|| search::static_calls(vmlinux, symbols))
+            .or_else(|| static_calls(vmlinux, symbols))
             .map(|table| static_call_sites(table.at, table.bytes)),
             alternatives: find("__alt_instructions", "__alt_instructions_end", ".altinstructions")
                 .and_then(|table| alternatives(table, vmlinux)),

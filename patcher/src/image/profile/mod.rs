@@ -14,7 +14,6 @@ mod declarations;
 mod fact;
 
 pub use declarations::{Capability, Part};
-pub(in crate::image) use fact::Evidence;
 pub use fact::{Fact, Table};
 
 /// What is known of a capability.
@@ -52,8 +51,13 @@ pub struct Lacking {
 }
 
 impl Profile {
-    pub(super) fn of(evidence: &Evidence<'_>) -> Self {
-        Self(Capability::ALL.iter().map(|capability| state(*capability, evidence)).collect())
+    /// From whether each fact was found, and why not.
+    pub(super) fn of(has: impl Fn(Fact) -> bool, why_not: impl Fn(Fact) -> String) -> Self {
+        let state = |capability| match state(capability, &has) {
+            Ok(state) => state,
+            Err(fact) => State::Missing { reason: why_not(fact) },
+        };
+        Self(Capability::ALL.into_iter().map(state).collect())
     }
 
     /// The state of a capability.
@@ -94,20 +98,20 @@ impl Profile {
     }
 }
 
-fn state(capability: Capability, evidence: &Evidence<'_>) -> State {
-    let applies =
-        |part: &&Part| part.shown_by.is_empty() || part.shown_by.iter().any(|fact| evidence.has(*fact));
-    let mut parts = capability.parts().iter().filter(applies).peekable();
-    if parts.peek().is_none() {
-        return State::Absent;
+/// The state of a capability; `Err` with the first fact that is missing.
+fn state(capability: Capability, has: &impl Fn(Fact) -> bool) -> Result<State, Fact> {
+    let applies = |part: &&Part| part.shown_by.is_empty() || part.shown_by.iter().any(|fact| has(*fact));
+    let parts: Vec<&Part> = capability.parts().iter().filter(applies).collect();
+    if parts.is_empty() {
+        return Ok(State::Absent);
     }
-    let missing = parts.flat_map(|part| part.facts).find_map(|choices| first_missing(choices, evidence));
-    missing.map_or(State::Supported, |fact| State::Missing { reason: evidence.why_not(fact) })
+    let mut choices = parts.into_iter().flat_map(|part| part.facts);
+    choices.find_map(|choices| first_missing(choices, has)).map_or(Ok(State::Supported), Err)
 }
 
 /// The first fact that is missing in the choice that is most nearly complete; `None` if one is complete.
-fn first_missing(choices: &[&[Fact]], evidence: &Evidence<'_>) -> Option<Fact> {
-    let missing = |facts: &&[Fact]| facts.iter().copied().filter(|fact| !evidence.has(*fact)).collect();
+fn first_missing(choices: &[&[Fact]], has: &impl Fn(Fact) -> bool) -> Option<Fact> {
+    let missing = |facts: &&[Fact]| facts.iter().copied().filter(|fact| !has(*fact)).collect();
     let missing: Vec<Vec<Fact>> = choices.iter().map(missing).collect();
     let found = |index: usize| choices[index].len() - missing[index].len();
     if missing.iter().any(Vec::is_empty) {

@@ -146,6 +146,7 @@ mod tests {
         let own = of(&[(TEXT, "_text"), (TEXT + 0x40, "dup"), (TEXT + 0x80, "dup"), (TEXT + 0xc0, "one")]);
         let image = KernelImage::from_parts("x".to_owned(), own, Gva(TEXT));
         let module = Module {
+            at: Gva(0),
             name: "kvm_intel".to_owned(),
             text: Gva(0x1000)..Gva(0x2000),
             symbols: of(&[(0x1000, "init"), (0x1100, "exit"), (0x1200, "exit")]),
@@ -154,7 +155,7 @@ mod tests {
             exceptions: Vec::new(),
             landings: crate::image::landings::Landings::default(),
         };
-        let modules = Modules::new(Ok(vec![module]));
+        let modules = Modules::new(Ok((vec![module], Vec::new())));
         let kernel = Kernel { image: &image, slide: SLIDE, modules: &modules };
         let second = Gva(TEXT + SLIDE + 0x80);
         for text in ["dup,2", "_text+0x80", "dup,1+0x40", "one+0xffffffffffffffc0"] {

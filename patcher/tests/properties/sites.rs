@@ -228,3 +228,44 @@ fn modules_are_read_once_they_are_complete() {
         assert_eq!(read(3, complete), found("", "module other"), "not formed");
     }
 }
+
+/// A redirect of a module's function leaves the fentry call to the tracer, if the plan or the tracer says
+/// so; another call at the entry is the function's own.
+#[test]
+fn redirects_in_modules_keep_the_fentry_call() {
+    const F: u64 = 0x400;
+    let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
+    let symbol = |name: u32, at: u64| {
+        let section = [2, 0, 1, 0];
+        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
+    };
+    let symbols = [symbol(0, F), symbol(2, F + 0x40), symbol(4, F + 0x80)].concat();
+    let sections = miniature::Sections { symbols, names: b"f\0g\0h\0".to_vec(), ..Default::default() };
+    let begins = |first: &[u8], keep_fentry: bool| {
+        let mut memory = miniature::with_module(&image, &sections);
+        // Behind the byte that stands for a hole.
+        let mut put = |at: u64, bytes: &[u8]| {
+            let at = 1 + usize::try_from(at).expect("64 bits") % 0x4000;
+            memory[at..at + bytes.len()].copy_from_slice(bytes);
+        };
+        let livepatches = image.symbols().only("klp_ops").expect("it").0;
+        put(livepatches, &[livepatches.to_le_bytes(), livepatches.to_le_bytes()].concat());
+        // mov eax, 1
+        put(F, &[first, &[0xb8, 1, 0, 0, 0], &[0x90; 64]].concat());
+        let text = checks::Anywhere::new(&memory).expect("memory");
+        let modules = read_modules(&image, 0, &text);
+        let kernel = Kernel { image: &image, slide: 0, modules: &modules };
+        let plan = format!(
+            r#"{{"version":1,"name":"x","patches":[{{"redirect":"module:f","to":"module:h","keep_fentry":{keep_fentry}}}]}}"#
+        );
+        let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
+        let resolved = resolve(&plan, RunningGuest { kernel, text: &text, vcpus: 1 }, []).expect("it fits");
+        resolved.sites[0].at.0 - miniature::MODULE_TEXT - F
+    };
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    assert_eq!((begins(&nop, false), begins(&nop, true)), (0, 5));
+    let call = |to: u64| [&[0xe8][..], &u32::try_from(to - 5).expect("near").to_le_bytes()].concat();
+    let (trampoline, other) = (call(0x10_0000), call(0x40));
+    assert_eq!((begins(&trampoline, false), begins(&trampoline, true)), (5, 5), "the tracer is in use");
+    assert_eq!((begins(&other, false), begins(&other, true)), (0, 0), "a call of g");
+}

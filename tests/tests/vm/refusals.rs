@@ -27,6 +27,10 @@ fn every_code(lab: &Lab) -> Result<()> {
     let other_kernel = json!({
         "version": 1, "name": "bad", "kernel": { "release": "5.10.0-1-amd64" }, "patches": [raw(getppid, nop, "90")]
     });
+    let built = |id: &str| {
+        json!({ "version": 1, "name": "bad", "kernel": { "build_id": id }, "patches": [raw(getppid, nop, "90")] })
+            .to_string()
+    };
     let cases = [
         ("expect_mismatch", 409, one(raw(getppid, "0f1f440001", "90"))),
         ("inside_instruction", 409, one(raw("__x64_sys_getppid+0x1", "1f440000", "90909090"))),
@@ -65,6 +69,8 @@ fn every_code(lab: &Lab) -> Result<()> {
         ("needs_group", 409, by("breakpoint", json!({ "smp_locks": false, "force": true }))),
         ("unknown_symbol", 409, one(json!({ "redirect": "no_module:function", "to": getppid }))),
         ("kernel_mismatch", 409, other_kernel.to_string()),
+        ("kernel_mismatch", 409, built("0123456789abcdef0123456789abcdef01234567")),
+        ("plan_malformed", 400, built("0x01")),
         ("plan_malformed", 400, "{".to_owned()),
         ("plan_malformed", 400, String::new()),
         ("plan_malformed", 400, json!({ "version": 1, "name": "x", "patches": [], "bogus": 1 }).to_string()),

@@ -4,6 +4,7 @@
 //! and gives up tracing altogether if it finds something else (Linux arch/x86/kernel/ftrace.c,
 //! `ftrace_verify_code`), so the jump goes behind the fentry call while tracing is in use there.
 
+use crate::addr::Gva;
 use crate::insn;
 use crate::linux::memory::{GuestMemory, read};
 use crate::linux::view::Kernel;
@@ -24,8 +25,8 @@ pub(crate) fn expand(
     let (from, to) = (kernel.address(from)?, kernel.address(to)?);
     let entry = read(text, from, insn::MARKER + insn::FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
     let mut skip = insn::marker(&entry);
-    let is_fentry = from.plus(skip).is_some_and(|at| kernel.is_fentry(at));
     let in_use = entry[skip] == insn::CALL;
+    let is_fentry = from.plus(skip).is_some_and(|at| is_fentry(kernel, at, &entry[skip..]));
     if is_fentry && (keep_fentry || in_use) {
         skip += insn::FENTRY;
     }
@@ -42,4 +43,23 @@ pub(crate) fn expand(
     let mut new = jump.to_vec();
     new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
     Ok(Expansion::of(Code { at, old, new }))
+}
+
+/// What the fentry call of a function that is traced goes to, if it is not a trampoline of its own (Linux
+/// arch/x86/kernel/ftrace_64.S).
+const TRACERS: [&str; 3] = ["ftrace_caller", "ftrace_regs_caller", "__fentry__"];
+
+/// Whether a fentry call, or the NOP in its place, is at `at`, where `code` is. A module's list of them is not
+/// read: there, it is a NOP of five bytes, or a call of the tracer or of what is in no function.
+fn is_fentry(kernel: &Kernel<'_>, at: Gva, code: &[u8]) -> bool {
+    if kernel.module_at(at).is_none() {
+        return kernel.is_fentry(at);
+    }
+    let target = insn::decode(code, at).next().and_then(|insn| insn.branch);
+    match (code.first(), target) {
+        (Some(&insn::CALL), Some(to)) => {
+            kernel.function_at(to).is_none_or(|function| TRACERS.contains(&function.name))
+        }
+        _ => code.starts_with(&insn::nops(insn::FENTRY)),
+    }
 }

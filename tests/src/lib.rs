@@ -8,6 +8,7 @@ pub mod guard;
 pub mod lab;
 pub mod matrix;
 pub mod memory;
+pub mod modes;
 pub mod oracle;
 pub mod patches;
 pub mod selfpatching;

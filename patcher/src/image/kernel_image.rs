@@ -5,6 +5,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::addr::Gva;
 use crate::image::btf::Btf;
+use crate::image::call_forms::CallForms;
 use crate::image::elf::Vmlinux;
 use crate::image::error::Error;
 use crate::image::landings::Landings;
@@ -25,6 +26,7 @@ pub struct KernelImage {
     tables: Tables,
     offsets: Offsets,
     lock_ops: Option<LockOps>,
+    call_forms: CallForms,
     landmarks: Landmarks,
     landings: Landings,
     text_base: Gva,
@@ -84,6 +86,7 @@ impl KernelImage {
             .ok_or(Error::Elf { what: "its .cold parts are larger than a kernel's".into() })?,
             tables,
             offsets,
+            call_forms: CallForms::read(&vmlinux, &symbols),
             lock_ops: btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf)),
             symbols,
             text_base,
@@ -101,10 +104,17 @@ impl KernelImage {
             tables: Tables::default(),
             offsets: Offsets::default(),
             lock_ops: None,
+            call_forms: CallForms::default(),
             landmarks: Landmarks::default(),
             landings: Landings::default(),
             text_base,
         }
+    }
+
+    /// The same image with these.
+    #[cfg(test)]
+    pub(crate) fn with(self, offsets: Offsets, call_forms: CallForms) -> Self {
+        Self { offsets, call_forms, ..self }
     }
 
     /// The kernel release, as `uname -r` reports it.
@@ -147,6 +157,12 @@ impl KernelImage {
     #[must_use]
     pub fn lock_ops(&self) -> Option<&LockOps> {
         self.lock_ops.as_ref()
+    }
+
+    /// The static calls that it has its own code for.
+    #[must_use]
+    pub fn call_forms(&self) -> &CallForms {
+        &self.call_forms
     }
 
     /// Where execution arrives other than by a function's own branches.

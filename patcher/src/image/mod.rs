@@ -7,6 +7,7 @@
 //! ```
 
 mod btf;
+pub mod call_forms;
 mod elf;
 mod error;
 mod kallsyms;

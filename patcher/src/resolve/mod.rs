@@ -22,6 +22,7 @@ use crate::plan::{Patch, Plan, Strategy};
 use crate::resolve::check::{SiteChecker, unprobed};
 use crate::resolve::expand::{Datum, Expansion, Needs};
 use crate::safety::blockers::{self, Patchers};
+use crate::safety::interior::{PREEMPTED, preempts};
 use crate::site::{OWN, Site, overlaps};
 
 /// A running guest, as far as plans are concerned.
@@ -182,6 +183,24 @@ pub fn probed(guest: RunningGuest<'_>, sites: &[Site]) -> Vec<Refused> {
         }
         Err(refusal) => vec![refusal.at_root()],
     }
+}
+
+/// Sites inside of which a task may have been preempted meanwhile: the guest can change its preemption
+/// model while it runs (Linux kernel/sched/debug.c, `sched_dynamic_write`).
+#[must_use]
+pub fn preempted(guest: RunningGuest<'_>, plan: &ResolvedPlan) -> Vec<Refused> {
+    // No task is preempted where spinlocks are taken and released.
+    let several = plan.sites.iter().filter(|site| !plan.unlocked && !site.old_inside.is_empty());
+    let mut refused = several
+        .map(|site| {
+            let (at, inside) = (site.at, site.old_inside[0]);
+            Refusal::InteriorReachable { at, inside, why: PREEMPTED }.at(site.pointer.clone())
+        })
+        .peekable();
+    if refused.peek().is_none() || !preempts(guest.kernel, guest.text) {
+        return Vec::new();
+    }
+    refused.collect()
 }
 
 /// The first two patches of a plan that change the same word of data.

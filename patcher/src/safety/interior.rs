@@ -28,6 +28,9 @@ pub fn boundaries(code: &[u8], at: Gva) -> Vec<Gva> {
     inside
 }
 
+/// Why a task may come back to the inside of a site on a preemptible kernel.
+pub(crate) const PREEMPTED: &str = "the kernel preempts tasks in kernel mode";
+
 /// Whether tasks that are not running may return to a place. What the guest says of preemption is
 /// read when first needed.
 pub(crate) struct Sleepers<'a> {
@@ -42,13 +45,14 @@ impl<'a> Sleepers<'a> {
     }
 
     /// Refuses `code` at `at` if such a task may return to one of the boundaries `inside`.
-    /// `calls_sleep` tells whether a called function may sleep.
+    /// `may_leave` tells whether a task may stop running there otherwise than by a fault: because a
+    /// called function sleeps, or by preemption.
     pub(crate) fn keep_out(
         &self,
         code: &[u8],
         at: Gva,
         inside: &[Gva],
-        calls_sleep: bool,
+        may_leave: bool,
     ) -> Result<(), Refusal> {
         if inside.is_empty() {
             return Ok(());
@@ -56,13 +60,13 @@ impl<'a> Sleepers<'a> {
         let insns: Vec<Insn> = insn::decode(code, at).collect();
         let comes_back = |boundary: Gva| {
             let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
-            if calls_sleep && before.is_some_and(|insn| insn.returns) {
+            if may_leave && before.is_some_and(|insn| insn.returns) {
                 return Some("the call before it returns there");
             }
             if self.kernel.may_fault(boundary) {
                 return Some("its instruction may be in the kernel's exception table");
             }
-            self.preempts().then_some("the kernel preempts tasks in kernel mode")
+            (may_leave && self.preempts()).then_some(PREEMPTED)
         };
         match inside.iter().find_map(|&boundary| Some((boundary, comes_back(boundary)?))) {
             Some((inside, why)) => Err(Refusal::InteriorReachable { at, inside, why }),
@@ -81,12 +85,12 @@ pub fn preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
     read_preempts(kernel, text).unwrap_or(true)
 }
 
-/// Whether holding a spinlock raises the preempt count. `CONFIG_PREEMPT` and `PREEMPT_DYNAMIC`
-/// select `CONFIG_PREEMPT_COUNT`; with `PREEMPT_RT` most spinlocks are sleeping locks. No, if that is
-/// not known.
+/// Whether holding a spinning lock raises the preempt count. `CONFIG_PREEMPT`, `PREEMPT_DYNAMIC` and
+/// `PREEMPT_RT` select `CONFIG_PREEMPT_COUNT`. With `PREEMPT_RT` that goes for `raw_spinlock_t`: a
+/// `spinlock_t` is a sleeping lock there. No, if that is not known.
 #[must_use]
-pub(crate) fn counts_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
-    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
+pub(crate) fn counts_raw_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
+    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT"))
 }
 
 /// The first line of `linux_banner`.

@@ -212,3 +212,75 @@ fn same_words(sites: &[Site], data: &[Datum]) -> Option<Refused> {
     let pointer = sites.last().map_or(Pointer::new(""), |site| site.pointer.clone());
     Some(Refusal::OverlappingSites { at, other, whose: OWN.to_owned() }.at(pointer))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Gva;
+    use crate::image::{KernelImage, Symbols};
+    use crate::linux::Modules;
+
+    const BANNER: u64 = 0xffff_ffff_8200_0000;
+    const MODE: u64 = BANNER + 0x100;
+
+    /// What the guest says of preemption.
+    struct Says(u8);
+
+    impl GuestMemory for Says {
+        fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+            into.fill(0);
+            if at == Gva(MODE) {
+                into[0] = self.0;
+            } else {
+                let banner = b"Linux version 6.12 #1 SMP PREEMPT_DYNAMIC\n";
+                into[..banner.len()].copy_from_slice(banner);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn several_instructions_are_not_put_back_once_tasks_are_preempted() {
+        let symbols = [(BANNER, b'D', "linux_banner"), (MODE, b'D', "preempt_dynamic_mode")];
+        let symbols = Symbols::new(symbols.into_iter()).expect("few");
+        let image = KernelImage::from_parts("6.12".into(), symbols, Gva(BANNER));
+        let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+        let plan = |old_inside: Vec<Gva>, unlocked| ResolvedPlan {
+            name: "demo".into(),
+            strategy: Strategy::Auto,
+            atomic: false,
+            deadline_ms: 100,
+            preemptible: false,
+            unlocked,
+            outside: Vec::new(),
+            sites: vec![Site {
+                pointer: Pointer::patch(0),
+                at: Gva(0x1000),
+                symbol: "f".into(),
+                old: vec![0x90; 2],
+                new: vec![0x66, 0x90],
+                old_inside,
+                new_inside: Vec::new(),
+                may_fault: false,
+            }],
+            data: Vec::new(),
+            blockers: Vec::new(),
+            patchers: Patchers::default(),
+            on_guest_write: None,
+        };
+        let codes = |mode, plan: &ResolvedPlan| -> Vec<&str> {
+            let guest = RunningGuest { kernel, text: &Says(mode), vcpus: 1 };
+            preempted(guest, plan).iter().map(|refused| refused.refusal.code()).collect()
+        };
+        let (none, voluntary, full, lazy) = (0, 1, 2, 3);
+        let several = plan(vec![Gva(0x1001)], false);
+        for mode in [full, lazy] {
+            assert_eq!(codes(mode, &several), ["interior_reachable"]);
+            assert!(codes(mode, &plan(Vec::new(), false)).is_empty(), "one instruction");
+            assert!(codes(mode, &plan(vec![Gva(0x1001)], true)).is_empty(), "where spinlocks are taken");
+        }
+        for mode in [none, voluntary] {
+            assert!(codes(mode, &several).is_empty());
+        }
+    }
+}

@@ -85,12 +85,12 @@ pub fn preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
     read_preempts(kernel, text).unwrap_or(true)
 }
 
-/// Whether holding a spinning lock raises the preempt count. `CONFIG_PREEMPT`, `PREEMPT_DYNAMIC` and
-/// `PREEMPT_RT` select `CONFIG_PREEMPT_COUNT`. With `PREEMPT_RT` that goes for `raw_spinlock_t`: a
-/// `spinlock_t` is a sleeping lock there. No, if that is not known.
+/// Whether holding a spinlock raises the preempt count. `CONFIG_PREEMPT` and `PREEMPT_DYNAMIC`
+/// select `CONFIG_PREEMPT_COUNT`; with `PREEMPT_RT` most spinlocks are sleeping locks. No, if that is
+/// not known.
 #[must_use]
-pub(crate) fn counts_raw_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
-    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT"))
+pub(crate) fn counts_spinlocks(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
+    banner(kernel, text).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
 }
 
 /// The first line of `linux_banner`.

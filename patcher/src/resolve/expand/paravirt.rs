@@ -28,7 +28,7 @@ use crate::resolve::expand::call_thunk::through_thunk;
 use crate::resolve::expand::expansion::{Code, Datum, Expansion, Needs};
 use crate::resolve::expand::rewrite::without_padding;
 use crate::resolve::expand::static_call;
-use crate::safety::interior::{PREEMPTED, counts_raw_spinlocks, preempts};
+use crate::safety::interior::{PREEMPTED, counts_spinlocks, preempts};
 
 /// The targets that KVM's guest support installs.
 const KVM: [&str; OPERATIONS.len()] = [
@@ -46,8 +46,10 @@ pub(crate) fn expand(
 ) -> Result<Expansion, Refusal> {
     let ops = kernel.image.lock_ops().ok_or(Refusal::UnknownLayout { what: "struct pv_lock_ops" })?;
     let busy = |why: &str| Refusal::Busy { name: "spinlocks".into(), why: why.into() };
-    if !counts_raw_spinlocks(*kernel, text) {
-        return Err(busy("the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT)"));
+    if !counts_spinlocks(*kernel, text) {
+        return Err(busy(
+            "the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT), or most are sleeping locks (PREEMPT_RT)",
+        ));
     }
     if kernel.image.landmarks().unlocked.is_empty() {
         return Err(busy(

@@ -2,12 +2,16 @@
 //! returns, page tables, processors without a feature. What the monitor does is then right, or refused
 //! by the name that is written down here.
 
+mod rows;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use self::rows::Generation::{Current, First, Later};
+use self::rows::{PREEMPTED, PREEMPTION, REWRITTEN, ROWS, Row};
 use crate::guard::{events, guarded};
 use crate::lab::Lab;
 use crate::patches::redirect_plan;
@@ -16,105 +20,17 @@ use crate::targets::{check_all, flip_key, move_call, targets};
 use crate::vm::{Method, SCHEDSTATS, Setup, Vm, field};
 use crate::{spinlocks, test_function};
 
+/// A feature that the kernel can do without at any time.
+const FEATURE: &str = "popcnt";
+/// A function without branches that nothing in the guest uses.
+const STRAIGHT: &str = "siphash_4u64";
 /// Longest time until what a guest took back is there again.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long the guest rests between two switches of a key, in milliseconds: all its writes to text are
 /// looked at, and it has its locks meanwhile.
 const PAUSE_MS: u64 = 10;
-
-/// One of the three stock kernels of the lab.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Generation {
-    /// 6.1.
-    First,
-    /// 6.12.
-    Later,
-    /// 7.x.
-    Current,
-}
-use Generation::{Current, First, Later};
-
-/// A way to boot.
-struct Row {
-    generation: Generation,
-    /// Added to the kernel's command line.
-    options: &'static str,
-    /// A file of the guest's, and a text that it has if the options took effect.
-    proof: Option<(&'static str, &'static str)>,
-    /// Whether the kernel preempts tasks in kernel mode.
-    preempts: bool,
-}
-
-const PREEMPTION: &str = "/sys/kernel/debug/sched/preempt";
-const MELTDOWN: &str = "/sys/devices/system/cpu/vulnerabilities/meltdown";
-const RETBLEED: &str = "/sys/devices/system/cpu/vulnerabilities/retbleed";
-const SPECTRE: &str = "/sys/devices/system/cpu/vulnerabilities/spectre_v2";
-const SRSO: &str = "/sys/devices/system/cpu/vulnerabilities/spec_rstack_overflow";
-const ITS: &str = "/sys/devices/system/cpu/vulnerabilities/indirect_target_selection";
-
-impl Row {
-    /// 7.x has no other model than such that preempt tasks in kernel mode.
-    const fn plain(generation: Generation, options: &'static str) -> Self {
-        Self { generation, options, proof: None, preempts: matches!(generation, Current) }
-    }
-
-    const fn proven(
-        generation: Generation,
-        options: &'static str,
-        file: &'static str,
-        text: &'static str,
-    ) -> Self {
-        Self { proof: Some((file, text)), ..Self::plain(generation, options) }
-    }
-
-    const fn preempting(generation: Generation, options: &'static str, text: &'static str) -> Self {
-        Self { preempts: true, ..Self::proven(generation, options, PREEMPTION, text) }
-    }
-}
-
-/// Kernels that rewrite their calls and returns.
-const REWRITTEN: [Row; 2] = [
-    Row::proven(Later, "spectre_v2=retpoline retbleed=force,stuff", RETBLEED, "Stuffing"),
-    Row::proven(Later, "indirect_target_selection=force pti=on", ITS, "Aligned branch/return thunks"),
-];
-/// Kernels that preempt tasks in kernel mode.
-const PREEMPTED: [Row; 2] =
-    [Row::preempting(First, "preempt=full", "(full)"), Row::preempting(Current, "preempt=lazy", "(lazy)")];
-
-/// All others.
-const ROWS: [Row; 31] = [
-    Row::plain(First, ""),
-    Row::plain(Later, ""),
-    Row::plain(Current, ""),
-    Row::proven(First, "preempt=none", PREEMPTION, "(none)"),
-    Row::proven(Later, "preempt=voluntary", PREEMPTION, "(voluntary)"),
-    Row::proven(Later, "preempt=none", PREEMPTION, "(none)"),
-    Row::preempting(Later, "preempt=full", "(full)"),
-    Row::preempting(Current, "preempt=full", "(full)"),
-    Row::preempting(Current, "preempt=voluntary", "(lazy)"),
-    Row::preempting(Current, "preempt=none", "(lazy)"),
-    Row::proven(First, "mitigations=off", SPECTRE, "Vulnerable"),
-    Row::proven(Later, "mitigations=off", SPECTRE, "Vulnerable"),
-    Row::proven(Current, "mitigations=off", SPECTRE, "Vulnerable"),
-    Row::proven(First, "pti=on", MELTDOWN, "PTI"),
-    Row::proven(Later, "pti=on", MELTDOWN, "PTI"),
-    Row::proven(Current, "pti=on", MELTDOWN, "PTI"),
-    Row::plain(First, "nokaslr pti=off no5lvl"),
-    Row::plain(Later, "nokaslr pti=off no5lvl"),
-    Row::plain(Current, "nokaslr pti=off no5lvl"),
-    Row::proven(First, "retbleed=force,unret", RETBLEED, "untrained return thunk"),
-    Row::proven(Later, "retbleed=force,unret", RETBLEED, "untrained return thunk"),
-    Row::proven(Current, "retbleed=force,unret", RETBLEED, "untrained return thunk"),
-    Row::proven(Later, "retbleed=force,ibpb", RETBLEED, "IBPB"),
-    Row::proven(Later, "spec_rstack_overflow=safe-ret", SRSO, "Safe RET"),
-    Row::proven(Current, "spec_rstack_overflow=safe-ret", SRSO, "Safe RET"),
-    Row::proven(Current, "spectre_v2=retpoline", SPECTRE, "Retpolines"),
-    Row::proven(Later, "spectre_v2=retpoline,lfence", SPECTRE, "LFENCE"),
-    Row::proven(First, "indirect_target_selection=force", ITS, "Aligned branch/return thunks"),
-    Row::proven(Current, "indirect_target_selection=force", ITS, "Aligned branch/return thunks"),
-    Row::proven(Current, "spectre_v2=retpoline retbleed=force,stuff", RETBLEED, "Stuffing"),
-    Row::plain(Later, "clearcpuid=popcnt,smap idle=poll"),
-];
+/// Least time of that.
+const LEAST: Duration = Duration::from_secs(1);
 
 /// Goes through what is tried where calls and returns are rewritten.
 ///
@@ -178,22 +94,25 @@ impl Row {
             let said = vm.ask(&format!("cat {file}"))?.0.concat();
             ensure!(said.contains(text), "{file} has {said:?}, not {text:?}");
         }
-        let mut told = String::new();
-        spinlocks(&mut vm, rounds).context("spinlocks")?;
+        // Such a kernel has no other model.
+        let is_rt = vm.ask("cat /proc/version")?.0.concat().contains("PREEMPT_RT");
+        let preempts = self.preempts || is_rt;
+        if is_rt {
+            vm.refused("busy", &spinlocks::plan("ours", "native"))?;
+        } else {
+            spinlocks(&mut vm, rounds).context("spinlocks")?;
+        }
         vm.hammer("getppid", 0, 1)?;
         redirects(&mut vm, rounds).context("redirect")?;
         beside_itself(&mut vm, rounds).context("a static key while the guest switches another")?;
         let calls = calls(&mut vm, rounds).context("static call")?;
-        for feature in ["popcnt", "smap"] {
-            let enable = !is_present(&vm, feature)?;
-            let plan = json!({ "version": 1, "name": "ours", "deadline_ms": 60_000,
-                "patches": [{ "alternatives": feature, "enable": enable }] });
-            told += &format!(", {feature} {}", there_and_back(&vm, &plan)?);
-        }
+        let plan = json!({ "version": 1, "name": "ours", "deadline_ms": 60_000,
+            "patches": [{ "alternatives": FEATURE, "enable": !is_present(&vm, FEATURE)? }] });
+        let alternatives = there_and_back(&vm, &plan)?;
         let several = there_and_back(&vm, &several(&vm)?)?;
-        let expected = if self.preempts { "interior_reachable" } else { "applied" };
+        let expected = if preempts { "interior_reachable" } else { "applied" };
         ensure!(several == expected, "several instructions: {several}, not {expected}");
-        if !self.preempts {
+        if !preempts {
             preempting_from_now_on(&mut vm).context("a change of the preemption model")?;
         }
         denied(&mut vm).context("deny")?;
@@ -202,7 +121,9 @@ impl Row {
         vm.expect_all(false)?;
         vm.expect_no_kernel_errors()?;
         vm.power_off()?;
-        Ok(format!("{calls}{told}, several {several}; of all keys and calls: {refused:?}"))
+        Ok(format!(
+            "{calls}, {FEATURE} {alternatives}, several {several}; of all keys and calls: {refused:?}"
+        ))
     }
 }
 
@@ -243,7 +164,11 @@ fn redirects(vm: &mut Vm, rounds: usize) -> Result<()> {
 fn beside_itself(vm: &mut Vm, rounds: usize) -> Result<()> {
     let enabled = neighbour_is_enabled(vm)?;
     vm.ask(&format!("toggle-every {PAUSE_MS} {SCHEDSTATS} 1 0"))?;
-    for strategy in ["breakpoint", "hold", "bypass"].into_iter().cycle().take(3 * rounds) {
+    let until = Instant::now() + LEAST;
+    for (done, strategy) in ["breakpoint", "hold", "bypass"].into_iter().cycle().enumerate() {
+        if done >= 3 * rounds && Instant::now() > until {
+            break;
+        }
         vm.apply(&json!({ "version": 1, "name": "ours", "strategy": strategy, "deadline_ms": 60_000,
             "patches": [{ "static_key": NEIGHBOUR, "enable": !enabled }] }))?;
         vm.revert("ours")?;
@@ -284,7 +209,8 @@ fn calls(vm: &mut Vm, rounds: usize) -> Result<String> {
 
 /// A plan that replaces several instructions.
 fn several(vm: &Vm) -> Result<Value> {
-    test_function::replacement(vm, |_, room| {
+    let begin = usize::try_from(vm.behind_the_tracer(STRAIGHT)?)?;
+    test_function::replacement(vm, STRAIGHT, begin, |_, room| {
         // xor eax, eax; ret
         let mut code = vec![0x31, 0xc0, 0xc3];
         code.resize(room, 0x90);

@@ -10,6 +10,7 @@ pub mod kernels;
 pub mod lab;
 pub mod matrix;
 pub mod memory;
+pub mod modes;
 pub mod oracle;
 pub mod patches;
 pub mod redirects;

@@ -69,9 +69,14 @@ impl Vm {
     /// # Errors
     /// When there is none of this name.
     pub fn address(&self, function: &str) -> Result<u64> {
+        // A redirect leaves the mark of an indirect branch's target alone.
         let site = self.redirected(function, false)?;
         let at = site["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
-        at.with_context(|| format!("{site:#}"))
+        let offset = site["symbol"].as_str().map_or(Some(0), |symbol| match symbol.rsplit_once("+0x") {
+            Some((_, offset)) => u64::from_str_radix(offset, 16).ok(),
+            None => Some(0),
+        });
+        at.zip(offset).map(|(at, offset)| at - offset).with_context(|| format!("{site:#}"))
     }
 
     /// How far behind a function's start the place for the tracer ends.

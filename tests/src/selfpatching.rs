@@ -13,7 +13,7 @@ use crate::targets::{all_kernels, both_kernels};
 use crate::vm::{Method, SCHEDSTATS, Vm, field};
 
 /// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
-const NEIGHBOUR: &str = "sched_feat_keys";
+pub(crate) const NEIGHBOUR: &str = "sched_feat_keys";
 
 /// While the guest switches a key to and fro as fast as it can, switches its neighbour from
 /// outside so many times, which must always work, and the very same key, which the guest may
@@ -227,7 +227,7 @@ pub fn beside(lab: &Lab, times: usize) -> Result<()> {
     Ok(())
 }
 
-fn neighbour_is_enabled(vm: &Vm) -> Result<bool> {
+pub(crate) fn neighbour_is_enabled(vm: &Vm) -> Result<bool> {
     let keys = crate::targets::targets(vm, "static_keys")?;
     let key = keys.iter().find(|key| key["name"] == NEIGHBOUR).context("the neighbour")?;
     Ok(key["users"] != 0)

@@ -22,7 +22,7 @@ pub fn all_kernels(lab: &Lab, cpus: u8) -> [Setup; 3] {
 }
 
 /// Checks plans of many patches; returns how many fit, and how many are refused by which code.
-fn check_all(vm: &Vm, patches: &[Value]) -> Result<BTreeMap<String, usize>> {
+pub(crate) fn check_all(vm: &Vm, patches: &[Value]) -> Result<BTreeMap<String, usize>> {
     let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
     for some in patches.chunks(4000) {
         let plan = json!({ "version": 1, "name": "dry", "deadline_ms": 60_000, "patches": some });
@@ -42,12 +42,9 @@ fn check_all(vm: &Vm, patches: &[Value]) -> Result<BTreeMap<String, usize>> {
     Ok(outcomes)
 }
 
-/// Why a key or a call may not fit a guest that just came up: it counts several users.
+/// Why a key or a call may not fit a guest that just came up: it counts several users, or is an
+/// operation of spinlocks.
 const EXPECTED: [&str; 2] = ["fit", "busy"];
-
-/// A static call that the kernel makes an undefined instruction of, which traps (7.x,
-/// arch/x86/kernel/static_call.c, `WARN_trap`). That form is not known here, so it is refused.
-const OWN_FORM: &str = "WARN_trap";
 
 /// Checks every static key and every static call of all kernels, and prints how many fit and
 /// how many are refused for which reason.
@@ -58,12 +55,7 @@ pub fn dry_run(lab: &Lab) -> Result<()> {
     for (vm, newer) in Vm::start_all(lab, &all_kernels(lab, 2))?.into_iter().zip(NEWER_OUTCOMES) {
         let (_, info) = vm.request(Method::GET, "/vm", b"")?;
         for (list, patch) in [("static_keys", flip_key as fn(&Value) -> Value), ("static_calls", move_call)] {
-            let (own, all): (Vec<Value>, Vec<Value>) =
-                targets(&vm, list)?.into_iter().partition(|target| target["name"] == OWN_FORM);
-            let own = check_all(&vm, &own.iter().map(patch).collect::<Vec<_>>())?;
-            ensure!(own.keys().all(|code| ["fit", "expect_mismatch"].contains(&code.as_str())), "{own:?}");
-            ensure!(own.get("fit").is_none_or(|fits| *fits == 0), "{OWN_FORM} fits now: {own:?}");
-            let patches: Vec<Value> = all.iter().map(patch).collect();
+            let patches: Vec<Value> = targets(&vm, list)?.iter().map(patch).collect();
             let outcomes = check_all(&vm, &patches)?;
             println!("{}: {} {list}: {outcomes:?}", info["kernel"]["release"], patches.len());
             ensure!(outcomes.values().sum::<usize>() == patches.len() && patches.len() > 500, "{outcomes:?}");
@@ -110,11 +102,11 @@ pub fn targets(vm: &Vm, list: &str) -> Result<Vec<Value>> {
     targets[list].as_array().cloned().with_context(|| format!("{targets:#}"))
 }
 
-fn flip_key(key: &Value) -> Value {
+pub(crate) fn flip_key(key: &Value) -> Value {
     json!({ "static_key": key["name"], "enable": key["users"] == 0 })
 }
 
-fn move_call(call: &Value) -> Value {
+pub(crate) fn move_call(call: &Value) -> Value {
     let target = if call["target"] == "none" { "__static_call_return0" } else { "none" };
     json!({ "static_call": call["name"], "target": target })
 }

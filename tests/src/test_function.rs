@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use patcher::{insn, plan};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::vm::Vm;
 
@@ -20,9 +20,24 @@ pub const PATCH: &str = "test-code";
 /// # Errors
 /// Anything unexpected.
 pub fn replace(vm: &Vm, code: impl FnOnce(u64, usize) -> Result<Vec<u8>>) -> Result<()> {
+    let report = vm.apply(&replacement(vm, FUNCTION, BEGIN, code)?)?;
+    ensure!(report["strategy"] == "inspect", "{report:#}");
+    Ok(())
+}
+
+/// The plan by which a function is replaced from `begin` on.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn replacement(
+    vm: &Vm,
+    function: &str,
+    begin: usize,
+    code: impl FnOnce(u64, usize) -> Result<Vec<u8>>,
+) -> Result<Value> {
     let whole = |expect: &str, replace: &str| {
         json!({ "version": 1, "name": PATCH, "deadline_ms": 60_000, "patches": [{
-            "at": format!("{}+{:#x}", FUNCTION, BEGIN), "expect": expect, "replace": replace }] })
+            "at": format!("{function}+{begin:#x}"), "expect": expect, "replace": replace }] })
     };
     // Refusals tell what is there, and then where the function ends.
     let most = plan::MAX_SITE;
@@ -30,9 +45,7 @@ pub fn replace(vm: &Vm, code: impl FnOnce(u64, usize) -> Result<Vec<u8>>) -> Res
     let there = there.rsplit(' ').next().context("bytes")?;
     let end = vm.refused("not_text", &whole(there, "90"))?;
     let end = end.strip_prefix("0x").and_then(|text| text.split(' ').next()).context("an address")?;
-    let (start, end) = (vm.address(FUNCTION)?, u64::from_str_radix(end, 16)?);
-    let room = usize::try_from(end - start)? - BEGIN;
-    let report = vm.apply(&whole(&there[..2 * room], &insn::hex(&code(start, room)?)))?;
-    ensure!(report["strategy"] == "inspect", "{report:#}");
-    Ok(())
+    let (start, end) = (vm.address(function)?, u64::from_str_radix(end, 16)?);
+    let room = usize::try_from(end - start)? - begin;
+    Ok(whole(&there[..2 * room], &insn::hex(&code(start, room)?)))
 }

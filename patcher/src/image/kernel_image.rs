@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::addr::Gva;
 use crate::image::banner::Banner;
 use crate::image::btf::Btf;
+use crate::image::call_forms::CallForms;
 use crate::image::elf::Vmlinux;
 use crate::image::error::Error;
 use crate::image::evidence::Evidence;
@@ -29,6 +30,7 @@ pub struct KernelImage {
     tables: Tables,
     offsets: Offsets,
     lock_ops: Option<LockOps>,
+    call_forms: CallForms,
     landmarks: Landmarks,
     landings: Landings,
     profile: Profile,
@@ -110,6 +112,7 @@ impl KernelImage {
             landings: landings.ok_or(Error::Elf { what: "its code is larger than a kernel's".into() })?,
             tables,
             offsets,
+            call_forms: CallForms::read(&vmlinux, &symbols),
             lock_ops,
             symbols,
             text_base,
@@ -129,6 +132,7 @@ impl KernelImage {
             tables: Tables::default(),
             offsets: Offsets::default(),
             lock_ops: None,
+            call_forms: CallForms::default(),
             landmarks: Landmarks::default(),
             landings: Landings::default(),
             profile: Profile::default(),
@@ -137,6 +141,12 @@ impl KernelImage {
             text_base,
             data: None,
         }
+    }
+
+    /// The same image with these.
+    #[cfg(test)]
+    pub(crate) fn with(self, offsets: Offsets, call_forms: CallForms) -> Self {
+        Self { offsets, call_forms, ..self }
     }
 
     /// The kernel release, as `uname -r` reports it.
@@ -185,6 +195,12 @@ impl KernelImage {
     #[must_use]
     pub fn lock_ops(&self) -> Option<&LockOps> {
         self.lock_ops.as_ref()
+    }
+
+    /// The static calls that it has its own code for.
+    #[must_use]
+    pub fn call_forms(&self) -> &CallForms {
+        &self.call_forms
     }
 
     /// Where execution arrives other than by a function's own branches.

@@ -15,9 +15,15 @@ use crate::insn::push::{self, Push, first_push};
 /// made functions of their own of them.
 const PARTS_OF_PATCHERS: [&str; 2] = ["__jump_label_patch", "__static_call_transform"];
 
-/// Functions that are never called with a spinlock held: on the way out of a system call, and
-/// on the way to another task (Linux kernel/entry/common.c, kernel/sched/core.c).
-const UNLOCKED: [&str; 2] = ["syscall_exit_to_user_mode", "schedule"];
+/// Functions that every system call passes, never with a spinlock held and always with interrupts
+/// enabled; the first that a kernel has. On the way out (Linux kernel/entry/common.c; inlined since
+/// 6.16), or on the way in: called only by the entry code, `do_syscall_64`, before the system call itself
+/// (arch/x86/entry/{common,syscall_64}.c).
+const SYSTEM_CALL: [&str; 2] = ["syscall_exit_to_user_mode", "x64_sys_call"];
+/// As the latter, for system calls of 32 bits, if the kernel has them.
+const SYSTEM_CALL_32: &str = "ia32_sys_call";
+/// The same on the way to another task (kernel/sched/core.c).
+const SWITCH: &str = "schedule";
 
 /// The functions that every module passes, with its `struct module` as their argument: when it is
 /// complete and its init is about to run, and before its memory is freed (Linux kernel/module/main.c).
@@ -28,7 +34,8 @@ const MODULE_DOORS: [&str; 2] = ["do_init_module", "free_module"];
 pub struct Landmarks {
     /// Where a vCPU can be stopped before it compares or replaces text.
     pub patchers: Vec<Gva>,
-    /// Where a vCPU can be stopped without holding a spinlock.
+    /// Where a vCPU can be stopped without holding a spinlock: on the way of every system call, and to
+    /// another task. Empty if not both are known.
     pub unlocked: Vec<Gva>,
     /// The words of the locks under which text is patched. Zero means free.
     pub locks: Vec<Gva>,
@@ -49,7 +56,7 @@ impl Landmarks {
         let lock = |name: &str| symbols.only(name)?.plus(usize::try_from(offsets.mutex_owner?).ok()?);
         Self {
             patchers: declared(patcher).chain(PARTS_OF_PATCHERS).filter_map(place).collect(),
-            unlocked: UNLOCKED.into_iter().filter_map(place).collect(),
+            unlocked: unlocked(place).unwrap_or_default(),
             locks: declared(mutex).filter_map(lock).collect(),
             init: init(vmlinux, symbols),
             probes: symbols.only("kprobe_table"),
@@ -90,6 +97,12 @@ fn module_doors(vmlinux: &Vmlinux<'_>, symbols: &Symbols, tables: &Tables) -> Op
     Some([comes?, goes?])
 }
 
+fn unlocked(place: impl Fn(&str) -> Option<Gva>) -> Option<Vec<Gva>> {
+    let mut places = vec![SYSTEM_CALL.into_iter().find_map(&place)?, place(SWITCH)?];
+    places.extend(place(SYSTEM_CALL_32));
+    Some(places)
+}
+
 /// The first instruction of a function behind `endbr64`, which must stay whole, and behind the fentry
 /// call. `None` if a static key's jump or a static call is there.
 pub(super) fn place(vmlinux: &Vmlinux<'_>, tables: &Tables, entry: Gva) -> Option<Gva> {
@@ -98,4 +111,23 @@ pub(super) fn place(vmlinux: &Vmlinux<'_>, tables: &Tables, entry: Gva) -> Optio
         at = at.plus(insn::FENTRY)?;
     }
     (!tables.is_switched(at)).then_some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vcpu_without_spinlocks_is_stopped_on_the_way_of_every_system_call_or_nowhere() {
+        let found = |known: &[(&str, u64)]| {
+            unlocked(|name| known.iter().find(|(known, _)| *known == name).map(|(_, at)| Gva(*at)))
+        };
+        let [exit, long, short, switch] =
+            [("syscall_exit_to_user_mode", 1), ("x64_sys_call", 2), ("ia32_sys_call", 3), ("schedule", 4)];
+        assert_eq!(found(&[exit, long, switch]), Some(vec![Gva(1), Gva(4)]));
+        assert_eq!(found(&[long, short, switch]), Some(vec![Gva(2), Gva(4), Gva(3)]));
+        for known in [&[short, switch][..], &[exit, long, short], &[switch]] {
+            assert_eq!(found(known), None, "{known:?}");
+        }
+    }
 }

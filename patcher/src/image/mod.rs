@@ -9,6 +9,7 @@
 pub mod banner;
 mod btf;
 mod bzimage;
+pub mod call_forms;
 mod compression;
 mod elf;
 mod elf_header;

@@ -111,10 +111,10 @@ impl<'a> SiteChecker<'a> {
         if !old_inside.is_empty() || !new_inside.is_empty() {
             required::several_instructions(self.kernel.image.profile())?;
         }
-        // The lock functions that are called at these sites do not sleep.
-        let calls_sleep = needs != Needs::Unlocked;
-        self.sleepers.keep_out(&old, at, &old_inside, calls_sleep)?;
-        self.sleepers.keep_out(&new, at, &new_inside, calls_sleep)?;
+        // Where spinlocks are taken and released no task sleeps or is preempted (`expand::paravirt`).
+        let may_leave = needs != Needs::Unlocked;
+        self.sleepers.keep_out(&old, at, &old_inside, may_leave)?;
+        self.sleepers.keep_out(&new, at, &new_inside, may_leave)?;
         let may_fault = self.bypass && self.kernel.may_fault(at);
         let offset = at.offset_from(function.start).unwrap_or(0);
         // Of several names of a function, report the one that the plan uses.

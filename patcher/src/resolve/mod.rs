@@ -25,6 +25,7 @@ use crate::plan::{Patch, Plan, Strategy};
 use crate::resolve::check::{SiteChecker, unprobed};
 use crate::resolve::expand::{Datum, Expansion, Needs};
 use crate::safety::blockers::{self, Patchers};
+use crate::safety::interior::{PREEMPTED, preempts};
 use crate::site::{OWN, Site, overlaps};
 
 /// A running guest, as far as plans are concerned.
@@ -219,6 +220,24 @@ pub fn probed(guest: RunningGuest<'_>, sites: &[Site]) -> Vec<Refused> {
     }
 }
 
+/// Sites inside of which a task may have been preempted meanwhile: the guest can change its preemption
+/// model while it runs (Linux kernel/sched/debug.c, `sched_dynamic_write`).
+#[must_use]
+pub fn preempted(guest: RunningGuest<'_>, plan: &ResolvedPlan) -> Vec<Refused> {
+    // No task is preempted where spinlocks are taken and released.
+    let several = plan.sites.iter().filter(|site| !plan.unlocked && !site.old_inside.is_empty());
+    let mut refused = several
+        .map(|site| {
+            let (at, inside) = (site.at, site.old_inside[0]);
+            Refusal::InteriorReachable { at, inside, why: PREEMPTED }.at(site.pointer.clone())
+        })
+        .peekable();
+    if refused.peek().is_none() || !preempts(guest.kernel, guest.text) {
+        return Vec::new();
+    }
+    refused.collect()
+}
+
 /// The first two patches of a plan that change the same word of data.
 fn same_words(sites: &[Site], data: &[Datum]) -> Option<Refused> {
     let mut words: Vec<&Datum> = data.iter().collect();
@@ -227,4 +246,76 @@ fn same_words(sites: &[Site], data: &[Datum]) -> Option<Refused> {
     let (at, other) = (clash[1].at, clash[0].at);
     let pointer = sites.last().map_or(Pointer::new(""), |site| site.pointer.clone());
     Some(Refusal::OverlappingSites { at, other, whose: OWN.to_owned() }.at(pointer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Gva;
+    use crate::image::{KernelImage, Symbols};
+    use crate::linux::Modules;
+
+    const BANNER: u64 = 0xffff_ffff_8200_0000;
+    const MODE: u64 = BANNER + 0x100;
+
+    /// What the guest says of preemption.
+    struct Says(u8);
+
+    impl GuestMemory for Says {
+        fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+            into.fill(0);
+            if at == Gva(MODE) {
+                into[0] = self.0;
+            } else {
+                let banner = b"Linux version 6.12 #1 SMP PREEMPT_DYNAMIC\n";
+                into[..banner.len()].copy_from_slice(banner);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn several_instructions_are_not_put_back_once_tasks_are_preempted() {
+        let symbols = [(BANNER, b'D', "linux_banner"), (MODE, b'D', "preempt_dynamic_mode")];
+        let symbols = Symbols::new(symbols.into_iter()).expect("few");
+        let image = KernelImage::from_parts("6.12".into(), symbols, Gva(BANNER));
+        let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
+        let plan = |old_inside: Vec<Gva>, unlocked| ResolvedPlan {
+            name: "demo".into(),
+            strategy: Strategy::Auto,
+            atomic: false,
+            deadline_ms: 100,
+            preemptible: false,
+            unlocked,
+            outside: Vec::new(),
+            sites: vec![Site {
+                pointer: Pointer::patch(0),
+                at: Gva(0x1000),
+                symbol: "f".into(),
+                old: vec![0x90; 2],
+                new: vec![0x66, 0x90],
+                old_inside,
+                new_inside: Vec::new(),
+                may_fault: false,
+            }],
+            data: Vec::new(),
+            blockers: Vec::new(),
+            patchers: Patchers::default(),
+            on_guest_write: None,
+        };
+        let codes = |mode, plan: &ResolvedPlan| -> Vec<&str> {
+            let guest = RunningGuest { kernel, text: &Says(mode), vcpus: 1 };
+            preempted(guest, plan).iter().map(|refused| refused.refusal.code()).collect()
+        };
+        let (none, voluntary, full, lazy) = (0, 1, 2, 3);
+        let several = plan(vec![Gva(0x1001)], false);
+        for mode in [full, lazy] {
+            assert_eq!(codes(mode, &several), ["interior_reachable"]);
+            assert!(codes(mode, &plan(Vec::new(), false)).is_empty(), "one instruction");
+            assert!(codes(mode, &plan(vec![Gva(0x1001)], true)).is_empty(), "where spinlocks are taken");
+        }
+        for mode in [none, voluntary] {
+            assert!(codes(mode, &several).is_empty());
+        }
+    }
 }

@@ -29,6 +29,9 @@ pub fn boundaries(code: &[u8], at: Gva) -> Vec<Gva> {
     inside
 }
 
+/// Why a task may come back to the inside of a site on a preemptible kernel.
+pub(crate) const PREEMPTED: &str = "the kernel preempts tasks in kernel mode";
+
 /// Whether tasks that are not running may return to a place. What the guest says of preemption is
 /// read when first needed.
 pub(crate) struct Sleepers<'a> {
@@ -43,13 +46,14 @@ impl<'a> Sleepers<'a> {
     }
 
     /// Refuses `code` at `at` if such a task may return to one of the boundaries `inside`.
-    /// `calls_sleep` tells whether a called function may sleep.
+    /// `may_leave` tells whether a task may stop running there otherwise than by a fault: because a
+    /// called function sleeps, or by preemption.
     pub(crate) fn keep_out(
         &self,
         code: &[u8],
         at: Gva,
         inside: &[Gva],
-        calls_sleep: bool,
+        may_leave: bool,
     ) -> Result<(), Refusal> {
         if inside.is_empty() {
             return Ok(());
@@ -57,13 +61,13 @@ impl<'a> Sleepers<'a> {
         let insns: Vec<Insn> = insn::decode(code, at).collect();
         let comes_back = |boundary: Gva| {
             let before = insns.iter().find(|insn| insn.at.plus(insn.len) == Some(boundary));
-            if calls_sleep && before.is_some_and(|insn| insn.returns || self.kernel.may_call(insn.at)) {
+            if may_leave && before.is_some_and(|insn| insn.returns || self.kernel.may_call(insn.at)) {
                 return Some("the call before it returns there");
             }
             if self.kernel.may_fault(boundary) {
                 return Some("its instruction may be in the kernel's exception table");
             }
-            self.preempts().then_some("the kernel preempts tasks in kernel mode")
+            (may_leave && self.preempts()).then_some(PREEMPTED)
         };
         match inside.iter().find_map(|&boundary| Some((boundary, comes_back(boundary)?))) {
             Some((inside, why)) => Err(Refusal::InteriorReachable { at, inside, why }),

@@ -214,7 +214,8 @@ pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 pub(crate) const ALL_DATA: Name = Name::Symbol("data");
 
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 12] = [
+pub(crate) const OLDER: [Name; 13] = [
+    Name::Symbol("x64_sys_call"),
     DIRECT_CALL,
     Name::Symbol("nop_func"),
     Name::Symbol("BUG_func"),
@@ -229,7 +230,8 @@ pub(crate) const OLDER: [Name; 12] = [
     Name::Member("rt_mutex_base", "owner"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 13] = [
+pub(crate) const NEWER: [Name; 14] = [
+    Name::Symbol("syscall_exit_to_user_mode"),
     Name::Symbol("smp_text_poke_single"),
     Name::Symbol("smp_text_poke_batch_add"),
     DIRECT_CALL,
@@ -270,7 +272,10 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
 }
 
 /// Functions by which the kernel patches itself, and what else the profile looks for in text.
-const FUNCTIONS: [&str; 35] = [
+const FUNCTIONS: [&str; 38] = [
+    "syscall_exit_to_user_mode",
+    "x64_sys_call",
+    "schedule",
     "entry_SYSCALL_64",
     "text_poke",
     "text_poke_bp",

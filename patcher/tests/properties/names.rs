@@ -8,7 +8,7 @@ use std::path::Path;
 use patcher::image::profile::{Capability, Fact};
 
 /// Names that no capability relies on, and what is done where they are missing.
-const UNDECLARED: [(&str, &str); 14] = [
+const UNDECLARED: [(&str, &str); 18] = [
     ("_end", "the end of the last segment"),
     ("_etext", "the end of the section .text"),
     ("linux_banner", "the banner is found by its text"),
@@ -16,8 +16,12 @@ const UNDECLARED: [(&str, &str); 14] = [
     ("__static_call_return", "a conditional tail call that is to call nothing is refused"),
     ("__jump_label_patch", "its callers are blocked"),
     ("__static_call_transform", "its callers are blocked"),
-    ("syscall_exit_to_user_mode", "vCPUs are waited for without blockers there"),
-    ("schedule", "vCPUs are waited for without blockers there"),
+    ("ia32_sys_call", "a kernel without system calls of 32 bits"),
+    ("do_init_module", "plans that concern modules are refused (modules_unseen)"),
+    ("free_module", "plans that concern modules are refused (modules_unseen)"),
+    ("machine_kexec", "a kernel without kexec"),
+    ("kexec_in_progress", "vCPUs are asked which kernel they run"),
+    ("panic_cpu", "vCPUs are asked which kernel they run"),
     ("__preempt_count", "declared as what counts interrupts and spinlocks"),
     ("irq_enter_rcu", "declared as what counts interrupts and spinlocks"),
     ("queued_spin_lock_slowpath", "a member of struct pv_lock_ops"),

@@ -10,7 +10,7 @@ use guest::provision::binaries::Monitor;
 use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
-use tests::{breakpoints, guard, kernels, matrix, oracle, selfpatching, spinlocks, targets};
+use tests::{breakpoints, guard, kernels, matrix, modes, oracle, selfpatching, spinlocks, targets};
 
 /// Long campaigns against real guests.
 #[derive(Debug, Parser)]
@@ -32,7 +32,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 23] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
@@ -53,6 +53,7 @@ const CAMPAIGNS: [(&str, usize, Campaign); 22] = [
             Ok(())
         })
     }),
+    ("modes", 20, modes::all),
     ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),
     ("random-targets", 1000, targets::random),

@@ -7,6 +7,7 @@ use patcher::image::KernelImage;
 use serde_json::{Value, json};
 use tests::guard::guarded;
 use tests::lab::Lab;
+use tests::modes;
 use tests::oracle::{alternatives, lock_prefixes, twins};
 use tests::patches::redirect_plan;
 use tests::redirects::{behind_the_fentry_call, traced};
@@ -28,6 +29,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
+    ("kernel::calls_and_returns_rewritten_by_boot_options", modes::rewritten),
+    ("kernel::tasks_preempted_in_kernel_mode", modes::preempted),
     ("kernel::a_current_kernel_is_patched_and_its_writers_are_named", current),
 ];
 
@@ -104,10 +107,14 @@ fn span(vm: &mut Vm, start: &str, stop: &str) -> Result<u64> {
 }
 
 fn switched_spinlocks(lab: &Lab) -> Result<()> {
-    Vm::start_all(lab, &both_kernels(lab, 8))?.into_iter().try_for_each(|vm| {
-        println!("{}", spinlocks::switch(vm, 10)?);
-        Ok(())
-    })
+    // Two guests at once, one for each of the host's CPUs.
+    for some in all_kernels(lab, 8).chunks(2) {
+        Vm::start_each(lab, some)?.into_iter().try_for_each(|vm| {
+            println!("{}", spinlocks::switch(vm, 10)?);
+            Ok::<_, anyhow::Error>(())
+        })?;
+    }
+    Ok(())
 }
 
 /// The newest kernel, at the place that KASLR gives it: redirects under load, and events that name the

@@ -18,7 +18,7 @@ use patcher::linux::memory::read;
 use patcher::plan::refusal::Refused;
 use patcher::plan::write_policy::{Policy, stands};
 use patcher::resolve::expand::Datum;
-use patcher::resolve::{ResolvedPlan, probed};
+use patcher::resolve::{ResolvedPlan, preempted, probed};
 use patcher::site::Site;
 
 use crate::guest::cached_translations::CachedTranslations;
@@ -147,9 +147,11 @@ impl Engine {
             (old != datum.new).then(|| Datum { at: datum.at, old, new: datum.new.clone() })
         };
         let plan = ResolvedPlan { sites, data: whole.data.iter().filter_map(word).collect(), ..whole };
-        let probed = probed(self.guest(&CachedTranslations::of(&kernel)), &plan.sites);
-        if !probed.is_empty() {
-            return Err(reasons(probed));
+        let memory = CachedTranslations::of(&kernel);
+        let mut refused = probed(self.guest(&memory), &plan.sites);
+        refused.extend(preempted(self.guest(&memory), &plan));
+        if !refused.is_empty() {
+            return Err(reasons(refused));
         }
         let program = self.compile(&plan).map_err(reasons)?;
         let report = self.execute(&plan, program, given_at).map_err(|refusal| refusal.to_string())?;

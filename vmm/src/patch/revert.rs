@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
 use patcher::plan::refusal::{Refusal, Refused};
-use patcher::resolve::{ResolvedPlan, probed};
+use patcher::resolve::{ResolvedPlan, preempted, probed};
 
 use crate::api::command::Answer;
 use crate::api::wire::{PatchState, Refusals, Report};
@@ -40,9 +40,11 @@ impl Engine {
         }
         let back = patch.plan.reversed();
         let kernel = self.kernel().map_err(at_root)?.clone();
-        let probed = probed(self.guest(&CachedTranslations::of(&kernel)), &back.sites);
-        if !probed.is_empty() {
-            return Err(probed);
+        let memory = CachedTranslations::of(&kernel);
+        let mut refused = probed(self.guest(&memory), &back.sites);
+        refused.extend(preempted(self.guest(&memory), &back));
+        if !refused.is_empty() {
+            return Err(refused);
         }
         let mut report = self.run_back(back, given_at)?;
         if report.state == PatchState::Applied {

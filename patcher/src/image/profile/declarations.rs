@@ -391,6 +391,9 @@ const SPINLOCKS: &[Part] = &[Part {
         &[&[Symbol("kvm_wait")]],
         &[&[Symbol("kvm_kick_cpu")]],
         &[&[Symbol("__raw_callee_save___kvm_vcpu_is_preempted")]],
+        // kernel/entry/common.c; inlined since 6.16. arch/x86/entry/{common,syscall_64}.c (since 6.8).
+        &[&[Patcher("syscall_exit_to_user_mode")], &[Patcher("x64_sys_call")]],
+        &[&[Patcher("schedule")]],
         &[&[Symbol("pv_lock_hash")]],
         // Up to 6.7 there is a table of calls through `pv_ops`, and calls of this are left out.
         &[&[Symbol("_paravirt_nop")], &[NoTable(Paravirt)]],

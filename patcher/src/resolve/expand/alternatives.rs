@@ -96,6 +96,12 @@ impl<'a> AltSite<'a> {
         Self { at, length: 0, entries: Vec::new() }
     }
 
+    /// A site of one alternative.
+    #[cfg(test)]
+    pub(crate) fn of(entry: &'a Alternative) -> Self {
+        Self { at: entry.at, length: entry.original.len(), entries: vec![entry] }
+    }
+
     /// The entry that wins, if any does.
     pub(crate) fn chosen(
         &self,
@@ -158,6 +164,11 @@ impl<'a> AltSite<'a> {
         };
         code.extend(insn::nops(self.length.saturating_sub(code.len())));
         Ok(code)
+    }
+
+    /// The features that its code depends on.
+    pub(crate) fn features(&self) -> impl Iterator<Item = u16> {
+        self.entries.iter().map(|entry| entry.feature).filter(|feature| *feature != ALWAYS)
     }
 
     /// The pointer that is called through, if one is.

@@ -2,6 +2,7 @@
 //! kind of patch.
 
 mod alternatives;
+mod call_thunk;
 mod expansion;
 mod paravirt;
 mod raw;

@@ -7,18 +7,28 @@
 //!
 //! What a site holds follows from the pointers in `pv_ops`, as at boot: a direct call of the pointer's
 //! target. On bare metal, `unlock` and `vcpu_is_preempted` are inlined by an alternative, whose feature
-//! stands for the pointer (arch/x86/kernel/paravirt.c, `paravirt_set_cap`).
+//! stands for the pointer (arch/x86/kernel/paravirt.c, `paravirt_set_cap`). An operation that is a static
+//! call is retargeted as one.
+//!
+//! No task is preempted where spinlocks are taken, waited for or released: preemption, or interrupts,
+//! are disabled there (include/linux/spinlock_api_smp.h). `vcpu_is_preempted` alone is called without, by
+//! a waiter for a sleeping lock (kernel/locking/rtmutex.c, `rtmutex_spin_on_owner`). On a kernel that
+//! preempts tasks in kernel mode it therefore stays a call of the same length, of either target.
 
 use crate::addr::Gva;
-use crate::image::lock_ops::{IS_PREEMPTED, LockOps, OPERATIONS, UNLOCK};
+use crate::image::lock_ops::{IS_PREEMPTED, LockOps, OPERATIONS};
+use crate::image::tables::ParavirtSite;
 use crate::insn;
 use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::plan::Spinlocks;
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::alternatives::{AltSite, Overrides, alt_sites, same};
+use crate::resolve::expand::call_thunk::through_thunk;
 use crate::resolve::expand::expansion::{Code, Datum, Expansion, Needs};
-use crate::safety::interior::counts_spinlocks;
+use crate::resolve::expand::rewrite::without_padding;
+use crate::resolve::expand::static_call;
+use crate::safety::interior::{PREEMPTED, counts_spinlocks, preempts};
 
 /// The targets that KVM's guest support installs.
 const KVM: [&str; OPERATIONS.len()] = [
@@ -28,9 +38,6 @@ const KVM: [&str; OPERATIONS.len()] = [
     "kvm_kick_cpu",
     "__raw_callee_save___kvm_vcpu_is_preempted",
 ];
-/// `X86_FEATURE_PVUNLOCK` and `X86_FEATURE_VCPUPREEMPT` (5.12 and later).
-const PVUNLOCK: u16 = 8 * 32 + 20;
-const VCPUPREEMPT: u16 = 8 * 32 + 21;
 
 pub(crate) fn expand(
     kernel: &Kernel<'_>,
@@ -40,7 +47,14 @@ pub(crate) fn expand(
     let ops = kernel.image.lock_ops().ok_or(Refusal::UnknownLayout { what: "struct pv_lock_ops" })?;
     let busy = |why: &str| Refusal::Busy { name: "spinlocks".into(), why: why.into() };
     if !counts_spinlocks(*kernel) {
-        return Err(busy("the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT)"));
+        return Err(busy(
+            "the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT), or most are sleeping locks (PREEMPT_RT)",
+        ));
+    }
+    if kernel.image.landmarks().unlocked.is_empty() {
+        return Err(busy(
+            "the guest's kernel has no known function that every system call passes without a spinlock",
+        ));
     }
     let mut wanted = ops.native.map(|at| kernel.live(at));
     if to == Spinlocks::Kvm {
@@ -63,20 +77,45 @@ pub(crate) fn expand(
     if let Some(module) = caller_in_modules(kernel, text, &[present, wanted].concat())? {
         return Err(busy(&format!("the module {module} does without the kernel's lock functions")));
     }
-    let (before, after) = (overrides(kernel, ops, present), overrides(kernel, ops, wanted));
+    if let Some(index) = (0..OPERATIONS.len()).find(|&index| !is_known(kernel, ops, index, present[index])) {
+        let (name, target) = (OPERATIONS[index], present[index]);
+        return Err(busy(&format!("{name} goes to {target}, which is neither the native one nor KVM's")));
+    }
+    let preempts = preempts(*kernel, text);
+    let calls = lock_calls(kernel, ops);
+    let stays_a_call = |index: usize| preempts && index == IS_PREEMPTED;
+    let is_native = |index: usize| wanted[index] == kernel.live(ops.native[index]);
+    let before = Overrides { features: Vec::new(), pointers: pointers(kernel, ops, present) };
+    let after = Overrides {
+        features: features(&calls)?
+            .into_iter()
+            .map(|(index, feature)| (feature, stays_a_call(index) || !is_native(index)))
+            .collect(),
+        pointers: pointers(kernel, ops, wanted),
+    };
     let mut code = Vec::new();
-    for call in lock_calls(kernel, ops) {
+    for index in (0..OPERATIONS.len()).filter(|&index| ops.static_calls[index]) {
+        let call = kernel.static_call(OPERATIONS[index])?;
+        code.extend(static_call::retarget(kernel, text, call, present[index], wanted[index])?);
+    }
+    for call in calls {
         if kernel.is_init(call.site.at) {
             continue;
         }
+        let at = call.site.at;
         let old = call.code(kernel, text, &before)?;
-        let there = read(text, call.site.at, old.len())?;
-        if !same(&there, &old, call.site.at) {
-            return Err(Refusal::ExpectMismatch { at: call.site.at, expected: old, found: there });
+        let there = read(text, at, old.len())?;
+        let expected = through_thunk(kernel, text, &old, at);
+        if ![&old, &expected].into_iter().any(|old| same(&there, old, at)) {
+            return Err(Refusal::ExpectMismatch { at, expected, found: there });
         }
-        let new = call.code(kernel, text, &after)?;
-        if !same(&there, &new, call.site.at) {
-            code.push(Code { at: call.site.at, old: there, new });
+        let new = through_thunk(kernel, text, &call.code(kernel, text, &after)?, at);
+        if !same(&there, &new, at) {
+            let changed = Code { at, old: there, new };
+            if stays_a_call(call.operation) {
+                keeps_its_length(&changed)?;
+            }
+            code.push(changed);
         }
     }
     let mut data: Vec<Datum> = Vec::new();
@@ -87,7 +126,7 @@ pub(crate) fn expand(
             data.push(Datum { at, old: word(present[index]), new: word(wanted[index]) });
         }
     }
-    data.extend(features(kernel, text, &after)?);
+    data.extend(feature_words(kernel, text, &after)?);
     Ok(Expansion { code, data, needs: Needs::Unlocked })
 }
 
@@ -115,35 +154,79 @@ fn caller_in_modules<'a>(
     Ok(None)
 }
 
-/// The pointers of the operations, and the features that stand for two of them.
-fn overrides(kernel: &Kernel<'_>, ops: &LockOps, targets: [Gva; OPERATIONS.len()]) -> Overrides {
-    let is_native = |index: usize| targets[index] == kernel.live(ops.native[index]);
-    Overrides {
-        features: vec![(PVUNLOCK, !is_native(UNLOCK)), (VCPUPREEMPT, !is_native(IS_PREEMPTED))],
-        pointers: ops.pointers.iter().map(|at| kernel.live(*at)).zip(targets).collect(),
+/// The pointers of the operations with these targets.
+fn pointers(kernel: &Kernel<'_>, ops: &LockOps, targets: [Gva; OPERATIONS.len()]) -> Vec<(Gva, Gva)> {
+    ops.pointers.iter().map(|at| kernel.live(*at)).zip(targets).collect()
+}
+
+/// Refuses code whose first instruction changes its length, or is followed by others than NOPs: a task
+/// may be preempted behind it.
+fn keeps_its_length(code: &Code) -> Result<(), Refusal> {
+    let first = |bytes: &[u8]| insn::decode(bytes, code.at).next().map(|insn| insn.len);
+    let end = first(&code.old).filter(|end| first(&code.new) == Some(*end));
+    let rest = |bytes: &[u8]| {
+        end.and_then(|end| bytes.get(end..)).is_some_and(|rest| without_padding(rest, code.at).is_empty())
+    };
+    if rest(&code.old) && rest(&code.new) {
+        return Ok(());
     }
+    let inside = code.at.plus(first(&code.old).unwrap_or(0)).unwrap_or(code.at);
+    Err(Refusal::InteriorReachable { at: code.at, inside, why: PREEMPTED })
+}
+
+/// Whether an operation's target is the native one or KVM's. Tracing and other hypervisors have their
+/// own (kernel/locking/qspinlock.c and arch/x86/kernel/paravirt-spinlocks.c, 7.3, `contended_release`).
+fn is_known(kernel: &Kernel<'_>, ops: &LockOps, index: usize, target: Gva) -> bool {
+    target == kernel.live(ops.native[index]) || kernel.symbol(KVM[index]) == Ok(target)
+}
+
+/// The operations for which a feature stands in the alternatives at their sites: `unlock` and
+/// `vcpu_is_preempted` (`X86_FEATURE_PVUNLOCK`, `X86_FEATURE_VCPUPREEMPT`), as far as the kernel has
+/// these.
+fn features(calls: &[LockCall<'_>]) -> Result<Vec<(usize, u16)>, Refusal> {
+    let mut found: Vec<(usize, u16)> = Vec::new();
+    for call in calls {
+        for pair in call.site.features().map(|feature| (call.operation, feature)) {
+            if found.contains(&pair) {
+                continue;
+            }
+            if found.iter().any(|(operation, feature)| *operation == pair.0 || *feature == pair.1) {
+                return Err(Refusal::UnknownLayout { what: "one feature for each lock operation" });
+            }
+            found.push(pair);
+        }
+    }
+    Ok(found)
 }
 
 /// Updates the kernel's record of the features, which modules are patched by when they are loaded.
-fn features(
+fn feature_words(
     kernel: &Kernel<'_>,
     text: &dyn GuestMemory,
     after: &Overrides,
-) -> Result<Option<Datum>, Refusal> {
-    let at = kernel.feature_word(PVUNLOCK)?;
-    let old = read_u32(text, at)?;
-    let mut new = old;
+) -> Result<Vec<Datum>, Refusal> {
+    let mut words: Vec<(Gva, u32, u32)> = Vec::new();
     for (feature, present) in &after.features {
-        let bit = 1 << (feature % 32);
-        new = if *present { new | bit } else { new & !bit };
+        let at = kernel.feature_word(*feature)?;
+        if words.iter().all(|(word, ..)| *word != at) {
+            let old = read_u32(text, at)?;
+            words.push((at, old, old));
+        }
+        for (_, _, new) in words.iter_mut().filter(|(word, ..)| *word == at) {
+            let bit = 1 << (feature % 32);
+            *new = if *present { *new | bit } else { *new & !bit };
+        }
     }
     let bytes = |word: u32| word.to_le_bytes().to_vec();
-    Ok((old != new).then(|| Datum { at, old: bytes(old), new: bytes(new) }))
+    let changed = words.into_iter().filter(|(_, old, new)| old != new);
+    Ok(changed.map(|(at, old, new)| Datum { at, old: bytes(old), new: bytes(new) }).collect())
 }
 
 /// A call of one of the operations.
 struct LockCall<'a> {
     site: AltSite<'a>,
+    /// Its index in [`OPERATIONS`].
+    operation: usize,
     /// The operation's pointer, if the site is in `.parainstructions` (up to 6.7).
     pointer: Option<Gva>,
 }
@@ -174,23 +257,64 @@ impl LockCall<'_> {
 fn lock_calls<'a>(kernel: &Kernel<'a>, ops: &LockOps) -> Vec<LockCall<'a>> {
     let mut alt_sites = alt_sites(kernel);
     let tables = kernel.image.tables();
+    let operation = |pointer: Gva| ops.pointers.iter().position(|at| *at == pointer);
     let Some(table) = &tables.paravirt_sites else {
-        let calls_one = |site: &AltSite<'_>| {
-            let pointer = site.called_through();
-            pointer.is_some_and(|pointer| ops.pointers.contains(&kernel.linked(pointer)))
+        let call = |site: AltSite<'a>| {
+            let operation = operation(kernel.linked(site.called_through()?))?;
+            Some(LockCall { site, operation, pointer: None })
         };
-        let concerned = alt_sites.into_values().filter(calls_one);
-        return concerned.map(|site| LockCall { site, pointer: None }).collect();
+        return alt_sites.into_values().filter_map(call).collect();
     };
-    let pointer = |operation: u8| Gva(ops.table.0.wrapping_add(8 * u64::from(operation)));
-    table
-        .iter()
-        .filter(|listed| ops.pointers.contains(&pointer(listed.operation)))
-        .map(|listed| {
-            let at = kernel.live(listed.at);
-            let mut site = alt_sites.remove(&at).unwrap_or_else(|| AltSite::empty(at));
-            site.length = site.length.max(listed.len.into());
-            LockCall { site, pointer: Some(kernel.live(pointer(listed.operation))) }
-        })
-        .collect()
+    let call = |listed: &ParavirtSite| {
+        let pointer = Gva(ops.table.0.wrapping_add(8 * u64::from(listed.operation)));
+        let operation = operation(pointer)?;
+        let at = kernel.live(listed.at);
+        let mut site = alt_sites.remove(&at).unwrap_or_else(|| AltSite::empty(at));
+        site.length = site.length.max(listed.len.into());
+        Some(LockCall { site, operation, pointer: Some(kernel.live(pointer)) })
+    };
+    table.iter().filter_map(call).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::tables::Alternative;
+
+    #[test]
+    fn behind_a_call_that_may_be_preempted_only_nops_change() {
+        let code = |old: &[u8], new: &[u8]| Code { at: Gva(0x1000), old: old.to_vec(), new: new.to_vec() };
+        let call = [0xe8, 1, 2, 3, 4, 0x90];
+        assert_eq!(keeps_its_length(&code(&call, &[0xe8, 5, 6, 7, 8, 0x90])), Ok(()));
+        // xor eax, eax; a NOP of four bytes, in whose middle the call returned.
+        let inlined = [0x31, 0xc0, 0x0f, 0x1f, 0x40, 0x00];
+        for (old, new, inside) in [
+            (&call[..], &inlined[..], Gva(0x1005)),
+            (&inlined, &call, Gva(0x1002)),
+            (&call, &[0xe8, 1, 2, 3, 4, 0xc3], Gva(0x1005)),
+        ] {
+            let refusal = Refusal::InteriorReachable { at: Gva(0x1000), inside, why: PREEMPTED };
+            assert_eq!(keeps_its_length(&code(old, new)), Err(refusal));
+        }
+    }
+
+    #[test]
+    fn a_feature_stands_for_one_operation() {
+        let entry = |feature| Alternative {
+            at: Gva(0x1000),
+            feature,
+            inverted: true,
+            original: vec![0x90],
+            replacement: vec![0x90],
+            replacement_at: Gva(0x2000),
+            direct_call: false,
+        };
+        let (unlock, preempted, other) = (entry(276), entry(277), entry(278));
+        let call = |operation, entry| LockCall { site: AltSite::of(entry), operation, pointer: None };
+        let known = features(&[call(1, &unlock), call(4, &preempted), call(1, &unlock)]);
+        assert_eq!(known, Ok(vec![(1, 276), (4, 277)]));
+        for calls in [[call(1, &unlock), call(1, &other)], [call(1, &unlock), call(4, &unlock)]] {
+            assert_eq!(features(&calls).map_err(|refusal| refusal.code()), Err("unknown_layout"));
+        }
+    }
 }

@@ -58,6 +58,12 @@ pub(super) fn called_through(code: &[u8], at: Gva) -> Option<Gva> {
     absolute.then(|| Gva(insn.memory_displacement64()))
 }
 
+/// The RIP-relative address that the first instruction of `code`, which is at `at`, refers to.
+pub(super) fn referred_to(code: &[u8], at: Gva) -> Option<Gva> {
+    let insn = Decoder::with_ip(64, code, at.0, DecoderOptions::NONE).decode();
+    insn.is_ip_rel_memory_operand().then(|| Gva(insn.ip_rel_memory_address()))
+}
+
 /// An instruction that is not padding.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Op {

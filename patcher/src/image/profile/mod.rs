@@ -109,7 +109,8 @@ fn state(capability: Capability, has: &impl Fn(Fact) -> bool) -> Result<State, F
     choices.find_map(|choices| first_missing(choices, has)).map_or(Ok(State::Supported), Err)
 }
 
-/// The first fact that is missing in the choice that is most nearly complete; `None` if one is complete.
+/// The first fact that is missing in the choice that is most nearly complete; `None` if one is complete. A
+/// choice of kernels that are older than this one does not count as such.
 fn first_missing(choices: &[&[Fact]], has: &impl Fn(Fact) -> bool) -> Option<Fact> {
     let missing = |facts: &&[Fact]| facts.iter().copied().filter(|fact| !has(*fact)).collect();
     let missing: Vec<Vec<Fact>> = choices.iter().map(missing).collect();
@@ -117,6 +118,7 @@ fn first_missing(choices: &[&[Fact]], has: &impl Fn(Fact) -> bool) -> Option<Fac
     if missing.iter().any(Vec::is_empty) {
         return None;
     }
-    let best = (0..choices.len()).rev().max_by_key(|index| found(*index))?;
+    let is_older = |index: usize| missing[index].iter().any(|fact| matches!(fact, Fact::Without(_)));
+    let best = (0..choices.len()).rev().max_by_key(|index| (!is_older(*index), found(*index)))?;
     missing[best].first().copied()
 }

@@ -2,8 +2,8 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use patcher::addr::Gva;
-use patcher::image::KernelImage;
 use patcher::image::symbols::Symbols;
+use patcher::image::{KernelFile, KernelImage, Loadable};
 use patcher::insn;
 use patcher::linux::module_list::read_modules;
 use patcher::linux::{GuestMemory, Kernel, Modules};
@@ -150,6 +150,11 @@ pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
 
 /// Reading any file ends, and the result can be listed.
 pub(crate) fn image(file: &[u8]) {
+    if let Ok(KernelFile::Vmlinux(elf)) = KernelFile::open(file)
+        && let Ok(loadable) = Loadable::parse(&elf)
+    {
+        assert!(loadable.segments.iter().all(|segment| segment.bytes.len() as u64 <= segment.size));
+    }
     let Ok(image) = KernelImage::parse(file) else { return };
     assert!(!image.symbols().is_empty());
     let keys = image.static_keys();

@@ -1,6 +1,8 @@
 //! Promises about modules: a pending plan is applied before the init of its module runs, whenever it is
 //! loaded; and what is told of a patch of a module is so, whether the module is there or not.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::lab::Lab;
@@ -14,7 +16,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("pending::what_does_not_fit_is_told", not_fitting),
     ("pending::a_patch_is_gone_with_its_module", gone),
     ("pending::a_way_into_a_module_is_closed_before_it_is_freed", way_into),
-    ("pending::beside_a_guest_that_patches_itself", beside),
+    ("pending::beside_a_guest_that_patches_itself", |lab| beside(lab, &lab.kernel)),
+    ("pending::beside_a_later_guest_that_patches_itself", |lab| beside(lab, &lab.later_kernel)),
     ("pending::every_kernel_has_the_doors_and_gets_them_back", doors),
 ];
 
@@ -243,28 +246,26 @@ fn way_into(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// 20 rounds while the guest switches a key and loads another module, both all the time, with its own
-/// tracer on the functions where modules are noticed.
-fn beside(lab: &Lab) -> Result<()> {
-    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
-        vm.mount_tracing()?;
-        vm.ask(&format!("write {TRACING}/set_ftrace_filter do_init_module free_module"))?;
-        vm.ask(&format!("write {TRACING}/current_tracer function"))?;
-        vm.hammer("getppid", 0, 1)?;
-        vm.ask(&format!("toggle {SCHEDSTATS} 0 1"))?;
-        give(&vm, &plan("probe_new"))?;
-        for round in 0..20 {
-            load_and_find(&mut vm, "2").with_context(|| format!("round {round}"))?;
-            expect(&vm, "applied")?;
-            unload(&mut vm)?;
-            expect(&vm, "pending")?;
-        }
-        vm.ask("toggle-end")?;
-        vm.expect_all(false)?;
-        vm.expect_no_kernel_errors()?;
-        vm.power_off()?;
+/// 20 rounds while all CPUs make system calls and the guest switches a key, with its own tracer on the
+/// functions where modules are noticed.
+fn beside(lab: &Lab, kernel: &Path) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup { kernel: Some(kernel.to_owned()), ..Setup::cpus(2) })?;
+    vm.mount_tracing()?;
+    vm.ask(&format!("write {TRACING}/set_ftrace_filter do_init_module free_module"))?;
+    vm.ask(&format!("write {TRACING}/current_tracer function"))?;
+    vm.hammer("getppid", 0, 1)?;
+    vm.ask(&format!("toggle-every 20 {SCHEDSTATS} 0 1"))?;
+    give(&vm, &plan("probe_new"))?;
+    for round in 0..20 {
+        load_and_find(&mut vm, "2").with_context(|| format!("round {round}"))?;
+        expect(&vm, "applied")?;
+        unload(&mut vm)?;
+        expect(&vm, "pending")?;
     }
-    Ok(())
+    vm.ask("toggle-end")?;
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
 }
 
 /// On the newest kernel, too: the monitor finds where modules are noticed, and leaves no byte behind.

@@ -6,7 +6,6 @@
 mod parts;
 mod table;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -89,18 +88,20 @@ fn on(kernel: &Stock, rounds: usize) -> Result<Row> {
         Place::Here(lab) => row(&lab, &kernel.bzimage, rounds),
         Place::Rig(mut rigged) => {
             let arguments = ["kernels", "--image", &format!("/{IMAGE}"), "--rounds", &rounds.to_string()];
-            let mut output = Vec::new();
-            let code =
-                rigged.run_self(arguments.map(str::to_owned), DEADLINE, |stream, bytes| match stream {
-                    Stream::Stdout => {
-                        output.extend_from_slice(bytes);
-                        let text = String::from_utf8_lossy(bytes);
-                        if !text.starts_with(MARK) {
-                            lab::pass_on(stream, bytes);
-                        }
+            let (mut output, mut shown) = (Vec::new(), 0);
+            let code = rigged.run_self(arguments.map(str::to_owned), DEADLINE, |stream, bytes| {
+                if stream == Stream::Stderr {
+                    return lab::pass_on(stream, bytes);
+                }
+                output.extend_from_slice(bytes);
+                while let Some(length) = output[shown..].iter().position(|byte| *byte == b'\n') {
+                    let line = &output[shown..=shown + length];
+                    shown += line.len();
+                    if !line.starts_with(MARK.as_bytes()) {
+                        lab::pass_on(stream, line);
                     }
-                    Stream::Stderr => lab::pass_on(stream, bytes),
-                })?;
+                }
+            })?;
             let output = String::from_utf8_lossy(&output);
             match output.lines().find_map(|line| line.strip_prefix(MARK)) {
                 Some(row) => Ok(serde_json::from_str(row)?),
@@ -117,15 +118,14 @@ fn row(lab: &Lab, image: &Path, rounds: usize) -> Result<Row> {
     let release = parts::release(lab, &setup)?;
     let (mut boots, mut cells) = (1, Vec::new());
     for (part, guests, run) in parts::PARTS {
-        print!("  {part:?} ... ");
-        std::io::stdout().flush()?;
+        println!("  {part:?}:");
         boots += guests;
         let cell = run(lab, &setup, rounds).unwrap_or_else(|error| {
             let text = format!("{error:#}");
             println!("{text}");
             Cell::failed(text)
         });
-        println!("{}", cell.line());
+        println!("    {}", cell.line());
         cells.push((part, cell));
     }
     Ok(Row { release, date: String::new(), rounds, boots, seconds: started.elapsed().as_secs(), cells })

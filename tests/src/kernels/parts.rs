@@ -104,7 +104,7 @@ fn writers(lab: &Lab, setup: &Setup, rounds: usize) -> Result<Cell> {
     vm.expect_no_kernel_errors()?;
     let writes = events(&vm, "guest_write")?;
     let named = writes.iter().filter(|event| event["task"] == "init").count();
-    ensure!(named > 10, "{named} of {} writes are of init: {:#}", writes.len(), writes[0]);
+    ensure!(named > 10, "{named} of {} writes are init's: {:?}", writes.len(), writes.first());
     let strangers = events(&vm, "unexpected_write")?;
     ensure!(
         strangers.is_empty(),

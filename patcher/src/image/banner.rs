@@ -31,6 +31,12 @@ impl Banner {
         })
     }
 
+    /// One with that text.
+    #[cfg(test)]
+    pub(super) fn of(text: &str) -> Self {
+        Self { at: Gva(0), text: text.to_owned() }
+    }
+
     fn at(vmlinux: &Vmlinux<'_>, at: Gva, release: Option<&str>) -> Option<Self> {
         let longest = (1..=LONGEST).rev().find_map(|length| vmlinux.bytes(at, length))?;
         let line = &longest[..longest.iter().position(|byte| *byte == b'\n')?];

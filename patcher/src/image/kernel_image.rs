@@ -143,10 +143,16 @@ impl KernelImage {
         }
     }
 
-    /// The same image with these.
+    /// The same image with these, and with every capability.
     #[cfg(test)]
     pub(crate) fn with(self, offsets: Offsets, call_forms: CallForms) -> Self {
-        Self { offsets, call_forms, ..self }
+        Self { offsets, call_forms, profile: Profile::whole(), ..self }
+    }
+
+    /// The same image with this banner.
+    #[cfg(test)]
+    pub(crate) fn with_banner(self, banner: &str) -> Self {
+        Self { banner: Some(Banner::of(banner)), ..self }
     }
 
     /// The kernel release, as `uname -r` reports it.

@@ -255,8 +255,8 @@ mod tests {
     use crate::image::{KernelImage, Symbols};
     use crate::linux::Modules;
 
-    const BANNER: u64 = 0xffff_ffff_8200_0000;
-    const MODE: u64 = BANNER + 0x100;
+    const TEXT: u64 = 0xffff_ffff_8100_0000;
+    const MODE: u64 = TEXT + 0x100;
 
     /// What the guest says of preemption.
     struct Says(u8);
@@ -264,21 +264,16 @@ mod tests {
     impl GuestMemory for Says {
         fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
             into.fill(0);
-            if at == Gva(MODE) {
-                into[0] = self.0;
-            } else {
-                let banner = b"Linux version 6.12 #1 SMP PREEMPT_DYNAMIC\n";
-                into[..banner.len()].copy_from_slice(banner);
-            }
+            into[0] = if at == Gva(MODE) { self.0 } else { return Err(at) };
             Ok(())
         }
     }
 
     #[test]
     fn several_instructions_are_not_put_back_once_tasks_are_preempted() {
-        let symbols = [(BANNER, b'D', "linux_banner"), (MODE, b'D', "preempt_dynamic_mode")];
-        let symbols = Symbols::new(symbols.into_iter()).expect("few");
-        let image = KernelImage::from_parts("6.12".into(), symbols, Gva(BANNER));
+        let symbols = Symbols::new([(MODE, b'D', "preempt_dynamic_mode")].into_iter()).expect("few");
+        let image = KernelImage::from_parts("6.12".into(), symbols, Gva(TEXT))
+            .with_banner("Linux version 6.12 #1 SMP PREEMPT_DYNAMIC");
         let kernel = Kernel { image: &image, slide: 0, modules: &Modules::NONE };
         let plan = |old_inside: Vec<Gva>, unlocked| ResolvedPlan {
             name: "demo".into(),

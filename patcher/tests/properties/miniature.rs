@@ -214,8 +214,7 @@ pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 pub(crate) const ALL_DATA: Name = Name::Symbol("data");
 
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 13] = [
-    Name::Symbol("x64_sys_call"),
+pub(crate) const OLDER: [Name; 16] = [
     DIRECT_CALL,
     Name::Symbol("nop_func"),
     Name::Symbol("BUG_func"),
@@ -228,9 +227,17 @@ pub(crate) const OLDER: [Name; 13] = [
     Name::Member("module_layout", "text_size"),
     Name::Member("mutex", "rtmutex"),
     Name::Member("rt_mutex_base", "owner"),
+    Name::Symbol("x64_sys_call"),
+    Name::Symbol("pv_ops_lock"),
+    Name::Symbol("__SCK__queued_spin_lock_slowpath"),
+    Name::Symbol("__SCK__queued_spin_unlock"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 14] = [
+pub(crate) const NEWER: [Name; 18] = [
+    Name::Symbol("pv_ops"),
+    Name::Member("paravirt_patch_template", "lock"),
+    Name::Member("pv_lock_ops", "queued_spin_lock_slowpath"),
+    Name::Member("pv_lock_ops", "queued_spin_unlock"),
     Name::Symbol("syscall_exit_to_user_mode"),
     Name::Symbol("smp_text_poke_single"),
     Name::Symbol("smp_text_poke_batch_add"),
@@ -402,7 +409,12 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     let livepatches = k.here().to_le_bytes();
     k.put("klp_ops", b'd', &[livepatches, livepatches].concat());
     k.put("boot_cpu_data", b'D', &[0; 256]);
-    k.put("pv_ops", b'D', &native.to_le_bytes().repeat(8));
+    for name in ["pv_ops", "pv_ops_lock"] {
+        k.put(name, b'D', &native.to_le_bytes().repeat(8));
+    }
+    for name in ["__SCK__queued_spin_lock_slowpath", "__SCK__queued_spin_unlock"] {
+        k.put(name, b'D', &[native.to_le_bytes(), [0; 8]].concat());
+    }
     k.table("__start___jump_table", "__stop___jump_table", move |at| {
         [&near(at, function)[..], &near(at + 4, function + 10), &far(at + 8, key | 3)].concat()
     });
@@ -444,7 +456,8 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     let linked = k.here();
     let is_left_out =
         |name: &str| left_out.iter().any(|one| matches!(one, Name::Symbol(left) if *left == name));
-    k.symbols.retain(|(.., name)| !is_left_out(name));
+    let has_data = !left_out.contains(&ALL_DATA);
+    k.symbols.retain(|(_, kind, name)| !is_left_out(name) && (has_data || matches!(kind, b't' | b'T')));
     k.bytes.extend(kallsyms(layout, linked, BASE, &k.symbols));
     elf(&[(BASE, k.bytes)])
 }

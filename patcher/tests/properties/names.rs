@@ -8,7 +8,7 @@ use std::path::Path;
 use patcher::image::profile::{Capability, Fact};
 
 /// Names that no capability relies on, and what is done where they are missing.
-const UNDECLARED: [(&str, &str); 18] = [
+const UNDECLARED: [(&str, &str); 20] = [
     ("_end", "the end of the last segment"),
     ("_etext", "the end of the section .text"),
     ("linux_banner", "the banner is found by its text"),
@@ -16,6 +16,8 @@ const UNDECLARED: [(&str, &str); 18] = [
     ("__static_call_return", "a conditional tail call that is to call nothing is refused"),
     ("__jump_label_patch", "its callers are blocked"),
     ("__static_call_transform", "its callers are blocked"),
+    ("its_return_thunk", "no return thunk is that one"),
+    ("__x86_indirect_thunk_rax", "a kernel without retpolines"),
     ("ia32_sys_call", "a kernel without system calls of 32 bits"),
     ("do_init_module", "plans that concern modules are refused (modules_unseen)"),
     ("free_module", "plans that concern modules are refused (modules_unseen)"),

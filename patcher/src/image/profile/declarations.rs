@@ -379,9 +379,13 @@ const SPINLOCKS: &[Part] = &[Part {
         Symbol("kvm_kick_cpu"),
     ],
     facts: &[
-        &[&[Symbol("pv_ops"), Member("paravirt_patch_template", "lock")]],
-        &[&[Member("pv_lock_ops", "queued_spin_lock_slowpath")]],
-        &[&[Member("pv_lock_ops", "queued_spin_unlock")]],
+        // Since 7.0 in a variable of their own, since 7.3 two of them are static calls.
+        &[&[Symbol("pv_ops"), Member("paravirt_patch_template", "lock")], &[Symbol("pv_ops_lock")]],
+        &[
+            &[Member("pv_lock_ops", "queued_spin_lock_slowpath")],
+            &[Symbol("__SCK__queued_spin_lock_slowpath")],
+        ],
+        &[&[Member("pv_lock_ops", "queued_spin_unlock")], &[Symbol("__SCK__queued_spin_unlock")]],
         &[&[Member("pv_lock_ops", "wait")]],
         &[&[Member("pv_lock_ops", "kick")]],
         &[&[Member("pv_lock_ops", "vcpu_is_preempted")]],

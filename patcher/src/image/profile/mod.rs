@@ -51,6 +51,12 @@ pub struct Lacking {
 }
 
 impl Profile {
+    /// Of a kernel that has everything.
+    #[cfg(test)]
+    pub(in crate::image) fn whole() -> Self {
+        Self(Capability::ALL.map(|_| State::Supported).to_vec())
+    }
+
     /// From whether each fact was found, and why not.
     pub(super) fn of(has: impl Fn(Fact) -> bool, why_not: impl Fn(Fact) -> String) -> Self {
         let state = |capability| match state(capability, &has) {

@@ -53,7 +53,7 @@ pub struct Lacking {
 impl Profile {
     /// Of a kernel that has everything.
     #[cfg(test)]
-    pub(in crate::image) fn whole() -> Self {
+    pub(crate) fn whole() -> Self {
         Self(Capability::ALL.map(|_| State::Supported).to_vec())
     }
 

@@ -96,6 +96,18 @@ fn can_be_patched(vm: &mut Vm) -> Result<()> {
     vm.expect_no_kernel_errors()
 }
 
+/// Every way there is.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn all(lab: &Lab) -> Result<()> {
+    by_the_same(lab, "rebase", "pti=on").context("by itself, elsewhere")?;
+    in_place(lab, "deny").context("by itself, in place")?;
+    by_another(lab, "deny", "").context("by another")?;
+    by_another(lab, "rebase", "nokaslr").context("by another, without KASLR")?;
+    by_the_crash_kernel(lab).context("by the crash kernel")
+}
+
 /// The same kernel at another place: it is found again, and can be patched.
 ///
 /// # Errors

@@ -10,7 +10,9 @@ use guest::provision::binaries::Monitor;
 use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
-use tests::{breakpoints, guard, kernels, matrix, modes, oracle, selfpatching, spinlocks, targets};
+use tests::{
+    breakpoints, guard, hotplug, kernels, matrix, modes, oracle, replaced, selfpatching, spinlocks, targets,
+};
 
 /// Long campaigns against real guests.
 #[derive(Debug, Parser)]
@@ -32,7 +34,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 23] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
@@ -54,6 +56,13 @@ const CAMPAIGNS: [(&str, usize, Campaign); 23] = [
         })
     }),
     ("modes", 20, modes::all),
+    ("hotplug", 40, |lab, times| {
+        targets::all_kernels(lab, 4)
+            .iter()
+            .filter_map(|setup| setup.kernel.as_deref())
+            .try_for_each(|kernel| hotplug::comes_and_goes(lab, kernel, times))
+    }),
+    ("replaced", 1, |lab, times| (0..times).try_for_each(|_| replaced::all(lab))),
     ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),
     ("random-targets", 1000, targets::random),

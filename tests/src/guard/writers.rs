@@ -95,10 +95,13 @@ impl Writer {
         let mut code = vec![
             0x9c, 0xfa, 0x0f, 0x20, 0xc2, 0x48, 0x89, 0xd0, 0x48, 0x0f, 0xba, 0xf0, 16, 0x0f, 0x22, 0xc0,
         ];
-        // cld; lea rdi, [rip+slots]
+        // cld; lea rdi, [rip+start]; add rdi, slots. Code that takes an address inside itself is not replaced as
+        // a whole.
         code.extend([0xfc, 0x48, 0x8d, 0x3d]);
         let behind = begin + code.len() + 4;
-        code.extend(i32::try_from(SLOTS - behind).unwrap_or(0).to_le_bytes());
+        code.extend((-i32::try_from(behind).unwrap_or(0)).to_le_bytes());
+        code.extend([0x48, 0x81, 0xc7]);
+        code.extend(i32::try_from(SLOTS).unwrap_or(0).to_le_bytes());
         Self(code)
     }
 

@@ -8,6 +8,6 @@ use super::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("hotplug::a_cpu_that_is_off_stands_right", switched_off),
     ("hotplug::a_cpu_that_was_not_started_stands_right", not_started),
-    ("hotplug::a_cpu_comes_and_goes_while_programs_run", |lab| comes_and_goes(lab, &lab.kernel, 40)),
-    ("hotplug::the_same_on_the_newest_kernel", |lab| comes_and_goes(lab, &lab.current_kernel, 40)),
+    // The other kernels: `cargo soak hotplug`.
+    ("hotplug::a_cpu_comes_and_goes_while_programs_run", |lab| comes_and_goes(lab, &lab.current_kernel, 12)),
 ];

@@ -7,7 +7,6 @@ use patcher::image::KernelImage;
 use serde_json::{Value, json};
 use tests::guard::guarded;
 use tests::lab::Lab;
-use tests::modes;
 use tests::oracle::{alternatives, lock_prefixes, twins};
 use tests::patches::redirect_plan;
 use tests::redirects::{behind_the_fentry_call, traced};
@@ -29,8 +28,6 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::lock_prefixes_off_and_on", lock_prefixes),
     ("kernel::random_keys_and_calls_on_a_loaded_guest", |lab| random(lab, 100)),
     ("kernel::spinlocks_switched_under_contention", switched_spinlocks),
-    ("kernel::calls_and_returns_rewritten_by_boot_options", modes::rewritten),
-    ("kernel::tasks_preempted_in_kernel_mode", modes::preempted),
     ("kernel::a_current_kernel_is_patched_and_its_writers_are_named", current),
 ];
 

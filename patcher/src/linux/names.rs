@@ -29,10 +29,10 @@ impl<'a> Kernel<'a> {
 
     /// The live address of a symbol. A module's symbol is written `module:symbol`; in the module's name,
     /// dashes and underscores are the same, as to `modprobe`. One of several symbols of a name is
-    /// written `symbol,N` ([`Symbols::find`]).
+    /// written `symbol,N` ([`Symbols::find`](crate::image::Symbols::find)).
     ///
     /// # Errors
-    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`].
+    /// [`Refusal::UnknownSymbol`] or [`Refusal::AmbiguousSymbol`]; for a module's, as [`Modules::all`](crate::linux::Modules::all).
     pub fn symbol(&self, name: &str) -> Result<Gva, Refusal> {
         let unknown = || Refusal::UnknownSymbol { name: name.to_owned() };
         let (found, slide) = match name.split_once(':') {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crate::host::lock::{Condvar, Mutex};
 
 /// Most bytes that wait for the reader.
-const CAPACITY: usize = 256 << 10;
+const CAPACITY: usize = 64 << 10;
 
 #[derive(Default)]
 struct Queue {
@@ -188,7 +188,7 @@ mod tests {
     fn a_stalled_reader_stops_no_writer_and_is_told_what_is_missing() {
         let (mut reader, output) = UnixStream::pair().expect("a pair");
         let mut backlog = Backlog::start("console", output, note).expect("a thread");
-        let most = 4 * CAPACITY;
+        let most = 16 * CAPACITY;
         for _ in 0..most / 1024 {
             backlog.write_all(&[b'x'; 1024]).expect("it never fails");
         }

@@ -35,7 +35,7 @@ pub enum Fact {
     NoDirectCalls,
 }
 
-/// A table of [`Tables`].
+/// A table of [`Tables`](crate::image::tables::Tables).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Table {
     /// `__jump_table`.

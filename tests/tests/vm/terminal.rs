@@ -140,7 +140,9 @@ fn background(lab: &Lab) -> Result<()> {
     session.person.write_all(b"poweroff\n")?;
     std::thread::sleep(std::time::Duration::from_secs(2));
     ensure!(session.child.try_wait()?.is_none(), "it has read what was typed, or was stopped");
-    session.child.kill()?;
-    session.child.wait()?;
-    Ok(())
+    // The monitor is the only child of what stands for the shell.
+    let shell = session.child.id();
+    let monitor = std::fs::read_to_string(format!("/proc/{shell}/task/{shell}/children"))?;
+    tests::signal::send(monitor.trim().parse()?, "TERM")?;
+    session.end()
 }

@@ -166,6 +166,33 @@ impl Capability {
     }
 }
 
+/// What shows that a kernel has static keys.
+const SIGNS_OF_JUMP_LABELS: &[Fact] = &[
+    Tabled(JumpEntries),
+    Symbol("static_key_enable"),
+    Symbol("arch_jump_label_transform"),
+    Symbol("arch_jump_label_transform_queue"),
+    Lock("jump_label_mutex"),
+];
+/// What shows that a kernel has static calls.
+const SIGNS_OF_CALLS: &[Fact] = &[
+    Tabled(StaticCallSites),
+    Symbol("__static_call_update"),
+    Symbol("arch_static_call_transform"),
+    Lock("static_call_mutex"),
+];
+/// What shows that a kernel has the function tracer.
+const SIGNS_OF_TRACER: &[Fact] =
+    &[Tabled(Mcount), Symbol("ftrace_replace_code"), Symbol("ftrace_make_call"), Symbol("ftrace_make_nop")];
+/// What shows that a kernel has kprobes.
+const SIGNS_OF_PROBES: &[Fact] = &[
+    Symbol("kprobe_table"),
+    Symbol("register_kprobe"),
+    Symbol("kprobe_int3_handler"),
+    Symbol("arch_arm_kprobe"),
+    Symbol("arch_disarm_kprobe"),
+];
+
 /// arch/x86/entry/entry_64.S; arch/x86/kernel/head_64.S, in `.data`; init/version-timestamp.c.
 const LOCATION: &[Part] = &[always(&[
     &[&[Symbol("entry_SYSCALL_64")]],
@@ -231,13 +258,7 @@ const PATCHING_LOCKS: &[Part] = &[
         ],
     },
     Part {
-        shown_by: &[
-            Tabled(JumpEntries),
-            Symbol("static_key_enable"),
-            Lock("jump_label_mutex"),
-            Symbol("arch_jump_label_transform"),
-            Symbol("arch_jump_label_transform_queue"),
-        ],
+        shown_by: SIGNS_OF_JUMP_LABELS,
         facts: &[
             &[&[Lock("jump_label_mutex")]],
             &[&[Patcher("arch_jump_label_transform")]],
@@ -245,21 +266,11 @@ const PATCHING_LOCKS: &[Part] = &[
         ],
     },
     Part {
-        shown_by: &[
-            Tabled(StaticCallSites),
-            Symbol("__static_call_update"),
-            Lock("static_call_mutex"),
-            Symbol("arch_static_call_transform"),
-        ],
+        shown_by: SIGNS_OF_CALLS,
         facts: &[&[&[Lock("static_call_mutex")]], &[&[Patcher("arch_static_call_transform")]]],
     },
     Part {
-        shown_by: &[
-            Tabled(Mcount),
-            Symbol("ftrace_replace_code"),
-            Symbol("ftrace_make_call"),
-            Symbol("ftrace_make_nop"),
-        ],
+        shown_by: SIGNS_OF_TRACER,
         facts: &[
             &[&[Patcher("ftrace_replace_code")]],
             &[&[Patcher("ftrace_make_call")]],
@@ -267,13 +278,7 @@ const PATCHING_LOCKS: &[Part] = &[
         ],
     },
     Part {
-        shown_by: &[
-            Symbol("kprobe_table"),
-            Symbol("register_kprobe"),
-            Symbol("kprobe_int3_handler"),
-            Symbol("arch_arm_kprobe"),
-            Symbol("arch_disarm_kprobe"),
-        ],
+        shown_by: SIGNS_OF_PROBES,
         facts: &[&[&[Patcher("arch_arm_kprobe")]], &[&[Patcher("arch_disarm_kprobe")]]],
     },
     // CONFIG_OPTPROBES.
@@ -301,36 +306,11 @@ const PATCHING_LOCKS: &[Part] = &[
     },
 ];
 
-const FUNCTION_TRACER: &[Part] = &[Part {
-    shown_by: &[
-        Tabled(Mcount),
-        Symbol("ftrace_replace_code"),
-        Symbol("ftrace_make_call"),
-        Symbol("ftrace_make_nop"),
-    ],
-    facts: &[&[&[Tabled(Mcount)]]],
-}];
+const FUNCTION_TRACER: &[Part] = &[Part { shown_by: SIGNS_OF_TRACER, facts: &[&[&[Tabled(Mcount)]]] }];
 
-const STATIC_KEYS: &[Part] = &[Part {
-    shown_by: &[
-        Tabled(JumpEntries),
-        Symbol("static_key_enable"),
-        Symbol("arch_jump_label_transform"),
-        Symbol("arch_jump_label_transform_queue"),
-        Lock("jump_label_mutex"),
-    ],
-    facts: &[&[&[Tabled(JumpEntries)]]],
-}];
+const STATIC_KEYS: &[Part] = &[Part { shown_by: SIGNS_OF_JUMP_LABELS, facts: &[&[&[Tabled(JumpEntries)]]] }];
 
-const STATIC_CALLS: &[Part] = &[Part {
-    shown_by: &[
-        Tabled(StaticCallSites),
-        Symbol("__static_call_update"),
-        Symbol("arch_static_call_transform"),
-        Lock("static_call_mutex"),
-    ],
-    facts: &[&[&[Tabled(StaticCallSites)]]],
-}];
+const STATIC_CALLS: &[Part] = &[Part { shown_by: SIGNS_OF_CALLS, facts: &[&[&[Tabled(StaticCallSites)]]] }];
 
 /// arch/x86/lib/retpoline.S (since 5.19). Which thunk is used is chosen at boot since there are several:
 /// `x86_return_thunk` points to it (arch/x86/kernel/cpu/bugs.c, since 6.5).
@@ -442,13 +422,7 @@ const MODULES: &[Part] = &[Part {
 
 /// kernel/kprobes.c, include/linux/kprobes.h.
 const KPROBES: &[Part] = &[Part {
-    shown_by: &[
-        Symbol("kprobe_table"),
-        Symbol("register_kprobe"),
-        Symbol("kprobe_int3_handler"),
-        Symbol("arch_arm_kprobe"),
-        Symbol("arch_disarm_kprobe"),
-    ],
+    shown_by: SIGNS_OF_PROBES,
     facts: &[&[&[Symbol("kprobe_table")]], &[&[Member("kprobe", "hlist")]], &[&[Member("kprobe", "addr")]]],
 }];
 

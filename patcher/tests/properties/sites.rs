@@ -148,29 +148,37 @@ fn sites_that_calls_may_enter_behind_the_first_instruction() {
     assert_eq!(may_call, [0, 10], "the fentry call and the static call, not the static key's jump");
 }
 
+/// A symbol of the miniature's module: the place of its name, and its own from where the text begins.
+fn module_symbol(name: u32, at: u64) -> Vec<u8> {
+    let section = [2, 0, 1, 0];
+    [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
+}
+
+/// Writes to memory that [`miniature::with_module`] made, behind the byte that stands for a hole.
+fn put(memory: &mut [u8], at: u64, bytes: &[u8]) {
+    let at = 1 + usize::try_from(at).expect("64 bits") % (memory.len() - 1);
+    memory[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Makes the guest's list of livepatches in such memory an empty one.
+fn without_livepatches(image: &KernelImage, memory: &mut [u8]) {
+    let head = image.symbols().only("klp_ops").expect("it").0;
+    put(memory, head, &[head.to_le_bytes(), head.to_le_bytes()].concat());
+}
+
 /// A branch from the `.cold` part of a module's function, whose last part ends with the module's text.
 #[test]
 fn cold_parts_of_modules_count() {
     const F: u64 = 0x400;
     const COLD: u64 = 0x500;
     let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    let symbol = |name: u32, at: u64| {
-        let section = [2, 0, 1, 0];
-        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
-    };
-    let symbols = [symbol(0, F), symbol(2, COLD)].concat();
+    let symbols = [module_symbol(0, F), module_symbol(2, COLD)].concat();
     let sections = miniature::Sections { symbols, names: b"f\0f.cold\0".to_vec(), ..Default::default() };
     let mut memory = miniature::with_module(&image, &sections);
-    // Behind the byte that stands for a hole.
-    let mut put = |at: u64, bytes: &[u8]| {
-        let at = 1 + usize::try_from(at).expect("64 bits") % 0x4000;
-        memory[at..at + bytes.len()].copy_from_slice(bytes);
-    };
-    let livepatches = image.symbols().only("klp_ops").expect("it").0;
-    put(livepatches, &[livepatches.to_le_bytes(), livepatches.to_le_bytes()].concat());
-    put(F, &[0x90; 0x100]);
+    without_livepatches(&image, &mut memory);
+    put(&mut memory, F, &[0x90; 0x100]);
     let distance = u32::try_from(COLD + 5 - (F + 0x11)).expect("near");
-    put(COLD, &[&[0xe9][..], &distance.wrapping_neg().to_le_bytes()].concat());
+    put(&mut memory, COLD, &[&[0xe9][..], &distance.wrapping_neg().to_le_bytes()].concat());
     let text = checks::Anywhere::new(&memory).expect("memory");
     let modules = read_modules(&image, 0, &text);
     let [module] = modules.all().expect("a module") else { panic!("{modules:?}") };
@@ -194,22 +202,16 @@ fn cold_parts_of_modules_count() {
 fn modules_are_read_once_they_are_complete() {
     const MODULE: u64 = 0x4_0000;
     let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    let symbol = |name: u32, at: u64| {
-        let section = [2, 0, 1, 0];
-        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
-    };
     // A section, then a function. None of the states is the byte that stands for a hole.
-    let symbols = [symbol(0, 0x400), symbol(1, 0x400)].concat();
+    let symbols = [module_symbol(0, 0x400), module_symbol(1, 0x400)].concat();
     let sections =
         miniature::Sections { symbols, names: b"\0f\0\x01\x02\x03".to_vec(), ..Default::default() };
     let mut memory = miniature::with_module(&image, &sections);
-    let state = 1 + usize::try_from(MODULE + image.offsets().module.expect("offsets").state)
-        .expect("64 bits")
-        % 0x4000;
+    let state = MODULE + image.offsets().module.expect("offsets").state;
     let known = BTreeSet::from([Gva(MODULE)]);
     let names = BTreeSet::from(["module".to_owned(), "other".to_owned()]);
     let mut read = |value: u8, complete: &BTreeSet<Gva>| {
-        memory[state] = value;
+        put(&mut memory, state, &[value]);
         let text = checks::Anywhere::new(&memory).expect("memory");
         let modules = read_complete_modules(&image, 0, &text, complete);
         let functions =
@@ -235,23 +237,13 @@ fn modules_are_read_once_they_are_complete() {
 fn redirects_in_modules_keep_the_fentry_call() {
     const F: u64 = 0x400;
     let image = KernelImage::parse(&miniature::vmlinux()).expect("a kernel");
-    let symbol = |name: u32, at: u64| {
-        let section = [2, 0, 1, 0];
-        [&name.to_le_bytes()[..], &section, &(miniature::MODULE_TEXT + at).to_le_bytes(), &[0; 8]].concat()
-    };
-    let symbols = [symbol(0, F), symbol(2, F + 0x40), symbol(4, F + 0x80)].concat();
+    let symbols = [module_symbol(0, F), module_symbol(2, F + 0x40), module_symbol(4, F + 0x80)].concat();
     let sections = miniature::Sections { symbols, names: b"f\0g\0h\0".to_vec(), ..Default::default() };
     let begins = |first: &[u8], keep_fentry: bool| {
         let mut memory = miniature::with_module(&image, &sections);
-        // Behind the byte that stands for a hole.
-        let mut put = |at: u64, bytes: &[u8]| {
-            let at = 1 + usize::try_from(at).expect("64 bits") % 0x4000;
-            memory[at..at + bytes.len()].copy_from_slice(bytes);
-        };
-        let livepatches = image.symbols().only("klp_ops").expect("it").0;
-        put(livepatches, &[livepatches.to_le_bytes(), livepatches.to_le_bytes()].concat());
+        without_livepatches(&image, &mut memory);
         // mov eax, 1
-        put(F, &[first, &[0xb8, 1, 0, 0, 0], &[0x90; 64]].concat());
+        put(&mut memory, F, &[first, &[0xb8, 1, 0, 0, 0], &[0x90; 64]].concat());
         let text = checks::Anywhere::new(&memory).expect("memory");
         let modules = read_modules(&image, 0, &text);
         let kernel = Kernel { image: &image, slide: 0, modules: &modules };

@@ -24,8 +24,6 @@ use crate::guest::located::Located;
 use crate::memory::paging::{Mapping, PageTables, Pieces};
 use crate::memory::{GuestRam, PAGE};
 
-/// Bits 12 to 51 of CR3 (SDM volume 3, table 4-12).
-const ROOT: u64 = 0x000f_ffff_ffff_f000;
 /// KASLR moves the kernel by multiples of this (`CONFIG_PHYSICAL_ALIGN`).
 const SLIDE_ALIGN: u64 = 2 << 20;
 /// And by less than this (`KERNEL_IMAGE_SIZE`).
@@ -171,7 +169,7 @@ impl GuestKernel {
     /// (arch/x86/mm/init.c, `init_mem_mapping`). The tables of early boot lie in init data, and those of
     /// processes in no part of the kernel.
     fn root_in_use(&self) -> Result<Gpa, Refusal> {
-        let root = Gpa(self.tables.root.0 & ROOT);
+        let root = self.tables.root;
         let data = self.image.data().unwrap_or(Gva(0)..Gva(0));
         let live = self.kernel().live(data.start);
         let start = self.translate(live).map(|mapping| mapping.at);

@@ -50,7 +50,7 @@ impl PageTables {
     /// rights, so with SMAP on it translates no address of user space.
     #[must_use]
     pub fn of(sregs: &kvm_sregs) -> Self {
-        Self { root: Gpa(sregs.cr3), levels: if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 } }
+        Self { root: Gpa(sregs.cr3 & ADDRESS), levels: if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 } }
     }
 
     /// Translates an address, with the tables in `ram`.

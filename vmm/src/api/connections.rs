@@ -13,8 +13,13 @@ use tokio::task::AbortHandle;
 
 use crate::api::access::Role;
 
-/// Most connections of owners, and of readers.
-const MOST: [(Role, usize); 2] = [(Role::Owner, 48), (Role::Reader, 16)];
+/// Most connections of a role.
+const fn most(role: Role) -> usize {
+    match role {
+        Role::Owner => 48,
+        Role::Reader => 16,
+    }
+}
 
 #[derive(Default)]
 struct Table {
@@ -37,20 +42,20 @@ pub(super) struct Connections(Arc<Mutex<Table>>);
 pub(super) struct Place {
     table: Connections,
     number: u64,
+    role: Role,
 }
 
 impl Connections {
     /// Makes room for a connection of that role, at the cost of one that waits. `None` if all are busy.
     pub(super) fn place(&self, role: Role) -> Option<Place> {
-        let most = MOST.iter().find(|(of, _)| *of == role).map_or(0, |(_, most)| *most);
         let mut table = self.0.lock();
-        if table.open.values().filter(|open| open.role == role).count() >= most
+        if table.open.values().filter(|open| open.role == role).count() >= most(role)
             && !table.close_one(|open| open.role == role)
         {
             return None;
         }
         table.next += 1;
-        Some(Place { table: self.clone(), number: table.next })
+        Some(Place { table: self.clone(), number: table.next, role })
     }
 
     /// Closes the connection that has waited longest. `false` if all are busy, or there is none.
@@ -72,8 +77,8 @@ impl Table {
 
 impl Place {
     /// The connection is served by `task` from now on.
-    pub(super) fn taken_by(&self, role: Role, task: AbortHandle) {
-        let open = Open { role, waits_since: Some(Instant::now()), task };
+    pub(super) fn taken_by(&self, task: AbortHandle) {
+        let open = Open { role: self.role, waits_since: Some(Instant::now()), task };
         self.table.0.lock().open.insert(self.number, open);
     }
 
@@ -115,7 +120,7 @@ mod tests {
             let open = |role| {
                 let place = table.place(role)?;
                 let task = tokio::spawn(std::future::pending::<()>());
-                place.taken_by(role, task.abort_handle());
+                place.taken_by(task.abort_handle());
                 Some((place, task))
             };
             let mut readers: Vec<_> = (0..16).map(|_| open(Role::Reader).expect("room")).collect();

@@ -1,7 +1,5 @@
 //! The routing table: which request is which command.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -12,12 +10,12 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::api::access::Role;
-use crate::api::command::Command;
+use crate::api::command::{Answer, Command};
 use crate::api::connections::Place;
 use crate::api::event_stream::EventStream;
 use crate::api::reply::{self, Reply};
 use crate::api::wire::EventList;
-use crate::patch::controller::{Controls, NotGiven};
+use crate::patch::controller::{Client, Controls, NotGiven};
 
 /// Time a client has to send a request's body.
 const BODY_TIME: Duration = Duration::from_secs(10);
@@ -101,15 +99,9 @@ pub(super) async fn handle(request: Request<Incoming>, role: Role, place: &Place
     };
     place.is_busy();
     let (sender, receiver) = oneshot::channel();
-    // Dropped with this future when the client hangs up.
-    let waiting = Waiting::default();
-    let is_wanted = waiting.0.clone();
-    // What a client asked for that has gone is not done, unless it was begun.
-    let given = state.controls.give(
-        command,
-        move || is_wanted.load(Relaxed),
-        move |answer| drop(sender.send(answer)),
-    );
+    // The receiver is dropped with this future when the client hangs up. What a client asked for that has
+    // gone is not done, unless it was begun.
+    let given = state.controls.give(command, Waiting(sender));
     let unavailable = |what| reply::error(StatusCode::SERVICE_UNAVAILABLE, what);
     match given {
         Ok(()) => match receiver.await {
@@ -122,17 +114,16 @@ pub(super) async fn handle(request: Request<Incoming>, role: Role, place: &Place
 }
 
 /// A client that waits for an answer.
-struct Waiting(Arc<AtomicBool>);
+struct Waiting(oneshot::Sender<Answer>);
 
-impl Default for Waiting {
-    fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
+impl Client for Waiting {
+    fn is_waiting(&self) -> bool {
+        !self.0.is_closed()
     }
-}
 
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.store(false, Relaxed);
+    fn answer(self: Box<Self>, answer: Answer) {
+        // It may have hung up meanwhile.
+        let _ = self.0.send(answer);
     }
 }
 

@@ -94,7 +94,7 @@ async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &Api
         let (served, state) = (place.clone(), state.clone());
         // A client that hangs up gets no answer.
         let task = tokio::spawn(async move { drop(serve(stream, role, served, state).await) });
-        place.taken_by(role, task.abort_handle());
+        place.taken_by(task.abort_handle());
         // Let it begin before the next is taken.
         tokio::task::yield_now().await;
     }

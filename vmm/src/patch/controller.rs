@@ -39,8 +39,15 @@ enum Message {
 struct Given {
     command: Command,
     at: Instant,
-    is_wanted: Box<dyn Fn() -> bool + Send>,
-    reply: Box<dyn FnOnce(Answer) + Send>,
+    client: Box<dyn Client>,
+}
+
+/// Who gave a command.
+pub trait Client: Send {
+    /// Whether it waits for the answer still.
+    fn is_waiting(&self) -> bool;
+    /// Takes the answer, on the controller's thread.
+    fn answer(self: Box<Self>, answer: Answer);
 }
 
 /// Most commands that wait. Clients that hung up leave theirs until the controller comes to it.
@@ -64,23 +71,16 @@ pub struct Controls {
 }
 
 impl Controls {
-    /// Gives a command; `reply` is called with the answer, on the controller's thread. A command that is
-    /// not wanted any more when its turn comes is dropped.
+    /// Gives a command. One whose client does not wait any more when its turn comes is dropped.
     ///
     /// # Errors
     /// [`NotGiven`]; nothing is done then.
-    pub fn give(
-        &self,
-        command: Command,
-        is_wanted: impl Fn() -> bool + Send + 'static,
-        reply: impl FnOnce(Answer) + Send + 'static,
-    ) -> Result<(), NotGiven> {
+    pub fn give(&self, command: Command, client: impl Client + 'static) -> Result<(), NotGiven> {
         if self.waiting.fetch_add(1, Relaxed) >= MOST_WAITING {
             self.waiting.fetch_sub(1, Relaxed);
             return Err(NotGiven::Full);
         }
-        let (is_wanted, reply) = (Box::new(is_wanted), Box::new(reply));
-        let given = Given { command, at: Instant::now(), is_wanted, reply };
+        let given = Given { command, at: Instant::now(), client: Box::new(client) };
         self.messages.send(Message::Command(given)).map_err(|_| NotGiven::Ended)
     }
 
@@ -153,10 +153,10 @@ impl Controller {
         while let Some(message) = self.next(messages) {
             self.look_after_kernel();
             match message {
-                Message::Command(Given { command, at, is_wanted, reply }) => {
+                Message::Command(Given { command, at, client }) => {
                     waiting.fetch_sub(1, Relaxed);
-                    if is_wanted() {
-                        reply(self.obey(command, at));
+                    if client.is_waiting() {
+                        client.answer(self.obey(command, at));
                     }
                 }
                 Message::Located(found, done) => {

@@ -11,7 +11,7 @@
 //!     { "at": "do_syslog+0x14", "expect": "0f1f440000", "replace": "e9fb010000" },
 //!     { "static_key": "sched_schedstats", "enable": true },
 //!     { "static_call": "cond_resched", "target": "__static_call_return0" },
-//!     { "alternatives": "smap", "enable": false },
+//!     { "alternatives": "popcnt", "enable": false },
 //!     { "smp_locks": false, "force": false },
 //!     { "paravirt": "spinlocks", "to": "kvm" } ] }
 //! ```

@@ -75,6 +75,14 @@ pub enum Refusal {
         /// The name.
         name: String,
     },
+    /// The feature's alternatives go with something that the kernel sets at boot.
+    #[error("the alternatives for {name} go with {with}, which the kernel set when it booted")]
+    FeatureFixed {
+        /// The name.
+        name: String,
+        /// What they go with.
+        with: &'static str,
+    },
     /// The kernel's BTF does not describe a type.
     #[error("the kernel does not describe {what}: it has no BTF, or its layout is not known")]
     UnknownLayout {
@@ -349,6 +357,7 @@ impl Refusal {
             Self::UnknownStaticCall { .. } => "unknown_static_call",
             Self::UnknownStaticKey { .. } => "unknown_static_key",
             Self::UnknownFeature { .. } => "unknown_feature",
+            Self::FeatureFixed { .. } => "feature_fixed",
             Self::UnknownLayout { .. } => "unknown_layout",
             Self::MissingCapability { .. } => "missing_capability",
             Self::BadModules { .. } => "bad_modules",

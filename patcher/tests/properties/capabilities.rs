@@ -32,7 +32,7 @@ const PLANS: [(&str, &[Capability]); 12] = [
         &[Kprobes, PatchingLocks, StaticCalls, InitSections, Modules, CpuFeatures, ReturnThunks],
     ),
     (
-        r#""patches":[{"alternatives":"smap","enable":true}]"#,
+        r#""patches":[{"alternatives":"popcnt","enable":true}]"#,
         &[
             Kprobes,
             PatchingLocks,

@@ -200,7 +200,7 @@ pub(crate) fn live(image: &KernelImage, input: &[u8]) {
         r#"{"static_key":"key","enable":true}"#,
         r#"{"static_key":"key","enable":false}"#,
         r#"{"static_call":"call","target":"none"}"#,
-        r#"{"alternatives":"smap","enable":true}"#,
+        r#"{"alternatives":"popcnt","enable":true}"#,
         r#"{"alternatives":"0*32+20","enable":false}"#,
         r#"{"smp_locks":false}"#,
         r#"{"paravirt":"spinlocks","to":"native"}"#,

@@ -142,7 +142,7 @@ fn everything_is_read_from_the_miniature() {
         tables.exceptions.as_ref().map(Vec::len),
     ];
     assert_eq!(lengths, [1, 1, 2, 1, 1, 1, 1, 1].map(Some));
-    assert_eq!(tables.feature("smap"), Some(20));
+    assert_eq!(tables.feature("popcnt"), Some(20));
     let keys = image.static_keys();
     assert_eq!((keys[0].name.as_str(), keys[0].initially, keys[0].entries), ("key", false, 1));
     let calls = image.static_calls();

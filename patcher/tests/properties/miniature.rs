@@ -396,7 +396,7 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
         k.put(name, b'D', &[0; 32]);
     }
     k.put("linux_banner", b'D', b"Linux version 6.1.0-miniature (x) #1 SMP PREEMPT_DYNAMIC\n\0");
-    let name = k.put("feature_name", b'd', b"smap\0");
+    let name = k.put("feature_name", b'd', b"popcnt\0");
     let flags: Vec<u8> = (0..32_u64).flat_map(|i| (if i == 20 { name } else { 0 }).to_le_bytes()).collect();
     k.put("x86_cap_flags", b'D', &flags);
     k.put("x86_power_flags", b'D', &[0; 8]);

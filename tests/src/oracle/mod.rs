@@ -2,6 +2,7 @@
 //! twin. Afterwards both have the same text, and the guest can go on from there.
 
 mod places;
+mod runtime_consts;
 mod switches;
 
 use anyhow::{Context, Result, ensure};

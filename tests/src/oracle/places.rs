@@ -1,9 +1,12 @@
 //! Where a kernel's text and data lie in guest memory, and whether twins have the same there.
 
+use std::ops::Range;
+
 use anyhow::{Context, Result, ensure};
 use patcher::addr::Gva;
 use patcher::image::{Found, KernelImage};
 
+use super::runtime_consts;
 use crate::memory::read_guest_memory;
 use crate::vm::{Setup, Vm};
 
@@ -13,6 +16,8 @@ pub(crate) struct Places {
     pub(super) image: KernelImage,
     /// Its text when it was last compared.
     pub(super) text: Vec<u8>,
+    /// What of the text is each kernel's own, from its boot.
+    own: Vec<Range<usize>>,
 }
 
 /// Where a kernel is loaded without KASLR (`CONFIG_PHYSICAL_START`).
@@ -21,7 +26,9 @@ const PHYSICAL_START: u64 = 16 << 20;
 impl Places {
     pub(crate) fn new(setup: &Setup) -> Result<Self> {
         let kernel = setup.kernel.as_ref().context("a kernel")?;
-        Ok(Self { image: KernelImage::parse(&std::fs::read(kernel)?)?, text: Vec::new() })
+        let file = std::fs::read(kernel)?;
+        let image = KernelImage::parse(&file)?;
+        Ok(Self { own: runtime_consts::immediates(&file, &image)?, image, text: Vec::new() })
     }
 
     pub(crate) fn physical(&self, at: Gva) -> u64 {
@@ -44,7 +51,10 @@ impl Places {
     /// Fails unless both have the same text and the same words of data. Returns how many bytes
     /// of text are not what they were when this was last asked.
     pub(super) fn compare(&mut self, twins: &[&Vm; 2], words: &[String]) -> Result<usize> {
-        let [outside, inside] = [self.text(twins[0])?, self.text(twins[1])?];
+        let [outside, mut inside] = [self.text(twins[0])?, self.text(twins[1])?];
+        for own in &self.own {
+            inside[own.clone()].copy_from_slice(&outside[own.clone()]);
+        }
         let differ = differences(&outside, &inside);
         let places: Vec<String> = differ
             .iter()

@@ -61,6 +61,8 @@ fn every_code(lab: &Lab) -> Result<()> {
         ("unknown_static_call", 409, one(json!({ "static_call": "nobody_calls", "target": "none" }))),
         ("unknown_static_key", 409, one(json!({ "static_key": "linux_banner", "enable": true }))),
         ("unknown_feature", 409, one(json!({ "alternatives": "warp_drive", "enable": true }))),
+        ("feature_fixed", 409, one(json!({ "alternatives": "smap", "enable": false }))),
+        ("feature_fixed", 409, one(json!({ "alternatives": "8*32+16", "enable": true }))),
         ("busy", 409, one(json!({ "static_key": "sched_clock_running", "enable": false }))),
         ("nothing_to_do", 409, one(json!({ "static_key": "sched_schedstats", "enable": false }))),
         ("nothing_to_do", 409, one(json!({ "paravirt": "spinlocks", "to": "kvm" }))),

@@ -13,7 +13,7 @@ use crate::linux::Kernel;
 use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::expansion::{Code, Expansion};
-use crate::resolve::expand::rewrite;
+use crate::resolve::expand::{fixed_features, rewrite};
 
 /// `X86_FEATURE_ALWAYS`, which is no CPU feature.
 const ALWAYS: u16 = 3 * 32 + 21;
@@ -27,6 +27,9 @@ pub(crate) fn expand(
 ) -> Result<Expansion, Refusal> {
     let unknown = || Refusal::UnknownFeature { name: name.to_owned() };
     let feature = kernel.image.tables().feature(name).ok_or_else(unknown)?;
+    if let Some(with) = fixed_features::goes_with(kernel.image.tables(), feature) {
+        return Err(Refusal::FeatureFixed { name: name.to_owned(), with });
+    }
     let all = alt_sites(kernel);
     let concerned: Vec<&AltSite<'_>> =
         all.values().filter(|site| site.entries.iter().any(|entry| entry.feature == feature)).collect();

@@ -4,6 +4,7 @@
 mod alternatives;
 mod call_thunk;
 mod expansion;
+mod fixed_features;
 mod paravirt;
 mod raw;
 mod redirect;

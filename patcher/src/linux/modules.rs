@@ -69,6 +69,18 @@ impl Modules {
         }
     }
 
+    /// Nothing, if no module is being loaded: what such a module has of sites is not known, and its
+    /// notifiers may have run already.
+    ///
+    /// # Errors
+    /// [`Refusal::Busy`] for `name`, which the guest would switch in that module, too.
+    pub(crate) fn none_is_coming(&self, name: &str) -> Result<(), Refusal> {
+        self.coming.first().map_or(Ok(()), |module| {
+            let why = format!("the guest is loading the module {module}, which may depend on it");
+            Err(Refusal::Busy { name: name.to_owned(), why })
+        })
+    }
+
     /// The modules that are known.
     #[must_use]
     pub fn known(&self) -> &[Module] {

@@ -7,7 +7,7 @@ use patcher::addr::Gva;
 use patcher::image::KernelImage;
 use patcher::image::profile::{Capability, Fact, State, Table};
 use patcher::linux::module_list::read_modules;
-use patcher::linux::{GuestMemory, Kernel};
+use patcher::linux::{GuestMemory, Kernel, Modules as PatcherModules};
 use patcher::plan::Plan;
 use patcher::plan::refusal::Refusal;
 use patcher::resolve::{RunningGuest, resolve};
@@ -114,8 +114,12 @@ impl<'a> Booted<'a> {
 
     /// The capabilities for want of which a plan is refused; `Err` with other reasons.
     fn lacks(&self, plan: &str) -> Result<BTreeSet<&'static str>, String> {
-        let modules = read_modules(self.image, 0, self);
-        let kernel = Kernel { image: self.image, slide: 0, modules: &modules };
+        self.lacks_beside(&read_modules(self.image, 0, self), plan)
+    }
+
+    /// The same, with these modules.
+    fn lacks_beside(&self, modules: &PatcherModules, plan: &str) -> Result<BTreeSet<&'static str>, String> {
+        let kernel = Kernel { image: self.image, slide: 0, modules };
         let plan = format!(r#"{{"version":1,"name":"x",{plan}}}"#);
         let plan = Plan::parse(plan.as_bytes()).expect("it is well-formed");
         match resolve(&plan, RunningGuest { kernel, text: self, vcpus: 1 }, []) {
@@ -220,6 +224,25 @@ fn a_missing_name_is_refused_to_the_plans_that_need_it_and_to_no_other() {
     let untried: Vec<Name> =
         Capability::ALL.into_iter().flat_map(names).filter(|name| !tried.contains(name)).collect();
     assert_eq!(untried, [], "no miniature has them");
+}
+
+/// While a module is loaded, what it has of sites is not known: plans that need to know of modules wait, others
+/// do not.
+#[test]
+fn plans_that_depend_on_modules_wait_for_one_that_is_coming() {
+    let file = miniature::vmlinux_without(&miniature::OLDER);
+    let image = KernelImage::parse(&file).expect("a kernel");
+    let booted = Booted::new(&image, &file, &image);
+    let coming = PatcherModules::new(Ok((Vec::new(), vec!["late".to_owned()])));
+    for (plan, needs) in PLANS {
+        let lacks = booted.lacks_beside(&coming, plan);
+        if needs.contains(&Modules) {
+            let why = lacks.expect_err(plan);
+            assert!(why.contains("loading the module late") && why.contains("[busy]"), "{plan}: {why}");
+        } else {
+            assert_eq!(lacks, Ok(BTreeSet::new()), "{plan}");
+        }
+    }
 }
 
 /// A kernel without data symbols and BTF, and without what could change the site: it is patched. With a sign of

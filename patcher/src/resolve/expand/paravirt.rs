@@ -73,6 +73,7 @@ pub(crate) fn expand(
     if present == wanted {
         return Err(Refusal::NothingToDo { at: kernel.live(ops.table) });
     }
+    kernel.modules.none_is_coming("spinlocks")?;
     // The tables hold the kernel's own sites only; those of a module are dropped after loading.
     if let Some(module) = caller_in_modules(kernel, text, &[present, wanted].concat())? {
         return Err(busy(&format!("the module {module} does without the kernel's lock functions")));

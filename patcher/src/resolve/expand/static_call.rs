@@ -33,6 +33,7 @@ pub(crate) fn expand(
     target: &str,
 ) -> Result<Expansion, Refusal> {
     let (key, trampoline) = kernel.static_call(name)?;
+    kernel.modules.none_is_coming(name)?;
     let new = if target == NOTHING { Gva(0) } else { kernel.address(target)? };
     let old = Gva(read_u64(text, key)?);
     if old == new {

@@ -17,6 +17,7 @@ pub(crate) fn expand(
     enable: bool,
 ) -> Result<Expansion, Refusal> {
     let key = kernel.address(name)?;
+    kernel.modules.none_is_coming(name)?;
     let entries: Vec<JumpEntry> = kernel.jump_entries()?.filter(|entry| entry.key == key).collect();
     if entries.is_empty() {
         return Err(Refusal::UnknownStaticKey { name: name.to_owned() });

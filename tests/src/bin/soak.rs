@@ -20,7 +20,8 @@ use tests::{
 Examples:
   cargo soak                     everything
   cargo soak boots --times 200   one campaign, longer
-  cargo soak kernels --only 6.1  every campaign of one kernel; without --only, of every stock kernel")]
+  cargo soak kernels --only 6.1  every campaign of one kernel; without --only, of every stock kernel
+  cargo soak modes --only pti    boot options that contain this; without --only, all")]
 struct Arguments {
     /// Which campaign. All, if absent.
     #[arg(value_parser = CAMPAIGNS.map(|(name, ..)| name).into_iter().chain([KERNELS]).collect::<Vec<_>>())]
@@ -28,7 +29,7 @@ struct Arguments {
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
     times: Option<usize>,
-    #[command(flatten, next_help_heading = "Options of kernels")]
+    #[command(flatten, next_help_heading = "Options of kernels and modes")]
     kernels: kernels::Options,
 }
 
@@ -55,7 +56,7 @@ const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
             Ok(())
         })
     }),
-    ("modes", 20, modes::all),
+    (MODES, 20, |lab, times| modes::all(lab, times, None)),
     ("hotplug", 40, |lab, times| {
         targets::all_kernels(lab, 4)
             .iter()
@@ -75,6 +76,8 @@ const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
     ("flips-hold", 10_000, |lab, times| campaigns::flips(lab, &Setup::cpus(4), "hold", times)),
 ];
 
+/// The campaign of boot options, of which some can be chosen.
+const MODES: &str = "modes";
 /// The campaign that starts a host for each kernel.
 const KERNELS: &str = "kernels";
 
@@ -108,7 +111,8 @@ fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {
         print!("{name}: {times} times ... ");
         std::io::stdout().flush()?;
         let started = Instant::now();
-        let result = campaign(lab, times);
+        let only = arguments.kernels.only.as_deref().filter(|_| name == MODES);
+        let result = if only.is_some() { modes::all(lab, times, only) } else { campaign(lab, times) };
         let seconds = started.elapsed().as_secs_f64();
         match result {
             Ok(()) => println!("ok ({seconds:.0} s)"),

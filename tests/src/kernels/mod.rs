@@ -23,7 +23,7 @@ use crate::vm::Setup;
 /// The campaign's options.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// Only kernels whose release contains this.
+    /// Only kernels whose release, or boot options, contain this.
     #[arg(long)]
     pub only: Option<String>,
     /// How many times each change is made.

@@ -48,13 +48,18 @@ pub fn preempted(lab: &Lab) -> Result<()> {
     run(lab, &PREEMPTED, 1)
 }
 
-/// Boots every way of booting, with so many rounds of each change.
+/// Boots every way of booting, or those whose options contain `only`, with so many rounds of each change.
 ///
 /// # Errors
-/// As [`rewritten`], when all were tried.
-pub fn all(lab: &Lab, rounds: usize) -> Result<()> {
-    let results = [&REWRITTEN[..], &PREEMPTED, &ROWS].map(|rows| run(lab, rows, rounds));
-    results.into_iter().collect()
+/// As [`rewritten`], when all were tried; when there is none.
+pub fn all(lab: &Lab, rounds: usize, only: Option<&str>) -> Result<()> {
+    let rows: Vec<Row> = [&REWRITTEN[..], &PREEMPTED, &ROWS]
+        .concat()
+        .into_iter()
+        .filter(|row| only.is_none_or(|part| row.options.contains(part)))
+        .collect();
+    ensure!(!rows.is_empty(), "no options contain {only:?}");
+    run(lab, &rows, rounds)
 }
 
 fn run(lab: &Lab, rows: &[Row], rounds: usize) -> Result<()> {

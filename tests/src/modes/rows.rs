@@ -13,6 +13,7 @@ pub(super) enum Generation {
     Current,
 }
 /// A way to boot.
+#[derive(Clone, Copy)]
 pub(super) struct Row {
     pub(super) generation: Generation,
     /// Added to the kernel's command line.

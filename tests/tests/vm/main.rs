@@ -1,7 +1,7 @@
 //! Whole-VM tests, one file per promise.
 //!
-//! On a host with VMX or SVM they run here. Elsewhere each is run in the rig's host, which
-//! is started once; the outer process only passes the verdict on.
+//! On a host with VMX or SVM they run here. Elsewhere each is run in a rig's host, of which there are as
+//! many as the machine has room for; the outer process only passes the verdict on.
 
 mod at_init;
 mod boot;
@@ -17,12 +17,13 @@ mod monitor;
 mod pending;
 mod refusals;
 mod replaced;
+mod rigs;
 mod selfpatching;
 mod socket;
 mod terminal;
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use guest::provision::binaries::Monitor;
@@ -31,6 +32,8 @@ use tests::cost;
 use tests::lab::{self, Lab, Place, Rigged};
 use tests::skip;
 use tests::suite::{self, Costs};
+
+use self::rigs::Rigs;
 
 /// A test: a name and what it does in a lab.
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
@@ -83,7 +86,10 @@ fn main() -> ExitCode {
     } else {
         match lab::prepare(Monitor::Checked) {
             Ok(Place::Here(lab)) => here(&lab, &costs),
-            Ok(Place::Rig(rigged)) => there(rigged, &costs),
+            Ok(Place::Rig(rigged)) => {
+                arguments.test_threads = Some(rigs::at_once());
+                there(rigged, &costs)
+            }
             Err(error) => {
                 eprintln!("the lab can't be provided: {error:#}");
                 return ExitCode::FAILURE;
@@ -124,15 +130,11 @@ fn here(lab: &Lab, costs: &Arc<Costs>) -> Vec<Trial> {
 
 /// Tests that run in the rig's host, each in a process of its own.
 fn there(rigged: Rigged, costs: &Arc<Costs>) -> Vec<Trial> {
-    let rig = Arc::new(Mutex::new(Some(rigged)));
+    let idle = Arc::new(Rigs::of(rigged));
     let trial = |(name, _): Test| {
-        let (rig, costs) = (rig.clone(), costs.clone());
+        let (idle, costs) = (idle.clone(), costs.clone());
         Trial::test(name, move || {
-            let mut rig = rig.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut rigged = match rig.take() {
-                Some(rigged) => rigged,
-                None => anew().map_err(|error| Failed::from(format!("{error:?}")))?,
-            };
+            let mut rigged = idle.take().map_err(|error| Failed::from(format!("{error:?}")))?;
             let mut output = Vec::new();
             let deadline = DEADLINE * rigged.slow();
             let code = costs.of(name, || {
@@ -144,17 +146,9 @@ fn there(rigged: Rigged, costs: &Arc<Costs>) -> Vec<Trial> {
             // Without an answer nothing is known of the host, so it is shut off, and the next test
             // has another.
             let code = code.map_err(|error| Failed::from(format!("{error:?}\n{text}")))?;
-            *rig = Some(rigged);
+            idle.put_back(rigged);
             suite::verdict(name, code, &text).map_err(Failed::from)
         })
     };
     all().into_iter().map(trial).collect()
-}
-
-/// The rig, started again.
-fn anew() -> anyhow::Result<Rigged> {
-    match lab::prepare(Monitor::Checked)? {
-        Place::Rig(rigged) => Ok(rigged),
-        Place::Here(_) => anyhow::bail!("there was a rig before"),
-    }
 }

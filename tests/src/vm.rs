@@ -313,6 +313,11 @@ impl Vm {
         last.strip_prefix("ok").map(|rest| rest.trim().to_owned()).with_context(|| last.clone())
     }
 
+    /// Waits so many times longer from now on for a guest that is silent.
+    pub fn be_patient(&mut self, times: u32) {
+        self.patience *= times;
+    }
+
     /// Gives a command without waiting for its answer.
     ///
     /// # Errors

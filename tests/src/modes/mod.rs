@@ -29,6 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long the guest rests between two switches of a key, in milliseconds: all its writes to text are
 /// looked at, and it has its locks meanwhile.
 const PAUSE_MS: u64 = 10;
+/// How much longer the guest may be silent while it changes its preemption model: it rewrites thousands of calls one
+/// by one, sending each CPU three interrupts for each, and each write is looked at.
+const SLOWER: u32 = 8;
 /// Least time of that.
 const LEAST: Duration = Duration::from_secs(1);
 
@@ -117,9 +120,11 @@ impl Row {
         let several = there_and_back(&vm, &several(&vm)?)?;
         let expected = if preempts { "interior_reachable" } else { "applied" };
         ensure!(several == expected, "several instructions: {several}, not {expected}");
-        if !preempts {
-            preempting_from_now_on(&mut vm).context("a change of the preemption model")?;
-        }
+        let model = if preempts {
+            "preempting always".to_owned()
+        } else {
+            preempting_from_now_on(&mut vm).context("a change of the preemption model")?
+        };
         denied(&mut vm).context("deny")?;
         writers_are_named(&vm)?;
         let refused = dry_run(&vm)?;
@@ -127,7 +132,7 @@ impl Row {
         vm.expect_no_kernel_errors()?;
         vm.power_off()?;
         Ok(format!(
-            "{calls}, {FEATURE} {alternatives}, several {several}; of all keys and calls: {refused:?}"
+            "{calls}, {FEATURE} {alternatives}, several {several}, {model}; of all keys and calls: {refused:?}"
         ))
     }
 }
@@ -224,16 +229,20 @@ fn several(vm: &Vm) -> Result<Value> {
 }
 
 /// Several instructions are not put back once the guest preempts tasks in kernel mode.
-fn preempting_from_now_on(vm: &mut Vm) -> Result<()> {
+fn preempting_from_now_on(vm: &mut Vm) -> Result<String> {
     let models = vm.ask(&format!("cat {PREEMPTION}"))?.0.concat();
     let model = models.split(['(', ')']).nth(1).with_context(|| models.clone())?.to_owned();
     vm.apply(&several(vm)?)?;
+    vm.be_patient(SLOWER);
+    let started = Instant::now();
     vm.ask(&format!("write {PREEMPTION} full"))?;
+    let took = started.elapsed();
     let (_, refused) = vm.request(Method::POST, &format!("/patches/{}/revert", test_function::PATCH), b"")?;
     ensure!(refused["refusals"][0]["code"] == "interior_reachable", "{refused:#}");
     vm.ask(&format!("write {PREEMPTION} {model}"))?;
     vm.revert(test_function::PATCH)?;
-    vm.expect_no_kernel_errors()
+    vm.expect_no_kernel_errors()?;
+    Ok(format!("the guest's own change of the preemption model in {:.0} s", took.as_secs_f64()))
 }
 
 /// Has the guest take back what a patch did, which the patch denies.

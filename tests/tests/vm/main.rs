@@ -9,6 +9,7 @@ mod breakpoints;
 mod cli;
 mod engine;
 mod events;
+mod exits;
 mod flips;
 mod guard;
 mod hotplug;
@@ -52,6 +53,7 @@ fn all() -> Vec<Test> {
         cli::TESTS,
         engine::TESTS,
         events::TESTS,
+        exits::TESTS,
         flips::TESTS,
         guard::TESTS,
         hotplug::TESTS,

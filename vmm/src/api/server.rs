@@ -26,6 +26,7 @@ use crate::api::event_stream::EventStream;
 use crate::api::reply;
 use crate::api::routes::{self, ApiState};
 use crate::guest::events::Events;
+use crate::host::peer::Peer;
 use crate::host::priority;
 use crate::patch::controller::Controls;
 
@@ -82,7 +83,7 @@ async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &Api
             // The client has hung up already.
             Err(_) => continue,
         };
-        let Some(role) = access.role(&stream) else {
+        let Some((role, peer)) = access.admit(&stream) else {
             refuse(&stream, StatusCode::FORBIDDEN, "this VM belongs to another user");
             continue;
         };
@@ -93,7 +94,7 @@ async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &Api
         let place = Arc::new(place);
         let (served, state) = (place.clone(), state.clone());
         // A client that hangs up gets no answer.
-        let task = tokio::spawn(async move { drop(serve(stream, role, served, state).await) });
+        let task = tokio::spawn(async move { drop(serve(stream, (role, peer), served, state).await) });
         place.taken_by(task.abort_handle());
         // Let it begin before the next is taken.
         tokio::task::yield_now().await;
@@ -118,7 +119,7 @@ fn refuse(stream: &UnixStream, status: StatusCode, error: &str) {
 /// Serves a connection until it is closed.
 async fn serve(
     stream: UnixStream,
-    role: Role,
+    client: (Role, Peer),
     place: Arc<Place>,
     state: ApiState,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -126,8 +127,9 @@ async fn serve(
     let following = follows.clone();
     let service = service_fn(move |request| {
         let (state, place, following) = (state.clone(), place.clone(), following.clone());
+        let (role, peer) = client.clone();
         async move {
-            let reply = routes::handle(request, role, &place, state).await;
+            let reply = routes::handle(request, role, peer, &place, state).await;
             if reply::is_stream(&reply) {
                 following.store(true, Relaxed);
             } else {

@@ -1,6 +1,7 @@
 //! The host's kernel and C library: what concerns neither KVM nor a guest.
 
 pub mod backlog;
+pub mod escape;
 pub mod fail_stop;
 pub mod file;
 pub mod heap;

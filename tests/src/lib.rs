@@ -2,11 +2,13 @@
 
 pub mod breakpoints;
 pub mod campaigns;
+pub mod clients;
 pub mod cost;
 pub mod drivers;
 pub mod guard;
 pub mod hotplug;
 pub mod kernels;
+pub mod killed;
 pub mod lab;
 pub mod matrix;
 pub mod memory;

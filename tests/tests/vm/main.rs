@@ -4,6 +4,7 @@
 //! is started once; the outer process only passes the verdict on.
 
 mod at_init;
+mod audit;
 mod boot;
 mod breakpoints;
 mod cli;
@@ -14,6 +15,7 @@ mod guard;
 mod hotplug;
 mod kernel;
 mod monitor;
+mod pause;
 mod pending;
 mod refusals;
 mod replaced;
@@ -44,6 +46,7 @@ const DEADLINE: Duration = Duration::from_secs(240);
 fn all() -> Vec<Test> {
     [
         at_init::TESTS,
+        audit::TESTS,
         boot::TESTS,
         breakpoints::TESTS,
         cli::TESTS,
@@ -54,6 +57,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,
+        pause::TESTS,
         pending::TESTS,
         refusals::TESTS,
         replaced::TESTS,

@@ -91,6 +91,11 @@ fn a_log_goes_on_over_runs_and_names_what_was_in_flight() {
     let last = verdict(&text).last;
     assert!(verify(&text[..], Some(&last)).expect("read").verified);
     assert!(verdict(b"").verified, "nothing is a log, too");
+
+    let (_folder, path) = folder();
+    drop(write(&path, &[start(), intent(1), intent(2), intent(2), outcome(1)]));
+    let in_flight = verdict(&fs::read(&path).expect("it is there")).in_flight;
+    assert_eq!(in_flight.iter().map(|intent| intent.number).collect::<Vec<_>>(), [2]);
 }
 
 #[test]
@@ -111,6 +116,10 @@ fn every_kind_of_tampering_shows() {
 
         let mut without = lines.clone();
         without.remove(at);
+        if at < all - 1 {
+            let missing = (at as u64 + 1, format!("lines {at} to {at} are missing"));
+            assert_eq!(why(without.concat().as_bytes()), missing);
+        }
         let found = verify(without.concat().as_bytes(), Some(&last)).expect("read").broken.expect("cut");
         assert_eq!(found.line, (at + 1).min(all - 1) as u64, "{found:?}");
 
@@ -198,7 +207,9 @@ fn what_is_no_log_is_left_alone() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).expect("it is ours");
     assert!(matches!(AuditLog::open(&path), Err(Error::Open { mode: 0o620, .. })));
     let link = folder.path().join("link");
-    std::os::unix::fs::symlink(folder.path().join("log2"), &link).expect("a link");
+    let other = folder.path().join("log2");
+    drop(AuditLog::open(&other).expect("it is free"));
+    std::os::unix::fs::symlink(&other, &link).expect("a link");
     assert!(matches!(AuditLog::open(&link), Err(Error::Io(_))));
     assert!(matches!(AuditLog::open(folder.path()), Err(Error::Io(_))));
     assert!(matches!(AuditLog::open(Path::new("/dev/null")), Err(Error::NoFile)));

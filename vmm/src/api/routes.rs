@@ -16,6 +16,7 @@ use crate::api::event_stream::EventStream;
 use crate::api::reply::{self, Reply};
 use crate::api::wire::EventList;
 use crate::audit::record::Who;
+use crate::host::namer::Namer;
 use crate::host::peer::Peer;
 use crate::patch::controller::{Client, Controls, NotGiven};
 
@@ -65,6 +66,8 @@ static ROUTES: [(&[Method], &str, Action); 14] = [
 pub(super) struct ApiState {
     pub(super) controls: Controls,
     pub(super) events: EventStream,
+    /// Looks up the programs of clients, if somebody wants to know.
+    pub(super) namer: Option<Namer>,
 }
 
 /// Answers a request.

@@ -8,6 +8,7 @@ pub mod heap;
 pub mod lock;
 pub mod log;
 pub mod membarrier;
+pub mod namer;
 pub mod peer;
 pub mod poll;
 pub mod priority;

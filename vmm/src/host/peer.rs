@@ -6,7 +6,6 @@
 //! which is the size of the buffer, and reports how many it wrote; every bit pattern is a valid value.
 #![allow(unsafe_code)]
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -26,8 +25,8 @@ pub struct Peer {
     pub gid: u32,
     /// Its number, in the monitor's PID namespace; 0 if it has none there.
     pub pid: u32,
-    /// Its program, if the monitor may know (`/proc/PID/exe`, proc_pid_exe(5)). A process that ended
-    /// meanwhile may have left its number to another.
+    /// Its program, once [`Namer`](crate::host::namer::Namer) has looked it up, and if it may. A process that
+    /// ended meanwhile may have left its number to another.
     pub executable: Option<String>,
 }
 
@@ -42,8 +41,7 @@ pub fn of(socket: impl AsFd) -> io::Result<Peer> {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let [pid, uid, gid] = numbers;
-    let executable = fs::read_link(format!("/proc/{pid}/exe")).ok();
-    Ok(Peer { uid, gid, pid, executable: executable.map(|path| path.to_string_lossy().into_owned()) })
+    Ok(Peer { uid, gid, pid, executable: None })
 }
 
 /// The supplementary groups that the process had when it connected.
@@ -91,8 +89,6 @@ mod tests {
     fn a_peer_is_this_process() {
         let (one, _other) = std::os::unix::net::UnixStream::pair().expect("a pair");
         let peer = of(&one).expect("a peer");
-        let own = std::env::current_exe().expect("a program");
-        assert_eq!(peer.executable.as_deref(), own.to_str());
         assert_eq!(peer.pid, std::process::id());
         assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
         assert_eq!(peer.gid, rustix::process::getegid().as_raw());

@@ -26,6 +26,7 @@ use crate::devices::irq_line::IrqLine;
 use crate::host::backlog::Backlog;
 use crate::host::fail_stop;
 use crate::host::heap;
+use crate::host::namer::Namer;
 use crate::host::priority;
 use crate::host::signals::Signals;
 use crate::host::terminal::{Raw, Stdin};
@@ -120,6 +121,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     });
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
+    // It needs rights that other threads may give up.
+    let namer = audit.as_ref().map(|_| Namer::start()).transpose()?;
     if let Some(log) = &mut audit {
         log.append(&start_event(&config, &file)).map_err(Error::Audit)?;
     }
@@ -160,7 +163,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     }
     if let Some(socket) = &socket {
         let access = Access { readers: api_group };
-        server::start(socket.listener(), access, controls.clone(), machine.guard().events().clone())?;
+        let events = machine.guard().events().clone();
+        server::start(socket.listener(), access, namer, controls.clone(), events)?;
     }
 
     let listener: Arc<dyn Listener> =

@@ -3,11 +3,13 @@
 pub mod bare;
 pub mod breakpoints;
 pub mod campaigns;
+pub mod clients;
 pub mod cost;
 pub mod drivers;
 pub mod guard;
 pub mod hotplug;
 pub mod kernels;
+pub mod killed;
 pub mod lab;
 pub mod matrix;
 pub mod memory;

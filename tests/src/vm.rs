@@ -52,6 +52,8 @@ pub struct Setup {
     pub files: Vec<(String, PathBuf)>,
     /// Switches of `vmm-lab`, which is started instead of `vmm` if there are any.
     pub switches: Vec<String>,
+    /// The control socket's path, instead of one in a folder that lives as long as the VM.
+    pub socket: Option<PathBuf>,
 }
 
 impl Setup {
@@ -66,6 +68,7 @@ impl Setup {
             arguments: Vec::new(),
             files: Vec::new(),
             switches: Vec::new(),
+            socket: None,
         }
     }
 
@@ -84,6 +87,7 @@ pub struct Vm {
     lines: Receiver<String>,
     errors: Arc<Mutex<String>>,
     folder: TempDir,
+    socket: PathBuf,
     patience: Duration,
     /// What the guest said when it was up.
     pub greeting: String,
@@ -132,6 +136,7 @@ impl Vm {
             write_initramfs(lab, &setup.files, &with_files)?;
             &with_files
         };
+        let socket = setup.socket.clone().unwrap_or_else(|| folder.path().join("socket"));
         let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
         let mut child = Command::new(monitor)
             .arg("--kernel")
@@ -142,7 +147,7 @@ impl Vm {
             .arg("--cmdline")
             .arg(format!("{QUIET_CONSOLE} {}", setup.command_line))
             .arg("--api-socket")
-            .arg(folder.path().join("socket"))
+            .arg(&socket)
             .args(&setup.arguments)
             .args(&setup.switches)
             .stdin(Stdio::piped())
@@ -176,7 +181,7 @@ impl Vm {
             }
         });
         let (greeting, boot_log, patience) = (String::new(), Vec::new(), PATIENCE * lab.slow);
-        let mut vm = Self { child, stdin, lines, errors, folder, patience, greeting, boot_log };
+        let mut vm = Self { child, stdin, lines, errors, folder, socket, patience, greeting, boot_log };
         let (before, greeting) = vm.answer()?;
         (vm.boot_log, vm.greeting) = (before, greeting);
         ensure!(vm.greeting.starts_with("ready "), "init said {:?}", vm.greeting);
@@ -186,7 +191,7 @@ impl Vm {
     /// The control socket's path.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
+        self.socket.clone()
     }
 
     /// A folder that lives as long as the VM.

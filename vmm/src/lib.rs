@@ -8,10 +8,11 @@
 //! ```
 //!
 //! Each folder is a room, and a room uses only rooms below it: `x86, host, memory < kvm, boot, devices,
-//! config < guest < sync, text_guard, api (data) < vcpu < machine < patch < api::routes <
+//! config, audit < guest < sync, text_guard, api (data) < vcpu < machine < patch < api::routes <
 //! api::server, api::client < monitor < cli`. The test `house` of the crate `tests` enforces that.
 
 pub mod api;
+pub mod audit;
 pub mod boot;
 pub mod cli;
 pub mod config;

@@ -335,6 +335,12 @@ pub enum Refusal {
         /// Why.
         why: String,
     },
+    /// The audit log can't be written, so nothing is changed.
+    #[error("the audit log can't be written, so nothing is changed: {why}")]
+    AuditUnwritable {
+        /// Why.
+        why: String,
+    },
     /// An earlier failure left the guest held; nothing more may be written.
     #[error("the guest is held because {name} failed and could not be rolled back; end the VM")]
     GuestHeld {
@@ -392,6 +398,7 @@ impl Refusal {
             Self::ModulesUnseen { .. } => "modules_unseen",
             Self::PendingFull { .. } => "pending_full",
             Self::GuestNotReady { .. } => "guest_not_ready",
+            Self::AuditUnwritable { .. } => "audit_unwritable",
             Self::GuestHeld { .. } => "guest_held",
         }
     }

@@ -11,7 +11,8 @@ use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
 use tests::{
-    breakpoints, guard, hotplug, kernels, matrix, modes, oracle, replaced, selfpatching, spinlocks, targets,
+    breakpoints, clients, guard, hotplug, kernels, killed, matrix, modes, oracle, replaced, selfpatching,
+    spinlocks, targets,
 };
 
 /// Long campaigns against real guests.
@@ -35,7 +36,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 27] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
@@ -63,6 +64,8 @@ const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
             .filter_map(|setup| setup.kernel.as_deref())
             .try_for_each(|kernel| hotplug::comes_and_goes(lab, kernel, times))
     }),
+    ("killed", 200, killed::killed),
+    ("clients", 60, |lab, seconds| clients::clients(lab, Duration::from_secs(seconds as u64))),
     ("replaced", 1, |lab, times| (0..times).try_for_each(|_| replaced::all(lab))),
     ("alternatives", 1, |lab, _| oracle::alternatives(lab)),
     ("lock-prefixes", 1, |lab, _| oracle::lock_prefixes(lab)),

@@ -20,7 +20,7 @@ pub(crate) const PATCHER: Law = Law(&[
 
 pub(crate) const MONITOR: Law = Law(&[
     &["x86", "host", "memory"],
-    &["kvm", "boot", "devices", "config"],
+    &["kvm", "boot", "devices", "config", "audit"],
     &["guest"],
     &["sync", "text_guard", "api"],
     &["vcpu"],

@@ -6,6 +6,7 @@
 
 mod arrows;
 mod law;
+mod writers;
 
 use std::path::Path;
 

@@ -4,6 +4,7 @@
 //! many as the machine has room for; the outer process only passes the verdict on.
 
 mod at_init;
+mod audit;
 mod boot;
 mod breakpoints;
 mod cli;
@@ -15,6 +16,7 @@ mod guard;
 mod hotplug;
 mod kernel;
 mod monitor;
+mod pause;
 mod pending;
 mod refusals;
 mod replaced;
@@ -48,6 +50,7 @@ const DEADLINE: Duration = Duration::from_secs(240);
 fn all() -> Vec<Test> {
     [
         at_init::TESTS,
+        audit::TESTS,
         boot::TESTS,
         breakpoints::TESTS,
         cli::TESTS,
@@ -59,6 +62,7 @@ fn all() -> Vec<Test> {
         hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,
+        pause::TESTS,
         pending::TESTS,
         refusals::TESTS,
         replaced::TESTS,

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use rustix::process::{Resource, Rlimit, prlimit};
+use tests::clients;
 use tests::lab::Lab;
 use tests::patches::redirect_plan;
 use tests::vm::{Method, Setup, Vm};
@@ -19,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("socket::garbage_and_broken_clients", broken_clients),
     ("socket::many_clients_at_once", many_clients),
     ("socket::silent_clients_keep_nobody_out", silent_clients),
+    ("socket::slow_and_wrong_clients_cost_little", |lab| clients::clients(lab, Duration::from_secs(8))),
     ("socket::a_group_may_read_and_others_nothing", roles),
 ];
 

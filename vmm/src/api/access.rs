@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd;
 
-use crate::host::peer;
+use crate::host::peer::{self, Peer};
 
 /// What a client may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,16 +22,16 @@ pub struct Access {
 }
 
 impl Access {
-    /// The role of the process that connected; `None` if it has none. The socket's mode says the same; this
+    /// The process that connected, and its role; `None` if it has none. The socket's mode says the same; this
     /// holds even if the mode was changed.
-    pub(super) fn role(&self, stream: &impl AsFd) -> Option<Role> {
-        let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
-        if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
-            return Some(Role::Owner);
+    pub(super) fn admit(&self, stream: &impl AsFd) -> Option<(Role, Peer)> {
+        let peer = peer::of(stream).ok()?;
+        if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
+            return Some((Role::Owner, peer));
         }
         let readers = self.readers?;
-        let is_reader = peer.gid.as_raw() == readers
-            || peer::groups(stream).is_ok_and(|groups| groups.contains(&readers));
-        is_reader.then_some(Role::Reader)
+        let is_reader =
+            peer.gid == readers || peer::groups(stream).is_ok_and(|groups| groups.contains(&readers));
+        is_reader.then_some((Role::Reader, peer))
     }
 }

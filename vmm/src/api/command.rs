@@ -63,4 +63,11 @@ pub enum Answer {
     Refused(Refusals),
     /// The host failed.
     Failed(String),
+    /// It was done, but the audit log does not say so yet.
+    Unaudited {
+        /// What became of the request.
+        answer: Box<Answer>,
+        /// Why the log can't be written.
+        why: String,
+    },
 }

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use crate::api::reply::{self, Reply};
 use crate::api::wire::Missed;
 use crate::guest::events::{Event, Events, Subscriber};
+use crate::host::escape;
 
 /// How many clients may follow the events, so that others get a connection.
 const MAX_FOLLOWERS: usize = 8;
@@ -105,6 +106,6 @@ fn lines_since(events: &Events, next: &mut u64) -> String {
 
 fn push_line(lines: &mut String, value: &impl Serialize) {
     // These types hold nothing that JSON can't express.
-    *lines += &serde_json::to_string(value).unwrap_or_default();
+    *lines += &escape::json(serde_json::to_string(value).unwrap_or_default());
     lines.push('\n');
 }

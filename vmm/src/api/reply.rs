@@ -1,5 +1,7 @@
 //! HTTP responses: which status an answer has, and its JSON.
 
+use std::time::Duration;
+
 use http_body_util::channel::Channel;
 use http_body_util::{Either, Full};
 use hyper::body::Bytes;
@@ -8,7 +10,8 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use crate::api::command::Answer;
-use crate::api::wire::{ApiError, Done, PatchState, Report};
+use crate::api::wire::{ApiError, Done, PatchState, Report, Unaudited};
+use crate::host::escape;
 
 /// A response: one JSON value, or a stream of them.
 pub(super) type Reply = Response<Either<Full<Bytes>, Channel<Bytes>>>;
@@ -17,10 +20,7 @@ pub(super) type Reply = Response<Either<Full<Bytes>, Channel<Bytes>>>;
 pub(super) fn of(answer: Answer) -> Reply {
     match answer {
         Answer::Info(info) => json(StatusCode::OK, &info),
-        Answer::Done(took) => {
-            let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-            json(StatusCode::OK, &Done { took_us })
-        }
+        Answer::Done(took) => json(StatusCode::OK, &done(took)),
         Answer::Report(report) => json(status(&report), &report),
         Answer::Fits(fits) => json(StatusCode::OK, &fits),
         Answer::Program(program) => json(StatusCode::OK, &program),
@@ -31,7 +31,21 @@ pub(super) fn of(answer: Answer) -> Reply {
         Answer::Refused(refusals) if refusals.is_unknown_patch() => json(StatusCode::NOT_FOUND, &refusals),
         Answer::Refused(refusals) => json(StatusCode::CONFLICT, &refusals),
         Answer::Failed(what) => error(StatusCode::INTERNAL_SERVER_ERROR, &what),
+        Answer::Unaudited { answer, why } => match *answer {
+            Answer::Report(report) => unaudited(&why, &*report),
+            Answer::Done(took) => unaudited(&why, &done(took)),
+            Answer::Failed(what) => unaudited(&why, &ApiError { error: what }),
+            other => of(other),
+        },
     }
+}
+
+fn done(took: Duration) -> Done {
+    Done { took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX) }
+}
+
+fn unaudited(why: &str, answer: &impl Serialize) -> Reply {
+    json(StatusCode::INTERNAL_SERVER_ERROR, &Unaudited { audit_error: why, answer })
 }
 
 fn status(report: &Report) -> StatusCode {
@@ -53,14 +67,14 @@ pub(super) fn error(status: StatusCode, error: &str) -> Reply {
 
 /// The JSON of that response.
 pub(super) fn error_text(error: &str) -> String {
-    serde_json::to_string(&ApiError { error: error.to_owned() }).unwrap_or_default() + "\n"
+    escape::json(serde_json::to_string(&ApiError { error: error.to_owned() }).unwrap_or_default()) + "\n"
 }
 
 /// A response of one JSON value.
 pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Reply {
     // These types hold nothing that JSON can't express.
-    let mut text = serde_json::to_vec_pretty(value).unwrap_or_default();
-    text.push(b'\n');
+    let mut text = escape::json(serde_json::to_string_pretty(value).unwrap_or_default());
+    text.push('\n');
     let mut reply = Response::new(Either::Left(Full::new(Bytes::from(text))));
     *reply.status_mut() = status;
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

@@ -15,6 +15,9 @@ use crate::api::connections::Place;
 use crate::api::event_stream::EventStream;
 use crate::api::reply::{self, Reply};
 use crate::api::wire::EventList;
+use crate::audit::record::Who;
+use crate::host::namer::Namer;
+use crate::host::peer::Peer;
 use crate::patch::controller::{Client, Controls, NotGiven};
 
 /// Time a client has to send a request's body.
@@ -63,10 +66,18 @@ static ROUTES: [(&[Method], &str, Action); 14] = [
 pub(super) struct ApiState {
     pub(super) controls: Controls,
     pub(super) events: EventStream,
+    /// Looks up the programs of clients, if somebody wants to know.
+    pub(super) namer: Option<Namer>,
 }
 
 /// Answers a request.
-pub(super) async fn handle(request: Request<Incoming>, role: Role, place: &Place, state: ApiState) -> Reply {
+pub(super) async fn handle(
+    request: Request<Incoming>,
+    role: Role,
+    peer: Peer,
+    place: &Place,
+    state: ApiState,
+) -> Reply {
     let path = format!("/{}", request.uri().path().trim_matches('/'));
     let (action, name) = match find(request.method(), &path) {
         Ok(found) => found,
@@ -101,7 +112,7 @@ pub(super) async fn handle(request: Request<Incoming>, role: Role, place: &Place
     let (sender, receiver) = oneshot::channel();
     // The receiver is dropped with this future when the client hangs up. What a client asked for that has
     // gone is not done, unless it was begun.
-    let given = state.controls.give(command, Waiting(sender));
+    let given = state.controls.give(command, Waiting(peer, sender));
     let unavailable = |what| reply::error(StatusCode::SERVICE_UNAVAILABLE, what);
     match given {
         Ok(()) => match receiver.await {
@@ -114,16 +125,20 @@ pub(super) async fn handle(request: Request<Incoming>, role: Role, place: &Place
 }
 
 /// A client that waits for an answer.
-struct Waiting(oneshot::Sender<Answer>);
+struct Waiting(Peer, oneshot::Sender<Answer>);
 
 impl Client for Waiting {
     fn is_waiting(&self) -> bool {
-        !self.0.is_closed()
+        !self.1.is_closed()
+    }
+
+    fn who(&self) -> Who {
+        Who::Client(self.0.clone())
     }
 
     fn answer(self: Box<Self>, answer: Answer) {
         // It may have hung up meanwhile.
-        let _ = self.0.send(answer);
+        let _ = self.1.send(answer);
     }
 }
 

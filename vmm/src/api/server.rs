@@ -18,6 +18,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::io::Errno;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
 use crate::api::access::{Access, Role};
@@ -26,6 +27,8 @@ use crate::api::event_stream::EventStream;
 use crate::api::reply;
 use crate::api::routes::{self, ApiState};
 use crate::guest::events::Events;
+use crate::host::namer::Namer;
+use crate::host::peer::Peer;
 use crate::host::priority;
 use crate::patch::controller::Controls;
 
@@ -39,19 +42,20 @@ const CONNECTION_TIME: Duration = Duration::from_secs(300);
 /// Pause after a connection that could not be accepted, when no other can be closed for it.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
 
-/// Starts the server's thread. It ends with the process.
+/// Starts the server's thread. It ends with the process. With a `namer`, clients are known by their programs.
 ///
 /// # Errors
 /// When the system has no thread or descriptor left.
 pub fn start(
     listener: &UnixListener,
     access: Access,
+    namer: Option<Namer>,
     controls: Controls,
     events: Arc<Events>,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let listener = listener.try_clone()?;
-    let state = ApiState { controls, events: EventStream::new(events) };
+    let state = ApiState { controls, events: EventStream::new(events), namer };
     thread::Builder::new().name("api".into()).spawn(move || {
         // Without the permission it keeps the usual priority.
         let _ = priority::raise();
@@ -82,7 +86,7 @@ async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &Api
             // The client has hung up already.
             Err(_) => continue,
         };
-        let Some(role) = access.role(&stream) else {
+        let Some((role, peer)) = access.admit(&stream) else {
             refuse(&stream, StatusCode::FORBIDDEN, "this VM belongs to another user");
             continue;
         };
@@ -93,7 +97,7 @@ async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &Api
         let place = Arc::new(place);
         let (served, state) = (place.clone(), state.clone());
         // A client that hangs up gets no answer.
-        let task = tokio::spawn(async move { drop(serve(stream, role, served, state).await) });
+        let task = tokio::spawn(async move { drop(serve(stream, (role, peer), served, state).await) });
         place.taken_by(task.abort_handle());
         // Let it begin before the next is taken.
         tokio::task::yield_now().await;
@@ -118,16 +122,22 @@ fn refuse(stream: &UnixStream, status: StatusCode, error: &str) {
 /// Serves a connection until it is closed.
 async fn serve(
     stream: UnixStream,
-    role: Role,
+    (role, mut peer): (Role, Peer),
     place: Arc<Place>,
     state: ApiState,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    if let Some(namer) = state.namer.as_ref().filter(|_| role == Role::Owner) {
+        let (sender, receiver) = oneshot::channel();
+        namer.ask(peer.pid, move |program| _ = sender.send(program));
+        peer.executable = receiver.await.ok().flatten();
+    }
     let follows = Arc::new(AtomicBool::new(false));
     let following = follows.clone();
     let service = service_fn(move |request| {
         let (state, place, following) = (state.clone(), place.clone(), following.clone());
+        let peer = peer.clone();
         async move {
-            let reply = routes::handle(request, role, &place, state).await;
+            let reply = routes::handle(request, role, peer, &place, state).await;
             if reply::is_stream(&reply) {
                 following.store(true, Relaxed);
             } else {

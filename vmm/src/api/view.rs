@@ -133,8 +133,21 @@ impl Targets {
 
 /// An answer whose status is not 200.
 #[derive(Debug, Clone, Deserialize)]
+pub struct Failure {
+    /// The request was carried out, but could not be told to the audit log yet, for this reason.
+    #[serde(default)]
+    pub audit_error: Option<String>,
+    /// What became of it.
+    #[serde(flatten)]
+    pub kind: FailureKind,
+}
+
+/// What became of a request that failed.
+#[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-pub enum Failure {
+pub enum FailureKind {
+    /// A request was carried out.
+    Done(wire::Done),
     /// A program failed.
     Report(Box<Report>),
     /// Nothing was written.
@@ -166,7 +179,7 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Value, json};
 
-    use crate::api::wire::{ArenaInfo, Done, EventList, GuardInfo, Info, KernelInfo, VcpuRuns};
+    use crate::api::wire::{ArenaInfo, AuditInfo, Done, EventList, GuardInfo, Info, KernelInfo, VcpuRuns};
     use crate::api::wire::{PatchState, PatchSummary, State, Timing, VcpuLine};
     use crate::guest::events::{Kind, Who};
 
@@ -285,6 +298,7 @@ mod tests {
         for (kernel, arena) in
             [(None, None), (Some(kernel), Some(ArenaInfo { base: Gva(u64::MAX), used_bytes: 4 }))]
         {
+            let with_log = kernel.is_some();
             assert_same::<Info>(&Info {
                 state: State::Held,
                 cpus: 4,
@@ -298,6 +312,7 @@ mod tests {
                 breakpoints: 2,
                 guard: GuardInfo { pages: 3, writes: 4, pages_ahead: 5 },
                 uptime_ms: 6,
+                audit: with_log.then(|| AuditInfo { lines: 8, last: "0f".to_owned(), failures: 9 }),
                 version: "0.1.0".to_owned(),
             });
         }
@@ -310,9 +325,14 @@ mod tests {
     #[test]
     fn what_kind_of_answer_it_is_shows_in_its_fields() {
         let failure = |sent: &Value| serde_json::from_value::<Failure>(sent.clone()).expect("a failure");
-        assert!(matches!(failure(&json!(report(None))), Failure::Report(_)));
-        assert!(matches!(failure(&json!(refusals())), Failure::Refused(_)));
-        assert!(matches!(failure(&json!({ "error": "no" })), Failure::Error(_)));
+        assert!(matches!(failure(&json!(report(None))).kind, FailureKind::Report(_)));
+        assert!(matches!(failure(&json!(refusals())).kind, FailureKind::Refused(_)));
+        assert!(matches!(failure(&json!({ "error": "no" })).kind, FailureKind::Error(_)));
+        let unaudited = wire::Unaudited { audit_error: "full", answer: &report(None) };
+        let read = failure(&json!(unaudited));
+        assert!(matches!(read.kind, FailureKind::Report(_)) && read.audit_error.as_deref() == Some("full"));
+        let read = failure(&json!(wire::Unaudited { audit_error: "full", answer: &Done { took_us: 1 } }));
+        assert!(matches!(read.kind, FailureKind::Done(_)) && read.audit_error.is_some());
         let line = |sent: &Value| serde_json::from_value::<StreamLine>(sent.clone()).expect("a line");
         assert!(matches!(line(&json!(event(None, None))), StreamLine::Event(_)));
         assert!(matches!(line(&json!({ "missed": 3 })), StreamLine::Missed(Missed { missed: 3 })));

@@ -42,6 +42,9 @@ pub struct Info {
     pub guard: GuardInfo,
     /// Time since the monitor started, in milliseconds.
     pub uptime_ms: u64,
+    /// The audit log, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditInfo>,
     /// The monitor's version.
     pub version: String,
 }
@@ -53,6 +56,17 @@ pub struct ArenaInfo {
     pub base: Gva,
     /// How much of it is in use.
     pub used_bytes: usize,
+}
+
+/// The audit log.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AuditInfo {
+    /// How many lines it has.
+    pub lines: u64,
+    /// SHA-256 of the last, for `vmm audit verify --expect-last`.
+    pub last: String,
+    /// How often it could not be written since the monitor started.
+    pub failures: u64,
 }
 
 /// The text guard.
@@ -277,6 +291,16 @@ pub struct EventList {
 pub struct Missed {
     /// How many.
     pub missed: u64,
+}
+
+/// An answer whose request was carried out, but could not be told to the audit log yet.
+#[derive(Debug, Clone, Serialize)]
+pub struct Unaudited<'a, A> {
+    /// Why.
+    pub audit_error: &'a str,
+    /// What became of the request.
+    #[serde(flatten)]
+    pub answer: &'a A,
 }
 
 /// A request that could not be served.

@@ -77,6 +77,10 @@ pub struct Run {
     /// Print the outcome of --patch or --patch-or-stop as JSON.
     #[arg(long)]
     pub json: bool,
+    /// Append who changes the guest, when and how to this file, which is verified by `vmm audit verify`; what
+    /// can't be told there is refused.
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
     // Not a group of their own: clap takes an optional group that holds another for absent.
     /// Log entries of this level and above.
     #[arg(long, value_enum, value_name = "LEVEL", default_value_t = LogLevel::Warn)]
@@ -184,6 +188,9 @@ pub enum Command {
     /// List the symbols and patch sites of a kernel image, without a guest.
     #[command(subcommand)]
     Kernel(KernelCommand),
+    /// Verify or show an audit log.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Test whether this host can run and patch guests.
     #[command(after_help = exit_status::OF_DOCTOR)]
     Doctor {
@@ -314,6 +321,25 @@ pub enum VmCommand {
         /// The VM.
         #[command(flatten)]
         at: SocketArgs,
+    },
+}
+
+/// `vmm audit`.
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Check that no line was edited, moved, added or taken out, and list changes without an outcome.
+    ///
+    /// A log that was cut at its end, or written anew as a whole, shows only with --expect-last.
+    #[command(after_help = exit_status::OF_AUDIT)]
+    Verify {
+        /// The log.
+        file: PathBuf,
+        /// The digest that the last line must have, as an earlier run or `vmm vm info` printed it.
+        #[arg(long, value_name = "SHA256")]
+        expect_last: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 

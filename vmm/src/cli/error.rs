@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::api::client;
 use crate::cli::exit_status::ExitStatus;
 use crate::config;
-use crate::{boot, machine, monitor};
+use crate::{audit, boot, machine, monitor};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +50,14 @@ pub(super) enum Error {
         /// What is wrong.
         source: patcher::image::Error,
     },
+    /// A file can't be the audit log, or can't be read as one.
+    #[error("the audit log {path}: {source}")]
+    AuditLog {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: audit::log::Error,
+    },
     /// The log can't be written.
     #[error("the log: {0}")]
     Log(#[source] io::Error),
@@ -70,6 +78,7 @@ impl Error {
             | Self::Kernel { .. }
             | Self::Plan { .. }
             | Self::Log(_)
+            | Self::AuditLog { .. }
             | Self::Monitor(
                 monitor::Error::Socket(_)
                 | monitor::Error::Machine(machine::Error::Boot(

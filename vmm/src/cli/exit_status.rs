@@ -18,6 +18,8 @@ pub enum ExitStatus {
     RolledBack = 4,
     /// The program failed and could not be rolled back; the guest is held.
     GuestHeld = 5,
+    /// An audit log was tampered with.
+    Tampered = 6,
     /// The guest asked for a reset.
     GuestReset = 10,
     /// The guest crashed (triple fault).
@@ -48,6 +50,10 @@ pub(super) const OF_EVENTS: &str = "Exit codes: 0 done, 1 no answer.";
 
 /// Help of `vmm kernel`.
 pub(super) const OF_KERNEL: &str = "Exit codes: 0 done, 2 no kernel image.";
+
+/// Help of `vmm audit verify`.
+pub(super) const OF_AUDIT: &str = "\
+Exit codes: 0 every line follows from the one before, 2 the file can't be read, 6 the log was tampered with.";
 
 /// Help of `vmm doctor`.
 pub(super) const OF_DOCTOR: &str = "Exit codes: 0 this host can run and patch guests, 1 it cannot.";

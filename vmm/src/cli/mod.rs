@@ -7,6 +7,7 @@ use crate::monitor::Hooks;
 
 pub mod args;
 mod ask;
+mod audit;
 mod doctor;
 mod error;
 mod events;
@@ -33,6 +34,7 @@ pub fn run_with(cli: Cli, hooks: Hooks) -> ExitStatus {
         (Some(Command::Vm(command)), _) => vm::run(&command),
         (Some(Command::Events { at, follow }), _) => events::run(&at, follow),
         (Some(Command::Kernel(command)), _) => kernel::run(&command),
+        (Some(Command::Audit(command)), _) => audit::run(&command),
         (Some(Command::Doctor { json }), _) => doctor::run(json),
         (None, Some(arguments)) => run::run_vm(arguments, hooks),
         (None, None) => Err(error::Error::NoKernel),

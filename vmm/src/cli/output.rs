@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::cli::render::page::Page;
+use crate::host::escape;
 
 /// Prints a page. Its colours stay if standard output is a terminal that has them and `NO_COLOR`
 /// is not set.
@@ -20,10 +21,13 @@ pub(super) fn print_to(output: &mut impl Write, page: &Page) -> io::Result<()> {
     output.write_all(&text.into_inner())
 }
 
-/// Prints JSON as it is.
+/// Prints JSON that came from elsewhere, with what a terminal would obey escaped.
 pub(super) fn print_raw(json: &[u8]) -> io::Result<()> {
-    let end: &[u8] = if json.ends_with(b"\n") { b"" } else { b"\n" };
-    write(&mut io::stdout().lock(), &[json, end].concat())
+    let mut text = escape::json(String::from_utf8_lossy(json).into_owned());
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    write(&mut io::stdout().lock(), text.as_bytes())
 }
 
 /// Prints a value as JSON.

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use crate::api::command::Answer;
 use crate::api::view;
 use crate::api::wire::{ApiError, Refusals};
+use crate::audit::log::AuditLog;
 use crate::cli::args::Run;
 use crate::cli::ask::print_answer;
 use crate::cli::error::Error;
@@ -19,6 +20,7 @@ use crate::cli::render::Render;
 use crate::cli::{output, plan};
 use crate::config::Config;
 use crate::host::backlog::Backlog;
+use crate::host::escape;
 use crate::host::log;
 use crate::monitor::{self, Hooks, Options};
 use crate::patch::init_gate::AtInit;
@@ -52,8 +54,10 @@ pub(super) fn run_vm(run: Run, hooks: Hooks) -> Result<ExitStatus, Error> {
             })
         }
     };
-    let (socket, api_group) = (run.api_socket, run.api_group);
-    let ending = monitor::run(Options { config, socket, api_group, output, at_init, hooks })?;
+    let audit =
+        run.audit_log.map(|path| AuditLog::open(&path).map_err(|source| Error::AuditLog { path, source }));
+    let (socket, api_group, audit) = (run.api_socket, run.api_group, audit.transpose()?);
+    let ending = monitor::run(Options { config, socket, api_group, output, audit, at_init, hooks })?;
     let status = match ending {
         Ending::PowerOff | Ending::Stopped => ExitStatus::Done,
         Ending::Reset => ExitStatus::GuestReset,
@@ -85,6 +89,10 @@ fn print_outcome(answer: Answer, json: bool, output: &mut impl Write) -> Result<
         Answer::Report(report) => print_to::<view::Report>(output, &report, json),
         Answer::Refused(refusals) => print_to::<view::Refusals>(output, &refusals, json),
         Answer::Failed(error) => print_to::<ApiError>(output, &ApiError { error }, json),
+        Answer::Unaudited { answer, why } => {
+            tracing::error!("the audit log: the outcome of the plan can't be written yet: {why}");
+            print_outcome(*answer, json, output)
+        }
         other => print_to::<ApiError>(output, &ApiError { error: format!("{other:?}") }, json),
     }
 }
@@ -95,10 +103,9 @@ fn print_to<T: Render + DeserializeOwned>(
     answer: &impl Serialize,
     json: bool,
 ) -> Result<(), Error> {
-    let mut text = serde_json::to_vec_pretty(answer)?;
+    let text = serde_json::to_string_pretty(answer)?;
     if json {
-        text.push(b'\n');
-        return Ok(output.write_all(&text)?);
+        return Ok(output.write_all((escape::json(text) + "\n").as_bytes())?);
     }
-    Ok(output::print_to(output, &serde_json::from_slice::<T>(&text)?.page())?)
+    Ok(output::print_to(output, &serde_json::from_str::<T>(&text)?.page())?)
 }

@@ -12,7 +12,10 @@ pub fn abort_on_panic(last: impl Fn() + Send + Sync + 'static) {
     panic::set_hook(Box::new(move |info| {
         let thread = thread::current();
         let name = thread.name().unwrap_or("?");
-        tracing::error!("the thread {name} panicked, so the monitor ends: {info}\n{}", Backtrace::capture());
+        let message =
+            format!("the thread {name} panicked, so the monitor ends: {info}\n{}", Backtrace::capture());
+        // An entry has one line.
+        message.lines().for_each(|line| tracing::error!("{line}"));
         last();
         log::flush();
         process::abort();

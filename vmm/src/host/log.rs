@@ -1,10 +1,10 @@
 //! The monitor's log: one line an entry, to standard error or a file.
 //!
 //! Entries go through a [`Backlog`], so that a thread that logs waits for no reader and a closed standard
-//! error harms nothing.
+//! error harms nothing. What a terminal would obey in them is escaped: a guest names what they tell of.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -14,6 +14,7 @@ use std::time::Duration;
 use tracing::level_filters::LevelFilter;
 
 use crate::host::backlog::Backlog;
+use crate::host::escape;
 
 /// How entries are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -50,7 +51,7 @@ pub fn start(level: LevelFilter, format: Format, file: Option<&Path>) -> io::Res
         .with_ansi(false)
         .with_target(false)
         .with_thread_names(true)
-        .with_writer(move || writer.clone());
+        .with_writer(move || Escaping { to: writer.clone(), format });
     let started = match format {
         Format::Text => subscriber.try_init(),
         Format::Json => subscriber.json().flatten_event(true).try_init(),
@@ -61,9 +62,50 @@ pub fn start(level: LevelFilter, format: Format, file: Option<&Path>) -> io::Res
     Ok(())
 }
 
+/// Escapes entries, each of which is one write that ends with the end of a line.
+struct Escaping<W> {
+    to: W,
+    format: Format,
+}
+
+impl<W: Write> Write for Escaping<W> {
+    fn write(&mut self, entry: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(entry);
+        let text = text.strip_suffix('\n').unwrap_or(&text);
+        let escaped = match self.format {
+            Format::Text => escape::line(text),
+            Format::Json => escape::json(text.to_owned()),
+        };
+        self.to.write_all((escaped + "\n").as_bytes())?;
+        Ok(entry.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
 /// Waits a moment until all entries are written.
 pub fn flush() {
     if let Some(log) = LOG.get() {
         log.flush_within(LAST_ENTRIES);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_one_line_whatever_it_tells_of() {
+        let written = |format, entry: &[u8]| {
+            let mut to = Vec::new();
+            Escaping { to: &mut to, format }.write_all(entry).expect("there is room");
+            String::from_utf8(to).expect("it is text")
+        };
+        let forged = "WARN task x\x1b[2J\r\nERROR \u{9b}\u{202e}\n";
+        let told = "WARN task x\\x1b[2J\\x0d\\x0aERROR \\x9b\\u{202e}\n";
+        assert_eq!(written(Format::Text, forged.as_bytes()), told);
+        assert_eq!(written(Format::Json, "{\"a\":\"\u{9b}\"}\n".as_bytes()), "{\"a\":\"\\u009b\"}\n");
     }
 }

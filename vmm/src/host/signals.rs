@@ -6,8 +6,10 @@
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::flag;
 use signal_hook::low_level::pipe;
 use vmm_sys_util::signal::{self, block_signal, unblock_signal};
 
@@ -35,6 +37,8 @@ impl Signals {
         let ignored = ignored(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
         let is_ignored = |signal: &i32| ignored >> (signal - 1) & 1 == 1;
         let handled = UNLESS_IGNORED.into_iter().filter(|signal| !is_ignored(signal)).chain(ALWAYS).collect();
+        // A file that may not grow is an error of the write (setrlimit(2), RLIMIT_FSIZE), not the monitor's end.
+        flag::register(libc::SIGXFSZ, Arc::default())?;
         let (delivered, handler_end) = UnixStream::pair()?;
         delivered.set_nonblocking(true)?;
         let signals = Self { delivered, handled };

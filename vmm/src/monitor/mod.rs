@@ -17,12 +17,16 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use crate::api::access::Access;
 use crate::api::server;
 use crate::api::socket::{self, Socket};
+use crate::audit::chain::sha256;
+use crate::audit::log::AuditLog;
+use crate::audit::record::{Event, Start, short, shorter};
 use crate::boot::kernel;
 use crate::config::Config;
 use crate::devices::irq_line::IrqLine;
 use crate::host::backlog::Backlog;
 use crate::host::fail_stop;
 use crate::host::heap;
+use crate::host::namer::Namer;
 use crate::host::priority;
 use crate::host::signals::Signals;
 use crate::host::terminal::{Raw, Stdin};
@@ -50,6 +54,9 @@ pub enum Error {
     /// A call to the host failed.
     #[error("the host: {0}")]
     Host(#[from] io::Error),
+    /// The first line of the audit log can't be written.
+    #[error("the audit log: {0}")]
+    Audit(io::Error),
     /// The event loop failed.
     #[error("the event loop: {0}")]
     Events(String),
@@ -71,6 +78,8 @@ pub struct Options {
     pub api_group: Option<u32>,
     /// Where the guest's console goes.
     pub output: Backlog,
+    /// The audit log.
+    pub audit: Option<AuditLog>,
     /// A plan to apply right before the guest starts init.
     pub at_init: Option<AtInit>,
     /// What differs from the shipped monitor.
@@ -100,7 +109,7 @@ const LAST_OUTPUT: Duration = Duration::from_millis(500);
 /// # Errors
 /// See [`Error`]; nothing of the VM is left then.
 pub fn run(options: Options) -> Result<Ending, Error> {
-    let Options { config, socket, api_group, output, at_init, hooks } = options;
+    let Options { config, socket, api_group, output, mut audit, at_init, hooks } = options;
     let kernel_file = config.kernel.clone();
     heap::unmap_large_blocks_when_freed();
     let to_restore = Arc::new(OnceLock::<Weak<Raw>>::new());
@@ -112,6 +121,11 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     });
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
+    // It needs rights that other threads may give up.
+    let namer = audit.as_ref().map(|_| Namer::start()).transpose()?;
+    if let Some(log) = &mut audit {
+        log.append(&start_event(&config, &file)).map_err(Error::Audit)?;
+    }
     let socket = socket.map(|path| Socket::bind(&path, api_group)).transpose()?;
     let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
@@ -128,7 +142,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
         let image = image.clone();
         std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
     }
-    let engine = Engine::new(config, &machine, image, hooks.driver);
+    let engine = Engine::new(config, &machine, image, hooks.driver, audit);
     let shutdown = Arc::new(Shutdown::new()?);
     let stop = shutdown.clone();
     let stop = Box::new(move || stop.begin(Ending::NotPatched));
@@ -149,7 +163,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     }
     if let Some(socket) = &socket {
         let access = Access { readers: api_group };
-        server::start(socket.listener(), access, controls.clone(), machine.guard().events().clone())?;
+        let events = machine.guard().events().clone();
+        server::start(socket.listener(), access, namer, controls.clone(), events)?;
     }
 
     let listener: Arc<dyn Listener> =
@@ -180,6 +195,7 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     };
     tracing::info!(?ending, "the VM ends");
     machine.shut_down();
+    controls.ended(format!("{ending:?}"));
     drop(raw);
     drop(events);
     // Its path goes before the last output, so that no client comes any more.
@@ -190,4 +206,32 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     drop(controller);
     output.flush_within(LAST_OUTPUT);
     Ok(ending)
+}
+
+/// What the audit log says of this run.
+fn start_event(config: &Config, kernel: &[u8]) -> Event {
+    /// Most bytes of arguments that are told, each at most [`MOST_ARGUMENT`].
+    const MOST_ARGUMENTS: usize = 4096;
+    const MOST_ARGUMENT: usize = 512;
+    let mut arguments = Vec::new();
+    let mut bytes = 0;
+    for argument in std::env::args_os() {
+        let argument = shorter(&argument.to_string_lossy(), MOST_ARGUMENT);
+        bytes += argument.len();
+        if bytes > MOST_ARGUMENTS {
+            arguments.push("...".to_owned());
+            break;
+        }
+        arguments.push(argument);
+    }
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+    Event::Start(Box::new(Start {
+        version: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+        uid: rustix::process::getuid().as_raw(),
+        arguments,
+        kernel: short(&config.kernel.to_string_lossy()),
+        kernel_sha256: sha256(kernel),
+        boot_id: boot_id.map(|id| short(id.trim())),
+    }))
 }

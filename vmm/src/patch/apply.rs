@@ -35,6 +35,7 @@ impl Engine {
     /// Applies a plan that was given at `given_at`, or has it wait for its modules.
     pub(super) fn apply(&mut self, json: &[u8], given_at: Instant) -> Answer {
         let report = self.admit(json).and_then(|plan| {
+            self.audit.named(&plan.name);
             if plan.pending {
                 self.apply_pending(plan, json.len(), given_at)
             } else {

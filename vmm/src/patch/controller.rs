@@ -13,10 +13,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::api::command::{Answer, Command};
 use crate::api::wire::Refusals;
+use crate::audit::record::Who;
 use crate::guest::located::Located;
 use crate::host::priority;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
@@ -33,6 +34,8 @@ enum Message {
     ProtectedWrite(Done),
     Touched,
     ModuleAtDoor,
+    /// The VM has ended so.
+    Ended(String, Done),
 }
 
 /// A command.
@@ -46,12 +49,17 @@ struct Given {
 pub trait Client: Send {
     /// Whether it waits for the answer still.
     fn is_waiting(&self) -> bool;
+    /// Who it is.
+    fn who(&self) -> Who;
     /// Takes the answer, on the controller's thread.
     fn answer(self: Box<Self>, answer: Answer);
 }
 
 /// Most commands that wait. Clients that hung up leave theirs until the controller comes to it.
 const MOST_WAITING: usize = 256;
+
+/// How long the last line of the audit log may take.
+const LAST_LINE: Duration = Duration::from_secs(2);
 
 /// Why a command was not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,14 +114,26 @@ impl Controls {
         let _ = self.messages.send(Message::ModuleAtDoor);
     }
 
+    /// Says how the VM has ended: nothing is changed any more. Waits a while until the audit log says so, too.
+    pub fn ended(&self, how: String) {
+        let receiver = self.send(|done| Message::Ended(how, done));
+        // A controller that is busy for longer leaves it out.
+        let _ = receiver.map(|receiver| receiver.recv_timeout(LAST_LINE));
+    }
+
     fn wait(&self, message: impl FnOnce(Done) -> Message) {
-        let (sender, receiver) = mpsc::sync_channel(1);
-        // The channel has room for the only message it gets.
-        let done = Box::new(move || _ = sender.send(()));
-        if self.messages.send(message(done)).is_ok() {
+        if let Some(receiver) = self.send(message) {
             // An error means that the controller has ended, and there is nothing to wait for.
             let _ = receiver.recv();
         }
+    }
+
+    /// Sends a message. What is returned tells when it was dealt with; `None` if the controller has ended.
+    fn send(&self, message: impl FnOnce(Done) -> Message) -> Option<Receiver<()>> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        // The channel has room for the only message it gets.
+        let done = Box::new(move || _ = sender.send(()));
+        self.messages.send(message(done)).ok().map(|()| receiver)
     }
 }
 
@@ -156,7 +176,9 @@ impl Controller {
                 Message::Command(Given { command, at, client }) => {
                     waiting.fetch_sub(1, Relaxed);
                     if client.is_waiting() {
-                        client.answer(self.obey(command, at));
+                        let obey = |engine: &mut Engine, command| obey(engine, command, at);
+                        let answer = self.engine.audited(client.who(), command, obey);
+                        client.answer(answer);
                     }
                 }
                 Message::Located(found, done) => {
@@ -171,6 +193,10 @@ impl Controller {
                 }
                 Message::Touched => self.engine.reconcile(),
                 Message::ModuleAtDoor => self.engine.decide_at_doors(),
+                Message::Ended(how, done) => {
+                    self.engine.audit.finish(&how);
+                    done();
+                }
             }
             self.engine.keep_module_gate();
         }
@@ -204,49 +230,55 @@ impl Controller {
             self.init_gate.give_up(&self.engine);
         }
     }
+}
 
-    fn obey(&mut self, command: Command, given_at: Instant) -> Answer {
-        let engine = &mut self.engine;
-        match command {
-            Command::Info => Answer::Info(Box::new(engine.info())),
-            Command::Vcpus => match engine.vcpus() {
-                Ok(vcpus) => Answer::Vcpus(vcpus),
-                Err(error) => Answer::Failed(error.to_string()),
-            },
-            Command::Pause { hurry } => match engine.rendezvous.pause(PAUSE_PATIENCE, hurry) {
+/// Does what a client asked for.
+fn obey(engine: &mut Engine, command: Command, given_at: Instant) -> Answer {
+    match command {
+        Command::Info => Answer::Info(Box::new(engine.info())),
+        Command::Vcpus => match engine.vcpus() {
+            Ok(vcpus) => Answer::Vcpus(vcpus),
+            Err(error) => Answer::Failed(error.to_string()),
+        },
+        Command::Pause { hurry } => match engine.audit.intend(None) {
+            Err(refusal) => refused(refusal),
+            Ok(()) => match engine.rendezvous.pause(PAUSE_PATIENCE, hurry) {
                 Ok(()) => Answer::Done(given_at.elapsed()),
                 Err(error) => Answer::Failed(error.to_string()),
             },
-            Command::Resume => {
+        },
+        Command::Resume => match engine.audit.intend(None) {
+            Err(refusal) => refused(refusal),
+            Ok(()) => {
                 engine.rendezvous.resume();
                 Answer::Done(given_at.elapsed())
             }
-            Command::RemoveArena => match engine.remove_arena() {
-                Ok(()) => Answer::Done(given_at.elapsed()),
-                Err(answer) => answer,
-            },
-            Command::Apply(json) => engine.apply(&json, given_at),
-            Command::Check(json) => match engine.check(&json) {
-                Ok(fits) => Answer::Fits(Box::new(fits)),
-                Err(refused) => Answer::Refused(Refusals::new(refused)),
-            },
-            Command::Explain(json) => match engine.explain(&json) {
-                Ok(program) => Answer::Program(Box::new(program)),
-                Err(refused) => Answer::Refused(Refusals::new(refused)),
-            },
-            Command::Targets => match engine.targets() {
-                Ok(targets) => Answer::Targets(Box::new(targets)),
-                Err(refusal) => refused(refusal),
-            },
-            Command::List => {
-                engine.count_livepatched();
-                Answer::Patches(engine.summaries())
-            }
-            Command::Show(name) => match engine.last_report(&name) {
-                Ok(report) => Answer::Report(Box::new(report)),
-                Err(refusal) => refused(refusal),
-            },
-            Command::Revert(name) => engine.revert(&name, given_at),
+        },
+        Command::RemoveArena => match engine.remove_arena() {
+            Ok(()) => Answer::Done(given_at.elapsed()),
+            Err(answer) => answer,
+        },
+        Command::Apply(json) => engine.apply(&json, given_at),
+        Command::Check(json) => match engine.check(&json) {
+            Ok(fits) => Answer::Fits(Box::new(fits)),
+            Err(refused) => Answer::Refused(Refusals::new(refused)),
+        },
+        Command::Explain(json) => match engine.explain(&json) {
+            Ok(program) => Answer::Program(Box::new(program)),
+            Err(refused) => Answer::Refused(Refusals::new(refused)),
+        },
+        Command::Targets => match engine.targets() {
+            Ok(targets) => Answer::Targets(Box::new(targets)),
+            Err(refusal) => refused(refusal),
+        },
+        Command::List => {
+            engine.count_livepatched();
+            Answer::Patches(engine.summaries())
         }
+        Command::Show(name) => match engine.last_report(&name) {
+            Ok(report) => Answer::Report(Box::new(report)),
+            Err(refusal) => refused(refusal),
+        },
+        Command::Revert(name) => engine.revert(&name, given_at),
     }
 }

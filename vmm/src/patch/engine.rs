@@ -14,6 +14,7 @@ use patcher::resolve::targets::{self, Targets};
 
 use crate::api::command::Answer;
 use crate::api::wire::{ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, State, VcpuLine, VcpuRuns};
+use crate::audit::log::AuditLog;
 use crate::config::Config;
 use crate::devices::ports::Ports;
 use crate::guest::cached_translations::CachedTranslations;
@@ -23,6 +24,7 @@ use crate::guest::vcpu_state::{Activity, VcpuRegisters};
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
+use crate::patch::audit::Audit;
 use crate::patch::doors::Gate;
 use crate::patch::driver::Driver;
 use crate::patch::image::Image;
@@ -70,13 +72,20 @@ pub struct Engine {
     pub(super) must_reconcile: bool,
     /// When that was last looked at.
     pub(super) reconciled_at: Instant,
+    pub(super) audit: Audit,
     started: Instant,
 }
 
 impl Engine {
-    /// Of a machine that is not started yet.
+    /// Of a machine that is not started yet. With an audit log, the guest is changed only once that is there.
     #[must_use]
-    pub fn new(config: Config, machine: &Machine, image: Arc<Image>, driver: Box<dyn Driver>) -> Self {
+    pub fn new(
+        config: Config,
+        machine: &Machine,
+        image: Arc<Image>,
+        driver: Box<dyn Driver>,
+        audit: Option<AuditLog>,
+    ) -> Self {
         Self {
             config,
             vm: machine.vm().clone(),
@@ -99,6 +108,7 @@ impl Engine {
             held_by: None,
             must_reconcile: false,
             reconciled_at: Instant::now(),
+            audit: Audit::new(audit),
             started: Instant::now(),
         }
     }
@@ -130,6 +140,7 @@ impl Engine {
                 pages_ahead: self.guard.preprotected_pages(),
             },
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            audit: self.audit.info(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

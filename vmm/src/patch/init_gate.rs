@@ -19,8 +19,9 @@ use patcher::addr::{Gpa, Gva};
 use patcher::image::profile::Capability;
 use patcher::linux::view::missing;
 
-use crate::api::command::Answer;
+use crate::api::command::{Answer, Command};
 use crate::api::wire::PatchState;
+use crate::audit::record::Who;
 use crate::guest::kernel::GuestKernel;
 use crate::memory::PAGE;
 use crate::patch::engine::Engine;
@@ -79,7 +80,14 @@ impl InitGate {
         if !engine.guard.is_init_gate_closed() {
             return;
         }
-        if self.conclude(|plan| engine.apply(plan, Instant::now())) == Verdict::Stop {
+        let apply = |plan: &[u8]| {
+            let apply = |engine: &mut Engine, command| match command {
+                Command::Apply(plan) => engine.apply(&plan, Instant::now()),
+                _ => Answer::Failed(String::new()),
+            };
+            engine.audited(Who::Monitor, Command::Apply(plan.to_owned()), apply)
+        };
+        if self.conclude(apply) == Verdict::Stop {
             return self.end(engine);
         }
         if engine.wants_text_guarded()
@@ -105,7 +113,11 @@ impl InitGate {
     fn conclude(&mut self, outcome: impl FnOnce(&[u8]) -> Answer) -> Verdict {
         let Some(AtInit { plan, then, or_stop }) = self.at_init.take() else { return Verdict::Start };
         let answer = outcome(&plan);
-        let is_applied = matches!(&answer, Answer::Report(report) if report.state == PatchState::Applied);
+        let told = match &answer {
+            Answer::Unaudited { answer, .. } => answer,
+            answer => answer,
+        };
+        let is_applied = matches!(told, Answer::Report(report) if report.state == PatchState::Applied);
         then(answer);
         if or_stop && !is_applied { Verdict::Stop } else { Verdict::Start }
     }

@@ -16,6 +16,7 @@
 
 mod apply;
 pub mod arena;
+mod audit;
 pub mod controller;
 mod doors;
 pub mod driver;

@@ -23,6 +23,7 @@ use patcher::safety::blockers;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
+use crate::patch::audit::of_result;
 use crate::patch::doors::{Gate, LONGEST};
 use crate::patch::engine::Engine;
 use crate::patch::executor::PATIENCE;
@@ -47,6 +48,7 @@ impl Engine {
         })?;
         let live = |at: Gva| kernel.kernel().live(at);
         let doors = doors.map(|push| Push { at: live(push.at), next: live(push.next), ..push });
+        self.audit.intend(None)?;
         self.rendezvous.module_gate().close(doors);
         let armed = self.rendezvous.arm(PATIENCE).map_err(|error| unseen(&error.to_string()));
         match armed.and_then(|()| self.write_doors(&kernel, &doors)) {
@@ -84,7 +86,10 @@ impl Engine {
     }
 
     /// Lets modules pass unseen.
-    fn open_module_gate(&mut self) {
+    fn open_module_gate(&mut self) -> Result<(), Refusal> {
+        if self.known_kernel().is_some() && self.gate.is_closed() {
+            self.audit.intend(None)?;
+        }
         if let Some(kernel) = self.known_kernel()
             && self.gate.is_closed()
         {
@@ -101,6 +106,7 @@ impl Engine {
             self.rendezvous.release();
         }
         self.forget_doors();
+        Ok(())
     }
 
     /// Takes the gate for open, whatever is in memory.
@@ -121,7 +127,9 @@ impl Engine {
         let names: Vec<String> = self.named_modules.keys().filter(|name| applied(name)).cloned().collect();
         self.named_modules.retain(|name, _| names.contains(name));
         if names.is_empty() && self.pending.is_empty() {
-            return self.open_module_gate();
+            // Tried again after the next message if the audit log can't be written.
+            let _ = self.by_itself("open_module_gate", "", Self::open_module_gate, of_result);
+            return;
         }
         // Another kernel may have taken over, without doors.
         let Ok(kernel) = self.kernel() else { return };
@@ -130,8 +138,11 @@ impl Engine {
         if self.gate.is_closed() && self.gate.doors.iter().all(stands) {
             return;
         }
-        self.open_module_gate();
-        let what = match self.close_module_gate() {
+        let again = |engine: &mut Self| {
+            engine.open_module_gate()?;
+            engine.close_module_gate()
+        };
+        let what = match self.by_itself("close_module_gate", "", again, of_result) {
             Ok(()) => {
                 "the guest overwrote where the monitor notices modules; they are noticed again".to_owned()
             }

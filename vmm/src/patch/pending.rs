@@ -18,6 +18,7 @@ use patcher::plan::refusal::{Refusal, Refused};
 
 use crate::api::wire::{PatchState, PatchSummary, Report};
 use crate::guest::events::{Details, Kind};
+use crate::patch::audit::{of_reported, of_state};
 use crate::patch::engine::{Engine, at_root};
 use crate::patch::pending_set::State;
 
@@ -110,7 +111,10 @@ impl Engine {
         for (must_wait, plan) in plans {
             let applied = match must_wait {
                 Ok(true) => continue,
-                Ok(false) => self.apply_now(&plan, Instant::now()),
+                Ok(false) => {
+                    let apply = |engine: &mut Self| engine.apply_now(&plan, Instant::now());
+                    self.by_itself("apply_pending", &plan.name, apply, of_reported)
+                }
                 Err(refusal) => Err(at_root(refusal)),
             };
             match applied {
@@ -158,7 +162,8 @@ impl Engine {
             let leaves_something =
                 !outside.is_empty() || !plan.data.iter().all(|datum| is_its_data(datum.at));
             if is_gone && leaves_something {
-                match self.try_revert(name, Instant::now()) {
+                let take_back = |engine: &mut Self| engine.try_revert(name, Instant::now());
+                match self.by_itself("take_back", name, take_back, of_reported) {
                     Ok(Report { state: PatchState::Reverted | PatchState::Superseded, .. }) => {}
                     other => {
                         let why = other
@@ -210,7 +215,9 @@ impl Engine {
             let sites: Vec<Gva> = patch.plan.sites.iter().map(|site| site.at).collect();
             patch.supersede(&sites);
         }
-        self.emit_conflict(name, format!("superseded: it is gone with {module}, which is unloaded"));
+        let what = format!("superseded: it is gone with {module}, which is unloaded");
+        self.audit.tell("give_up", name, of_state(PatchState::Superseded, &what));
+        self.emit_conflict(name, what);
     }
 
     /// Reverts a pending plan, applied or not. `None` if there is none of this name.

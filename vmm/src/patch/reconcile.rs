@@ -21,9 +21,11 @@ use patcher::resolve::expand::Datum;
 use patcher::resolve::{ResolvedPlan, preempted, probed};
 use patcher::site::Site;
 
+use crate::api::wire::PatchState;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::GuestKernel;
+use crate::patch::audit::{of_result, of_state};
 use crate::patch::engine::Engine;
 use crate::text_guard::Guard;
 
@@ -117,7 +119,8 @@ impl Engine {
             return self.give_up(name, &sites, "was replaced by the guest");
         }
         let whole = patch.plan.clone();
-        match self.put_back(whole, changed) {
+        let put_back = |engine: &mut Self| engine.put_back(whole, changed);
+        match self.by_itself("put_back", name, put_back, of_result) {
             Ok(()) => {
                 let what = match policy {
                     Policy::Rebase => {
@@ -176,6 +179,7 @@ impl Engine {
             0 => format!("superseded: it {why}"),
             left => format!("superseded at {} sites, {left} are left: it {why}", sites.len()),
         };
+        self.audit.tell("give_up", name, of_state(PatchState::Superseded, &what));
         self.emit_conflict(name, what);
     }
 

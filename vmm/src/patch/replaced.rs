@@ -10,8 +10,10 @@
 
 use patcher::plan::refusal::Refusal;
 
+use crate::api::wire::PatchState;
 use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::GuestKernel;
+use crate::patch::audit::of_state;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE};
 use crate::patch::executor::confirm_vcpus;
 
@@ -24,6 +26,7 @@ impl Engine {
         let _ = self.guard.let_go(&why);
         self.forget_kernel();
         for name in self.patches.lose_all() {
+            self.audit.tell("lose", &name, of_state(PatchState::Lost, &why));
             let details = || Details { who: None, patch: Some(name), what: format!("lost: {why}") };
             self.guard.events().tell(Kind::PatchLost, details);
         }

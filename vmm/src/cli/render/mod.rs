@@ -2,6 +2,7 @@
 
 use crate::cli::render::page::Page;
 
+mod audit;
 mod events;
 pub(super) mod page;
 mod patches;

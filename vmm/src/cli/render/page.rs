@@ -9,6 +9,8 @@ use anstyle::{AnsiColor, Style};
 use tabled::builder::Builder;
 use tabled::settings::{Color, Padding, Style as Borders};
 
+use crate::host::escape;
+
 /// Text in one style.
 #[derive(Debug, Clone)]
 pub(crate) struct Span {
@@ -18,10 +20,7 @@ pub(crate) struct Span {
 
 impl Span {
     fn new(style: Style, text: impl Display) -> Self {
-        let mut escaped = Escaped(String::new());
-        // Writing to a string does not fail.
-        let _ = write!(escaped, "{text}");
-        Self { style, text: escaped.0 }
+        Self { style, text: escape::line(&text.to_string()) }
     }
 }
 
@@ -50,25 +49,6 @@ pub(crate) fn red(text: impl Display) -> Span {
 /// What went well, and what is added.
 pub(crate) fn green(text: impl Display) -> Span {
     Span::new(AnsiColor::Green.on_default(), text)
-}
-
-/// Escapes what a terminal would obey: control characters as `\x1b`, and the characters that
-/// change the direction of text as `\u{202e}`.
-struct Escaped(String);
-
-impl Write for Escaped {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for c in text.chars() {
-            match c {
-                c if c.is_control() => write!(self.0, "\\x{:02x}", u32::from(c))?,
-                '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                    write!(self.0, "{}", c.escape_unicode())?;
-                }
-                c => self.0.push(c),
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Lines of text.

@@ -4,17 +4,21 @@ use std::fmt::Display;
 
 use patcher::plan::Strategy;
 
-use crate::api::view::{Failure, Fits, Program, Refusals, Report, Site};
+use crate::api::view::{Failure, FailureKind, Fits, Program, Refusals, Report, Site};
 use crate::api::wire::{ApiError, PatchState, PatchSummary};
 use crate::cli::render::Render;
 use crate::cli::render::page::{Page, Span, bold, green, plain, red};
 
 impl Render for Failure {
     fn render(&self, page: &mut Page) {
-        match self {
-            Self::Report(report) => report.render(page),
-            Self::Refused(refusals) => refusals.render(page),
-            Self::Error(error) => error.render(page),
+        match &self.kind {
+            FailureKind::Done(done) => done.render(page),
+            FailureKind::Report(report) => report.render(page),
+            FailureKind::Refused(refusals) => refusals.render(page),
+            FailureKind::Error(error) => error.render(page),
+        }
+        if let Some(why) = &self.audit_error {
+            page.line([red(format_args!("the audit log does not say so yet: {why}"))]);
         }
     }
 }

@@ -41,6 +41,16 @@ impl Render for Info {
             page.line([plain(format_args!("{count} breakpoints of its own delivered to the guest"))]);
         }
         page.line([plain(format_args!("{} patches applied; fences by {}", self.patches, self.fence))]);
+        if let Some(audit) = &self.audit {
+            page.line([plain(format_args!(
+                "audit log of {} lines, the last is {}",
+                audit.lines, audit.last
+            ))]);
+            if audit.failures > 0 {
+                let count = audit.failures;
+                page.line([red(format_args!("the audit log could not be written {count} times"))]);
+            }
+        }
     }
 }
 

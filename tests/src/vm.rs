@@ -1,6 +1,7 @@
 //! A running VM, driven as a user would: the monitor's process, its console, its socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -52,6 +53,8 @@ pub struct Setup {
     pub files: Vec<(String, PathBuf)>,
     /// Switches of `vmm-lab`, which is started instead of `vmm` if there are any.
     pub switches: Vec<String>,
+    /// The user and group that run the monitor, if not those of the test.
+    pub user: Option<u32>,
 }
 
 impl Setup {
@@ -66,6 +69,7 @@ impl Setup {
             arguments: Vec::new(),
             files: Vec::new(),
             switches: Vec::new(),
+            user: None,
         }
     }
 
@@ -133,7 +137,12 @@ impl Vm {
             &with_files
         };
         let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
-        let mut child = Command::new(monitor)
+        let mut command = Command::new(monitor);
+        if let Some(user) = setup.user {
+            std::os::unix::fs::chown(folder.path(), Some(user), Some(user))?;
+            command.uid(user).gid(user);
+        }
+        let mut child = command
             .arg("--kernel")
             .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")

@@ -17,6 +17,7 @@ mod monitor;
 mod pending;
 mod refusals;
 mod replaced;
+mod sandbox;
 mod selfpatching;
 mod socket;
 mod terminal;
@@ -36,7 +37,12 @@ use tests::suite::{self, Costs};
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
 
 /// Tests that do something to the host that only the rig's host may be done to.
-const RIG_ONLY: [&str; 2] = ["cli::without_kvm_it_says_so", "socket::a_group_may_read_and_others_nothing"];
+const RIG_ONLY: [&str; 4] = [
+    "cli::without_kvm_it_says_so",
+    "sandbox::an_ordinary_user_runs_it",
+    "sandbox::every_rule_is_used",
+    "socket::a_group_may_read_and_others_nothing",
+];
 
 /// Longest time for one test.
 const DEADLINE: Duration = Duration::from_secs(240);
@@ -57,6 +63,7 @@ fn all() -> Vec<Test> {
         pending::TESTS,
         refusals::TESTS,
         replaced::TESTS,
+        sandbox::TESTS,
         selfpatching::TESTS,
         socket::TESTS,
         terminal::TESTS,

@@ -297,6 +297,7 @@ mod tests {
                 console_dropped_bytes: 7,
                 breakpoints: 2,
                 guard: GuardInfo { pages: 3, writes: 4, pages_ahead: 5 },
+                sandbox: wire::Sandbox::On,
                 uptime_ms: 6,
                 version: "0.1.0".to_owned(),
             });

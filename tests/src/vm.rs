@@ -1,6 +1,7 @@
 //! A running VM, driven as a user would: the monitor's process, its console, its socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -54,6 +55,8 @@ pub struct Setup {
     pub switches: Vec<String>,
     /// The control socket's path, instead of one in a folder that lives as long as the VM.
     pub socket: Option<PathBuf>,
+    /// The user and group that run the monitor, if not those of the test.
+    pub user: Option<u32>,
 }
 
 impl Setup {
@@ -69,6 +72,7 @@ impl Setup {
             files: Vec::new(),
             switches: Vec::new(),
             socket: None,
+            user: None,
         }
     }
 
@@ -138,7 +142,12 @@ impl Vm {
         };
         let socket = setup.socket.clone().unwrap_or_else(|| folder.path().join("socket"));
         let monitor = if setup.switches.is_empty() { &lab.vmm } else { &lab.vmm_lab };
-        let mut child = Command::new(monitor)
+        let mut command = Command::new(monitor);
+        if let Some(user) = setup.user {
+            std::os::unix::fs::chown(folder.path(), Some(user), Some(user))?;
+            command.uid(user).gid(user);
+        }
+        let mut child = command
             .arg("--kernel")
             .arg(setup.kernel.as_ref().unwrap_or(&lab.kernel))
             .arg("--initrd")

@@ -11,8 +11,8 @@ use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
 use tests::{
-    breakpoints, clients, guard, hotplug, kernels, killed, matrix, modes, oracle, replaced, selfpatching,
-    spinlocks, targets,
+    breakpoints, clients, guard, hotplug, kernels, killed, matrix, modes, oracle, replaced, sandbox,
+    selfpatching, spinlocks, targets,
 };
 
 /// Long campaigns against real guests.
@@ -36,7 +36,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 27] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 28] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
@@ -50,6 +50,7 @@ const CAMPAIGNS: [(&str, usize, Campaign); 27] = [
     }),
     ("guard-boots", 100, guard::boots),
     ("guard-cost", 5, guard::cost),
+    ("sandbox", 20, sandbox::cost),
     ("spinlocks", 100, |lab, times| {
         let both = targets::both_kernels(lab, 8);
         both.iter().try_for_each(|setup| {

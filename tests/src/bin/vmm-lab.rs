@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use tests::drivers;
+use tests::trespass;
 use vmm::cli::args::{Cli as MonitorCli, Run};
 use vmm::cli::run_with;
+use vmm::host::signal_mask;
 use vmm::machine::Breakpoints;
 use vmm::monitor::Hooks;
 
@@ -37,6 +39,15 @@ struct Switches {
     /// session of its own.
     #[arg(long)]
     in_background: bool,
+    /// What a thread that has entered the sandbox tries, which it may not do: THREAD:CALL.
+    #[arg(long, value_name = "THREAD:CALL")]
+    trespass: Option<trespass::Trespass>,
+    /// Begin with every signal blocked, as a parent may leave them.
+    #[arg(long)]
+    signals_blocked: bool,
+    /// How long the kernel image may be read, in milliseconds.
+    #[arg(long)]
+    image_limit_ms: Option<u64>,
     /// Programs rest so long after each fence, in milliseconds, so that vCPUs meet what is in
     /// transit.
     #[arg(long, default_value_t = 0)]
@@ -66,7 +77,14 @@ impl Switches {
             Intercept::Always => Breakpoints::Always,
             Intercept::AlwaysByKvm => Breakpoints::AlwaysByKvm,
         };
-        Hooks { driver, breakpoints }
+        let mut hooks = Hooks { driver, breakpoints, ..Hooks::default() };
+        if let Some(trespass) = &self.trespass {
+            hooks.entered = Some(trespass.prepare());
+        }
+        if let Some(limit) = self.image_limit_ms {
+            hooks.image_limit = Duration::from_millis(limit);
+        }
+        hooks
     }
 }
 
@@ -98,6 +116,12 @@ fn main() -> ExitCode {
             eprintln!("vmm-lab: {error}");
             ExitCode::FAILURE
         });
+    }
+    if switches.signals_blocked
+        && let Err(error) = signal_mask::take_only(&[])
+    {
+        eprintln!("vmm-lab: {error}");
+        return ExitCode::FAILURE;
     }
     run_with(MonitorCli { command: None, run: Some(run) }, switches.hooks()).into()
 }

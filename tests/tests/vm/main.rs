@@ -21,6 +21,7 @@ mod pending;
 mod refusals;
 mod replaced;
 mod rigs;
+mod sandbox;
 mod selfpatching;
 mod socket;
 mod terminal;
@@ -42,7 +43,12 @@ use self::rigs::Rigs;
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
 
 /// Tests that do something to the host that only the rig's host may be done to.
-const RIG_ONLY: [&str; 2] = ["cli::without_kvm_it_says_so", "socket::a_group_may_read_and_others_nothing"];
+const RIG_ONLY: [&str; 4] = [
+    "cli::without_kvm_it_says_so",
+    "sandbox::an_ordinary_user_runs_it",
+    "sandbox::every_rule_is_used",
+    "socket::a_group_may_read_and_others_nothing",
+];
 
 /// Longest time for one test.
 const DEADLINE: Duration = Duration::from_secs(240);
@@ -66,6 +72,7 @@ fn all() -> Vec<Test> {
         pending::TESTS,
         refusals::TESTS,
         replaced::TESTS,
+        sandbox::TESTS,
         selfpatching::TESTS,
         socket::TESTS,
         terminal::TESTS,

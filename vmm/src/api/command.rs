@@ -40,6 +40,24 @@ pub enum Command {
     Revert(String),
 }
 
+impl Command {
+    /// Whether it needs the guest's kernel.
+    #[must_use]
+    pub fn needs_kernel(&self) -> bool {
+        match self {
+            Self::Apply(_)
+            | Self::Check(_)
+            | Self::Explain(_)
+            | Self::Targets
+            | Self::Revert(_)
+            | Self::RemoveArena => true,
+            Self::Info | Self::Vcpus | Self::Pause { .. } | Self::Resume | Self::List | Self::Show(_) => {
+                false
+            }
+        }
+    }
+}
+
 /// The answer.
 #[derive(Debug)]
 pub enum Answer {

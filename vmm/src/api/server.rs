@@ -27,9 +27,11 @@ use crate::api::event_stream::EventStream;
 use crate::api::reply;
 use crate::api::routes::{self, ApiState};
 use crate::guest::events::Events;
+use crate::host::begin_thread::begin;
 use crate::host::namer::Namer;
 use crate::host::peer::Peer;
 use crate::host::priority;
+use crate::host::thread::Thread;
 use crate::patch::controller::Controls;
 
 /// Most headers of a request.
@@ -59,6 +61,7 @@ pub fn start(
     thread::Builder::new().name("api".into()).spawn(move || {
         // Without the permission it keeps the usual priority.
         let _ = priority::raise();
+        begin(Thread::Api);
         runtime.block_on(async {
             match tokio::net::UnixListener::from_std(listener) {
                 Ok(listener) => accept(&listener, access, &state).await,

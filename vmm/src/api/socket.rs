@@ -88,6 +88,12 @@ impl Socket {
         })
     }
 
+    /// The folder that it is in.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        folder(&self.path)
+    }
+
     /// The socket to watch for connections. It does not block.
     #[must_use]
     pub fn listener(&self) -> &UnixListener {
@@ -95,10 +101,13 @@ impl Socket {
     }
 }
 
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Locks the folder of `path` (flock(2)) until the file is closed.
 fn lock_folder(path: &Path) -> io::Result<File> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let folder = File::open(parent.unwrap_or(Path::new(".")))?;
+    let folder = File::open(folder(path))?;
     let lock = || flock(&folder, FlockOperation::NonBlockingLockExclusive).ok();
     let locked = poll(Instant::now() + PATIENCE, Duration::ZERO, Duration::from_millis(10), lock);
     locked.ok_or(io::ErrorKind::ResourceBusy)?;

@@ -40,6 +40,9 @@ pub struct Info {
     pub breakpoints: u64,
     /// The text guard.
     pub guard: GuardInfo,
+    /// What confines the monitor's own threads.
+    #[serde(default)]
+    pub sandbox: Sandbox,
     /// Time since the monitor started, in milliseconds.
     pub uptime_ms: u64,
     /// The audit log, if there is one.
@@ -47,6 +50,19 @@ pub struct Info {
     pub audit: Option<AuditInfo>,
     /// The monitor's version.
     pub version: String,
+}
+
+/// What confines the monitor's own threads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sandbox {
+    /// Nothing: `--no-sandbox`, or a monitor of a version that had none.
+    #[default]
+    Off,
+    /// seccomp filters, no capabilities, no new privileges; the host's kernel lacks Landlock.
+    WithoutLandlock,
+    /// Those, and Landlock as far as the host's kernel has it.
+    On,
 }
 
 /// Where copies of instructions lie in the guest's kernel.

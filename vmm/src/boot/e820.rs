@@ -12,7 +12,7 @@ pub(super) fn map(ram: &GuestRam) -> Vec<(u64, u64, u32)> {
     let mut map = vec![(0, BASE_MEMORY_END, RAM), (RSDP, HIGH_MEMORY - RSDP, RESERVED)];
     for (start, size) in ram.usable_ram() {
         let from = start.max(HIGH_MEMORY);
-        map.push((from, start + size - from, RAM));
+        map.push((from, (start + size).saturating_sub(from), RAM));
     }
     map
 }

@@ -67,10 +67,11 @@ pub fn load(
 /// Puts the initrd as high as it may be; returns its address and size.
 fn place_initrd(ram: &GuestRam, loaded: &Loaded, initrd: &[u8]) -> Result<(u64, u64), Error> {
     let size = initrd.len() as u64;
-    let end = low_end(ram).min(loaded.initrd_max + 1);
-    let needed = loaded.end.saturating_add(size.next_multiple_of(PAGE));
-    fits_below(end, "the kernel with its initrd", needed)?;
-    let at = (end - size) & !(PAGE - 1);
+    let pages = size.next_multiple_of(PAGE);
+    // Whole pages: what the header says may be anywhere in one.
+    let end = low_end(ram).min(loaded.initrd_max.saturating_add(1)) & !(PAGE - 1);
+    fits_below(end, "the kernel with its initrd", loaded.end.saturating_add(pages))?;
+    let at = end - pages;
     ram.write(Gpa(at), initrd)?;
     Ok((at, size))
 }

@@ -74,6 +74,9 @@ pub struct Run {
     /// From init on, guard the kernel's text against every writer but the kernel's own patcher.
     #[arg(long)]
     pub guard: bool,
+    /// Run without the sandbox (seccomp filters, Landlock, dropped capabilities), to debug the monitor.
+    #[arg(long)]
+    pub no_sandbox: bool,
     /// Print the outcome of --patch or --patch-or-stop as JSON.
     #[arg(long)]
     pub json: bool,

@@ -21,6 +21,8 @@ use crate::cli::output;
 use crate::cli::render::page::{Page, bold, green, plain, red};
 use crate::host::membarrier::Membarrier;
 use crate::host::priority;
+use crate::host::sandbox::{self, Files};
+use crate::host::signal_mask;
 use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::{self, Kick};
@@ -49,7 +51,7 @@ struct Findings {
 type Probe = fn() -> Result<String, String>;
 
 /// The probes, and what to do when one fails.
-const PROBES: [(&str, Probe, &str); 8] = [
+const PROBES: [(&str, Probe, &str); 10] = [
     (
         "CPU virtualization",
         cpu_flags,
@@ -84,10 +86,23 @@ const PROBES: [(&str, Probe, &str); 8] = [
         may_raise_priority,
         "needs CAP_SYS_NICE, or RLIMIT_NICE of 40; without it programs take longer on a busy host",
     ),
+    (
+        SANDBOX,
+        sandbox_works,
+        "needs CONFIG_SECCOMP_FILTER (Linux 4.14); without it VMs run with --no-sandbox only",
+    ),
+    (
+        LANDLOCK,
+        landlock_works,
+        "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and landlock among lsm=; without it the sandbox has \
+         seccomp filters only",
+    ),
 ];
 
 /// Probes whose failure leaves a usable, if slower, host.
-const OPTIONAL: [&str; 2] = ["membarrier SYNC_CORE", "the controller may go first"];
+const OPTIONAL: [&str; 4] = ["membarrier SYNC_CORE", "the controller may go first", SANDBOX, LANDLOCK];
+const SANDBOX: &str = "the sandbox";
+const LANDLOCK: &str = "Landlock";
 /// The CPU's flags explain a failure; what counts is whether guests run.
 const EXPLAINING: &str = "CPU virtualization";
 
@@ -165,6 +180,20 @@ fn open_kvm() -> Result<String, String> {
 fn may_raise_priority() -> Result<String, String> {
     let raised = thread::spawn(priority::raise).join().map_err(|_| "it panicked")?;
     raised.map(|()| "nice -20".into()).map_err(|error| error.to_string())
+}
+
+fn sandbox_works() -> Result<String, String> {
+    sandbox::tried()
+        .map(|_| "a thread without capabilities, and with seccomp filters".into())
+        .map_err(|e| e.to_string())
+}
+
+fn landlock_works() -> Result<String, String> {
+    match sandbox::tried().map_err(|e| e.to_string())? {
+        Files::Denied => Ok("a thread that opens no files".into()),
+        Files::PartlyDenied => Ok("a thread that opens no files; this kernel has an older version".into()),
+        Files::Open => Err("this kernel lacks it".into()),
+    }
 }
 
 fn guest_runs() -> Result<String, String> {
@@ -274,12 +303,14 @@ impl Tiny {
 
     /// Enters the guest once and judges the exit.
     fn run<T>(&mut self, judge: impl FnOnce(Exit<'_>) -> Result<T, String>) -> Result<T, String> {
-        self.kick.adopt_current_thread();
+        self.kick.adopt_current_thread().map_err(|e| e.to_string())?;
         let (done, watchdog) = watchdog(self.kick.clone(), self.patience).map_err(|e| e.to_string())?;
         let verdict = judge(exit::run(&mut self.vcpu));
         drop(done);
         // The watchdog does not panic.
         let _ = watchdog.join();
+        // It blocked what ends a process.
+        signal_mask::take_all().map_err(|e| e.to_string())?;
         self.kick.disown();
         self.kick.clear();
         verdict

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::api::client;
 use crate::cli::exit_status::ExitStatus;
 use crate::config;
+use crate::host::sandbox;
 use crate::{audit, boot, machine, monitor};
 
 /// Why a command failed.
@@ -58,6 +59,9 @@ pub(super) enum Error {
         /// Why.
         source: audit::log::Error,
     },
+    /// The sandbox can't be had.
+    #[error("the sandbox: {0}; --no-sandbox runs without")]
+    Sandbox(#[from] sandbox::Error),
     /// The log can't be written.
     #[error("the log: {0}")]
     Log(#[source] io::Error),
@@ -89,7 +93,9 @@ impl Error {
                     | Boot::TooSmall { .. },
                 )),
             ) => ExitStatus::BadInput,
-            Self::Monitor(_) | Self::Client(_) | Self::Answer(_) | Self::Output(_) => ExitStatus::Failed,
+            Self::Sandbox(_) | Self::Monitor(_) | Self::Client(_) | Self::Answer(_) | Self::Output(_) => {
+                ExitStatus::Failed
+            }
         }
     }
 

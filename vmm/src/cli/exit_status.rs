@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::host::sandbox;
+
 /// How the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -26,6 +28,8 @@ pub enum ExitStatus {
     GuestCrashed = 11,
     /// The plan of `--patch-or-stop` was not applied, so init was not started.
     NotPatched = 12,
+    /// A thread of the monitor made a system call that the sandbox does not allow.
+    Sandboxed = sandbox::STATUS,
 }
 
 impl From<ExitStatus> for ExitCode {
@@ -38,7 +42,8 @@ impl From<ExitStatus> for ExitCode {
 pub(super) const OF_A_VM: &str = "\
 Exit codes of a VM: 0 powered off or stopped, 1 failure of the monitor or the host, 2 bad input,
 10 the guest asked for a reset, 11 the guest crashed (triple fault), 12 the plan of --patch-or-stop was not
-applied; killed by SIGABRT (134 in a shell) if a thread of the monitor panicked.";
+applied, 13 a thread of the monitor made a system call that the sandbox does not allow; killed by SIGABRT (134 in a
+shell) if a thread of the monitor panicked.";
 
 /// Help of the commands that send requests.
 pub(super) const OF_A_REQUEST: &str = "\

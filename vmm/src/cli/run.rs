@@ -20,15 +20,19 @@ use crate::cli::render::Render;
 use crate::cli::{output, plan};
 use crate::config::Config;
 use crate::host::backlog::Backlog;
-use crate::host::escape;
-use crate::host::log;
+use crate::host::sandbox::{self, Files};
+use crate::host::stderr::complain;
+use crate::host::{escape, log, signal_mask};
 use crate::monitor::{self, Hooks, Options};
 use crate::patch::init_gate::AtInit;
 use crate::vcpu::Ending;
 
 /// Runs a VM until it ends.
 pub(super) fn run_vm(run: Run, hooks: Hooks) -> Result<ExitStatus, Error> {
+    signal_mask::take_only(&[])?;
+    let files = if run.no_sandbox { None } else { Some(sandbox::begin(hooks.entered)?) };
     run.start_log().map_err(Error::Log)?;
+    tell_of_sandbox(files);
     let mut config =
         Config::new(run.kernel, run.initrd, run.cmdline, run.cpus, run.memory, run.fence.into())?;
     config.guard = run.guard;
@@ -76,6 +80,25 @@ pub(super) fn run_vm(run: Run, hooks: Hooks) -> Result<ExitStatus, Error> {
     };
     log::flush();
     Ok(status)
+}
+
+/// Says what of the sandbox is missing.
+fn tell_of_sandbox(files: Option<Files>) {
+    match files {
+        None => {
+            complain("--no-sandbox: whoever takes over a thread of this monitor has all that its user has");
+            tracing::warn!("there is no sandbox (--no-sandbox)");
+        }
+        Some(Files::Denied) => tracing::info!("the sandbox is in force"),
+        Some(Files::PartlyDenied) => {
+            tracing::warn!(
+                "the sandbox is in force; this host's kernel has an older Landlock than is made use of"
+            );
+        }
+        Some(Files::Open) => {
+            tracing::warn!("the sandbox is in force without Landlock, which this host's kernel lacks");
+        }
+    }
 }
 
 /// What stands in the console's output where bytes are missing.

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::host::begin_thread::begin;
 use crate::host::lock::{Condvar, Mutex};
+use crate::host::thread::Thread;
 
 /// Most bytes that wait for the reader.
 const CAPACITY: usize = 64 << 10;
@@ -54,7 +56,10 @@ impl Backlog {
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared { note, queue: Mutex::default(), changed: Condvar::new() });
         let writer = shared.clone();
-        thread::Builder::new().name(name.into()).spawn(move || writer.pass_on(output))?;
+        thread::Builder::new().name(name.into()).spawn(move || {
+            begin(Thread::Writer);
+            writer.pass_on(output);
+        })?;
         Ok(Self(shared))
     }
 

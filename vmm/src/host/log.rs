@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use tracing::level_filters::LevelFilter;
 
 use crate::host::backlog::Backlog;
-use crate::host::escape;
+use crate::host::{escape, sandbox};
 
 /// How entries are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub enum Format {
 }
 
 static LOG: OnceLock<Backlog> = OnceLock::new();
+/// The file that the log is written to, for [`from_trap`], and the format.
+static FILE: OnceLock<(OwnedFd, Format)> = OnceLock::new();
 
 /// How long the last entries wait for their reader.
 const LAST_ENTRIES: Duration = Duration::from_millis(500);
@@ -44,6 +46,10 @@ pub fn start(level: LevelFilter, format: Format, file: Option<&Path>) -> io::Res
         Format::Text => |bytes| format!("{bytes} bytes of the log were dropped here\n"),
         Format::Json => |bytes| format!("{{\"level\":\"WARN\",\"dropped_bytes\":{bytes}}}\n"),
     };
+    if file.is_some() {
+        let _ = FILE.set((to.as_fd().try_clone_to_owned()?, format));
+        sandbox::tell_by(from_trap);
+    }
     let log = Backlog::start("log", to, missing)?;
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -82,6 +88,24 @@ impl<W: Write> Write for Escaping<W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.to.flush()
+    }
+}
+
+/// Writes a line that the sandbox's trap ends the process with, if the log is a file. The line has no quotes.
+fn from_trap(line: &[u8]) {
+    // Without a buffer or a lock of ours: the thread may hold one. What can't be written is lost.
+    let write = |to: BorrowedFd<'_>, parts: &[&[u8]]| {
+        for part in parts {
+            let _ = rustix::io::write(to, part);
+        }
+    };
+    match FILE.get() {
+        Some((file, Format::Text)) => write(file.as_fd(), &[b"ERROR ", line]),
+        Some((file, Format::Json)) => {
+            let text = line.trim_ascii_end();
+            write(file.as_fd(), &[b"{\"level\":\"ERROR\",\"message\":\"", text, b"\"}\n"]);
+        }
+        None => {}
     }
 }
 

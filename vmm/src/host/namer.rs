@@ -8,6 +8,9 @@ use std::io;
 use std::sync::mpsc::{self, SyncSender};
 use std::thread;
 
+use crate::host::begin_thread::begin;
+use crate::host::thread::Thread;
+
 /// Most look-ups that wait.
 const MOST_WAITING: usize = 64;
 
@@ -28,6 +31,7 @@ impl Namer {
     pub fn start() -> io::Result<Self> {
         let (sender, asked) = mpsc::sync_channel::<Asked>(MOST_WAITING);
         thread::Builder::new().name("namer".into()).spawn(move || {
+            begin(Thread::Namer);
             for Asked { process, then } in asked {
                 let program = fs::read_link(format!("/proc/{process}/exe")).ok();
                 then(program.map(|path| path.to_string_lossy().into_owned()));

@@ -1,7 +1,7 @@
 //! The signals that end the monitor, as a descriptor for the event loop.
 //!
-//! A handler (`signal-hook`) writes to a socket, whose other end the event loop watches. The signals
-//! are blocked in every thread but the event loop's, so that none of them interrupts a vCPU.
+//! A handler (`signal-hook`) writes to a socket, whose other end the event loop watches. Every thread but the
+//! event loop's blocks all signals, so that none of them interrupts a vCPU.
 
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,7 +11,8 @@ use std::sync::Arc;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::low_level::pipe;
-use vmm_sys_util::signal::{self, block_signal, unblock_signal};
+
+use crate::host::signal_mask;
 
 /// Signals that end the monitor even if it was started with them ignored, as a shell without job
 /// control starts a background process with SIGINT ignored.
@@ -27,8 +28,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Installs the handlers, and blocks the signals in this thread and in all threads that it starts
-    /// from here on.
+    /// Installs the handlers, and blocks all signals in this thread until [`Signals::unblock`].
     ///
     /// # Errors
     /// What the system returned.
@@ -39,25 +39,22 @@ impl Signals {
         let handled = UNLESS_IGNORED.into_iter().filter(|signal| !is_ignored(signal)).chain(ALWAYS).collect();
         // A file that may not grow is an error of the write (setrlimit(2), RLIMIT_FSIZE), not the monitor's end.
         flag::register(libc::SIGXFSZ, Arc::default())?;
+        signal_mask::take_only(&[])?;
         let (delivered, handler_end) = UnixStream::pair()?;
         delivered.set_nonblocking(true)?;
         let signals = Self { delivered, handled };
         for &signal in &signals.handled {
-            block(signal)?;
             pipe::register(signal, handler_end.try_clone()?)?;
         }
         Ok(signals)
     }
 
-    /// Has the calling thread take the signals, those included that were sent since
-    /// [`Signals::new`].
+    /// Has the calling thread take all signals, those included that were sent since [`Signals::new`].
     ///
     /// # Errors
     /// What the system returned.
     pub fn unblock(&self) -> io::Result<()> {
-        self.handled.iter().try_for_each(|&signal| {
-            unblock_signal(signal).map_err(|e| io::Error::other(format!("unblocking signal {signal}: {e:?}")))
-        })
+        signal_mask::take_all()
     }
 
     /// Whether a signal was delivered since the last call.
@@ -70,13 +67,6 @@ impl Signals {
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.delivered.as_raw_fd()
-    }
-}
-
-fn block(signal: i32) -> io::Result<()> {
-    match block_signal(signal) {
-        Ok(()) | Err(signal::Error::SignalAlreadyBlocked(_)) => Ok(()),
-        Err(error) => Err(io::Error::other(format!("blocking signal {signal}: {error:?}"))),
     }
 }
 
@@ -104,7 +94,7 @@ mod tests {
             signals.unblock().expect("unblocked");
             assert!(signals.take(), "signal {signal}");
             assert!(!signals.take(), "signal {signal} came once");
-            handled.iter().try_for_each(|&signal| block(signal)).expect("blocked again");
+            signal_mask::take_only(&[]).expect("blocked again");
         }
     }
 

@@ -14,8 +14,10 @@ use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::register_signal_handler;
 
+use crate::host::kick_signal::KICK;
+use crate::host::signal_mask;
 use crate::memory::PAGE_SIZE;
 
 /// Installs the handler of the kick signal. It does nothing: being interrupted is the point.
@@ -24,7 +26,7 @@ use crate::memory::PAGE_SIZE;
 /// What `sigaction` returned.
 pub fn install_handler() -> io::Result<()> {
     extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), interrupt).map_err(io::Error::from)
+    register_signal_handler(KICK, interrupt).map_err(io::Error::from)
 }
 
 /// A handle on one vCPU's `immediate_exit` and its thread.
@@ -73,9 +75,15 @@ impl Kick {
         }
     }
 
-    /// Makes the calling thread the vCPU's. Call it before the first entry.
-    pub fn adopt_current_thread(&self) {
+    /// Makes the calling thread the vCPU's, which takes the kick signal and no other, whatever mask it has
+    /// inherited. Call it before the first entry.
+    ///
+    /// # Errors
+    /// When the mask can't be set. Without it kicks would be void, and so would holds.
+    pub fn adopt_current_thread(&self) -> io::Result<()> {
+        signal_mask::take_only(&[KICK])?;
         self.thread.store(rustix::thread::gettid().as_raw_pid(), Ordering::SeqCst);
+        Ok(())
     }
 
     /// Makes the next entries return at once, until [`Kick::clear`].
@@ -90,14 +98,19 @@ impl Kick {
     }
 
     /// Interrupts the thread. Does nothing before the thread exists or after it has ended.
+    ///
+    /// # Panics
+    /// When the signal can't be sent. A hold that relied on it would not be one, so the process ends.
     pub fn signal(&self) {
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
             let process = rustix::process::getpid().as_raw_pid();
-            // SAFETY: tgkill takes integers. A thread that has ended gives ESRCH, which is
-            // as good as done; the process's id can't be reused while it runs.
-            unsafe {
-                libc::syscall(libc::SYS_tgkill, process, thread, SIGRTMIN());
+            // SAFETY: tgkill takes integers. The process's id can't be reused while it runs.
+            let result = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, KICK) };
+            if result != 0 {
+                let error = io::Error::last_os_error();
+                // A thread that has ended is as good as kicked.
+                assert_eq!(error.raw_os_error(), Some(libc::ESRCH), "a vCPU can't be kicked: {error}");
             }
         }
     }

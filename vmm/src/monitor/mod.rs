@@ -28,8 +28,10 @@ use crate::host::fail_stop;
 use crate::host::heap;
 use crate::host::namer::Namer;
 use crate::host::priority;
+use crate::host::sandbox::{self, Entered};
 use crate::host::signals::Signals;
 use crate::host::terminal::{Raw, Stdin};
+use crate::host::thread::Thread;
 use crate::machine::{self, Breakpoints, Machine};
 use crate::monitor::console_input::ConsoleInput;
 use crate::monitor::event_sink::EventSink;
@@ -38,7 +40,7 @@ use crate::monitor::signal_events::SignalEvents;
 use crate::patch::controller::Controller;
 use crate::patch::driver::{Direct, Driver};
 use crate::patch::engine::Engine;
-use crate::patch::image::Image;
+use crate::patch::image::{self, Image};
 use crate::patch::init_gate::AtInit;
 use crate::vcpu::{Ending, Listener};
 
@@ -93,11 +95,20 @@ pub struct Hooks {
     pub driver: Box<dyn Driver>,
     /// When #BP exits are on, and what delivers the guest's own.
     pub breakpoints: Breakpoints,
+    /// Called by each thread that has entered the sandbox.
+    pub entered: Option<Entered>,
+    /// How long the kernel image may be read.
+    pub image_limit: Duration,
 }
 
 impl Default for Hooks {
     fn default() -> Self {
-        Self { driver: Box::new(Direct), breakpoints: Breakpoints::default() }
+        Self {
+            driver: Box::new(Direct),
+            breakpoints: Breakpoints::default(),
+            entered: None,
+            image_limit: image::LIMIT,
+        }
     }
 }
 
@@ -113,12 +124,16 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     let kernel_file = config.kernel.clone();
     heap::unmap_large_blocks_when_freed();
     let to_restore = Arc::new(OnceLock::<Weak<Raw>>::new());
-    let terminal = to_restore.clone();
-    fail_stop::abort_on_panic(move || {
-        if let Some(raw) = terminal.get().and_then(Weak::upgrade) {
-            raw.restore();
+    let restoring = || {
+        let terminal = to_restore.clone();
+        move || {
+            if let Some(raw) = terminal.get().and_then(Weak::upgrade) {
+                raw.restore();
+            }
         }
-    });
+    };
+    fail_stop::abort_on_panic(restoring());
+    sandbox::before_the_end(restoring());
     let signals = Signals::new()?;
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     // It needs rights that other threads may give up.
@@ -130,23 +145,17 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
     let mut machine = Machine::build(&config, &file, output.clone(), drained, hooks.breakpoints)?;
-    let image = Arc::new(Image::new(file));
-
-    if at_init.is_some() {
-        // The plan needs the symbols before init starts, so they are read before the guest runs.
-        if let Err(why) = image.parsed() {
-            return Err(Error::Host(io::Error::other(format!("--patch needs the kernel's symbols: {why}"))));
-        }
-    } else if socket.is_some() {
-        // So that the first plan does not wait for the symbols.
-        let image = image.clone();
-        std::thread::Builder::new().name("symbols".into()).spawn(move || drop(image.parsed()))?;
-    }
-    let engine = Engine::new(config, &machine, image, hooks.driver, audit);
+    let image = Arc::new(Image::new(file, hooks.image_limit));
+    let needs_image = at_init.is_some() || socket.is_some() || config.guard;
+    let engine = Engine::new(config, &machine, image.clone(), hooks.driver, audit);
     let shutdown = Arc::new(Shutdown::new()?);
     let stop = shutdown.clone();
     let stop = Box::new(move || stop.begin(Ending::NotPatched));
     let (controls, controller) = Controller::new(engine, at_init, stop).spawn()?;
+    if needs_image {
+        let controls = controls.clone();
+        image.read_aside(move || controls.image_read())?;
+    }
 
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
     events.add_subscriber(Box::new(ShutdownEvents(shutdown.clone())));
@@ -172,7 +181,6 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     if let Err(error) = machine.start(&listener) {
         shutdown.begin(Ending::Failed(error.to_string()));
     }
-    // All threads have been started, with the signals blocked.
     if let Err(error) = signals.unblock() {
         shutdown.begin(Ending::Failed(error.to_string()));
     }
@@ -180,6 +188,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     // From here on this thread only passes events on. Without the right to a higher priority it keeps
     // its own.
     let _ = priority::raise();
+    let folder = socket.as_ref().map(Socket::folder);
+    sandbox::enter_and_remove(Thread::Events, folder);
     tracing::info!(kernel = %kernel_file.display(), pid = std::process::id(), "the VM starts");
     let ending = loop {
         if let Some(ending) = shutdown.ending() {

@@ -8,7 +8,10 @@
 //!                 write, touched ┤
 //!                 at a door ─────┘
 //! ```
+//!
+//! While the kernel image is being read, what needs the kernel waits its turn in a queue, and the rest is served.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -19,7 +22,9 @@ use crate::api::command::{Answer, Command};
 use crate::api::wire::Refusals;
 use crate::audit::record::Who;
 use crate::guest::located::Located;
+use crate::host::begin_thread::begin;
 use crate::host::priority;
+use crate::host::thread::Thread;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
 use crate::patch::init_gate::{AtInit, InitGate};
 use crate::patch::reconcile::INTERVAL;
@@ -36,6 +41,7 @@ enum Message {
     ModuleAtDoor,
     /// The VM has ended so.
     Ended(String, Done),
+    ImageRead,
 }
 
 /// A command.
@@ -108,6 +114,11 @@ impl Controls {
         let _ = self.messages.send(Message::Touched);
     }
 
+    /// Says that the kernel image was read, or can't be.
+    pub fn image_read(&self) {
+        let _ = self.messages.send(Message::ImageRead);
+    }
+
     /// Says that a module has come to a door of the gate for modules.
     pub fn module_at_door(&self) {
         // A controller that has ended decides nothing; the vCPUs end, too.
@@ -143,13 +154,16 @@ pub struct Controller {
     init_gate: InitGate,
     /// When text was last protected ahead of programs.
     protected_at: Instant,
+    /// What waits for the kernel image, in order: at most [`MOST_WAITING`] commands, and one vCPU.
+    awaiting_image: VecDeque<Message>,
 }
 
 impl Controller {
     /// A controller that has not started yet. It calls `stop` to end a VM that must not start init.
     #[must_use]
     pub fn new(engine: Engine, at_init: Option<AtInit>, stop: Box<dyn Fn() + Send>) -> Self {
-        Self { engine, init_gate: InitGate::new(at_init, stop), protected_at: Instant::now() }
+        let init_gate = InitGate::new(at_init, stop);
+        Self { engine, init_gate, protected_at: Instant::now(), awaiting_image: VecDeque::new() }
     }
 
     /// Starts the thread. It ends when the last [`Controls`] is gone.
@@ -163,6 +177,7 @@ impl Controller {
         let serve = move || {
             // Where this is not permitted the thread runs with the usual priority.
             let _ = priority::raise();
+            begin(Thread::Controller);
             self.serve(&receiver, &waiting);
         };
         let thread = thread::Builder::new().name("controller".into()).spawn(serve)?;
@@ -172,34 +187,57 @@ impl Controller {
     fn serve(mut self, messages: &Receiver<Message>, waiting: &AtomicUsize) {
         while let Some(message) = self.next(messages) {
             self.look_after_kernel();
-            match message {
-                Message::Command(Given { command, at, client }) => {
-                    waiting.fetch_sub(1, Relaxed);
-                    if client.is_waiting() {
-                        let obey = |engine: &mut Engine, command| obey(engine, command, at);
-                        let answer = self.engine.audited(client.who(), command, obey);
-                        client.answer(answer);
-                    }
+            if self.engine.is_image_awaited() {
+                if self.needs_kernel(&message) {
+                    self.awaiting_image.push_back(message);
+                    continue;
                 }
-                Message::Located(found, done) => {
-                    self.engine.set_located(Some(found));
-                    self.init_gate.close(&mut self.engine);
-                    self.engine.set_located(None);
-                    done();
-                }
-                Message::ProtectedWrite(done) => {
-                    self.init_gate.open(&mut self.engine);
-                    done();
-                }
-                Message::Touched => self.engine.reconcile(),
-                Message::ModuleAtDoor => self.engine.decide_at_doors(),
-                Message::Ended(how, done) => {
-                    self.engine.audit.finish(&how);
-                    done();
+            } else {
+                for message in std::mem::take(&mut self.awaiting_image) {
+                    self.handle(message, waiting);
                 }
             }
-            self.engine.keep_module_gate();
+            self.handle(message, waiting);
         }
+    }
+
+    fn needs_kernel(&self, message: &Message) -> bool {
+        match message {
+            Message::Command(given) => given.command.needs_kernel() && given.client.is_waiting(),
+            Message::Located(..) => self.init_gate.is_wanted(&self.engine),
+            _ => false,
+        }
+    }
+
+    fn handle(&mut self, message: Message, waiting: &AtomicUsize) {
+        match message {
+            Message::Command(Given { command, at, client }) => {
+                waiting.fetch_sub(1, Relaxed);
+                if client.is_waiting() {
+                    let obey = |engine: &mut Engine, command| obey(engine, command, at);
+                    let answer = self.engine.audited(client.who(), command, obey);
+                    client.answer(answer);
+                }
+            }
+            Message::Located(found, done) => {
+                self.engine.set_located(Some(found));
+                self.init_gate.close(&mut self.engine);
+                self.engine.set_located(None);
+                done();
+            }
+            Message::ProtectedWrite(done) => {
+                self.init_gate.open(&mut self.engine);
+                done();
+            }
+            Message::Touched => self.engine.reconcile(),
+            Message::ModuleAtDoor => self.engine.decide_at_doors(),
+            Message::ImageRead => {}
+            Message::Ended(how, done) => {
+                self.engine.audit.finish(&how);
+                done();
+            }
+        }
+        self.engine.keep_module_gate();
     }
 
     /// The next message; `None` once every [`Controls`] is gone. Until it comes, reconciles from
@@ -211,6 +249,12 @@ impl Controller {
             match messages.recv_timeout(if must_reconcile { INTERVAL } else { rest }) {
                 Ok(message) => return Some(message),
                 Err(RecvTimeoutError::Disconnected) => return None,
+                // It was given up.
+                Err(RecvTimeoutError::Timeout)
+                    if !self.awaiting_image.is_empty() && !self.engine.is_image_awaited() =>
+                {
+                    return Some(Message::ImageRead);
+                }
                 Err(RecvTimeoutError::Timeout) if must_reconcile => {
                     self.look_after_kernel();
                     self.engine.reconcile();

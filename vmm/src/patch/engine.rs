@@ -13,7 +13,9 @@ use patcher::resolve::RunningGuest;
 use patcher::resolve::targets::{self, Targets};
 
 use crate::api::command::Answer;
-use crate::api::wire::{ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, State, VcpuLine, VcpuRuns};
+use crate::api::wire::{
+    ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, Sandbox, State, VcpuLine, VcpuRuns,
+};
 use crate::audit::log::AuditLog;
 use crate::config::Config;
 use crate::devices::ports::Ports;
@@ -21,13 +23,14 @@ use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::located::Located;
 use crate::guest::vcpu_state::{Activity, VcpuRegisters};
+use crate::host::sandbox::{self, Files};
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
 use crate::patch::audit::Audit;
 use crate::patch::doors::Gate;
 use crate::patch::driver::Driver;
-use crate::patch::image::Image;
+use crate::patch::image::{Image, Unread};
 use crate::patch::patch_set::PatchSet;
 use crate::patch::pending_set::PendingSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
@@ -139,6 +142,11 @@ impl Engine {
                 writes: self.guard.stopped_writes(),
                 pages_ahead: self.guard.preprotected_pages(),
             },
+            sandbox: match sandbox::in_force() {
+                None => Sandbox::Off,
+                Some(Files::Open) => Sandbox::WithoutLandlock,
+                Some(Files::Denied | Files::PartlyDenied) => Sandbox::On,
+            },
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             audit: self.audit.info(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -195,8 +203,13 @@ impl Engine {
     }
 
     /// What is known of the image.
-    pub(super) fn image(&self) -> Result<Arc<KernelImage>, String> {
-        self.image.parsed()
+    pub(super) fn image(&self) -> Result<Arc<KernelImage>, Unread> {
+        self.image.read()
+    }
+
+    /// Whether the image is being read still. Until then nothing that needs the kernel is begun.
+    pub(super) fn is_image_awaited(&self) -> bool {
+        !self.image.is_read()
     }
 
     /// Forgets the guest's kernel, and what the monitor has in its memory: the guest runs another.
@@ -212,7 +225,7 @@ impl Engine {
                 None if !self.has_syscalls => Err(not_ready("it has not set up system calls yet"))?,
                 None => self.find_kernel()?,
                 Some(found) => {
-                    let image = self.image().map_err(|why| not_ready(&why))?;
+                    let image = self.image().map_err(|why| not_ready(&why.to_string()))?;
                     GuestKernel::new(image, found, self.vm.ram().clone())?
                 }
             };
@@ -252,8 +265,8 @@ impl Engine {
 
     /// Protects text ahead of programs, as far as the guest does not write to it.
     pub(super) fn protect_text_ahead(&mut self) {
-        // The image is parsed only for a VM with a control socket; without one no plan comes.
-        if !self.guard.is_text_known() && self.image.is_parsed() && self.looks > 0 {
+        // The image is read only for a VM to which plans may come.
+        if !self.guard.is_text_known() && self.image().is_ok() && self.looks > 0 {
             self.looks -= u32::from(self.has_syscalls);
             if let Ok(text) = self.text() {
                 self.guard.set_text(&text);

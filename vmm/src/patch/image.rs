@@ -1,39 +1,143 @@
-//! The kernel image of the guest: read from its file when first needed, and once.
+//! The kernel image of the guest: read from its file once, by a thread of its own.
+//!
+//! A file that is made to be slow to read must not keep the controller from its work. So nobody waits for that
+//! thread: until it is done the image is [`Unread::Yet`], and after [`LIMIT`] it is given up for ever. How much work
+//! and memory the reader takes is bounded there (`patcher`).
 
-use std::sync::{Arc, OnceLock};
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use patcher::image::KernelImage;
 
-/// A kernel image that is read when first needed.
+use crate::host::begin_thread::begin;
+use crate::host::thread::Thread;
+
+/// How long an image may be read. A stock kernel takes a second on an idle host.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+enum State {
+    /// The file's content, which is as large as all that follows from it.
+    File(Vec<u8>),
+    /// It is being read since then.
+    Reading(Instant),
+    /// It was read, or can't be.
+    Read(Result<Arc<KernelImage>, String>),
+}
+
+/// Why there is no image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unread {
+    /// It is being read.
+    #[error("the kernel image is still being read")]
+    Yet,
+    /// It can't be read.
+    #[error("{0}")]
+    Ever(String),
+}
+
+/// A kernel image.
 pub struct Image {
-    /// The file's content; empty once it was read, as it is as large as all that follows from it.
-    file: Mutex<Vec<u8>>,
-    parsed: OnceLock<Result<Arc<KernelImage>, String>>,
+    state: Mutex<State>,
+    limit: Duration,
 }
 
 impl Image {
-    /// Takes the content of a kernel file.
+    /// Takes the content of a kernel file, which may be read for so long.
     #[must_use]
-    pub fn new(file: Vec<u8>) -> Self {
-        Self { file: Mutex::new(file), parsed: OnceLock::new() }
+    pub fn new(file: Vec<u8>, limit: Duration) -> Self {
+        Self { state: Mutex::new(State::File(file)), limit }
     }
 
-    /// Whether it was read.
-    #[must_use]
-    pub fn is_parsed(&self) -> bool {
-        self.parsed.get().is_some()
-    }
-
-    /// What is known of the kernel.
+    /// Starts the thread that reads it, once, and calls `then`.
     ///
     /// # Errors
-    /// Why it can't be read.
-    pub fn parsed(&self) -> Result<Arc<KernelImage>, String> {
-        let parse = || {
-            let file = std::mem::take(&mut *self.file.lock());
-            KernelImage::parse(&file).map(Arc::new).map_err(|e| e.to_string())
-        };
-        self.parsed.get_or_init(parse).clone()
+    /// When the system has no thread left.
+    pub fn read_aside(self: &Arc<Self>, then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        self.read_aside_by(|file| KernelImage::parse(file).map(Arc::new).map_err(|e| e.to_string()), then)
+    }
+
+    fn read_aside_by(
+        self: &Arc<Self>,
+        parse: impl FnOnce(&[u8]) -> Result<Arc<KernelImage>, String> + Send + 'static,
+        then: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
+        let mut state = self.state.lock();
+        let State::File(file) = &mut *state else { return Ok(()) };
+        let file = std::mem::take(file);
+        *state = State::Reading(Instant::now());
+        drop(state);
+        let image = self.clone();
+        thread::Builder::new().name("symbols".into()).spawn(move || {
+            begin(Thread::Symbols);
+            let read = parse(&file);
+            drop(file);
+            let mut state = image.state.lock();
+            // Not once it was given up.
+            if matches!(*state, State::Reading(_)) {
+                *state = State::Read(read);
+            }
+            drop(state);
+            then();
+        })?;
+        Ok(())
+    }
+
+    /// Whether it is known what the image is, or that it can't be read.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        !matches!(self.read(), Err(Unread::Yet))
+    }
+
+    /// What is known of the kernel. Does not wait.
+    ///
+    /// # Errors
+    /// Why it is not known.
+    pub fn read(&self) -> Result<Arc<KernelImage>, Unread> {
+        let mut state = self.state.lock();
+        match &*state {
+            State::File(_) => Err(Unread::Ever("the kernel image was not read".to_owned())),
+            State::Read(read) => read.clone().map_err(Unread::Ever),
+            State::Reading(since) if since.elapsed() < self.limit => Err(Unread::Yet),
+            State::Reading(_) => {
+                let why =
+                    format!("the kernel image was given up: reading it took more than {:?}", self.limit);
+                tracing::error!("{why}");
+                *state = State::Read(Err(why.clone()));
+                Err(Unread::Ever(why))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_an_image_and_what_takes_too_long_is_given_up() {
+        for (limit, late) in [(Duration::from_secs(3600), false), (Duration::ZERO, true)] {
+            let image = Arc::new(Image::new(b"file".to_vec(), limit));
+            let (go_on, wait) = mpsc::channel::<()>();
+            let (done, is_done) = mpsc::channel();
+            let parse = move |file: &[u8]| {
+                assert_eq!(file, b"file");
+                let _ = wait.recv();
+                Err("no kernel".to_owned())
+            };
+            assert!(matches!(image.read(), Err(Unread::Ever(_))), "nobody asked for it");
+            image.read_aside_by(parse, move || _ = done.send(())).expect("a thread");
+            image.read_aside(|| unreachable!("it is read once")).expect("no thread");
+            let given_up = matches!(image.read(), Err(Unread::Ever(why)) if why.contains("more than"));
+            assert_eq!((given_up, image.is_read()), (late, late));
+            drop(go_on);
+            is_done.recv().expect("it ended");
+            let why = image.read().expect_err("it is no kernel");
+            assert_eq!(why == Unread::Ever("no kernel".to_owned()), !late, "{why}");
+        }
     }
 }

@@ -56,10 +56,15 @@ impl InitGate {
         Self { at_init, stop }
     }
 
+    /// Whether there is something to be done before init.
+    pub(super) fn is_wanted(&self, engine: &Engine) -> bool {
+        self.at_init.is_some() || engine.wants_text_guarded()
+    }
+
     /// Makes the guest wait right before it starts init, if there is something to be done then.
     pub(super) fn close(&mut self, engine: &mut Engine) {
         let guards_text = engine.wants_text_guarded();
-        if self.at_init.is_none() && !guards_text {
+        if !self.is_wanted(engine) {
             return;
         }
         let page = engine.kernel().map_err(|refusal| refusal.to_string()).and_then(page);

@@ -41,7 +41,7 @@ impl Engine {
     /// The kernel that the vCPUs run, each of which is stopped for a moment.
     pub(super) fn find_kernel(&self) -> Result<GuestKernel, Refusal> {
         let not_ready = |why: String| Refusal::GuestNotReady { why };
-        let image = self.image().map_err(not_ready)?;
+        let image = self.image().map_err(|why| not_ready(why.to_string()))?;
         let inspected = self.rendezvous.inspect(&self.rendezvous.vcpus(), PAUSE_PATIENCE);
         self.rendezvous.release();
         let inspected = inspected.map_err(|error| not_ready(error.to_string()))?;

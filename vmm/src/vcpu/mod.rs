@@ -34,6 +34,8 @@ use crate::devices::ports::Ports;
 use crate::devices::power::PowerRequest;
 use crate::guest::located::Located;
 use crate::guest::vcpu_state::VcpuRegisters;
+use crate::host::begin_thread::begin;
+use crate::host::thread::Thread;
 use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::Kick;
@@ -146,8 +148,12 @@ impl Vcpu {
     }
 
     fn run(mut self) {
-        self.kick.adopt_current_thread();
-        if let Some(ending) = self.run_until_stopped() {
+        begin(Thread::Vcpu);
+        let ending = match self.kick.adopt_current_thread() {
+            Ok(()) => self.run_until_stopped(),
+            Err(error) => Some(Ending::Failed(format!("vCPU {}: {error}", self.id.0))),
+        };
+        if let Some(ending) = ending {
             self.listener.ended(ending);
         }
         self.kick.disown();

@@ -1,6 +1,6 @@
 //! What a VM and its vCPUs are doing.
 
-use crate::api::wire::{Done, Info, State, VcpuLine, VcpuRuns};
+use crate::api::wire::{Done, Info, Sandbox, State, VcpuLine, VcpuRuns};
 use crate::cli::render::Render;
 use crate::cli::render::page::{Page, bold, green, plain, red};
 
@@ -29,6 +29,11 @@ impl Render for Info {
         if let Some(arena) = &self.arena {
             let (base, bytes) = (arena.base, arena.used_bytes);
             page.line([plain(format_args!("copies of instructions at {base}, {bytes} bytes"))]);
+        }
+        match self.sandbox {
+            Sandbox::On => {}
+            Sandbox::WithoutLandlock => page.line([red("the sandbox lacks Landlock")]),
+            Sandbox::Off => page.line([red("no sandbox")]),
         }
         if self.console_dropped_bytes > 0 {
             let bytes = self.console_dropped_bytes;

@@ -10,27 +10,17 @@
 
 use std::time::{Duration, Instant};
 
-use patcher::plan::refusal::{Refusal, Refused};
-use patcher::resolve::ResolvedPlan;
-use patcher::resolve::expand::Datum;
-use patcher::site::Site;
+use patcher::plan::refusal::Refusal;
 
-use crate::api::command::{Answer, Command};
-use crate::api::wire::{AuditInfo, PatchState, Report};
-use crate::audit::chain::{Sum, sha256};
+use crate::api::wire::AuditInfo;
+use crate::audit::chain::sha256;
 use crate::audit::log::AuditLog;
-use crate::audit::record::{
-    Change, Event, MOST_NAME, MOST_SITES, Outcome, PlanDigest, Request, SiteDigest, Who, short, shorter,
-};
-use crate::guest::kernel::GuestKernel;
-use crate::patch::engine::Engine;
+use crate::audit::record::{Change, Event, Outcome, PlanDigest, Request, Who, short};
 
 /// How many requests of the monitor's own are listed at once.
 const BURST: u32 = 64;
 /// How long it takes until one more is.
 const REFILL: Duration = Duration::from_secs(10);
-/// Most codes of refusals that are listed.
-const MOST_CODES: usize = 16;
 
 /// The audit log, if there is one, and the request in hand.
 pub(super) struct Audit {
@@ -82,8 +72,17 @@ impl Audit {
         }
     }
 
-    /// Says that the guest is about to be changed.
-    pub(super) fn intend(&mut self, change: Option<Change>) -> Result<(), Refusal> {
+    /// Says that something is about to be done to the guest that changes no text by a plan.
+    pub(super) fn intend(&mut self) -> Result<(), Refusal> {
+        self.intend_to(|| None)
+    }
+
+    /// Says that the guest's text is about to be changed so.
+    pub(super) fn intend_change(&mut self, change: impl FnOnce() -> Change) -> Result<(), Refusal> {
+        self.intend_to(|| Some(change()))
+    }
+
+    fn intend_to(&mut self, change: impl FnOnce() -> Option<Change>) -> Result<(), Refusal> {
         let Some(log) = &mut self.log else { return Ok(()) };
         let unwritable = |why: String| Refusal::AuditUnwritable { why };
         if self.has_ended {
@@ -93,7 +92,7 @@ impl Audit {
             return Err(unwritable("nobody asked for this change".to_owned()));
         };
         if current.is_listed {
-            let (request, change) = (current.request.clone(), change.map(Box::new));
+            let (request, change) = (current.request.clone(), change().map(Box::new));
             log.append(&Event::Intent { request, change }).map_err(|error| unwritable(error.to_string()))?;
         } else if !log.is_writable() {
             return Err(unwritable("earlier lines could not be written".to_owned()));
@@ -142,7 +141,7 @@ impl Audit {
     }
 
     /// Whether a request is in hand.
-    fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         self.current.is_some()
     }
 
@@ -172,151 +171,4 @@ impl Audit {
         self.tokens = self.tokens.saturating_sub(1);
         taken
     }
-}
-
-impl Engine {
-    /// Does what a client asked for, and has it told before the answer.
-    pub(super) fn audited(
-        &mut self,
-        who: Who,
-        command: Command,
-        obey: impl FnOnce(&mut Self, Command) -> Answer,
-    ) -> Answer {
-        let (action, patch, plan) = match &command {
-            Command::Pause { .. } => ("pause", None, None),
-            Command::Resume => ("resume", None, None),
-            Command::RemoveArena => ("remove_arena", None, None),
-            Command::Apply(json) => ("apply", None, Some(json.as_slice())),
-            Command::Revert(name) => ("revert", Some(name.as_str()), None),
-            Command::Info
-            | Command::Vcpus
-            | Command::Check(_)
-            | Command::Explain(_)
-            | Command::Targets
-            | Command::List
-            | Command::Show(_) => return obey(self, command),
-        };
-        self.audit.begin(who, action, patch, plan);
-        let answer = obey(self, command);
-        match self.audit.end(outcome(&answer)) {
-            Ok(()) => answer,
-            Err(why) => Answer::Unaudited { answer: Box::new(answer), why },
-        }
-    }
-
-    /// Does what the monitor does by itself: within a request, as a part of it.
-    pub(super) fn by_itself<T>(
-        &mut self,
-        action: &'static str,
-        patch: &str,
-        act: impl FnOnce(&mut Self) -> T,
-        outcome: impl FnOnce(&T) -> Outcome,
-    ) -> T {
-        if self.audit.is_busy() {
-            return act(self);
-        }
-        self.audit.begin(Who::Monitor, action, Some(patch), None);
-        let result = act(self);
-        if let Err(why) = self.audit.end(outcome(&result)) {
-            tracing::error!("the audit log: the outcome of {action} {patch} can't be written yet: {why}");
-        }
-        result
-    }
-}
-
-/// What is to be changed, as the log has it.
-pub(super) fn change(kernel: &GuestKernel, strategy: String, sites: &[Site], data: &[Datum]) -> Change {
-    let image = &kernel.kernel().image;
-    let (mut before, mut after) = (Sum::default(), Sum::default());
-    let pieces = sites.iter().map(|site| (site.at, &site.old, &site.new));
-    for (at, old, new) in pieces.chain(data.iter().map(|datum| (datum.at, &datum.old, &datum.new))) {
-        before.add(at.0, old);
-        after.add(at.0, new);
-    }
-    let digest = |site: &Site| SiteDigest {
-        at: site.at.to_string(),
-        symbol: shorter(&site.symbol, MOST_NAME),
-        before: sha256(&site.old),
-        after: sha256(&site.new),
-    };
-    Change {
-        release: short(image.release()),
-        build_id: image.build_id().map(patcher::insn::hex).map(|id| short(&id)),
-        strategy,
-        count: sites.len(),
-        data: data.len(),
-        before: before.digest(),
-        after: after.digest(),
-        sites: sites.iter().take(MOST_SITES).map(digest).collect(),
-    }
-}
-
-/// The same of a plan.
-pub(super) fn change_by(
-    kernel: &GuestKernel,
-    plan: &ResolvedPlan,
-    strategy: impl serde::Serialize,
-) -> Change {
-    change(kernel, word(&strategy), &plan.sites, &plan.data)
-}
-
-/// What a report says.
-pub(super) fn of_report(report: &Report) -> Outcome {
-    Outcome {
-        state: word(&report.state),
-        failure: report.failure.as_deref().map(short),
-        total_us: Some(report.timing.total_us),
-        longest_stall_us: Some(report.timing.longest_stall_us),
-        ..Outcome::default()
-    }
-}
-
-/// What became of a plan.
-pub(super) fn of_reported(result: &Result<Report, Vec<Refused>>) -> Outcome {
-    match result {
-        Ok(report) => of_report(report),
-        Err(refused) => of_refused(refused),
-    }
-}
-
-fn of_refused(refused: &[Refused]) -> Outcome {
-    let codes = refused.iter().take(MOST_CODES).map(|refused| refused.refusal.code()).collect();
-    Outcome { state: "refused".to_owned(), codes, ..Outcome::default() }
-}
-
-/// That something is in a state now, and why.
-pub(super) fn of_state(state: PatchState, why: &str) -> Outcome {
-    Outcome { state: word(&state), failure: Some(short(why)), ..Outcome::default() }
-}
-
-/// That something was done, or why not.
-pub(super) fn of_result<T, E: ToString>(result: &Result<T, E>) -> Outcome {
-    match result {
-        Ok(_) => Outcome { state: "done".to_owned(), ..Outcome::default() },
-        Err(error) => failed(&error.to_string()),
-    }
-}
-
-pub(super) fn failed(why: &str) -> Outcome {
-    Outcome { state: "failed".to_owned(), failure: Some(short(why)), ..Outcome::default() }
-}
-
-fn outcome(answer: &Answer) -> Outcome {
-    match answer {
-        Answer::Report(report) => of_report(report),
-        Answer::Refused(refusals) => of_refused(&refusals.refusals),
-        Answer::Failed(why) => failed(why),
-        Answer::Done(took) => Outcome {
-            state: "done".to_owned(),
-            total_us: Some(u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
-            ..Outcome::default()
-        },
-        _ => Outcome { state: "done".to_owned(), ..Outcome::default() },
-    }
-}
-
-/// A word of the control socket's JSON.
-fn word(value: &impl serde::Serialize) -> String {
-    let value = serde_json::to_value(value).ok();
-    value.as_ref().and_then(|value| value.as_str()).unwrap_or_default().to_owned()
 }

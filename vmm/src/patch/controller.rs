@@ -284,14 +284,14 @@ fn obey(engine: &mut Engine, command: Command, given_at: Instant) -> Answer {
             Ok(vcpus) => Answer::Vcpus(vcpus),
             Err(error) => Answer::Failed(error.to_string()),
         },
-        Command::Pause { hurry } => match engine.audit.intend(None) {
+        Command::Pause { hurry } => match engine.audit.intend() {
             Err(refusal) => refused(refusal),
             Ok(()) => match engine.rendezvous.pause(PAUSE_PATIENCE, hurry) {
                 Ok(()) => Answer::Done(given_at.elapsed()),
                 Err(error) => Answer::Failed(error.to_string()),
             },
         },
-        Command::Resume => match engine.audit.intend(None) {
+        Command::Resume => match engine.audit.intend() {
             Err(refusal) => refused(refusal),
             Ok(()) => {
                 engine.rendezvous.resume();

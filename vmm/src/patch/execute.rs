@@ -13,10 +13,10 @@ use crate::api::wire::{PatchState, Report, Timing};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::GuestKernel;
-use crate::patch::audit::change_by;
 use crate::patch::engine::Engine;
 use crate::patch::executor::{Executor, PATIENCE};
 use crate::patch::kernel_locks::wait_while_taken;
+use crate::patch::outcome::change_by;
 use crate::text_guard::split_at_pages;
 
 impl Engine {
@@ -29,7 +29,7 @@ impl Engine {
     ) -> Result<Report, Refusal> {
         let kernel = self.kernel()?.clone();
         // Before anything is held or protected: it waits for the disk.
-        self.audit.intend(Some(change_by(&kernel, plan, program.strategy)))?;
+        self.audit.intend_change(|| change_by(&kernel, plan, program.strategy))?;
         let prepared = given_at.elapsed();
         let until = Instant::now() + Duration::from_millis(plan.deadline_ms);
         let places = CachedTranslations::of(&kernel);

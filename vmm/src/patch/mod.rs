@@ -17,6 +17,7 @@
 mod apply;
 pub mod arena;
 mod audit;
+mod audited;
 pub mod controller;
 mod doors;
 pub mod driver;
@@ -27,6 +28,7 @@ pub mod image;
 pub mod init_gate;
 mod kernel_locks;
 mod module_gate;
+mod outcome;
 mod patch_set;
 mod pending;
 mod pending_set;

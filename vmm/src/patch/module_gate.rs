@@ -23,11 +23,11 @@ use patcher::safety::blockers;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
-use crate::patch::audit::of_result;
 use crate::patch::doors::{Gate, LONGEST};
 use crate::patch::engine::Engine;
 use crate::patch::executor::PATIENCE;
 use crate::patch::kernel_locks::wait_while_taken;
+use crate::patch::outcome::of_result;
 use crate::sync::module_gate::Door;
 
 /// How long closing waits for a guest that patches itself.
@@ -48,7 +48,7 @@ impl Engine {
         })?;
         let live = |at: Gva| kernel.kernel().live(at);
         let doors = doors.map(|push| Push { at: live(push.at), next: live(push.next), ..push });
-        self.audit.intend(None)?;
+        self.audit.intend()?;
         self.rendezvous.module_gate().close(doors);
         let armed = self.rendezvous.arm(PATIENCE).map_err(|error| unseen(&error.to_string()));
         match armed.and_then(|()| self.write_doors(&kernel, &doors)) {
@@ -88,7 +88,7 @@ impl Engine {
     /// Lets modules pass unseen.
     fn open_module_gate(&mut self) -> Result<(), Refusal> {
         if self.known_kernel().is_some() && self.gate.is_closed() {
-            self.audit.intend(None)?;
+            self.audit.intend()?;
         }
         if let Some(kernel) = self.known_kernel()
             && self.gate.is_closed()

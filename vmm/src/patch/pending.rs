@@ -18,8 +18,8 @@ use patcher::plan::refusal::{Refusal, Refused};
 
 use crate::api::wire::{PatchState, PatchSummary, Report};
 use crate::guest::events::{Details, Kind};
-use crate::patch::audit::{of_reported, of_state};
 use crate::patch::engine::{Engine, at_root};
+use crate::patch::outcome::{of_reported, of_state};
 use crate::patch::pending_set::State;
 
 /// Most reasons that are told for one plan.

@@ -25,8 +25,8 @@ use crate::api::wire::PatchState;
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::GuestKernel;
-use crate::patch::audit::{of_result, of_state};
 use crate::patch::engine::Engine;
+use crate::patch::outcome::{of_result, of_state};
 use crate::text_guard::Guard;
 
 /// Least time between two comparisons: the guest is given time to finish, and can't keep the

@@ -33,7 +33,7 @@ impl Engine {
         if interior::preempts(kernel.kernel(), &kernel) {
             return Err(refused(Refusal::ArenaInUse { why: "the kernel preempts tasks in kernel mode" }));
         }
-        self.audit.intend(None).map_err(refused)?;
+        self.audit.intend().map_err(refused)?;
         let outside = Condition { inside: vec![arena.slots.range()], ..Condition::default() };
         let until = Instant::now() + PATIENCE;
         let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);

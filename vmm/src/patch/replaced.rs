@@ -13,9 +13,9 @@ use patcher::plan::refusal::Refusal;
 use crate::api::wire::PatchState;
 use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::GuestKernel;
-use crate::patch::audit::of_state;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE};
 use crate::patch::executor::confirm_vcpus;
+use crate::patch::outcome::of_state;
 
 impl Engine {
     /// Reports all patches as lost if the guest's kernel was replaced. Returns whether it was.

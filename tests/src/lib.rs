@@ -5,6 +5,7 @@ pub mod campaigns;
 pub mod cost;
 pub mod drivers;
 pub mod guard;
+pub mod hostile;
 pub mod hotplug;
 pub mod kernels;
 pub mod lab;

@@ -11,7 +11,8 @@ use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
 use tests::{
-    breakpoints, guard, hotplug, kernels, matrix, modes, oracle, replaced, selfpatching, spinlocks, targets,
+    breakpoints, guard, hostile, hotplug, kernels, matrix, modes, oracle, replaced, selfpatching, spinlocks,
+    targets,
 };
 
 /// Long campaigns against real guests.
@@ -34,7 +35,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
+const CAMPAIGNS: [(&str, usize, Campaign); 27] = [
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
@@ -48,6 +49,8 @@ const CAMPAIGNS: [(&str, usize, Campaign); 25] = [
     }),
     ("guard-boots", 100, guard::boots),
     ("guard-cost", 5, guard::cost),
+    ("hostile", 30, |lab, minutes| hostile::everything(lab, Duration::from_secs(60 * minutes as u64))),
+    ("hostile-each", 15, |lab, seconds| hostile::each(lab, Duration::from_secs(seconds as u64))),
     ("spinlocks", 100, |lab, times| {
         let both = targets::both_kernels(lab, 8);
         both.iter().try_for_each(|setup| {

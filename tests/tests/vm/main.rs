@@ -11,6 +11,7 @@ mod engine;
 mod events;
 mod flips;
 mod guard;
+mod hostile;
 mod hotplug;
 mod kernel;
 mod monitor;
@@ -51,6 +52,7 @@ fn all() -> Vec<Test> {
         events::TESTS,
         flips::TESTS,
         guard::TESTS,
+        hostile::TESTS,
         hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,

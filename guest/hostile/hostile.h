@@ -14,7 +14,7 @@ enum slot { SLOT_STORES = 4, SLOT_STACK = 5, SLOT_ALIAS = 6 };
 /* What an attack found: how often something was not as the processor does it. */
 typedef unsigned int (*attack_fn)(void);
 
-extern unsigned long target, klp_ops, kprobe_table;
+extern unsigned long target, ops_at, probes_at;
 
 u8 *slot_at(enum slot slot);
 /* Counts the bytes of a slot that are not `value`. */

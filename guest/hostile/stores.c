@@ -15,7 +15,7 @@
 unsigned int attack_stores(void)
 {
 	u8 *at = slot_at(SLOT_STORES);
-	u64 value = 0x9191919191919191;
+	u64 value = 0x9191919191919191, exchanged = value;
 	u8 vector[32] __aligned(32);
 	unsigned int wrong = 0;
 	unsigned long count = 0;
@@ -26,8 +26,9 @@ unsigned int attack_stores(void)
 	kernel_fpu_begin();
 	open = open_text();
 	FORM("mov %1, (%0)", 8, "r"(at), "r"(value));
-	FORM("xchg %1, (%0)", 8, "r"(at), "r"(value));
-	value = 0x9191919191919191;
+	asm volatile("xchg %0, (%1)" : "+r"(exchanged) : "r"(at) : "memory");
+	wrong += differ(at, 0x91, 8) + (exchanged != 0x9090909090909090);
+	fill(at, NOP, SLOT);
 	FORM("lock cmpxchg %1, (%0)", 8, "r"(at), "r"(value), "a"(0x9090909090909090));
 	FORM("lock addl $0x01010101, (%0)", 4, "r"(at));
 	FORM("movnti %1, (%0)", 8, "r"(at), "r"(value));

@@ -16,7 +16,7 @@ use crate::guard::guarded;
 use crate::lab::Lab;
 use crate::oracle::differences;
 use crate::targets::both_kernels;
-use crate::vm::{Setup, Vm};
+use crate::vm::{Setup, Vm, field};
 
 /// What is seen at the first is no growth: buffers and histories fill up to their limits.
 const WARM_UP: Duration = Duration::from_secs(15);
@@ -96,8 +96,8 @@ fn attacked(lab: &Lab, setup: &Setup, attacks: &[&str], time: Duration) -> Resul
     let seen: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("@hostile ")).collect();
     ensure!(seen.len() == if attacks.is_empty() { NAMES.len() } else { attacks.len() }, "{seen:#?}");
     for line in &seen {
-        ensure!(line.contains("exit-status:-0 done=") && line.contains(" wrong=0 "), "{seen:#?}");
-        ensure!(!line.contains("done=0 "), "{line}: it did nothing");
+        let is_right = line.contains(" exit-status:-0 ") && field(line, "wrong")? == 0;
+        ensure!(is_right && field(line, "done")? > 0, "{seen:#?}");
     }
     vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;

@@ -40,8 +40,8 @@ impl Stage {
             Ok(vec![NOP; room])
         })?;
         let site = format!("{FUNCTION}+{:#x}", target + (SLOTS - 1) * SLOT - vm.address(FUNCTION)?);
-        vm.ask(&format!("load /modules/{release}/{HOSTILE}.ko"))?;
         let (lines, _) = vm.ask("symbols klp_ops kprobe_table")?;
+        vm.ask(&format!("load /modules/{release}/{HOSTILE}.ko"))?;
         let mut parameters = vec![format!("target {target:#x}")];
         parameters.extend(lines.iter().filter_map(|line| line.strip_prefix("@symbol ").map(str::to_owned)));
         ensure!(parameters.len() == 3, "{parameters:?}");

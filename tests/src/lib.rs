@@ -1,5 +1,6 @@
 //! Shared by the whole-VM tests, the demo and the soak campaigns.
 
+pub mod bare;
 pub mod breakpoints;
 pub mod campaigns;
 pub mod cost;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use patcher::addr::VcpuId;
 use patcher::program::compile::Host;
 
-use crate::boot::{acpi, cpuid, kernel, registers};
+use crate::boot::{acpi, cpuid, kernel, registers, withheld};
 use crate::config::{Config, Fence};
 use crate::devices::console::Console;
 use crate::devices::irq_line::IrqLine;
@@ -103,6 +103,7 @@ impl Machine {
         for id in 0..config.cpus {
             let fd = vm.vcpu(id)?;
             let mut features = vm.supported_cpuid()?;
+            withheld::withhold(&mut features);
             cpuid::place(&mut features, id, config.cpus);
             fd.set_cpuid2(&features).context("KVM_SET_CPUID2")?;
             if id == 0 {

@@ -7,6 +7,7 @@ mod encode;
 pub mod push;
 mod relocate;
 pub mod store;
+pub mod written;
 
 pub(crate) use decode::{FENTRY, MARKER, branch, marker};
 pub use decode::{INT3, Insn, MAX_LENGTH, count, decode, disassemble};

@@ -58,7 +58,7 @@ const RDI: usize = 7;
 
 impl Store {
     /// Decodes the instruction at `registers.rip`, which `code` begins with. `None` if it is of another
-    /// kind, or if RFLAGS.TF is set.
+    /// kind, if it is to be repeated no more, or if RFLAGS.TF is set.
     ///
     /// ```
     /// use patcher::addr::Gva;
@@ -95,7 +95,7 @@ impl Store {
         };
         let string = insn.is_string_instruction();
         // With 32-bit addresses only the lower halves of the registers change.
-        if string && insn.op0_kind() != OpKind::MemoryESRDI {
+        if string && insn.op0_kind() != OpKind::MemoryESRDI || registers.is_done(&insn) {
             return None;
         }
         let at = Gva(registers.address(&insn, 0)?);
@@ -108,14 +108,6 @@ impl Store {
             next: insn.next_ip(),
             string: string.then_some(repeats),
         })
-    }
-
-    /// The first memory operand of an instruction of any kind.
-    #[must_use]
-    pub fn place(code: &[u8], registers: &GeneralRegisters) -> Option<Gva> {
-        let insn = Decoder::with_ip(64, code, registers.rip, DecoderOptions::NONE).decode();
-        let operand = (0..insn.op_count()).find(|operand| is_memory(insn.op_kind(*operand)))?;
-        registers.address(&insn, operand).map(Gva)
     }
 
     /// Updates the registers as after the write. RIP stays at a string instruction that has elements
@@ -140,10 +132,6 @@ impl Store {
     }
 }
 
-fn is_memory(operand: OpKind) -> bool {
-    operand >= OpKind::MemorySegSI
-}
-
 /// The value that a move stores.
 fn source(insn: &Instruction, registers: &GeneralRegisters) -> Option<u64> {
     match insn.op1_kind() {
@@ -158,8 +146,21 @@ impl GeneralRegisters {
         insn.virtual_address(operand, 0, |register, _, _| self.value(register))
     }
 
+    /// Whether a string instruction has no element left: RCX, or the part of it that has the size of its
+    /// addresses, counts them (SDM volume 2, REP).
+    pub(super) fn is_done(&self, insn: &Instruction) -> bool {
+        let repeats = insn.is_string_instruction() && (insn.has_rep_prefix() || insn.has_repne_prefix());
+        let addresses = (0..insn.op_count()).map(|operand| insn.op_kind(operand));
+        let mask = addresses.fold(u64::MAX, |mask, kind| match kind {
+            OpKind::MemoryESDI | OpKind::MemorySegSI => 0xffff,
+            OpKind::MemoryESEDI | OpKind::MemorySegESI => 0xffff_ffff,
+            _ => mask,
+        });
+        repeats && self.general[RCX] & mask == 0
+    }
+
     /// A general register or part of one, or the base of a segment.
-    fn value(&self, register: Register) -> Option<u64> {
+    pub(super) fn value(&self, register: Register) -> Option<u64> {
         match register {
             Register::FS => return Some(self.fs),
             Register::GS => return Some(self.gs),
@@ -255,6 +256,19 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_written_where_nothing_is_left_to_repeat() {
+        let mut registers = registers();
+        for (rcx, stores) in [(0, [false; 3]), (1 << 32, [true, true, false]), (1, [true, true, false])] {
+            registers.general[RCX] = rcx;
+            let found = [&[0xf3, 0xaa][..], &[0xf2, 0x48, 0xa5], &[0xf3, 0x67, 0xaa]]
+                .map(|code| Store::decode(code, &registers).is_some());
+            assert_eq!(found, stores, "{rcx:#x}");
+        }
+        registers.general[RCX] = 0;
+        assert!(Store::decode(&[0xaa], &registers).is_some(), "it does not repeat");
+    }
+
+    #[test]
     fn anything_else_is_not_known() {
         for (code, what) in [
             (&[0x48, 0x01, 0x07][..], "add [rdi], rax"),
@@ -269,14 +283,6 @@ mod tests {
             (&[0x06], "no instruction"),
         ] {
             assert_eq!(decode(code), None, "{what}");
-            let named = Store::place(code, &registers()).map(|at| at.0);
-            let rdi = registers().general[RDI];
-            let expected = match what.split_once('[') {
-                Some((_, place)) if place.starts_with("edi") => Some(rdi & 0xffff_ffff),
-                Some(_) => Some(rdi),
-                None => None,
-            };
-            assert_eq!(named, expected, "{what}");
         }
         assert_eq!(Store::decode(&[0x88, 0x07], &GeneralRegisters { flags: TRAP, ..registers() }), None);
     }

@@ -13,6 +13,7 @@ mod sites;
 use patcher::addr::Gva;
 use patcher::image::{KernelImage, unpack};
 use patcher::insn::store::{GeneralRegisters, Store};
+use patcher::insn::written::{Bitness, written};
 use patcher::linux::Kernel;
 use patcher::linux::module_list::read_modules;
 use patcher::plan::Strategy;
@@ -318,7 +319,9 @@ proptest! {
     ) {
         let code = [&prefixes[..], &[opcode], &rest[..]].concat();
         let before = GeneralRegisters { general, rip: 0x1000, flags: if down { 0x402 } else { 2 }, fs: 1, gs: 2 };
-        let _ = Store::place(&code, &before);
+        for bitness in [Bitness::Bits16, Bitness::Bits32, Bitness::Bits64] {
+            let _ = written(&code, bitness, &before, [1, 2, 3, 4]);
+        }
         if let Some(store) = Store::decode(&code, &before) {
             prop_assert!([1, 2, 4, 8].contains(&store.width));
             let mut after = before;

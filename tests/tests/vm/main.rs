@@ -9,6 +9,7 @@ mod breakpoints;
 mod cli;
 mod engine;
 mod events;
+mod exits;
 mod flips;
 mod guard;
 mod hostile;
@@ -50,6 +51,7 @@ fn all() -> Vec<Test> {
         cli::TESTS,
         engine::TESTS,
         events::TESTS,
+        exits::TESTS,
         flips::TESTS,
         guard::TESTS,
         hostile::TESTS,

@@ -10,4 +10,5 @@ mod loaded;
 mod pvh;
 pub mod registers;
 mod vmlinux;
+pub mod withheld;
 mod zero_page;

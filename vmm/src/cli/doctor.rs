@@ -201,7 +201,7 @@ fn protected_write_exits() -> Result<String, String> {
     };
     ram.write_protect(&(page..Gpa(page.0 + 1)), true).map_err(|e| e.to_string())?;
     tiny.run(|exit| match exit {
-        Exit::ProtectedWrite => Ok(()),
+        Exit::ProtectedWrite(_) => Ok(()),
         other => Err(unexpected(&other)),
     })?;
     if content()? != 0 {

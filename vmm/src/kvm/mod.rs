@@ -11,12 +11,13 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::memory::GuestRam;
-use crate::memory::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::memory::layout::{ARENA, KVM_IDENTITY_MAP, KVM_TSS};
 
 /// Why KVM or a VM of it can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -72,13 +73,14 @@ pub struct Vm {
 }
 
 /// The capabilities that the monitor needs, with their names for messages.
-const NEEDED: [(Cap, &str); 6] = [
+const NEEDED: [(Cap, &str); 7] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
 ];
 
 impl Vm {
@@ -151,10 +153,12 @@ impl Vm {
     }
 }
 
+/// The arena is the monitor's: the guest only reads and executes it. A write has no effect, as one to ROM
+/// (KVM API 4.35, `KVM_MEM_READONLY`; [`crate::kvm::exit::Exit::MemoryOut`]).
 fn regions(ram: &GuestRam) -> impl Iterator<Item = kvm_userspace_memory_region> {
     (0..).zip(ram.slots()).map(|(slot, part)| kvm_userspace_memory_region {
         slot,
-        flags: 0,
+        flags: if part.guest == ARENA { KVM_MEM_READONLY } else { 0 },
         guest_phys_addr: part.guest,
         memory_size: part.bytes,
         userspace_addr: part.host,

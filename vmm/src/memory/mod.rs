@@ -14,6 +14,7 @@
 //! - `MADV_HUGEPAGE` changes no content and no protection (madvise(2)).
 #![allow(unsafe_code)]
 
+pub mod access;
 pub mod layout;
 pub mod paging;
 

@@ -96,34 +96,64 @@ impl PageTables {
     /// Translates an address. `None` if it is not mapped, is not canonical, or `load` can't read a
     /// table.
     pub fn translate(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> Option<Mapping> {
-        let bits = 12 + 9 * u32::from(self.levels);
-        let upper = address.0 >> (bits - 1);
-        if upper != 0 && upper != u64::MAX >> (bits - 1) {
+        self.walk(address, load, |_| true)
+    }
+
+    /// The same, for a caller that looks at each entry on the way, from the top. `None`, too, once
+    /// `allows` returns `false`.
+    pub fn walk(
+        self,
+        address: Gva,
+        load: impl Fn(Gpa) -> Option<u64>,
+        mut allows: impl FnMut(Entry) -> bool,
+    ) -> Option<Mapping> {
+        if !self.is_canonical(address) {
             return None;
         }
         let mut table = self.root.0 & ADDRESS;
         for level in (0..u32::from(self.levels)).rev() {
             let shift = 12 + 9 * level;
-            let index = address.0 >> shift & 0x1ff;
-            let entry = load(Gpa(table + 8 * index))?;
-            if entry & PRESENT == 0 {
+            let at = Gpa(table + 8 * (address.0 >> shift & 0x1ff));
+            let value = load(at)?;
+            let is_leaf = level == 0 || value & LARGE != 0;
+            if !allows(Entry { at, value, level, is_leaf }) || value & PRESENT == 0 {
                 return None;
             }
-            let is_leaf = level == 0 || entry & LARGE != 0;
             // PS is reserved above the PDPT (SDM volume 3, tables 4-14 and 4-15).
             if is_leaf && level > 2 {
                 return None;
             }
             if is_leaf {
                 let size = 1 << shift;
-                let base = entry & ADDRESS & !(size - 1);
+                let base = value & ADDRESS & !(size - 1);
                 let offset = address.0 & (size - 1);
                 return Some(Mapping { at: Gpa(base + offset), left: size - offset, size });
             }
-            table = entry & ADDRESS;
+            table = value & ADDRESS;
         }
         None
     }
+
+    /// Whether the upper bits of an address are copies of the highest one that is translated.
+    #[must_use]
+    pub fn is_canonical(self, address: Gva) -> bool {
+        let bits = 12 + 9 * u32::from(self.levels);
+        let upper = address.0 >> (bits - 1);
+        upper == 0 || upper == u64::MAX >> (bits - 1)
+    }
+}
+
+/// An entry of a paging structure, as a walk found it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Where it is.
+    pub at: Gpa,
+    /// What it holds.
+    pub value: u64,
+    /// 0 for a page table, 1 for a page directory, and so on.
+    pub level: u32,
+    /// Whether it maps a page.
+    pub is_leaf: bool,
 }
 
 /// All pieces that a range maps to.

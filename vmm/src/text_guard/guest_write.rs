@@ -13,6 +13,7 @@ use crate::guest::vcpu_state::VcpuRegisters;
 use crate::memory::paging::Piece;
 use crate::memory::{self, PAGE_SIZE};
 use crate::text_guard::guard::Guard;
+use crate::text_guard::pages::Reasons;
 use crate::text_guard::pieces::page_of;
 use crate::text_guard::state::Judgement;
 use crate::text_guard::watched::Watched;
@@ -23,8 +24,8 @@ pub struct Write<'a> {
     pub vcpu: VcpuId,
     /// Its registers.
     pub registers: &'a VcpuRegisters,
-    /// The address it uses.
-    pub at: Gva,
+    /// The address it uses. `None` if that is not known: KVM emulated the instruction.
+    pub at: Option<Gva>,
     /// Where that leads, page by page.
     pub pieces: &'a [Piece],
     /// What it writes.
@@ -83,7 +84,8 @@ impl Guard {
         let here: Vec<&Arc<Watched>> = written.iter().filter(is_there).collect();
         let by_patcher = introspection
             .as_ref()
-            .is_some_and(|introspection| introspection.is_kernel_patcher(write.registers, write.at));
+            .zip(write.at)
+            .is_some_and(|(introspection, at)| introspection.is_kernel_patcher(write.registers, at));
         let done = here.iter().all(|site| is_done(site.policy, by_patcher));
         if done {
             self.perform(write)?;
@@ -114,7 +116,10 @@ impl Guard {
         Details {
             who: Some(self.describe_vcpu(write.vcpu, write.registers)),
             patch: watched.map(|watched| watched.patch.to_string()),
-            what: format!("{done} {} to {place}, through {}", insn::hex(write.bytes), write.at),
+            what: match write.at {
+                Some(at) => format!("{done} {} to {place}, through {at}", insn::hex(write.bytes)),
+                None => format!("{done} {} to {place}", insn::hex(write.bytes)),
+            },
         }
     }
 
@@ -134,17 +139,71 @@ impl Guard {
             Judgement::InFlight => return Lift::InFlight,
             Judgement::Guarded => {}
         }
+        let patches = protector.state.watch_list.names_on(page);
         Self::report(protector.lift(page, self.now()));
         drop(protector);
         self.stopped_writes.fetch_add(1, SeqCst);
-        self.events().tell(Kind::Unguarded, || Details {
-            who: Some(self.describe_vcpu(vcpu, registers)),
-            patch: None,
-            what: format!(
-                "writes to the page at guest-physical {page:#x} by an instruction that is not known; \
-                 the page is guarded no more"
-            ),
-        });
+        let what =
+            format!("writes to the page at guest-physical {page:#x} by an instruction that is not known");
+        self.tell_unguarded(vcpu, registers, what, "the page is guarded no more", &patches);
         Lift::Lifted
+    }
+
+    /// Gives up the guard of every page but the init gate's, for a vCPU that is stopped at a write and
+    /// nothing tells where.
+    #[must_use]
+    pub fn give_up_all(&self, vcpu: VcpuId, registers: &VcpuRegisters) -> Lift {
+        let mut protector = self.lock();
+        if protector.state.has_program() {
+            return Lift::InFlight;
+        }
+        let patches = protector.state.watch_list.names();
+        let was_guarded = protector.state.pages.count(Reasons::GUARDED) > 0;
+        let (any, result) = protector.give_up_all(self.now());
+        Self::report(result);
+        drop(protector);
+        if !any {
+            return Lift::NotGuarded;
+        }
+        self.stopped_writes.fetch_add(1, SeqCst);
+        if was_guarded {
+            let what = "was stopped at a write again and again, and nothing tells to where".to_owned();
+            self.tell_unguarded(vcpu, registers, what, "no page is guarded any more", &patches);
+        }
+        Lift::Lifted
+    }
+
+    fn tell_unguarded(
+        &self,
+        vcpu: VcpuId,
+        registers: &VcpuRegisters,
+        what: String,
+        so: &str,
+        patches: &[Arc<str>],
+    ) {
+        /// How many are named.
+        const NAMED: usize = 8;
+        self.events().tell(Kind::Unguarded, || {
+            let named: Vec<&str> = patches.iter().take(NAMED).map(|name| &**name).collect();
+            let held = match named[..] {
+                [] => String::new(),
+                _ => format!(
+                    "; what the guest writes there to these patches is not seen or denied any more: {}{}",
+                    named.join(", "),
+                    if patches.len() > NAMED { ", ..." } else { "" }
+                ),
+            };
+            Details {
+                who: Some(self.describe_vcpu(vcpu, registers)),
+                patch: patches.first().map(ToString::to_string),
+                what: format!("{what}; {so}{held}"),
+            }
+        });
+    }
+
+    /// Whether the guest can't write to the page at an address now.
+    #[must_use]
+    pub fn is_protected(&self, at: Gpa) -> bool {
+        !self.lock().state.pages.reasons(page_of(at)).is_empty()
     }
 }

@@ -65,6 +65,11 @@ impl TextParts {
         part.is_closed(pages).then(|| part.pages.clone())
     }
 
+    /// The parts that are preprotected.
+    pub(super) fn all_closed(&self, pages: &Pages) -> Vec<Range<u64>> {
+        self.parts.iter().filter(|part| part.is_closed(pages)).map(|part| part.pages.clone()).collect()
+    }
+
     /// The writable parts that have one of the pages in `some`; neighbours are joined.
     pub(super) fn open_with(&self, pages: &Pages, some: &BTreeSet<u64>) -> Vec<Range<u64>> {
         let has_some = |part: &&Part| some.range(part.pages.clone()).next().is_some();

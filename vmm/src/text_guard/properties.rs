@@ -45,6 +45,7 @@ enum Operation {
     OpenGate,
     Sentinel(u64),
     LetGo,
+    GiveUpAll,
 }
 
 /// An operation, and which of its calls the host refuses, a bit for each.
@@ -67,6 +68,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Operation::OpenGate),
         1 => PAGES.prop_map(Operation::Sentinel),
         1 => Just(Operation::LetGo),
+        1 => Just(Operation::GiveUpAll),
     ];
     vec((operation, prop_oneof![3 => Just(0), 1 => any::<u32>()]), 1..60)
 }
@@ -136,10 +138,6 @@ impl Model {
         self.reasons.get(&page).is_some_and(|reasons| reasons.contains(reason))
     }
 
-    fn is_protected(&self, page: u64) -> bool {
-        self.reasons.contains_key(&page) || self.stuck.contains(&page)
-    }
-
     fn is_guarded(&self, page: u64) -> bool {
         let guards =
             |reason: &Reason| !matches!(reason, Reason::Preprotected | Reason::Gate | Reason::Sentinel);
@@ -189,13 +187,8 @@ impl Model {
                 self.preprotect(part);
             }
         }
-        let bare: Vec<u64> =
-            pages.iter().copied().filter(|page| !self.has(*page, &Reason::Preprotected)).collect();
-        let run = if bare.len() > 4 { bare[0]..bare[bare.len() - 1] } else { 0..0 };
-        for page in PAGES {
-            if pages.contains(&page) || run.contains(&page) && !self.is_protected(page) {
-                self.add(page, Reason::Program);
-            }
+        for page in pages {
+            self.add(*page, Reason::Program);
         }
     }
 
@@ -361,6 +354,18 @@ fn step(
             if real.add(Reasons::SENTINEL, &(page * PAGE..(page + 1) * PAGE)).is_ok() {
                 model.add(page, Reason::Sentinel);
             }
+        }
+        Operation::GiveUpAll if real.state.has_program() => {}
+        Operation::GiveUpAll => {
+            let becomes_bare = model.reasons.keys().any(|page| !model.has(*page, &Reason::Gate));
+            let (gave_up, _) = real.give_up_all(now);
+            prop_assert_eq!(gave_up, becomes_bare || !model.stuck.is_empty());
+            for part in 0..2 {
+                if model.is_closed(part) {
+                    model.opened[part] = Some(model.now_s);
+                }
+            }
+            model.remove(all, |reason| *reason != Reason::Gate);
         }
         // A vCPU that finds another kernel waits for the program's end.
         Operation::LetGo if real.state.has_program() => {}

@@ -98,6 +98,12 @@ impl<H: WriteProtect> Protector<H> {
         self.unprotect(&runs)
     }
 
+    /// Gives up every page but the init gate's. Returns whether there was any, too.
+    pub(super) fn give_up_all(&mut self, now: Duration) -> (bool, Result<(), H::Error>) {
+        let runs = self.state.give_up_all(now);
+        (!runs.is_empty(), self.unprotect(&runs))
+    }
+
     /// Gives up everything that is protected.
     pub(super) fn let_go(&mut self) -> Result<(), H::Error> {
         let runs = self.state.let_go();

@@ -134,26 +134,31 @@ impl State {
         runs
     }
 
+    /// Gives up every page but the init gate's. The text is protected again once it has rested.
+    #[must_use]
+    pub(super) fn give_up_all(&mut self, now: Duration) -> Vec<Range<u64>> {
+        for page in self.watch_list.pages() {
+            self.watch_list.lift(page);
+        }
+        for part in self.parts.all_closed(&self.pages) {
+            self.parts.opened(&part, now);
+        }
+        self.remove(Reasons::all() - Reasons::INIT_GATE)
+    }
+
     // The program in flight.
 
-    /// Guards the pages of a program's pieces: text is preprotected, other pages become runs. Once
-    /// the host has done so, [`State::start`] makes writes to the pieces wait.
+    /// Guards the pages of a program's pieces: text is preprotected, of other memory only these pages are:
+    /// what lies between them may be anything, and a write to it by an instruction that is not emulated
+    /// would not be worth a page's guard. Once the host has done so, [`State::start`] makes writes to the pieces wait.
     pub(super) fn guard_for_program(&mut self, pieces: &[Piece]) -> Addition {
         let pages: BTreeSet<u64> = pieces.iter().map(|(at, _)| page_of(*at)).collect();
         let mut addition = Addition::default();
         for part in self.parts.open_with(&self.pages, &pages) {
             self.pages.add(Reasons::PREPROTECTED, &part, &mut addition);
         }
-        let is_preprotected = |page: &u64| self.pages.reasons(*page).contains(Reasons::PREPROTECTED);
-        let others = pages.iter().copied().filter(|page| !is_preprotected(page)).collect();
-        for run in runs(&others) {
-            // What else lies in the run is guarded only if it is not protected yet.
-            for part in self.pages.unprotected(&run) {
-                self.pages.add(Reasons::PROGRAM, &part, &mut addition);
-            }
-        }
-        for page in pages {
-            self.pages.add(Reasons::PROGRAM, &one(page), &mut addition);
+        for run in runs(&pages) {
+            self.pages.add(Reasons::PROGRAM, &run, &mut addition);
         }
         addition
     }
@@ -176,15 +181,14 @@ impl State {
     }
 }
 
-/// Joins pages to runs, each of which is protected by one call. A call costs about a fence, a page
-/// that is protected without need only the faults by which KVM maps it again. So more than a few
-/// pages become one run with all that lies between them.
+/// Joins neighbouring pages to runs, each of which is protected by one call.
 fn runs(pages: &BTreeSet<u64>) -> Vec<Range<u64>> {
-    const FEW: usize = 4;
-    const FAR_BYTES: u64 = 64 << 20;
-    let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return Vec::new() };
-    if pages.len() > FEW && last - first < FAR_BYTES {
-        return std::iter::once(*first..last + PAGE).collect();
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for page in pages {
+        match runs.last_mut().filter(|run| run.end == *page) {
+            Some(run) => run.end += PAGE,
+            None => runs.push(one(*page)),
+        }
     }
-    pages.iter().map(|page| one(*page)).collect()
+    runs
 }

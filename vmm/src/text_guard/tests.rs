@@ -34,7 +34,7 @@ fn site(patch: &str, at: u64) -> Watched {
 
 fn attempt(guard: &Guard, pieces: &[Piece], bytes: &[u8]) -> Attempt {
     let registers = VcpuRegisters::default();
-    let write = Write { vcpu: VcpuId(0), registers: &registers, at: Gva(0), pieces, bytes };
+    let write = Write { vcpu: VcpuId(0), registers: &registers, at: Some(Gva(0)), pieces, bytes };
     guard.attempt(&write).expect("RAM")
 }
 
@@ -89,17 +89,18 @@ fn a_write_to_what_a_program_changes_waits_for_its_end() {
 }
 
 #[test]
-fn many_pages_are_one_run_and_what_was_guarded_stays_so() {
+fn what_lies_between_a_programs_pages_stays_writable_and_what_was_guarded_stays_so() {
     let guard = guard();
     guard.guard_text(&(Gpa(8 * PAGE)..Gpa(10 * PAGE))).expect("guarded");
     let is_guarded = |page: u64| guard.lock().state.pages.reasons(page * PAGE).intersects(Reasons::GUARDED);
     let far: Vec<Piece> = (0..6).map(|i| (Gpa(4 * i * PAGE + 9), 1)).collect();
     let scope = guard.begin(far, false).expect("guarded");
-    assert!((0..=20).all(is_guarded) && !is_guarded(21));
+    let guarded: Vec<u64> = (0..PAGES).filter(|page| is_guarded(*page)).collect();
+    assert_eq!(guarded, [0, 4, 8, 9, 12, 16, 20]);
+    assert!(may_write(&guard, 5));
     drop(scope);
     let left: Vec<u64> = (0..PAGES).filter(|page| is_guarded(*page)).collect();
     assert_eq!(left, [8, 9]);
-    // Few are taken one by one.
     let scope = guard.begin(vec![(Gpa(0), 1), (Gpa(4 * PAGE), 1)], false).expect("guarded");
     assert!(is_guarded(0) && is_guarded(4) && !is_guarded(1));
     drop(scope);
@@ -247,6 +248,29 @@ fn a_page_that_is_given_up_is_guarded_no_more() {
     assert_eq!(attempt(&guard, &[(Gpa(0), 1)], &[7]), DONE);
     assert_eq!(guard.guarded_pages(), 1);
     assert_eq!(guard.events().since(0)[0].kind, Kind::Unguarded);
+}
+
+#[test]
+fn all_pages_but_the_gates_are_given_up_where_nothing_tells_which() {
+    let guard = guard();
+    guard.set_text(&(Gpa(4 * PAGE)..Gpa(6 * PAGE)));
+    guard.preprotect_text().expect("protected");
+    guard.close_init_gate(Gpa(20 * PAGE)).expect("closed");
+    guard.lock().watch(Watched { policy: Policy::Deny, ..site("p", 100) }).expect("guarded");
+    let give_up = || guard.give_up_all(VcpuId(1), &VcpuRegisters::default());
+    let scope = guard.begin(vec![(Gpa(8 * PAGE), 1)], false).expect("guarded");
+    assert_eq!(give_up(), Lift::InFlight);
+    drop(scope);
+    assert!(guard.is_protected(Gpa(100)) && guard.is_protected(Gpa(4 * PAGE)));
+    assert_eq!(give_up(), Lift::Lifted);
+    let protected: Vec<u64> = (0..PAGES).filter(|page| !may_write(&guard, *page)).collect();
+    assert_eq!(protected, [20]);
+    let told = guard.events().since(0);
+    assert_eq!((told[0].kind, told[0].patch.as_deref()), (Kind::Unguarded, Some("p")));
+    assert_eq!(guard.take_guest_writes().patches, vec!["p".into()], "it is compared with what is there");
+    assert_eq!(give_up(), Lift::NotGuarded);
+    guard.preprotect_text().expect("it has not rested");
+    assert!(may_write(&guard, 4));
 }
 
 #[test]

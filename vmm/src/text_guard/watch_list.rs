@@ -63,6 +63,25 @@ impl WatchList {
         }
     }
 
+    /// The patches that have sites on a page.
+    pub(super) fn names_on(&self, page: u64) -> Vec<Arc<str>> {
+        self.names_in(self.by_page.get(&page).into_iter().flatten())
+    }
+
+    /// The patches that have sites.
+    pub(super) fn names(&self) -> Vec<Arc<str>> {
+        self.names_in(self.by_page.values().flatten())
+    }
+
+    fn names_in<'w>(&self, sites: impl Iterator<Item = &'w OnPage>) -> Vec<Arc<str>> {
+        sites.map(|on_page| on_page.site.patch.clone()).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The pages that have sites.
+    pub(super) fn pages(&self) -> Vec<u64> {
+        self.by_page.keys().copied().collect()
+    }
+
     /// The sites that share a byte with these pieces, in the order in which they were added.
     pub(super) fn at(&self, pieces: &[Piece]) -> Vec<Arc<Watched>> {
         let mut found: Vec<Arc<Watched>> = Vec::new();

@@ -7,41 +7,63 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::KVM_GUESTDBG_INJECT_BP;
+use kvm_bindings::{KVM_GUESTDBG_INJECT_BP, kvm_regs, kvm_sregs};
 use patcher::addr::Gva;
-use patcher::insn::{Effect, INT3};
+use patcher::insn::{Effect, INT3, MAX_LENGTH};
 use patcher::safety::trap::{TrapAction, Verdict};
+use smallvec::SmallVec;
 
 use crate::guest::events::{Details, Kind};
+use crate::guest::located::is_in_nested_guest;
 use crate::guest::vcpu_state::VcpuRegisters;
-use crate::memory::paging::{Mapping, PageTables};
+use crate::kvm::exit;
+use crate::memory::access::{self, Mode, Range, Rules};
+use crate::vcpu::events::{Shadow, is_delivering};
+use crate::vcpu::int3::Breakpoint;
+use crate::vcpu::stopped::{Stopped, fetch};
 use crate::vcpu::{Vcpu, inject_bp};
+use crate::x86::RFLAGS_TF;
 
 impl Vcpu {
-    /// Judges the `int3` that made the vCPU leave the guest, and does what follows.
-    pub(super) fn breakpoint(&self, at: Gva) -> Result<(), String> {
-        if let Some((door, push)) = self.rendezvous.module_gate().door_at(at)
-            && self.byte_at(at)? == Some(INT3)
-        {
-            return self.at_module_door(door, push);
+    /// Judges the `int3` that made the vCPU leave the guest, and does what follows. `at` is where the
+    /// instruction begins.
+    pub(super) fn breakpoint(&mut self, at: Gva) -> Result<(), String> {
+        let sregs = self.fd.get_sregs().map_err(|error| self.at_breakpoint(at, &error))?;
+        if exit::was_nested(&mut self.fd) || is_in_nested_guest(&self.fd, &sregs) {
+            // KVM knows whether it is the guest's or that of a guest of the guest's.
+            return self.deliver_by_kvm();
         }
+        let rules = Rules::of(&sregs, 0);
+        let is_64_bit = sregs.cs.l != 0;
         loop {
             let table = self.rendezvous.traps();
-            // Where nothing is mapped any more, the vCPU fetches again and takes the page fault.
-            let Some(byte) = self.byte_at(at)? else { return Ok(()) };
-            match table.judge(at, byte) {
+            let Some(rules) = rules else { return self.deliver_by_kvm() };
+            // The guest may have replaced it, or moved the page, since: then the vCPU fetches again.
+            let code = self.code_at(&rules, at, &sregs);
+            let Some(found) = Breakpoint::decode(&code, is_64_bit) else { return Ok(()) };
+            let is_plain = found == Breakpoint::PLAIN;
+            if is_plain && let Some((door, push)) = self.rendezvous.module_gate().door_at(at) {
+                return self.at_module_door(door, push);
+            }
+            let verdict = match at.plus(found.prefixes) {
+                Some(byte) if code[found.prefixes] == INT3 => table.judge(byte, INT3),
+                _ => Verdict::Deliver,
+            };
+            match verdict {
                 Verdict::Resume => return Ok(()),
                 Verdict::Pass(action) => {
                     self.rendezvous.count_trap(self.id);
                     self.guard.events().tell(Kind::Trap, || self.trap_details(action));
-                    if !self.pass_trap(action)? {
+                    // A jump to before a site makes what is there a prefix. It is executed when the site is
+                    // what it is to be.
+                    if !is_plain || !self.pass_trap(action)? {
                         self.parked(|| self.rendezvous.wait_at_trap(&table))?;
                     }
                     return Ok(());
                 }
                 // A program was published in between: the byte may be its own. Judge again.
                 Verdict::Deliver if !Arc::ptr_eq(&table, &self.rendezvous.traps()) => {}
-                Verdict::Deliver => return self.deliver(),
+                Verdict::Deliver => return self.deliver(&found),
             }
         }
     }
@@ -58,21 +80,37 @@ impl Vcpu {
     }
 
     /// Delivers the guest's own #BP.
-    fn deliver(&self) -> Result<(), String> {
+    pub(super) fn deliver(&self, found: &Breakpoint) -> Result<(), String> {
         self.rendezvous.count_delivery(self.id);
         let failed = |error: kvm_ioctls::Error| format!("vCPU {}: delivering #BP: {error}", self.id.0);
         let mut regs = self.fd.get_regs().map_err(failed)?;
         let mut sregs = self.fd.get_sregs().map_err(failed)?;
+        let events = self.events()?;
+        let shadow = Shadow::of(&events);
+        let may_write = |range: &Range| self.may_write(range);
         if !self.reinject
-            && let Ok(changed) = inject_bp::inject(&mut regs, &mut sregs, self.vm.ram())
+            && shadow != Shadow::MayHideTrap
+            && !is_delivering(&events)
+            && let Ok(changed) =
+                inject_bp::inject(&mut regs, &mut sregs, found.length, self.vm.ram(), &may_write)
         {
             if changed {
                 self.fd.set_sregs(&sregs).map_err(failed)?;
             }
-            return self.fd.set_regs(&regs).map_err(failed);
+            self.fd.set_regs(&regs).map_err(failed)?;
+            return if shadow == Shadow::None { Ok(()) } else { self.end_shadow() };
         }
         // If entering the handler would raise another exception, KVM injects that one.
+        self.deliver_by_kvm()
+    }
+
+    fn deliver_by_kvm(&self) -> Result<(), String> {
         self.set_debug(self.intercepting, KVM_GUESTDBG_INJECT_BP)
+    }
+
+    /// Whether the monitor may write to a range in the vCPU's place; marks it as written to.
+    fn may_write(&self, range: &Range) -> bool {
+        !range.pieces.iter().any(|(at, _)| self.guard.is_protected(*at)) && self.mark(range)
     }
 
     /// Moves the vCPU past a site in transit. `false` if it has to wait.
@@ -83,29 +121,46 @@ impl Vcpu {
             TrapAction::Slot(to) | TrapAction::Effect(Effect::GoTo(to) | Effect::Call { to, .. }) => to,
         };
         let mut regs = self.fd.get_regs().map_err(failed)?;
+        let shadow = Shadow::of(&self.events()?);
+        if regs.rflags & RFLAGS_TF != 0 || shadow == Shadow::MayHideTrap {
+            // A #DB follows the instruction. It executes that itself.
+            return Ok(false);
+        }
         if let TrapAction::Effect(Effect::Call { returns, .. }) = action {
             regs.rsp = regs.rsp.wrapping_sub(8);
-            let tables = PageTables::of(&self.fd.get_sregs().map_err(failed)?);
-            let stack = tables.translate_in(self.vm.ram(), Gva(regs.rsp)).filter(|_| regs.rsp % 8 == 0);
-            let pushed = |stack: Mapping| self.vm.ram().write(stack.at, &returns.0.to_le_bytes()).is_ok();
-            if !stack.is_some_and(pushed) {
+            let sregs = self.fd.get_sregs().map_err(failed)?;
+            if !self.push_word(&regs, &sregs, returns.0)? {
                 // The call would fault. It waits, then executes the call itself.
                 return Ok(false);
             }
         }
         regs.rip = to.0;
         self.fd.set_regs(&regs).map_err(failed)?;
+        if shadow == Shadow::None { Ok(true) } else { self.end_shadow().map(|()| true) }
+    }
+
+    /// Writes a word to where RSP points, if the kernel could. Returns whether it did.
+    pub(super) fn push_word(&self, regs: &kvm_regs, sregs: &kvm_sregs, word: u64) -> Result<bool, String> {
+        let ram = self.vm.ram();
+        let bytes = word.to_le_bytes();
+        let Some(rules) = Rules::of(sregs, regs.rflags) else { return Ok(false) };
+        let reach = rules.range(ram, Gva(regs.rsp), bytes.len(), access::Kind::Write, Mode::Supervisor);
+        let Some(range) = reach.ok().filter(|range| self.may_write(range)) else { return Ok(false) };
+        let mut rest = &bytes[..];
+        for (at, length) in &range.pieces {
+            let (here, behind) = rest.split_at(*length);
+            ram.store(*at, here).map_err(|error| format!("vCPU {}: a push: {error}", self.id.0))?;
+            rest = behind;
+        }
         Ok(true)
     }
 
-    /// Reads a byte as this vCPU sees it, user space included. `None` where nothing is mapped
-    /// any more: the guest may have moved the page since.
-    fn byte_at(&self, at: Gva) -> Result<Option<u8>, String> {
-        let failed = |what: String| format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0);
-        let tables = PageTables::of(&self.fd.get_sregs().map_err(|e| failed(e.to_string()))?);
-        let Some(found) = tables.translate_in(self.vm.ram(), at) else { return Ok(None) };
-        let mut byte = [0];
-        self.vm.ram().read(found.at, &mut byte).map_err(|e| failed(e.to_string()))?;
-        Ok(Some(byte[0]))
+    /// The instruction at an address, as this vCPU may fetch it, user space included.
+    fn code_at(&self, rules: &Rules, at: Gva, sregs: &kvm_sregs) -> SmallVec<[u8; MAX_LENGTH]> {
+        fetch(rules, self.vm.ram(), at, Stopped::mode_of(sregs))
+    }
+
+    fn at_breakpoint(&self, at: Gva, what: &dyn std::fmt::Display) -> String {
+        format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0)
     }
 }

@@ -1,61 +1,92 @@
 //! A guest write to guarded text is emulated here: the instruction is decoded, the guard judges its
 //! store and does it through mapping B, and the vCPU's registers move on.
+//!
+//! The instruction is fetched anew, so it may be another one than the one that was stopped: another vCPU
+//! may have replaced it. So what is done is what the vCPU could do itself now, with the processor's checks
+//! ([`Rules`](crate::memory::access::Rules)); what it could not do raises the guest's own #PF. What is not
+//! emulated is left to the vCPU, after its pages have been let go ([`super::let_through`]).
 
-use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events};
 use patcher::addr::{Gpa, Gva};
-use patcher::insn::MAX_LENGTH;
-use patcher::insn::store::{self, Store, Value};
+use patcher::insn::store::{Store, Value};
 
 use crate::guest::located::{self, is_in_nested_guest};
-use crate::guest::vcpu_state::VcpuRegisters;
-use crate::memory::PAGE;
-use crate::memory::paging::{PageTables, Piece};
-use crate::text_guard::{Attempt, Lift, Write, split_at_pages};
+use crate::kvm::exit;
+use crate::memory::access::{Denied, Kind, Range, Rules};
+use crate::memory::{GuestRam, PAGE};
+use crate::text_guard::{Attempt, Write, split_at_pages};
 use crate::vcpu::Vcpu;
-
-/// How often a vCPU may be stopped at the same write for no known reason: the page may have become
-/// writable since.
-const UNEXPLAINED: u32 = 1000;
+use crate::vcpu::events::is_delivering;
+use crate::vcpu::let_through::Cause;
+use crate::vcpu::stopped::{Stopped, decoded};
+use crate::x86::RFLAGS_RF;
 
 /// How many elements of a string instruction are written before the vCPU looks for requests; it comes
 /// back for the rest.
 const ELEMENTS: u32 = 4096;
 
+/// What became of the instruction that a vCPU was stopped at.
+enum Outcome {
+    /// Some of it was done, or waited for.
+    Known,
+    /// The processor would raise #PF.
+    Fault(Denied, u32),
+    /// It does not write to what is guarded: the vCPU does it itself. Where it writes, as far as it may.
+    NotGuarded(Option<Gpa>),
+    /// It is not emulated.
+    Unknown,
+}
+
+/// What became of one store.
+enum Done {
+    Written { notify: bool },
+    Waits,
+    Fault(Denied, u32),
+    NotGuarded(Option<Gpa>),
+}
+
 impl Vcpu {
-    /// Does the write that stopped the vCPU, if the guard allows it.
-    pub(super) fn emulate_store(&mut self) -> Result<(), String> {
+    /// The vCPU was stopped at a write to a protected page; `page` is that page, if the host tells.
+    pub(super) fn protected_write(&mut self, page: Option<Gpa>) -> Result<(), String> {
         let failed = |error: kvm_ioctls::Error| format!("vCPU {}: a guarded write: {error}", self.id.0);
         let (regs, sregs) = (self.fd.get_regs().map_err(failed)?, self.fd.get_sregs().map_err(failed)?);
-        if !is_in_nested_guest(&self.fd, &sregs)
-            && self.guard.is_another_kernels(located::tables(&self.fd, &sregs))
-        {
+        let events = self.events()?;
+        let is_nested = exit::was_nested(&mut self.fd) || is_in_nested_guest(&self.fd, &sregs);
+        if !is_nested && self.guard.is_another_kernels(located::tables(&self.fd, &sregs)) {
             return self.let_go(Gva(regs.rip));
         }
-        let mut stopped = Stopped {
-            tables: PageTables::of(&sregs),
-            is_64_bit: sregs.cs.l != 0,
-            vcpu_registers: VcpuRegisters::of(&regs, &sregs),
-            registers: decoded(&regs, &sregs),
-        };
-        let unknown = self.write_elements(&mut stopped)?;
-        if stopped.registers != decoded(&regs, &sregs) {
-            let mut after = regs;
-            let general = stopped.registers.general;
-            (after.rip, after.rcx, after.rsi, after.rdi) =
-                (stopped.registers.rip, general[1], general[6], general[7]);
-            self.fd.set_regs(&after).map_err(failed)?;
+        let vm = self.vm.clone();
+        let mut stopped = Stopped::of(vm.ram(), &regs, &sregs);
+        if let Some(cause) = not_the_instruction(is_nested, &events) {
+            return self.let_through(&stopped, page, cause);
         }
-        let Some(at) = unknown else {
-            self.unexplained = (0, 0);
+        match self.write_elements(&mut stopped, page)? {
+            Outcome::Known => {
+                self.unexplained = (0, 0);
+                self.go_on(&stopped, &regs, &sregs)
+            }
+            Outcome::Fault(denied, error_code) => {
+                self.unexplained = (0, 0);
+                self.page_fault(denied, error_code, &sregs)
+            }
+            Outcome::NotGuarded(at) => self.let_through(&stopped, page, Cause::NotGuarded(at)),
+            Outcome::Unknown => self.let_through(&stopped, page, Cause::Instruction),
+        }
+    }
+
+    /// The vCPU's registers become those behind what was done.
+    fn go_on(&self, stopped: &Stopped<'_>, regs: &kvm_regs, sregs: &kvm_sregs) -> Result<(), String> {
+        if stopped.registers == decoded(regs, sregs) {
             return Ok(());
-        };
-        // Only the init gate waits for the controller, which may itself be waiting for this vCPU.
-        if at.is_some_and(|at| self.guard.is_init_gate(at)) {
-            return self.parked(|| self.listener.init_gate_written());
         }
-        let times = if self.unexplained.0 == regs.rip { self.unexplained.1 + 1 } else { 1 };
-        self.unexplained = (regs.rip, times);
-        if times > UNEXPLAINED { Err(format!("vCPU {}: KVM_RUN: bad address", self.id.0)) } else { Ok(()) }
+        let mut after = *regs;
+        let general = stopped.registers.general;
+        (after.rip, after.rcx, after.rsi, after.rdi) =
+            (stopped.registers.rip, general[1], general[6], general[7]);
+        // It holds for one instruction only (SDM volume 3, 17.3.1.1).
+        after.rflags &= !RFLAGS_RF;
+        self.fd.set_regs(&after).map_err(|error| format!("vCPU {}: KVM_SET_REGS: {error}", self.id.0))?;
+        self.end_shadow()
     }
 
     /// Another kernel writes to what is guarded: nothing of the old one is from now on, and the vCPU can do
@@ -72,110 +103,100 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Goes through the instruction as far as its writes are guarded. If the first one is not, returns
-    /// where the instruction writes, as far as that can be told.
-    fn write_elements(&self, stopped: &mut Stopped) -> Result<Option<Option<Gpa>>, String> {
-        let start = stopped.registers.rip;
-        let code = if stopped.is_64_bit { self.code(&stopped.tables, Gva(start)) } else { Vec::new() };
-        let (mut known, mut elements) = (false, 0);
+    /// Goes through the instruction as far as its writes are guarded.
+    fn write_elements(&self, stopped: &mut Stopped<'_>, page: Option<Gpa>) -> Result<Outcome, String> {
+        let Some(rules) = stopped.rules.filter(|_| stopped.is_64_bit()) else { return Ok(Outcome::Unknown) };
+        let (start, code) = (stopped.registers.rip, stopped.code());
+        let mut elements = 0;
         while stopped.registers.rip == start && elements < ELEMENTS {
-            elements += 1;
-            let store = Store::decode(&code, &stopped.registers);
-            let write = store.and_then(|store| Some((store, self.bytes_and_pieces(stopped, &store)?)));
-            let Some((store, (bytes, pieces))) = write else {
-                match self.lift(stopped, &code) {
-                    Lift::NotGuarded => break,
-                    Lift::Lifted => return Ok(None),
-                    Lift::InFlight => self.parked(|| self.guard.wait_for_program())?,
-                }
-                continue;
-            };
-            let write = Write {
-                vcpu: self.id,
-                registers: &stopped.vcpu_registers,
-                at: store.at,
-                pieces: &pieces,
-                bytes: &bytes,
-            };
-            match self.guard.attempt(&write).map_err(|error| format!("vCPU {}: {error}", self.id.0))? {
-                Attempt::NotGuarded => break,
-                Attempt::InFlight => self.parked(|| self.guard.wait_for_program())?,
-                Attempt::Done { notify } => {
+            let Some(store) = Store::decode(&code, &stopped.registers) else { break };
+            let page = page.filter(|_| elements == 0);
+            match self.write(&rules, stopped, &store, page)? {
+                Done::Written { notify } => {
                     store.step(&mut stopped.registers);
                     if notify {
                         self.listener.patch_written();
                     }
                 }
+                // Meanwhile anything may have changed: the vCPU comes back if it has to.
+                Done::Waits => return Ok(Outcome::Known),
+                Done::Fault(denied, error_code) if elements == 0 => {
+                    return Ok(Outcome::Fault(denied, error_code));
+                }
+                Done::NotGuarded(at) if elements == 0 => return Ok(Outcome::NotGuarded(at)),
+                Done::Fault(..) | Done::NotGuarded(_) => break,
             }
-            known = true;
+            elements += 1;
         }
-        Ok((!known).then(|| self.place(stopped, &code)))
+        Ok(if elements > 0 { Outcome::Known } else { Outcome::Unknown })
     }
 
-    /// Where the instruction writes or reads memory.
-    fn place(&self, stopped: &Stopped, code: &[u8]) -> Option<Gpa> {
-        let at = Store::place(code, &stopped.registers)?;
-        Some(stopped.tables.translate_in(self.vm.ram(), at)?.at)
-    }
-
-    fn lift(&self, stopped: &Stopped, code: &[u8]) -> Lift {
-        let Some(at) = self.place(stopped, code) else { return Lift::NotGuarded };
-        let lift = self.guard.lift(self.id, &stopped.vcpu_registers, at);
-        if lift == Lift::Lifted {
-            self.listener.patch_written();
-        }
-        lift
-    }
-
-    /// What is to be written, and where. `None` if some of it is not RAM.
-    fn bytes_and_pieces(&self, stopped: &Stopped, store: &Store) -> Option<(Vec<u8>, Vec<Piece>)> {
-        let pieces = self.pieces(&stopped.tables, store.at, store.width)?;
-        let bytes = match store.value {
-            Value::Register(value) => value.to_le_bytes()[..store.width].to_vec(),
-            Value::Memory(from) => {
-                let mut bytes = vec![0; store.width];
-                stopped.tables.read_in(self.vm.ram(), from, &mut bytes).ok()?;
-                bytes
+    /// Does one store. With `page`, only if it touches that page.
+    fn write(
+        &self,
+        rules: &Rules,
+        stopped: &Stopped<'_>,
+        store: &Store,
+        page: Option<Gpa>,
+    ) -> Result<Done, String> {
+        let ram = self.vm.ram();
+        let range = |at, length| rules.range(ram, at, length, Kind::Write, stopped.mode);
+        let (to, bytes) = match range(store.at, store.width)
+            .and_then(|to| Ok((to, bytes(rules, ram, stopped, store)?)))
+        {
+            Ok(found) => found,
+            Err(denied) => {
+                // Only the vCPU can raise it if none of what it may write to stops it before that.
+                let last = store.at.plus(store.width - 1);
+                let ends = [Some(store.at), last].into_iter().flatten().filter_map(|at| range(at, 1).ok());
+                let stops = ends.flat_map(|end| end.pieces).any(|(at, _)| self.guard.is_protected(at));
+                let fault = denied.error_code.filter(|_| stops).map(|code| Done::Fault(denied, code));
+                return Ok(fault.unwrap_or(Done::NotGuarded(None)));
             }
         };
-        Some((bytes, pieces))
+        let pieces = split_at_pages(to.pieces.iter().copied());
+        let first = pieces.first().map(|(at, _)| *at);
+        let is_on = |page: Gpa| pieces.iter().any(|(at, _)| at.0 / PAGE == page.0 / PAGE);
+        if !page.is_none_or(is_on) || !self.mark(&to) {
+            return Ok(Done::NotGuarded(first));
+        }
+        let write = Write {
+            vcpu: self.id,
+            registers: &stopped.vcpu_registers,
+            at: Some(store.at),
+            pieces: &pieces,
+            bytes: &bytes,
+        };
+        match self.guard.attempt(&write).map_err(|error| format!("vCPU {}: {error}", self.id.0))? {
+            Attempt::NotGuarded => Ok(Done::NotGuarded(first)),
+            Attempt::InFlight => {
+                self.parked(|| self.guard.wait_for_program())?;
+                Ok(Done::Waits)
+            }
+            Attempt::Done { notify } => Ok(Done::Written { notify }),
+        }
     }
 
-    fn pieces(&self, tables: &PageTables, at: Gva, length: usize) -> Option<Vec<Piece>> {
-        let pieces = tables.pieces_in(self.vm.ram(), at, length).ok()?;
-        let is_ram = |(at, _): &Piece| self.vm.ram().contains(*at);
-        pieces.iter().all(is_ram).then(|| split_at_pages(pieces))
-    }
-
-    /// The bytes of the instruction that the vCPU is at, and some more.
-    fn code(&self, tables: &PageTables, at: Gva) -> Vec<u8> {
-        let mut code = vec![0; MAX_LENGTH];
-        let on_page = usize::try_from(PAGE - at.0 % PAGE).unwrap_or(MAX_LENGTH);
-        // The next page may not be mapped; the instruction may end before it.
-        let is_there = |length: &usize| tables.read_in(self.vm.ram(), at, &mut code[..*length]).is_ok();
-        let length = [MAX_LENGTH, on_page.min(MAX_LENGTH)].into_iter().find(is_there);
-        code.truncate(length.unwrap_or(0));
-        code
+    /// Marks the page-table entries of a range that is written to, unless they are protected themselves.
+    pub(super) fn mark(&self, range: &Range) -> bool {
+        range.mark(self.vm.ram(), |entry| !self.guard.is_protected(entry))
     }
 }
 
-/// A vCPU that is stopped at a write.
-struct Stopped {
-    tables: PageTables,
-    is_64_bit: bool,
-    vcpu_registers: VcpuRegisters,
-    registers: store::GeneralRegisters,
+/// Why the instruction at RIP is not what was stopped, if so.
+fn not_the_instruction(is_nested: bool, events: &kvm_vcpu_events) -> Option<Cause> {
+    if is_nested {
+        return Some(Cause::Nested);
+    }
+    is_delivering(events).then_some(Cause::Event)
 }
 
-pub(super) fn decoded(regs: &kvm_regs, sregs: &kvm_sregs) -> store::GeneralRegisters {
-    store::GeneralRegisters {
-        general: [
-            regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9,
-            regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
-        ],
-        rip: regs.rip,
-        flags: regs.rflags,
-        fs: sregs.fs.base,
-        gs: sregs.gs.base,
+/// What is to be written.
+fn bytes(rules: &Rules, ram: &GuestRam, stopped: &Stopped<'_>, store: &Store) -> Result<Vec<u8>, Denied> {
+    let mut bytes = vec![0; store.width];
+    match store.value {
+        Value::Register(value) => bytes.copy_from_slice(&value.to_le_bytes()[..store.width]),
+        Value::Memory(from) => rules.read(ram, from, Kind::Read, stopped.mode, &mut bytes)?,
     }
+    Ok(bytes)
 }

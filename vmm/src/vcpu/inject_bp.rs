@@ -8,11 +8,11 @@
 //! `docs/breakpoints.md` compares the ways.
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
-use patcher::addr::{Gpa, Gva};
+use patcher::addr::Gva;
 
 use crate::memory::GuestRam;
-use crate::memory::paging::PageTables;
-use crate::x86::{EFER_LMA, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_TF, RFLAGS_VM, code_segment};
+use crate::memory::access::{Kind, Mode, Range, Rules};
+use crate::x86::{RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_TF, RFLAGS_VM, code_segment};
 
 /// Vector of #BP.
 const VECTOR: u64 = 3;
@@ -30,42 +30,53 @@ const TASK_IST1: u64 = 0x24;
 /// Why the processor would not simply enter the handler. Nothing was changed then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unusual {
-    /// It is not in long mode.
-    #[error("the guest is not in long mode")]
+    /// It is not in long mode, or uses something that is not known here.
+    #[error("the guest is not in long mode, or uses something that is not known here")]
     Mode,
     /// The gate, or what it leads to, would raise another exception.
     #[error("the guest's gate for #BP can't be entered")]
     Gate,
-    /// A table or the stack is not in mapped RAM.
-    #[error("{0} is not mapped")]
-    Unmapped(Gva),
+    /// A table can't be read, or the stack can't be written to.
+    #[error("{0} can't be used")]
+    Unusable(Gva),
 }
 
-/// Enters the guest's handler for the `int3` at `regs.rip`: pushes the frame, and changes the
-/// registers. Returns whether `sregs` was changed, too.
+/// Enters the guest's handler for the breakpoint instruction of `length` bytes at `regs.rip`: pushes the
+/// frame, if `may_write` it, and changes the registers. Returns whether `sregs` was changed, too.
 ///
 /// # Errors
 /// See [`Unusual`].
-pub(super) fn inject(regs: &mut kvm_regs, sregs: &mut kvm_sregs, ram: &GuestRam) -> Result<bool, Unusual> {
-    if sregs.efer & EFER_LMA == 0 {
-        return Err(Unusual::Mode);
-    }
-    let memory = Memory { ram, tables: PageTables::of(sregs) };
+pub(super) fn inject(
+    regs: &mut kvm_regs,
+    sregs: &mut kvm_sregs,
+    length: usize,
+    ram: &GuestRam,
+    may_write: &dyn Fn(&Range) -> bool,
+) -> Result<bool, Unusual> {
+    let memory = Memory { ram, rules: Rules::of(sregs, regs.rflags).ok_or(Unusual::Mode)?, may_write };
     let gate = IdtGate::read(&memory, sregs.idt)?;
     let ring = sregs.ss.dpl;
     let code = memory.code_segment(sregs.gdt, gate.selector)?;
-    // int3 asks the gate's privilege level; the handler is never less privileged.
-    if gate.dpl < ring || code.dpl > ring {
+    // int3 asks the gate's privilege level; the handler is never less privileged. One for user space (level
+    // 3) is unheard of.
+    if gate.dpl < ring || code.dpl > ring || code.dpl == 3 || !memory.rules.is_canonical(Gva(gate.handler)) {
         return Err(Unusual::Gate);
     }
     let inward = code.dpl < ring;
-    let stack = match gate.stack {
-        0 if inward => memory.u64(sregs.tr.base.wrapping_add(TASK_RSP0 + 8 * u64::from(code.dpl)))?,
-        0 => regs.rsp,
-        index => memory.u64(sregs.tr.base.wrapping_add(TASK_IST1 + 8 * (u64::from(index) - 1)))?,
+    let of_task = |offset: u64| {
+        if offset + 7 > u64::from(sregs.tr.limit) {
+            return Err(Unusual::Gate);
+        }
+        memory.u64(sregs.tr.base.wrapping_add(offset))
     };
+    let stack = match gate.stack {
+        0 if inward => of_task(TASK_RSP0 + 8 * u64::from(code.dpl))?,
+        0 => regs.rsp,
+        index => of_task(TASK_IST1 + 8 * (u64::from(index) - 1))?,
+    };
+    let next = regs.rip.wrapping_add(length as u64);
     let frame = [
-        regs.rip.wrapping_add(1),
+        if sregs.cs.l == 0 { next & u64::from(u32::MAX) } else { next },
         sregs.cs.selector.into(),
         regs.rflags,
         regs.rsp,
@@ -122,30 +133,35 @@ impl IdtGate {
     }
 }
 
-/// The guest's memory through the page tables of one vCPU.
+/// The guest's memory as the processor uses it on its own account, for one vCPU.
 struct Memory<'m> {
     ram: &'m GuestRam,
-    tables: PageTables,
+    rules: Rules,
+    may_write: &'m dyn Fn(&Range) -> bool,
 }
 
 impl Memory<'_> {
-    fn at(&self, at: u64) -> Result<Gpa, Unusual> {
-        let found = self.tables.translate_in(self.ram, Gva(at));
-        // Nothing here crosses a page.
-        found.filter(|found| found.left >= 8).map(|found| found.at).ok_or(Unusual::Unmapped(Gva(at)))
-    }
-
     fn u64(&self, at: u64) -> Result<u64, Unusual> {
         let mut bytes = [0; 8];
-        self.ram.read(self.at(at)?, &mut bytes).map_err(|_| Unusual::Unmapped(Gva(at)))?;
+        let done = self.rules.read(self.ram, Gva(at), Kind::Read, Mode::Implicit, &mut bytes);
+        done.map_err(|denied| Unusual::Unusable(denied.at))?;
         Ok(u64::from_le_bytes(bytes))
     }
 
     /// Writes all of the words or none.
     fn push(&self, at: u64, words: &[u64]) -> Result<(), Unusual> {
-        let places = (0..).zip(words).map(|(i, word)| Ok((self.at(at.wrapping_add(8 * i))?, *word)));
-        for (place, word) in places.collect::<Result<Vec<_>, _>>()? {
-            self.ram.write(place, &word.to_le_bytes()).map_err(|_| Unusual::Unmapped(Gva(at)))?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let range = self.rules.range(self.ram, Gva(at), bytes.len(), Kind::Write, Mode::Implicit);
+        let range = range.map_err(|denied| Unusual::Unusable(denied.at))?;
+        if !(self.may_write)(&range) {
+            return Err(Unusual::Unusable(Gva(at)));
+        }
+        let mut rest = &bytes[..];
+        for (place, length) in &range.pieces {
+            let (here, behind) = rest.split_at(*length);
+            // The range is RAM.
+            self.ram.write(*place, here).map_err(|_| Unusual::Unusable(Gva(at)))?;
+            rest = behind;
         }
         Ok(())
     }
@@ -158,7 +174,8 @@ impl Memory<'_> {
             return Err(Unusual::Gate);
         }
         let [.., access, flags, _] = self.u64(table.base.wrapping_add(offset))?.to_le_bytes();
-        let (present_code, conforming, long) = (access & 0x98 == 0x98, access & 4 != 0, flags & 0x60 == 0x20);
+        // One that was not accessed yet is left to KVM: the processor marks it.
+        let (present_code, conforming, long) = (access & 0x99 == 0x99, access & 4 != 0, flags & 0x60 == 0x20);
         if !present_code || conforming || !long {
             return Err(Unusual::Gate);
         }
@@ -169,7 +186,10 @@ impl Memory<'_> {
 
 #[cfg(test)]
 mod tests {
+    use patcher::addr::Gpa;
+
     use super::*;
+    use crate::x86::EFER_LMA;
 
     const RIP: u64 = 0xffff_ffff_8100_0010;
     const HANDLER: u64 = 0xffff_ffff_8220_1140;
@@ -182,6 +202,10 @@ mod tests {
     const OWN: u64 = 0x9800;
     const CODE: u16 = 0x10;
     const FLAGS: u64 = 0x10246;
+    /// The entry that maps everything: present, writable, a large page.
+    const DIRECTORY: u64 = 0x3000;
+    const LARGE: u64 = 0x83;
+    const USER: u64 = 1 << 2;
 
     struct TestMemory {
         ram: GuestRam,
@@ -196,16 +220,23 @@ mod tests {
             // The first 2 MiB are mapped by one large page.
             put(0x1000, 0x2003);
             put(0x2000, 0x3003);
-            put(0x3000, 0x83);
+            put(DIRECTORY, LARGE);
             put(GDT + u64::from(CODE), 0x00af_9b00_0000_ffff);
             put(TASK + TASK_RSP0, RING0);
             put(TASK + TASK_IST1 + 8, OWN);
             let table = |base, limit| kvm_dtable { base, limit, padding: [0; 3] };
             let regs = kvm_regs { rip: RIP, rsp: STACK + 8, rflags: FLAGS | RFLAGS_TF, ..Default::default() };
-            let mut sregs = kvm_sregs { cr3: 0x1000, efer: EFER_LMA, ..Default::default() };
-            (sregs.idt, sregs.gdt, sregs.tr.base) = (table(IDT, 0xfff), table(GDT, 0x7f), TASK);
+            let mut sregs = kvm_sregs {
+                cr0: 1 << 31 | 1 << 16,
+                cr3: 0x1000,
+                cr4: 1 << 5,
+                efer: EFER_LMA,
+                ..Default::default()
+            };
+            (sregs.idt, sregs.gdt) = (table(IDT, 0xfff), table(GDT, 0x7f));
+            (sregs.tr.base, sregs.tr.limit) = (TASK, 0x67);
             (sregs.cs.selector, sregs.ss.selector) = if ring == 0 { (CODE, 0x18) } else { (0x33, 0x2b) };
-            (sregs.cs.dpl, sregs.ss.dpl) = (ring, ring);
+            (sregs.cs.dpl, sregs.ss.dpl, sregs.cs.l) = (ring, ring, 1);
             let test = Self { ram, regs, sregs };
             test.gate(0xee, 0);
             test
@@ -223,7 +254,20 @@ mod tests {
         }
 
         fn deliver(&mut self) -> Result<bool, Unusual> {
-            inject(&mut self.regs, &mut self.sregs, &self.ram)
+            self.deliver_if(1, true)
+        }
+
+        fn deliver_if(&mut self, length: usize, may_write: bool) -> Result<bool, Unusual> {
+            let mark = |range: &Range| may_write && range.mark(&self.ram, |_| true);
+            inject(&mut self.regs, &mut self.sregs, length, &self.ram, &mark)
+        }
+
+        fn map(&self, entry: u64) {
+            for at in [0x1000, 0x2000] {
+                let value = self.ram.load_u64(Gpa(at)).expect("RAM") | entry & USER;
+                self.ram.write(Gpa(at), &value.to_le_bytes()).expect("RAM");
+            }
+            self.ram.write(Gpa(DIRECTORY), &entry.to_le_bytes()).expect("RAM");
         }
 
         fn frame(&self) -> [u64; 5] {
@@ -277,9 +321,47 @@ mod tests {
         refused(3, |w| w.gate(0x8e, 0), Unusual::Gate);
         refused(0, |w| w.sregs.idt.limit = 3 * 16 + 14, Unusual::Gate);
         refused(0, |w| w.sregs.gdt.limit = 0x16, Unusual::Gate);
-        refused(0, |w| w.regs.rsp = 0x40_0000, Unusual::Unmapped(Gva(0x40_0000 - 40)));
-        refused(0, |w| w.sregs.idt.base = 0x40_0000, Unusual::Unmapped(Gva(0x40_0030)));
+        refused(0, |w| w.regs.rsp = 0x40_0000, Unusual::Unusable(Gva(0x40_0000 - 40)));
+        refused(0, |w| w.sregs.idt.base = 0x40_0000, Unusual::Unusable(Gva(0x40_0030)));
+        refused(3, |w| w.sregs.tr.limit = 8, Unusual::Gate);
+        // The handler's address is not canonical.
+        let far = |w: &mut TestMemory| w.ram.write(Gpa(IDT + 3 * GATE + 8), &[0, 0, 1, 0]).expect("RAM");
+        refused(0, far, Unusual::Gate);
+        // Read-only, with CR0.WP; user pages, with SMAP, whatever RFLAGS.AC.
+        refused(0, |w| w.map(0x81), Unusual::Unusable(Gva(STACK - 40)));
+        let smap = |w: &mut TestMemory| {
+            w.map(LARGE | USER);
+            (w.sregs.cr4, w.regs.rflags) = (1 << 5 | 1 << 21, FLAGS | 1 << 18);
+        };
+        refused(0, smap, Unusual::Unusable(Gva(IDT + 3 * GATE)));
+        // CET and FRED.
+        for bit in [23, 32] {
+            let mut test = TestMemory::new(0);
+            test.sregs.cr4 |= 1 << bit;
+            assert_eq!(test.deliver(), Err(Unusual::Mode));
+        }
         let data = |w: &mut TestMemory| w.ram.write(Gpa(GDT + 0x15), &[0x93]).expect("RAM");
         refused(0, data, Unusual::Gate);
+        let never_used = |w: &mut TestMemory| w.ram.write(Gpa(GDT + 0x15), &[0x9a]).expect("RAM");
+        refused(0, never_used, Unusual::Gate);
+    }
+
+    #[test]
+    fn a_protected_stack_takes_no_frame() {
+        let mut test = TestMemory::new(3);
+        assert_eq!(test.deliver_if(1, false), Err(Unusual::Unusable(Gva(RING0 - 40))));
+        let mut frame = [1; 40];
+        test.ram.read(Gpa(RING0 - 40), &mut frame).expect("RAM");
+        assert_eq!((frame, test.regs.rip), ([0; 40], RIP));
+    }
+
+    #[test]
+    fn the_return_address_is_behind_the_prefixes_and_the_stack_becomes_dirty() {
+        let mut test = TestMemory::new(3);
+        test.sregs.cs.l = 0;
+        test.regs.rip = 0xffff_fffe;
+        assert_eq!(test.deliver_if(3, true), Ok(true));
+        assert_eq!(test.frame()[0], 1, "32-bit code wraps around");
+        assert_eq!(test.ram.load_u64(Gpa(DIRECTORY)).expect("RAM"), LARGE | 1 << 5 | 1 << 6);
     }
 }

@@ -5,14 +5,20 @@
 //!                                                         │
 //!        #BP exit: breakpoint.rs judges it, inject_bp.rs delivers the guest's own
 //!        at a door of the gate for modules: module_door.rs
-//!        write to a protected page: emulate_store.rs
+//!        write to a protected page: emulate_store.rs, or let_through.rs lets the page go
+//!        write that KVM emulated: emulated_write.rs
 //!        ports, memory without RAM, power: here, by the devices
 //! ```
 
 mod breakpoint;
 mod emulate_store;
+mod emulated_write;
+mod events;
 mod inject_bp;
+mod int3;
+mod let_through;
 mod module_door;
+mod stopped;
 
 use std::io;
 use std::sync::Arc;
@@ -22,6 +28,7 @@ use std::time::Duration;
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_SW_BP, kvm_guest_debug};
 use kvm_ioctls::VcpuFd;
 use patcher::addr::VcpuId;
+use smallvec::SmallVec;
 
 use crate::devices::ports::Ports;
 use crate::devices::power::PowerRequest;
@@ -80,7 +87,7 @@ pub struct Vcpu {
     locating: bool,
     /// For tests: the guest's breakpoints are delivered by KVM.
     reinject: bool,
-    /// A write that stopped the vCPU without a known reason: the instruction, and how often.
+    /// What stopped the vCPU without a known reason: the instruction, and how often.
     unexplained: (u64, u32),
 }
 
@@ -182,11 +189,11 @@ impl Vcpu {
     fn run_once(&mut self) -> Option<Ending> {
         let exit = exit::run(&mut self.fd);
         self.rendezvous.leave(self.id);
-        if matches!(exit, Exit::Interrupted | Exit::Breakpoint(_) | Exit::ProtectedWrite) {
+        if matches!(exit, Exit::Interrupted | Exit::Breakpoint(_) | Exit::ProtectedWrite(_)) {
             self.rendezvous.stall_begins(self.id);
         }
         let ending = match exit {
-            Exit::Interrupted | Exit::MemoryOut => None,
+            Exit::Interrupted => None,
             Exit::PortIn(port, data) => {
                 self.ports.read(port, data);
                 None
@@ -199,8 +206,13 @@ impl Vcpu {
                 data.fill(0xff);
                 None
             }
+            Exit::MemoryOut(at, bytes) => {
+                let bytes = SmallVec::<[u8; 8]>::from_slice(bytes);
+                self.emulated_write(at, &bytes).err().map(Ending::Failed)
+            }
             Exit::Breakpoint(at) => self.breakpoint(at).err().map(Ending::Failed),
-            Exit::ProtectedWrite => self.emulate_store().err().map(Ending::Failed),
+            Exit::ProtectedWrite(page) => self.protected_write(page).err().map(Ending::Failed),
+            Exit::NotEmulated => self.not_emulated().err().map(Ending::Failed),
             Exit::Reset => Some(Ending::Reset),
             Exit::PowerOff => Some(Ending::PowerOff),
             Exit::TripleFault => Some(Ending::TripleFault),
@@ -237,8 +249,10 @@ impl Vcpu {
         let intercept = if intercept { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP } else { 0 };
         let inject = if inject == 0 { 0 } else { KVM_GUESTDBG_ENABLE | inject };
         let debug = kvm_guest_debug { control: intercept | inject, ..Default::default() };
-        self.fd
-            .set_guest_debug(&debug)
-            .map_err(|error| format!("vCPU {}: KVM_SET_GUEST_DEBUG: {error}", self.id.0))
+        match self.fd.set_guest_debug(&debug) {
+            // Another exception is on its way; the vCPU meets the `int3` again after that.
+            Err(error) if inject != 0 && error.errno() == libc::EBUSY => Ok(()),
+            done => done.map_err(|error| format!("vCPU {}: KVM_SET_GUEST_DEBUG: {error}", self.id.0)),
+        }
     }
 }

@@ -6,10 +6,10 @@
 use patcher::addr::Gva;
 use patcher::insn::push::Push;
 
-use crate::memory::paging::PageTables;
 use crate::sync::module_gate::{Door, Passage};
 use crate::vcpu::Vcpu;
-use crate::vcpu::emulate_store::decoded;
+use crate::vcpu::int3::Breakpoint;
+use crate::vcpu::stopped::decoded;
 
 impl Vcpu {
     /// The vCPU has come to a door. Unless the module may pass, the vCPU enters the guest again at the
@@ -31,13 +31,13 @@ impl Vcpu {
         let sregs = self.fd.get_sregs().map_err(|error| self.at_door(&error))?;
         let value = decoded(&regs, &sregs).general[push.register];
         regs.rsp = regs.rsp.wrapping_sub(8);
-        // Kernel stacks are mapped and aligned; a kernel whose stack is not can't go on.
-        let stack = PageTables::of(&sregs).translate_in(self.vm.ram(), Gva(regs.rsp));
-        let stack =
-            stack.filter(|_| regs.rsp % 8 == 0).ok_or_else(|| self.at_door(&"its stack is not mapped"))?;
-        self.vm.ram().write(stack.at, &value.to_le_bytes()).map_err(|error| self.at_door(&error))?;
+        if !self.push_word(&regs, &sregs, value)? {
+            // The `push` would fault. Kernel stacks are mapped; a kernel whose stack is not can't go on.
+            return self.deliver(&Breakpoint::PLAIN);
+        }
         regs.rip = push.next.0;
-        self.fd.set_regs(&regs).map_err(|error| self.at_door(&error))
+        self.fd.set_regs(&regs).map_err(|error| self.at_door(&error))?;
+        self.end_shadow()
     }
 
     fn at_door(&self, what: &dyn std::fmt::Display) -> String {

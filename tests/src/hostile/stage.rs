@@ -14,6 +14,7 @@ const SLOT: u64 = 64;
 const SLOTS: u64 = 8;
 const PAGE: u64 = 4096;
 const NOP: u8 = 0x90;
+const RET: u8 = 0xc3;
 
 pub(super) struct Stage {
     pub(super) release: String,
@@ -29,17 +30,18 @@ impl Stage {
     pub(super) fn prepare(vm: &mut Vm, setup: &Setup) -> Result<Self> {
         let release = vm.greeting.split(' ').find_map(|word| word.strip_prefix("release="));
         let release = release.context("a release")?.to_owned();
-        let mut target = 0;
+        let (mut function, mut target) = (0, 0);
         test_function::replace(vm, |start, room| {
+            function = start;
             let end = start + (BEGIN + room) as u64;
             target = (start + BEGIN as u64).next_multiple_of(SLOT);
             if target / PAGE != (target + SLOTS * SLOT - 1) / PAGE {
                 target = target.next_multiple_of(PAGE);
             }
             ensure!(target + SLOTS * SLOT <= end, "{FUNCTION} has no room");
-            Ok(vec![NOP; room])
+            Ok([vec![NOP; room - 1], vec![RET]].concat())
         })?;
-        let site = format!("{FUNCTION}+{:#x}", target + (SLOTS - 1) * SLOT - vm.address(FUNCTION)?);
+        let site = format!("{FUNCTION}+{:#x}", target + (SLOTS - 1) * SLOT - function);
         let (lines, _) = vm.ask("symbols klp_ops kprobe_table")?;
         vm.ask(&format!("load /modules/{release}/{HOSTILE}.ko"))?;
         let mut parameters = vec![format!("target {target:#x}")];

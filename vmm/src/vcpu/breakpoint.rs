@@ -37,7 +37,13 @@ impl Vcpu {
         let is_64_bit = sregs.cs.l != 0;
         loop {
             let table = self.rendezvous.traps();
-            let Some(rules) = rules else { return self.deliver_by_kvm() };
+            let Some(rules) = rules else {
+                // Nothing is done in its place. At a site it waits, then executes what is there.
+                return match table.judge(at, INT3) {
+                    Verdict::Pass(_) => self.parked(|| self.rendezvous.wait_at_trap(&table)),
+                    _ => self.deliver_by_kvm(),
+                };
+            };
             // The guest may have replaced it, or moved the page, since: then the vCPU fetches again.
             let code = self.code_at(&rules, at, &sregs);
             let Some(found) = Breakpoint::decode(&code, is_64_bit) else { return Ok(()) };

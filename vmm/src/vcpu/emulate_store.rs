@@ -27,7 +27,7 @@ const ELEMENTS: u32 = 4096;
 
 /// What became of the instruction that a vCPU was stopped at.
 enum Outcome {
-    /// Some of it was done, or waited for.
+    /// Some of it was done, or waited for, or nothing is in its way any more.
     Known,
     /// The processor would raise #PF.
     Fault(Denied, u32),
@@ -118,7 +118,7 @@ impl Vcpu {
                         self.listener.patch_written();
                     }
                 }
-                // Meanwhile anything may have changed: the vCPU comes back if it has to.
+                // Anything may have changed meanwhile: the vCPU comes back if it has to.
                 Done::Waits => return Ok(Outcome::Known),
                 Done::Fault(denied, error_code) if elements == 0 => {
                     return Ok(Outcome::Fault(denied, error_code));
@@ -160,6 +160,8 @@ impl Vcpu {
         if !page.is_none_or(is_on) || !self.mark(&to) {
             return Ok(Done::NotGuarded(first));
         }
+        let is_protected = || pieces.iter().any(|(at, _)| self.guard.is_protected(*at));
+        let was_protected = is_protected();
         let write = Write {
             vcpu: self.id,
             registers: &stopped.vcpu_registers,
@@ -168,6 +170,8 @@ impl Vcpu {
             bytes: &bytes,
         };
         match self.guard.attempt(&write).map_err(|error| format!("vCPU {}: {error}", self.id.0))? {
+            // It was protected ahead of programs only. The vCPU can go on.
+            Attempt::NotGuarded if was_protected && !is_protected() => Ok(Done::Waits),
             Attempt::NotGuarded => Ok(Done::NotGuarded(first)),
             Attempt::InFlight => {
                 self.parked(|| self.guard.wait_for_program())?;

@@ -50,16 +50,19 @@ impl Vcpu {
         if places.iter().any(|at| self.guard.is_init_gate(*at)) {
             return self.parked(|| self.listener.init_gate_written());
         }
-        let mut lifted = false;
+        let mut is_open = false;
         for at in places.into_iter().filter(|_| !matches!(cause, Cause::NotGuarded(_))) {
+            let was_protected = self.guard.is_protected(at);
             match self.guard.lift(self.id, &stopped.vcpu_registers, at) {
-                Lift::NotGuarded => {}
-                Lift::Lifted => lifted = true,
+                Lift::NotGuarded => is_open |= was_protected && !self.guard.is_protected(at),
+                Lift::Lifted => {
+                    self.listener.patch_written();
+                    is_open = true;
+                }
                 Lift::InFlight => return self.parked(|| self.guard.wait_for_program()),
             }
         }
-        if lifted {
-            self.listener.patch_written();
+        if is_open {
             self.unexplained = (0, 0);
             return Ok(());
         }

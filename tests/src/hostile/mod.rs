@@ -107,7 +107,7 @@ impl Attacked {
         let watch = Watch::start(vm.socket());
         let started = Instant::now();
         let mut warm = None;
-        while started.elapsed() < time {
+        while started.elapsed() < time || warm.is_none() {
             plans.round(vm)?;
             if warm.is_none() && started.elapsed() >= WARM_UP.min(time / 3) {
                 warm = Some(Usage::of(vm)?);

@@ -12,6 +12,9 @@ use crate::vm::{Method, Vm};
 const STRATEGIES: [&str; 5] = ["breakpoint", "bypass", "hold", "inspect", "store"];
 const POLICIES: [Option<&str>; 4] = [None, Some("yield"), Some("rebase"), Some("deny")];
 
+/// Short, as no other request is answered while a program waits for the guest.
+const DEADLINE_MS: u32 = 2000;
+
 pub(super) struct Plans {
     patches: [Value; 3],
     rounds: usize,
@@ -23,7 +26,7 @@ impl Plans {
         let patches = [
             json!({ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid", "keep_fentry": true }),
             json!({ "static_key": NEIGHBOUR, "enable": !neighbour_is_enabled(vm)? }),
-            json!({ "at": stage.site, "expect": "9090909090", "replace": "0f1f440000" }),
+            json!({ "at": stage.site, "expect": "90", "replace": "91" }),
         ];
         Ok(Self { patches, rounds: 0, outcomes: BTreeMap::new() })
     }
@@ -38,7 +41,7 @@ impl Plans {
         let policy = POLICIES[self.rounds / STRATEGIES.len() % POLICIES.len()];
         let patch = &self.patches[self.rounds % self.patches.len()];
         self.rounds += 1;
-        let mut plan = json!({ "version": 1, "name": "flip", "strategy": strategy, "deadline_ms": 10_000,
+        let mut plan = json!({ "version": 1, "name": "flip", "strategy": strategy, "deadline_ms": DEADLINE_MS,
             "patches": [patch] });
         if let Some(policy) = policy {
             plan["on_guest_write"] = policy.into();

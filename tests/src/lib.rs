@@ -7,6 +7,7 @@ pub mod clients;
 pub mod cost;
 pub mod drivers;
 pub mod guard;
+pub mod hostile;
 pub mod hotplug;
 pub mod kernels;
 pub mod killed;

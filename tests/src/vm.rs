@@ -349,6 +349,15 @@ impl Vm {
         self.wait()
     }
 
+    /// The monitor's exit code, if it has ended.
+    ///
+    /// # Errors
+    /// When a signal ended it.
+    pub fn ended(&mut self) -> Result<Option<i32>> {
+        let status = self.child.try_wait()?;
+        status.map(|status| status.code().with_context(|| format!("{status}: {}", self.errors()))).transpose()
+    }
+
     /// Waits for the monitor's end; returns its exit code.
     ///
     /// # Errors

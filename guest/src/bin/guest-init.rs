@@ -2,15 +2,24 @@
 //! the workload. A line in, lines out; every answer ends with a line that begins with `@end`. The
 //! commands are those of `guest::inside::commands`.
 
+use std::env;
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader};
+use std::process::ExitCode;
 use std::thread;
 
 use guest::inside::commands::Init;
+use guest::inside::hostile;
 use rustix::mount::{MountFlags, mount};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
-fn main() {
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    if let Some((hostile::ARGUMENT, rest)) =
+        arguments.split_first().map(|(first, rest)| (first.as_str(), rest))
+    {
+        return hostile::main(rest);
+    }
     if let Err(error) = serve() {
         // PID 1 must not end: the kernel would panic. Say why on the kernel log and stay.
         let _ = fs::write("/dev/kmsg", format!("<2>guest-init: {error}"));
@@ -18,6 +27,7 @@ fn main() {
             thread::park();
         }
     }
+    ExitCode::SUCCESS
 }
 
 fn serve() -> io::Result<()> {

@@ -33,6 +33,9 @@
 //! on CPU CALL A B    calls a system call 1,000 times on one CPU; results as `hammer`
 //! kexec KERNEL INITRD MORE  starts another kernel, with more on its command line; no answer but its greeting
 //! crash KERNEL INITRD MORE  the same, by a crash
+//! hostile TARGET NAMES  attacks the monitor in these ways, or in all, around an address of the kernel's text
+//! hostile-end        ends that; what each attack saw
+//! garbage            runs garbage in place of the kernel; no answer
 //! poweroff | reboot
 //! ```
 
@@ -50,6 +53,7 @@ use rustix::system::{RebootCommand, reboot};
 use rustix::termios::tcdrain;
 
 use crate::inside::bpf::Fentry;
+use crate::inside::hostile::{self, Attacks};
 use crate::inside::kallsyms;
 use crate::inside::kernel_log::KernelLog;
 use crate::inside::kexec;
@@ -90,6 +94,7 @@ pub struct Init {
     locks: Option<Locks>,
     toggle: Option<Toggle>,
     fentry: Option<Fentry>,
+    attacks: Option<Attacks>,
 }
 
 impl Init {
@@ -106,6 +111,7 @@ impl Init {
             locks: None,
             toggle: None,
             fentry: None,
+            attacks: None,
         })
     }
 
@@ -135,7 +141,7 @@ impl Init {
     }
 
     fn say(&mut self, line: &str) -> io::Result<()> {
-        writeln!(self.console, "{line}")
+        hostile::write_line(&mut self.console, line)
     }
 
     /// Obeys one command; returns what to add to the answer's last line.
@@ -292,6 +298,18 @@ impl Init {
                 fs::write("/proc/sysrq-trigger", "c")?;
                 Ok(String::new())
             }
+            ["hostile", target, ref names @ ..] => {
+                self.attacks = Some(Attacks::start(target, names)?);
+                Ok(String::new())
+            }
+            ["hostile-end"] => {
+                let attacks = self.attacks.take().ok_or_else(|| io::Error::other("nothing is attacked"))?;
+                for line in attacks.end()? {
+                    self.say(&format!("@hostile {line}"))?;
+                }
+                Ok(String::new())
+            }
+            ["garbage"] => hostile::run_garbage().map(|()| String::new()),
             ["poweroff"] => Ok(reboot(RebootCommand::PowerOff).map(|()| String::new())?),
             ["reboot"] => Ok(reboot(RebootCommand::Restart).map(|()| String::new())?),
             [other, ..] => Err(io::Error::other(format!("unknown or incomplete command {other}"))),

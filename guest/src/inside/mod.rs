@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod commands;
+pub mod hostile;
 pub mod kallsyms;
 pub mod kernel_log;
 pub mod kexec;

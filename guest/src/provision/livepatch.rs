@@ -1,4 +1,4 @@
-//! Modules for the guest's own kernel, a livepatch among them, built against the distribution's headers
+//! Modules for the guest's own kernel, a livepatch and an attacker among them, built against the distribution's headers
 //! once and cached. No package has them.
 
 use std::fs;
@@ -15,13 +15,26 @@ use crate::provision::{cache, packages};
 pub const NAME: &str = "getppid_livepatch";
 /// The name of a module that tells which of its functions its init called.
 pub const PROBE: &str = "pending_probe";
+/// The name of a module that attacks the monitor.
+pub const HOSTILE: &str = "hostile";
+const MODULES: [&str; 3] = [NAME, PROBE, HOSTILE];
 /// Part of the cache key: raise it when anything about the build changes.
-const BUILD: u32 = 2;
+const BUILD: u32 = 3;
 
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 13] = [
     ("Kbuild", include_str!("../../livepatch/Kbuild")),
     ("getppid_livepatch.c", include_str!("../../livepatch/getppid_livepatch.c")),
     ("pending_probe.c", include_str!("../../livepatch/pending_probe.c")),
+    ("hostile.h", include_str!("../../hostile/hostile.h")),
+    ("main.c", include_str!("../../hostile/main.c")),
+    ("table.c", include_str!("../../hostile/table.c")),
+    ("stores.c", include_str!("../../hostile/stores.c")),
+    ("stack.c", include_str!("../../hostile/stack.c")),
+    ("shadows.c", include_str!("../../hostile/shadows.c")),
+    ("steps.c", include_str!("../../hostile/steps.c")),
+    ("alias.c", include_str!("../../hostile/alias.c")),
+    ("lists.c", include_str!("../../hostile/lists.c")),
+    ("nested.c", include_str!("../../hostile/nested.c")),
 ];
 /// `libelf` is for the headers' own `objtool`.
 const PACKAGES: &[&str] = &["gcc", "make", "libelf-dev"];
@@ -30,9 +43,9 @@ const PACKAGES: &[&str] = &["gcc", "make", "libelf-dev"];
 ///
 /// # Errors
 /// When packages are missing and can't be installed, or the build fails.
-pub fn modules(kernel: &Kernel) -> Result<[PathBuf; 2], Error> {
+pub fn modules(kernel: &Kernel) -> Result<[PathBuf; 3], Error> {
     let folder = cache::entry(&format!("livepatch-{}-{BUILD}", kernel.release), |into| build(kernel, into))?;
-    Ok([NAME, PROBE].map(|name| folder.join(format!("{name}.ko"))))
+    Ok(MODULES.map(|name| folder.join(format!("{name}.ko"))))
 }
 
 fn build(kernel: &Kernel, into: &Path) -> Result<(), Error> {
@@ -61,8 +74,10 @@ fn build(kernel: &Kernel, into: &Path) -> Result<(), Error> {
             .arg(format!("M={}", work.join("module").display()))
             .args(["CC=gcc", "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]),
     )?;
-    for name in [NAME, PROBE].map(|name| format!("{name}.ko")) {
-        fs::copy(work.join("module").join(&name), into.join(&name)).at(into)?;
+    for name in MODULES.map(|name| format!("{name}.ko")) {
+        // What is for debuggers would only make the initramfs larger.
+        let from = work.join("module").join(&name);
+        output_of(Command::new("strip").args(["--strip-debug", "-o"]).arg(into.join(&name)).arg(from))?;
     }
     fs::remove_dir_all(&work).at(&work)?;
     step.done();

@@ -11,7 +11,7 @@ use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
 use tests::{
-    breakpoints, clients, guard, hotplug, kernels, killed, matrix, modes, oracle, replaced, sandbox,
+    breakpoints, clients, guard, hostile, hotplug, kernels, killed, matrix, modes, oracle, replaced, sandbox,
     selfpatching, spinlocks, targets,
 };
 
@@ -25,7 +25,7 @@ Examples:
   cargo soak modes --only pti    boot options that contain this; without --only, all")]
 struct Arguments {
     /// Which campaign. All, if absent.
-    #[arg(value_parser = CAMPAIGNS.map(|(name, ..)| name).into_iter().chain([KERNELS]).collect::<Vec<_>>())]
+    #[arg(value_parser = CAMPAIGNS.iter().map(|(name, ..)| *name).chain([KERNELS]).collect::<Vec<_>>())]
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
@@ -36,7 +36,7 @@ struct Arguments {
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
 
-const CAMPAIGNS: [(&str, usize, Campaign); 28] = [
+const CAMPAIGNS: &[(&str, usize, Campaign)] = &[
     ("boots", 50, campaigns::boots),
     ("vcpus-64", 1, |lab, times| (0..times).try_for_each(|_| campaigns::every_vcpu(lab, 64))),
     ("many-sites", 4096, |lab, times| campaigns::many_sites::many_sites(lab, times, 30)),
@@ -51,6 +51,8 @@ const CAMPAIGNS: [(&str, usize, Campaign); 28] = [
     ("guard-boots", 100, guard::boots),
     ("guard-cost", 5, guard::cost),
     ("sandbox", 20, sandbox::cost),
+    ("hostile", 30, |lab, minutes| hostile::everything(lab, Duration::from_secs(60 * minutes as u64))),
+    ("hostile-each", 15, |lab, seconds| hostile::each(lab, Duration::from_secs(seconds as u64))),
     ("spinlocks", 100, |lab, times| {
         let both = targets::both_kernels(lab, 8);
         both.iter().try_for_each(|setup| {
@@ -109,7 +111,7 @@ fn main() -> Result<ExitCode> {
 fn run(lab: &Lab, arguments: &Arguments) -> Result<ExitCode> {
     let chosen = |name: &str| arguments.campaign.as_deref().is_none_or(|wanted| wanted == name);
     let (mut failed, mut ran) = (0, 0);
-    for (name, times, campaign) in CAMPAIGNS.into_iter().filter(|(name, ..)| chosen(name)) {
+    for (name, times, campaign) in CAMPAIGNS.iter().copied().filter(|(name, ..)| chosen(name)) {
         ran += 1;
         let times = arguments.times.unwrap_or(times);
         print!("{name}: {times} times ... ");

@@ -43,6 +43,16 @@ impl Places {
         }
     }
 
+    /// Where the text begins in the kernel.
+    pub(crate) fn start(&self) -> u64 {
+        self.image.text_base().0
+    }
+
+    /// What lies at an address.
+    pub(crate) fn describe(&self, at: Gva) -> Option<String> {
+        self.image.symbols().describe(at)
+    }
+
     pub(crate) fn text(&self, vm: &Vm) -> Result<Vec<u8>> {
         let (start, end) = (self.symbol("_text")?, self.symbol("_etext")?);
         read_guest_memory(vm, self.physical(start), usize::try_from(end.0 - start.0)?)

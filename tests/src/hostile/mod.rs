@@ -1,0 +1,146 @@
+//! A guest that is the enemy (`guest::inside::hostile`), while plans are applied and reverted.
+
+mod ending;
+mod plans;
+mod stage;
+mod watch;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use self::plans::Plans;
+use self::stage::Stage;
+use self::watch::{Usage, Watch};
+use crate::guard::guarded;
+use crate::lab::Lab;
+use crate::oracle::differences;
+use crate::targets::both_kernels;
+use crate::vm::{Setup, Vm, field};
+
+/// What is seen at the first is no growth: buffers and histories fill up to their limits.
+const WARM_UP: Duration = Duration::from_secs(15);
+/// How much more memory of its own the monitor may have at the end, in KiB.
+const GROWTH_KIB: u64 = 2048;
+/// How many connections may just be served.
+const SERVED: usize = 2;
+/// For the rig, where the CPUs are emulated, and shared with all that attacks.
+const SLOWEST_ANSWER: Duration = Duration::from_secs(5);
+
+/// Every attack at once for so long, on both kernels, side by side, all text guarded; garbage runs
+/// in place of the kernel in the end.
+///
+/// # Errors
+/// Anything unexpected.
+pub fn everything(lab: &Lab, time: Duration) -> Result<()> {
+    let run = |setup: &Setup| Attacked::start(lab, setup)?.by(&[], time)?.end(lab);
+    for line in side_by_side(lab, run)? {
+        println!("\n{line}");
+    }
+    Ok(())
+}
+
+/// Each attack alone, for so long, on both kernels, side by side.
+///
+/// # Errors
+/// With all that failed.
+pub fn each(lab: &Lab, time: Duration) -> Result<()> {
+    side_by_side(lab, |setup| {
+        let (mut failed, mut vm) = (Vec::new(), None);
+        for name in NAMES {
+            let attacked = match vm.take() {
+                Some(vm) => vm,
+                None => Attacked::start(lab, setup)?,
+            };
+            let release = attacked.stage.release.clone();
+            match attacked.by(&[name], time) {
+                Ok(attacked) => {
+                    println!("\n{release}: {name}: ok: {}", attacked.seen);
+                    vm = Some(attacked);
+                }
+                Err(error) => {
+                    println!("\n{release}: {name}: FAILED: {error:?}");
+                    failed.push(*name);
+                }
+            }
+        }
+        ensure!(failed.is_empty(), "these attacks succeed: {failed:?}");
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// The attacks that there are.
+const NAMES: &[&str] = guest::inside::hostile::NAMES;
+
+fn side_by_side<T: Send>(lab: &Lab, run: impl Fn(&Setup) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let setups = both_kernels(lab, 2).map(|setup| guarded(Setup { command_line: "nokaslr".into(), ..setup }));
+    std::thread::scope(|scope| {
+        let run = &run;
+        let runs: Vec<_> = setups.iter().map(|setup| scope.spawn(move || run(setup))).collect();
+        let joined = runs.into_iter().map(|run| run.join().ok().context("a thread panicked")?);
+        joined.collect()
+    })
+}
+
+/// A VM whose guest attacks, and what was seen of that.
+struct Attacked {
+    vm: Vm,
+    stage: Stage,
+    seen: String,
+}
+
+impl Attacked {
+    fn start(lab: &Lab, setup: &Setup) -> Result<Self> {
+        let mut vm = Vm::start(lab, setup)?;
+        let stage = Stage::prepare(&mut vm, setup)?;
+        vm.hammer("getppid", 0, 1)?;
+        Ok(Self { vm, stage, seen: String::new() })
+    }
+
+    /// Some attacks, or all, for so long, while plans are applied and reverted.
+    fn by(mut self, attacks: &[&str], time: Duration) -> Result<Self> {
+        let (vm, stage) = (&mut self.vm, &self.stage);
+        let before = stage.text(vm)?;
+        vm.ask(&format!("hostile {:#x} {}", stage.target, attacks.join(" ")))?;
+        let mut plans = Plans::new(vm, stage)?;
+        let watch = Watch::start(vm.socket());
+        let started = Instant::now();
+        let mut warm = None;
+        while started.elapsed() < time || warm.is_none() {
+            plans.round(vm)?;
+            if warm.is_none() && started.elapsed() >= WARM_UP.min(time / 3) {
+                warm = Some(Usage::of(vm)?);
+            }
+            if plans.rounds() % 20 == 0 {
+                vm.count()?;
+            }
+        }
+        let answers = watch.end()?;
+        let (warm, now) = (warm.context("it was not warm")?, Usage::of(vm)?);
+        let (lines, _) = vm.ask("hostile-end")?;
+        let seen: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("@hostile ")).collect();
+        ensure!(seen.len() == if attacks.is_empty() { NAMES.len() } else { attacks.len() }, "{seen:#?}");
+        for line in &seen {
+            let is_right = line.contains(" exit-status:-0 ") && field(line, "wrong")? == 0;
+            ensure!(is_right && field(line, "done")? > 0, "{seen:#?}");
+        }
+        vm.expect_all(false)?;
+        vm.expect_no_kernel_errors()?;
+        let differ = differences(&before, &stage.text(vm)?);
+        let places: Vec<String> = differ.iter().take(20).map(|at| stage.describe(*at)).collect();
+        ensure!(differ.is_empty(), "{} bytes of text are not what they were: {places:?}", differ.len());
+        ensure!(now.resident_kib < warm.resident_kib + GROWTH_KIB, "memory grows: {warm:?}, {now:?}");
+        ensure!(now.descriptors <= warm.descriptors + SERVED, "descriptors grow: {warm:?}, {now:?}");
+        ensure!(answers.p99 < SLOWEST_ANSWER, "{answers:?}");
+        self.seen =
+            format!("{answers:?}; {warm:?}, {now:?}; {}; attacks:\n  {}", plans.summary(), seen.join("\n  "));
+        Ok(self)
+    }
+
+    fn end(self, lab: &Lab) -> Result<String> {
+        watch::nothing_reaches_a_terminal(lab, &self.vm)?;
+        let ending = ending::garbage(self.vm)?;
+        Ok(format!("{}: {}\n  garbage in place of the kernel: {ending}", self.stage.release, self.seen))
+    }
+}

@@ -58,7 +58,7 @@ const RDI: usize = 7;
 
 impl Store {
     /// Decodes the instruction at `registers.rip`, which `code` begins with. `None` if it is of another
-    /// kind, or if RFLAGS.TF is set.
+    /// kind, if it repeats and has no element left, or if RFLAGS.TF is set.
     ///
     /// ```
     /// use patcher::addr::Gva;
@@ -101,6 +101,9 @@ impl Store {
         let at = Gva(registers.address(&insn, 0)?);
         let width = insn.memory_size().size();
         let repeats = insn.has_rep_prefix() || insn.has_repne_prefix();
+        if string && repeats && registers.general[RCX] == 0 {
+            return None;
+        }
         matches!(width, 1 | 2 | 4 | 8).then_some(Self {
             at,
             width,

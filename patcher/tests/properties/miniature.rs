@@ -462,6 +462,38 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     elf(&[(BASE, k.bytes)])
 }
 
+/// The file with other bytes where its BTF begins.
+pub(crate) fn with_btf(bytes: &[u8]) -> Vec<u8> {
+    let start = btf_of_vmlinux().start;
+    overwritten(start, bytes)
+}
+
+/// Where its BTF is in the file.
+pub(crate) fn btf_of_vmlinux() -> std::ops::Range<usize> {
+    let (file, btf) = (vmlinux(), btf(&OLDER));
+    let start = file.windows(btf.len()).position(|bytes| bytes == btf).expect("its BTF");
+    start..start + btf.len()
+}
+
+/// The file with other bytes where its kallsyms begins.
+pub(crate) fn with_kallsyms(bytes: &[u8]) -> Vec<u8> {
+    let start = kallsyms_of_vmlinux().start;
+    overwritten(start, bytes)
+}
+
+/// Where its kallsyms is in the file: behind its BTF.
+pub(crate) fn kallsyms_of_vmlinux() -> std::ops::Range<usize> {
+    btf_of_vmlinux().end.next_multiple_of(8)..vmlinux().len()
+}
+
+/// The file with these bytes at a place, as far as there is room.
+fn overwritten(start: usize, bytes: &[u8]) -> Vec<u8> {
+    let mut file = vmlinux();
+    let end = (start + bytes.len()).min(file.len());
+    file[start..end].copy_from_slice(&bytes[..end - start]);
+    file
+}
+
 /// A module's tables as the guest has them, each of less than 1 KiB but the jumps.
 #[derive(Default)]
 pub(crate) struct Sections {

@@ -4,6 +4,7 @@ pub mod breakpoints;
 pub mod campaigns;
 pub mod cost;
 pub mod drivers;
+pub mod fuzz;
 pub mod guard;
 pub mod hotplug;
 pub mod kernels;

@@ -11,6 +11,8 @@
 
 mod breakpoint;
 mod emulate_store;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzed;
 mod inject_bp;
 mod module_door;
 

@@ -51,8 +51,7 @@ const SEEDS: [(&str, &[&str]); 3] =
 /// As cargo-fuzz builds them, without a sanitizer: there is no unsafe code in what these call.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions -Coverflow-checks \
-    --cfg fuzzing";
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks --cfg fuzzing";
 
 /// Longest time for one input, in seconds, and most memory, in MiB.
 const SLOWEST_S: u32 = 10;

@@ -7,4 +7,6 @@ mod checks;
 #[path = "../../tests/properties/miniature.rs"]
 mod miniature;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| checks::image(&miniature::with_btf(input)));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    checks::image(&miniature::overwritten(miniature::btf_in_file(), input));
+});

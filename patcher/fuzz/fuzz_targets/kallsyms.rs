@@ -7,4 +7,6 @@ mod checks;
 #[path = "../../tests/properties/miniature.rs"]
 mod miniature;
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| checks::image(&miniature::with_kallsyms(input)));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    checks::image(&miniature::overwritten(miniature::kallsyms_in_file(), input));
+});

@@ -24,12 +24,13 @@ use crate::plan::refusal::Refusal;
 const LIVE: u32 = 0;
 const COMING: u32 = 1;
 const GOING: u32 = 2;
-const MOST_MODULES: usize = 4096;
+/// Real guests have less than 400.
+const MOST_MODULES: usize = 1024;
 const MOST_SYMBOLS: usize = 1 << 20;
 const MOST_ENTRIES: usize = 1 << 20;
 /// Most jumps of static keys and static calls of all modules together, which are gone through for each patch
 /// that names one; a real guest has less than 20,000.
-const MOST_SWITCHED: usize = 1 << 17;
+const MOST_SWITCHED: usize = 1 << 16;
 /// Longest text, in bytes.
 const MOST_BYTES: usize = 64 << 20;
 /// Most that is read for all modules together, in bytes; a real one has some 100 KiB of symbols.

@@ -149,6 +149,7 @@ const MODULE: u64 = 0x10_0000;
 const KALLSYMS: u64 = 0x20_0000;
 const SYMBOLS: u64 = 0x30_0000;
 const NAMES: u64 = 0x40_0000;
+const KINDS: u64 = 0x50_0000;
 const TEXT: u64 = 0x10_0000_0000;
 
 /// Where the module of a number is, with its tables.
@@ -170,8 +171,7 @@ fn modules(image: &KernelImage, count: u64, functions: u64, size: u64) -> Words 
         memory.set(place(index) + offsets.text.0, TEXT + place(index));
         memory.set(place(index) + offsets.text.1, functions * size);
         memory.set(place(index) + offsets.kallsyms, at(KALLSYMS));
-        let tables =
-            [(symtab, at(SYMBOLS)), (number, functions), (strtab, at(NAMES)), (typetab, at(NAMES) + 8)];
+        let tables = [(symtab, at(SYMBOLS)), (number, functions), (strtab, at(NAMES)), (typetab, at(KINDS))];
         for (offset, value) in tables {
             memory.set(at(KALLSYMS) + offset, value);
         }
@@ -180,7 +180,7 @@ fn modules(image: &KernelImage, count: u64, functions: u64, size: u64) -> Words 
             memory.set(at(SYMBOLS) + 24 * function, 0x100 + 8 * function | 1 << 48);
             memory.set(at(SYMBOLS) + 24 * function + 8, TEXT + place(index) + size * function);
             memory.set(at(NAMES) + 0x100 + 8 * function, u64::from(b'a') + function % 26);
-            memory.set(at(NAMES) + 8 + (function & !7), u64::from_le_bytes([b't'; 8]));
+            memory.set(at(KINDS) + (function & !7), u64::from_le_bytes([b't'; 8]));
         }
     }
     memory
@@ -189,9 +189,10 @@ fn modules(image: &KernelImage, count: u64, functions: u64, size: u64) -> Words 
 #[test]
 fn modules_that_take_too_long_to_read_refuse_every_plan() {
     let image = image();
-    let memory = modules(&image, 3000, 400, 64);
+    let memory = modules(&image, 900, 700, 64);
     let modules = read_modules(&image, 0, &memory);
-    assert_eq!(modules.all().expect_err("too much").code(), "bad_modules");
+    let why = modules.all().expect_err("too much").to_string();
+    assert!(why.contains("very large"), "{why}");
     let kernel = Kernel { image: &image, slide: 0, modules: &modules };
     let guest = RunningGuest { kernel, text: &memory, vcpus: 1 };
     assert_eq!(targets::list(guest).map_err(|refusal| refusal.code()), Err("bad_modules"));

@@ -254,10 +254,9 @@ fn seeds_for_the_fuzzer_are_kernels() {
     for (_, name, file) in &files {
         assert!(KernelImage::parse(file).is_ok(), "{name}");
     }
-    let (file, [btf, kallsyms]) =
-        (&files[1].2, [miniature::btf_of_vmlinux(), miniature::kallsyms_of_vmlinux()]);
+    let (file, [btf, kallsyms]) = (&files[1].2, [miniature::btf_in_file(), miniature::kallsyms_in_file()]);
     let parts = [("btf", file[btf].to_vec()), ("kallsyms", file[kallsyms].to_vec())];
-    assert_eq!(miniature::with_btf(&parts[0].1), miniature::with_kallsyms(&parts[1].1));
+    assert_eq!(miniature::overwritten(miniature::btf_in_file(), &parts[0].1), *file);
     files.extend(parts.map(|(kind, part)| (kind, "miniature".to_owned(), part)));
     files.extend(
         files::packed()
@@ -313,8 +312,8 @@ proptest! {
         let file = miniature::vmlinux();
         let mut packed = files::packed();
         let mut bytes = match part {
-            8 => file[miniature::btf_of_vmlinux()].to_vec(),
-            9 => file[miniature::kallsyms_of_vmlinux()].to_vec(),
+            8 => file[miniature::btf_in_file()].to_vec(),
+            9 => file[miniature::kallsyms_in_file()].to_vec(),
             method => packed.swap_remove(method),
         };
         for (at, edit, length) in breaks {
@@ -322,8 +321,8 @@ proptest! {
             bytes[at..at + length].copy_from_slice(&edit.to_le_bytes()[..length]);
         }
         match part {
-            8 => checks::image(&miniature::with_btf(&bytes)),
-            9 => checks::image(&miniature::with_kallsyms(&bytes)),
+            8 => checks::image(&miniature::overwritten(miniature::btf_in_file(), &bytes)),
+            9 => checks::image(&miniature::overwritten(miniature::kallsyms_in_file(), &bytes)),
             _ => checks::compressed(&bytes),
         }
     }

@@ -2,6 +2,9 @@
 //! Linux's layout. Everything that is read from a real kernel can be read from it. Property tests,
 //! fuzz targets and documentation examples use it.
 
+use std::ops::Range;
+use std::sync::LazyLock;
+
 use patcher::image::KernelImage;
 
 /// Where its text is linked.
@@ -462,35 +465,30 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     elf(&[(BASE, k.bytes)])
 }
 
-/// The file with other bytes where its BTF begins.
-pub(crate) fn with_btf(bytes: &[u8]) -> Vec<u8> {
-    let start = btf_of_vmlinux().start;
-    overwritten(start, bytes)
-}
-
-/// Where its BTF is in the file.
-pub(crate) fn btf_of_vmlinux() -> std::ops::Range<usize> {
+/// The file, and where its BTF and its kallsyms are in it; made once.
+static PARTS: LazyLock<(Vec<u8>, Range<usize>, Range<usize>)> = LazyLock::new(|| {
     let (file, btf) = (vmlinux(), btf(&OLDER));
     let start = file.windows(btf.len()).position(|bytes| bytes == btf).expect("its BTF");
-    start..start + btf.len()
+    let btf = start..start + btf.len();
+    let kallsyms = btf.end.next_multiple_of(8)..file.len();
+    (file, btf, kallsyms)
+});
+
+/// Where the file's BTF is.
+pub(crate) fn btf_in_file() -> Range<usize> {
+    PARTS.1.clone()
 }
 
-/// The file with other bytes where its kallsyms begins.
-pub(crate) fn with_kallsyms(bytes: &[u8]) -> Vec<u8> {
-    let start = kallsyms_of_vmlinux().start;
-    overwritten(start, bytes)
+/// Where the file's kallsyms is: behind its BTF.
+pub(crate) fn kallsyms_in_file() -> Range<usize> {
+    PARTS.2.clone()
 }
 
-/// Where its kallsyms is in the file: behind its BTF.
-pub(crate) fn kallsyms_of_vmlinux() -> std::ops::Range<usize> {
-    btf_of_vmlinux().end.next_multiple_of(8)..vmlinux().len()
-}
-
-/// The file with these bytes at a place, as far as there is room.
-fn overwritten(start: usize, bytes: &[u8]) -> Vec<u8> {
-    let mut file = vmlinux();
-    let end = (start + bytes.len()).min(file.len());
-    file[start..end].copy_from_slice(&bytes[..end - start]);
+/// The file with other bytes where a part of it begins, as far as there is room.
+pub(crate) fn overwritten(part: Range<usize>, bytes: &[u8]) -> Vec<u8> {
+    let mut file = PARTS.0.clone();
+    let end = (part.start + bytes.len()).min(file.len());
+    file[part.start..end].copy_from_slice(&bytes[..end - part.start]);
     file
 }
 

@@ -261,7 +261,7 @@ unsafe fn run(head: *mut Head, slots: &mut [Slot], window: *mut u8, code: *mut u
                 let byte = window.add(offset).read_volatile();
                 if byte != background(offset) {
                     if let Some(place) = slot.changed.get_mut(slot.count as usize) {
-                        *place = (offset as u16, byte);
+                        *place = (u16::try_from(offset).unwrap_or(u16::MAX), byte);
                     }
                     slot.count += 1;
                 }

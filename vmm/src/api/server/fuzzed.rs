@@ -2,10 +2,11 @@
 //! form here. The server is the real one; of the VM there is a controller that has ended, so that whatever
 //! becomes a command is answered with 503.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use rustix::net::{Shutdown, shutdown};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -20,15 +21,18 @@ use crate::patch::controller::Controls;
 /// Time for a connection whose client has sent all that it will.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Longest answer to one connection: more than all of its requests can get.
-const LONGEST: u64 = 1 << 20;
+const LONGEST: usize = 1 << 20;
 /// What requests are answered with.
 const STATUS: [&str; 10] = ["100", "200", "400", "403", "404", "405", "408", "413", "431", "503"];
+/// What an answer begins with that is no error, and what one has that is not a stream.
+const OK: &[u8] = b" 200 OK\r\n";
+const LENGTH: &[u8] = b"content-length:";
 /// The answer to a command.
 const ENDED: &[u8] = b"HTTP/1.1 503";
 
 /// Sends the input to the server, in pieces as long as its first byte says, as a reader or as the owner.
-/// Answers begin as such, the connection ends soon after the client's last byte, a reader gives no command
-/// but to read, and the next client is served.
+/// Answers begin as such, the connection ends soon after the client's last byte unless it follows the events,
+/// a reader gives no command but to read, and the next client is served.
 ///
 /// # Panics
 /// When that does not hold.
@@ -65,28 +69,63 @@ async fn sent<'a>(
     role: Role,
     pieces: impl Iterator<Item = &'a [u8]>,
 ) -> Vec<u8> {
-    let (mut client, server) = UnixStream::pair().expect("a pair of sockets");
+    let (client, server) = UnixStream::pair().expect("a pair of sockets");
     let place = Arc::new(connections.place(role).expect("no connection is left behind"));
     let (served, state) = (place.clone(), state.clone());
     let task = tokio::spawn(async move { drop(serve(server, role, served, state).await) });
     place.taken_by(task.abort_handle());
     for piece in pieces {
         // The server closes a connection whose request it can't read.
-        if client.write_all(piece).await.is_err() {
+        if send(&client, piece).await.is_none() {
             break;
         }
         tokio::task::yield_now().await;
     }
-    let _ = client.shutdown().await;
+    let _ = shutdown(&client, Shutdown::Write);
     let mut answer = Vec::new();
-    let mut beginning = (&mut client).take(LONGEST);
-    // An error is a connection that was reset, with bytes of ours unread.
-    let ended = timeout(PATIENCE, beginning.read_to_end(&mut answer)).await.is_ok();
+    let ended = timeout(PATIENCE, receive(&client, &mut answer)).await.is_ok();
     assert!(ended, "the connection does not end: {}", answer.escape_ascii());
-    assert!((answer.len() as u64) < LONGEST, "the answer does not end");
+    assert!(answer.len() < LONGEST, "the answer does not end");
+    // The client hangs up.
+    drop(client);
     task.abort();
     let _ = task.await;
     answer
+}
+
+/// Sends all of it. `None` if the server has closed the connection.
+async fn send(client: &UnixStream, mut bytes: &[u8]) -> Option<()> {
+    while !bytes.is_empty() {
+        client.writable().await.ok()?;
+        match client.try_write(bytes) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => return None,
+        }
+    }
+    Some(())
+}
+
+/// Whether the last answer is the stream of events, which goes on while the client is there.
+fn follows_events(answers: &[u8]) -> bool {
+    let starts = answers.windows(OK.len()).rposition(|at| at == OK);
+    let head = starts.map(|start| &answers[start..]).unwrap_or_default();
+    let end = head.windows(4).position(|at| at == b"\r\n\r\n");
+    end.is_some_and(|end| !head[..end].windows(LENGTH.len()).any(|at| at == LENGTH))
+}
+
+/// Receives until the server closes the connection, or resets it with bytes of the client unread, or until
+/// it streams events.
+async fn receive(client: &UnixStream, into: &mut Vec<u8>) {
+    let mut piece = [0; 4096];
+    while into.len() < LONGEST && !follows_events(into) && client.readable().await.is_ok() {
+        match client.try_read(&mut piece) {
+            Ok(0) => return,
+            Ok(read) => into.extend(&piece[..read]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -133,6 +133,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod budget;
 pub mod image;
 pub mod insn;
 pub mod linux;

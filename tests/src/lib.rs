@@ -6,6 +6,7 @@ pub mod campaigns;
 pub mod clients;
 pub mod cost;
 pub mod drivers;
+pub mod fuzz;
 pub mod guard;
 pub mod hostile;
 pub mod hotplug;

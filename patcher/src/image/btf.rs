@@ -1,14 +1,22 @@
 //! BTF: the kernel's own description of its types, read for offsets of structure members
 //! (Linux Documentation/bpf/btf.rst). Types are looked up by name when asked for.
+//!
+//! The file is not trusted: types may contain each other in circles, and names may have no end. A search
+//! looks at each type once, and compares no more of a name than what is searched for.
+
+use std::collections::BTreeSet;
 
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use crate::budget::Budget;
 
 /// BTF whose types could be walked to the end.
 #[derive(Debug, Clone)]
 pub(super) struct Btf<'a> {
     types: Vec<Type<'a>>,
     strings: &'a [u8],
+    budget: &'a Budget,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -65,9 +73,13 @@ const STRUCT: u8 = 4;
 const UNION: u8 = 5;
 /// How deep anonymous members are followed.
 const DEEPEST: usize = 8;
+/// Most types. Distributors' kernels have less than 200,000.
+const MOST_TYPES: usize = 1 << 20;
+/// A search passes so many types in the time of a unit.
+const TYPES_A_UNIT: usize = 4;
 
 impl<'a> Btf<'a> {
-    pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
+    pub(super) fn parse(bytes: &'a [u8], budget: &'a Budget) -> Option<Self> {
         let (header, _) = Header::ref_from_prefix(bytes).ok()?;
         if header.magic != MAGIC {
             return None;
@@ -80,6 +92,7 @@ impl<'a> Btf<'a> {
         let strings = part(&header.strings)?;
         let mut types = Vec::new();
         while !rest.is_empty() {
+            budget.spend(1).filter(|()| types.len() < MOST_TYPES)?;
             let (ty, behind) = TypeHeader::ref_from_prefix(rest).ok()?;
             let info = ty.info.get();
             let (count, kind) = (info as usize & 0xffff, (info >> 24 & 0x1f).to_le_bytes()[0]);
@@ -100,39 +113,43 @@ impl<'a> Btf<'a> {
             types.push(Type { name: ty.name.get(), kind, bit_fields: info >> 31 != 0, members });
             rest = behind;
         }
-        Some(Self { types, strings })
+        Some(Self { types, strings, budget })
     }
 
-    fn text(&self, at: u32) -> Option<&'a [u8]> {
-        let text = self.strings.get(usize::try_from(at).ok()?..)?;
-        Some(&text[..text.iter().position(|byte| *byte == 0)?])
+    /// Whether this text is at an offset, up to its NUL.
+    fn is(&self, at: u32, text: &[u8]) -> bool {
+        let rest = usize::try_from(at).ok().and_then(|at| self.strings.get(at..));
+        rest.and_then(|rest| rest.strip_prefix(text)).is_some_and(|rest| rest.first() == Some(&0))
     }
 
     fn structure(&self, name: &str) -> Option<&Type<'a>> {
-        let is = |ty: &&Type<'a>| ty.kind == STRUCT && self.text(ty.name) == Some(name.as_bytes());
-        self.types.iter().find(is)
+        self.budget.spend(self.types.len() / TYPES_A_UNIT)?;
+        self.types.iter().find(|ty| ty.kind == STRUCT && self.is(ty.name, name.as_bytes()))
     }
 
     /// How far the member is from the start of `struct name`, in bytes. Members of anonymous
     /// members are members.
     pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
-        self.find(self.structure(name)?, member.as_bytes(), DEEPEST).map(|bits| bits / 8)
+        let found = self.find(self.structure(name)?, member.as_bytes(), DEEPEST, &mut BTreeSet::new());
+        found.map(|bits| bits / 8)
     }
 
-    fn find(&self, ty: &Type<'a>, wanted: &[u8], depth: usize) -> Option<u32> {
+    /// `seen` has the anonymous types that do not have the member.
+    fn find(&self, ty: &Type<'a>, wanted: &[u8], depth: usize, seen: &mut BTreeSet<usize>) -> Option<u32> {
         if depth == 0 {
             return None;
         }
+        self.budget.spend(ty.members.len())?;
         ty.members.iter().find_map(|member| {
-            let (name, offset) = (self.text(member.name.get())?, member.offset.get());
+            let (name, offset) = (member.name.get(), member.offset.get());
             let offset = if ty.bit_fields { offset & 0xff_ffff } else { offset };
-            if name == wanted {
+            if self.is(name, wanted) {
                 return Some(offset);
             }
             // Type 0 is void and is not in the list.
             let inner = usize::try_from(member.ty.get()).ok()?.checked_sub(1)?;
-            let inner = self.types.get(inner).filter(|_| name.is_empty())?;
-            self.find(inner, wanted, depth - 1)?.checked_add(offset)
+            let ty = self.types.get(inner).filter(|_| self.is(name, b"") && seen.insert(inner))?;
+            self.find(ty, wanted, depth - 1, seen)?.checked_add(offset)
         })
     }
 }
@@ -180,7 +197,8 @@ mod tests {
     #[test]
     fn members_are_found_through_anonymous_ones_only() {
         let sample = sample();
-        let btf = Btf::parse(&sample).expect("well-formed");
+        let budget = Budget::new(1000);
+        let btf = Btf::parse(&sample, &budget).expect("well-formed");
         assert_eq!(btf.offset("outer", "a"), Some(0));
         assert_eq!(btf.offset("outer", "b"), Some(4));
         assert_eq!(btf.offset("outer", "d"), Some(8), "a bit-field");
@@ -192,14 +210,58 @@ mod tests {
     fn every_cut_and_every_changed_byte_ends() {
         let sample = sample();
         for length in 0..sample.len() {
-            assert!(Btf::parse(&sample[..length]).is_none());
+            assert!(Btf::parse(&sample[..length], &Budget::new(1000)).is_none());
         }
         for at in 0..sample.len() {
             for bit in 0..8 {
                 let mut bad = sample.clone();
                 bad[at] ^= 1 << bit;
-                let _ = Btf::parse(&bad).and_then(|btf| btf.offset("outer", "c"));
+                let budget = Budget::new(1000);
+                let _ = Btf::parse(&bad, &budget).and_then(|btf| btf.offset("outer", "c"));
+                assert!(!budget.is_exhausted());
             }
         }
+    }
+    /// BTF of these types, with the name `outer` at 1 and a name that does not end at 7.
+    fn of(types: &[u32], unended: usize) -> Vec<u8> {
+        let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let strings = [&b"\0outer\0"[..], &vec![b'x'; unended]].concat();
+        let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("small");
+        let mut bytes = vec![0x9f, 0xeb, 1, 0];
+        for word in [24, 0, length(&types), length(&types), length(&strings)] {
+            bytes.extend(word.to_le_bytes());
+        }
+        [bytes, types, strings].concat()
+    }
+
+    #[test]
+    fn types_that_hold_themselves_are_searched_once() {
+        const WIDTH: u32 = 10_000;
+        let members = (0..WIDTH).flat_map(|_| [0, 1, 0]);
+        let types: Vec<u32> = [1, 4 << 24 | WIDTH, 4].into_iter().chain(members).collect();
+        let bytes = of(&types, 0);
+        let budget = Budget::new(u64::from(3 * WIDTH));
+        let btf = Btf::parse(&bytes, &budget).expect("well-formed");
+        assert_eq!((btf.offset("outer", "x"), budget.is_exhausted()), (None, false));
+    }
+
+    #[test]
+    fn names_without_an_end_are_not_read_to_the_end_of_the_file() {
+        const TYPES: u32 = 200_000;
+        let types: Vec<u32> = (0..TYPES).flat_map(|_| [7, 4 << 24, 4]).collect();
+        let bytes = of(&types, 64 << 20);
+        let budget = Budget::new(u64::from(2 * TYPES));
+        let btf = Btf::parse(&bytes, &budget).expect("well-formed");
+        // Read to their ends, these would be 12 TiB.
+        assert_eq!((btf.offset("outer", "x"), budget.is_exhausted()), (None, false));
+    }
+
+    #[test]
+    fn no_search_goes_beyond_the_budget() {
+        let bytes = of(&[7, 4 << 24, 4].repeat(1000), 1);
+        assert!(Btf::parse(&bytes, &Budget::new(999)).is_none());
+        let budget = Budget::new(1249);
+        let btf = Btf::parse(&bytes, &budget).expect("well-formed");
+        assert_eq!((btf.offset("outer", "x"), budget.is_exhausted()), (None, true));
     }
 }

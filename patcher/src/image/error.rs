@@ -34,6 +34,12 @@ pub enum Error {
         /// The limit.
         limit: u64,
     },
+    /// Reading it takes more work than reading any kernel of its size.
+    #[error(
+        "reading this kernel takes more work than any of its size needs: the file is damaged, or made to keep \
+         its readers busy"
+    )]
+    TooMuchWork,
     /// An unknown compression method.
     #[error(
         "the payload's compression is not known (it begins with {magic:02x?}); gzip, bzip2, lzma, xz, lzo, lz4 and zstd are"

@@ -16,6 +16,7 @@
 //! (`a081b5789255d`).
 
 use crate::addr::Gva;
+use crate::budget::Budget;
 
 /// The decoded kallsyms. All names share one allocation, because there are about 100,000.
 #[derive(Debug, PartialEq)]
@@ -41,20 +42,34 @@ impl Kallsyms {
 const NAMES_PER_MARKER: usize = 256;
 /// Plausible counts of symbols.
 const COUNT_RANGE: std::ops::Range<usize> = 1_000..4_000_000;
+/// Longest name with its type letter, in bytes (`KSYM_NAME_LEN`, 512 since 6.1).
+const LONGEST_NAME: usize = 512;
+/// A search passes so many bytes in the time of a unit.
+const BYTES_A_UNIT: usize = 8;
+/// Longest token, in bytes.
+const LONGEST_TOKEN: usize = 128;
+/// Longest of all names together, in bytes.
+const LONGEST_NAMES: usize = 256 << 20;
 
 /// How tables are aligned, in bytes: up to 6.19, and since 7.0.
 const ALIGNMENTS: [usize; 2] = [8, 4];
 
 /// Finds and decodes kallsyms in read-only data that is linked at `linked`. `is_text_base` tells
 /// whether an address is the kernel's link-time base, which decides between the encodings of offsets.
-pub(super) fn read(data: &[u8], linked: Gva, is_text_base: impl Fn(u64) -> bool) -> Option<Kallsyms> {
+pub(super) fn read(
+    data: &[u8],
+    linked: Gva,
+    is_text_base: impl Fn(u64) -> bool,
+    budget: &Budget,
+) -> Option<Kallsyms> {
     let needle: Vec<u8> = (b'0'..=b'9').flat_map(|digit| [digit, 0]).collect();
     let mut from = 0;
     while let Some(found) = memchr::memmem::find(&data[from..], &needle) {
         let digits = from + found;
-        let symbols = ALIGNMENTS
-            .into_iter()
-            .find_map(|align| Tokens::around(data, digits, align)?.symbols(data, linked, &is_text_base));
+        let symbols = ALIGNMENTS.into_iter().find_map(|align| {
+            Tokens::around(data, digits, align, budget)?.symbols(data, linked, &is_text_base)
+        });
+        budget.spend(0)?;
         if symbols.is_some() {
             return symbols;
         }
@@ -80,21 +95,25 @@ struct Tokens<'a> {
     /// How this kernel's tables are aligned, in bytes.
     align: usize,
     tokens: Vec<&'a [u8]>,
+    budget: &'a Budget,
 }
 
 impl<'a> Tokens<'a> {
     /// Reads the table that has the token for `'0'` at `digits`, and checks its index.
-    fn around(data: &'a [u8], digits: usize, align: usize) -> Option<Self> {
+    fn around(data: &'a [u8], digits: usize, align: usize, budget: &'a Budget) -> Option<Self> {
         // 48 tokens precede that of '0', and each ends with a NUL.
         let mut start = digits;
         for _ in 0..b'0' {
-            let text = data[..start.checked_sub(1)?].iter().rev().take(128).position(|&b| b == 0)?;
+            let before = data[..start.checked_sub(1)?].iter().rev();
+            let text = before.take(LONGEST_TOKEN).position(|&b| b == 0)?;
+            budget.spend(1 + text)?;
             start -= text + 1;
         }
         let mut tokens = Vec::with_capacity(256);
         let mut at = start;
         for _ in 0..256 {
-            let length = data.get(at..)?.iter().take(128).position(|&b| b == 0)?;
+            let length = data.get(at..)?.iter().take(LONGEST_TOKEN).position(|&b| b == 0)?;
+            budget.spend(1 + length)?;
             tokens.push(&data[at..at + length]);
             at += length + 1;
         }
@@ -107,7 +126,7 @@ impl<'a> Tokens<'a> {
             }
             offset += token.len() + 1;
         }
-        Some(Self { start, end: index + 512, align, tokens })
+        Some(Self { start, end: index + 512, align, tokens, budget })
     }
 
     /// Decodes the name at `at`, type letter first; returns the start of the next.
@@ -119,8 +138,13 @@ impl<'a> Tokens<'a> {
         } else {
             (first & 0x7f | usize::from(*data.get(at + 1)?) << 7, at + 2)
         };
+        self.budget.spend(1 + length)?;
+        let longest = into.len() + LONGEST_NAME;
         for &token in data.get(at..at + length)? {
             into.extend(self.tokens[usize::from(token)]);
+            if into.len() > longest {
+                return None;
+            }
         }
         (length > 0).then_some(at + length)
     }
@@ -131,13 +155,14 @@ impl<'a> Tokens<'a> {
         let (mut at, mut text) = (count_at + self.align, None);
         for i in 0..count {
             let start = names.len();
-            at = self.name(data, at, &mut names)?;
+            at = self.name(data, at, &mut names).filter(|_| names.len() <= LONGEST_NAMES)?;
             ends.push(names.len());
             if text.is_none() && names[start..] == *b"T_text" {
                 text = Some(i);
             }
         }
         let (names, text) = (String::from_utf8(names).ok()?, text?);
+        self.budget.spend(count)?;
         let offsets_size = (4 * count).next_multiple_of(8);
         let old = || {
             let base_at = count_at.checked_sub(8)?;
@@ -174,6 +199,7 @@ impl<'a> Tokens<'a> {
     /// that agree with them.
     fn count(&self, data: &[u8]) -> Option<(usize, usize)> {
         let align = self.align;
+        self.budget.spend(self.start / BYTES_A_UNIT)?;
         (0..self.start / align).rev().map(|word| align * word).find_map(|at| {
             let count = u32_at(data, at)? as usize;
             let padding = data.get(at + 4..at + align)?;

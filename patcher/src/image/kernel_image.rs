@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
+use crate::budget::Budget;
 use crate::image::banner::Banner;
 use crate::image::btf::Btf;
 use crate::image::call_forms::CallForms;
-use crate::image::elf::Vmlinux;
+use crate::image::elf::{MOST_LOADED, Vmlinux};
 use crate::image::error::Error;
 use crate::image::evidence::Evidence;
 use crate::image::landings::Landings;
@@ -18,6 +19,11 @@ use crate::image::profile::Profile;
 use crate::image::symbols::Symbols;
 use crate::image::tables::Tables;
 use crate::image::{bzimage, kallsyms, notes, payload, search};
+
+/// What may be spent on reading a kernel, in units of [`Budget`]: so much for any, and so much more for each
+/// byte of it.
+const WORK: u64 = 1 << 24;
+const WORK_A_BYTE: u64 = 4;
 
 /// What is known of a kernel from its image alone. Addresses are link-time addresses.
 #[derive(Debug)]
@@ -63,15 +69,28 @@ impl KernelImage {
     /// # }
     /// ```
     ///
+    /// Time and memory are bounded by the size of the file, and by that of the kernel in it: what is not
+    /// read within a budget is refused.
+    ///
     /// # Errors
     /// [`Error`], which tells what is wrong with the file.
     pub fn parse(file: &[u8]) -> Result<Self, Error> {
         let unpacked = payload::extract(file)?;
-        let vmlinux = Vmlinux::parse(unpacked.as_ref().map_or(file, |(_, vmlinux)| vmlinux))?;
+        let size = unpacked.as_ref().map_or(file.len(), |(_, vmlinux)| vmlinux.len()) as u64;
+        let budget = Budget::new(WORK + WORK_A_BYTE * size.min(MOST_LOADED));
+        let image = Self::read(file, unpacked, &budget);
+        // What was read with an exhausted budget may lack anything.
+        if budget.is_exhausted() { Err(Error::TooMuchWork) } else { image }
+    }
+
+    fn read(file: &[u8], unpacked: Option<(&'static str, Vec<u8>)>, budget: &Budget) -> Result<Self, Error> {
+        let vmlinux = Vmlinux::parse(unpacked.as_ref().map_or(file, |(_, vmlinux)| vmlinux), budget)?;
         let text_base = vmlinux.text_base().ok_or(Error::Elf { what: "no executable segment".into() })?;
         let found = vmlinux
             .segments()
-            .find_map(|segment| kallsyms::read(segment.bytes, segment.at, |address| address == text_base.0))
+            .find_map(|segment| {
+                kallsyms::read(segment.bytes, segment.at, |address| address == text_base.0, budget)
+            })
             .ok_or(Error::NoSymbols)?;
         let symbols = Symbols::new(found.symbols()).ok_or(Error::NoSymbols)?;
         drop(found);
@@ -274,19 +293,26 @@ impl KernelImage {
 }
 
 fn types<'a>(symbols: &Symbols, vmlinux: &Vmlinux<'a>) -> Option<Btf<'a>> {
-    Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes)
+    Btf::parse(vmlinux.table(symbols, ("__start_BTF", "__stop_BTF"), ".BTF")?.bytes, vmlinux.budget())
 }
 
 /// The description of the note `NT_GNU_BUILD_ID`.
 fn build_id(symbols: &Symbols, vmlinux: &Vmlinux<'_>) -> Option<(Gva, Vec<u8>)> {
     const BUILD_ID: u32 = 3;
+    /// In bytes; those of a linker are a hash.
+    const LONGEST: usize = 64;
     let table = vmlinux.table(symbols, ("__start_notes", "__stop_notes"), ".notes")?;
     let (behind, id) = notes::find(table.bytes, b"GNU\0", BUILD_ID)?;
+    if id.len() > LONGEST {
+        return None;
+    }
     Some((table.at.plus(behind)?, id.to_vec()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
     use super::*;
 
     #[test]
@@ -295,5 +321,32 @@ mod tests {
         assert_eq!(KernelImage::parse(&[0; 4096]).unwrap_err(), Error::Foreign);
         let elf = KernelImage::parse(b"\x7fELF\x02\x01\x01").unwrap_err();
         assert_eq!(elf, Error::Truncated { what: "vmlinux", bytes: 7, stated: 64 });
+    }
+    /// The kernels that whole-VM tests have fetched, in `*/boot/vmlinuz-*`, and those of the corpus, in
+    /// `*/vmlinuz`.
+    fn kernels() -> impl Iterator<Item = PathBuf> {
+        let entries = |folder: PathBuf| {
+            std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path())
+        };
+        let cache = Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cache/vmm-rig");
+        let files =
+            entries(cache).flat_map(move |package| entries(package.join("boot")).chain(entries(package)));
+        files.filter(|path| {
+            path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"vmlinuz"))
+        })
+    }
+
+    #[test]
+    fn real_kernels_need_a_quarter_of_the_budget_at_most() {
+        for path in kernels() {
+            let file = std::fs::read(&path).expect("a file");
+            let unpacked = payload::extract(&file).expect("a kernel");
+            let size = unpacked.as_ref().map_or(file.len(), |(_, vmlinux)| vmlinux.len()) as u64;
+            let all = WORK + WORK_A_BYTE * size;
+            let budget = Budget::new(all);
+            KernelImage::read(&file, unpacked, &budget).expect("a kernel");
+            let spent = all - budget.left();
+            assert!(!budget.is_exhausted() && spent <= all / 4, "{} needs {spent} of {all}", path.display());
+        }
     }
 }

@@ -13,6 +13,7 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
+use crate::budget::Budget;
 use crate::image::elf::Vmlinux;
 use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, Tables};
@@ -23,7 +24,9 @@ use crate::insn;
 pub struct Landings(Vec<(Gva, Gva)>);
 
 /// Most bytes of code that an image may have. Real ones have less than 32 MiB.
-const MOST_BYTES: usize = 256 << 20;
+const MOST_BYTES: usize = 128 << 20;
+/// Most places that are kept. Real ones have some 100,000.
+const MOST: usize = 1 << 22;
 
 /// Tables of whole addresses, not distances, of instructions to patch, not of places to go to.
 const LISTS: [(&str, &str, &str); 2] = [
@@ -42,10 +45,10 @@ impl Landings {
     pub(crate) fn of_code(code: &[u8], start: Gva, symbols: &Symbols) -> Self {
         let end = Gva(start.0.saturating_add(code.len() as u64));
         let inside = |(_, to): &(Gva, Gva)| (start..end).contains(to) && !symbols.is_at(*to);
-        Self::sorted(strays(code, start, symbols).into_iter().filter(inside))
+        Self::sorted(strays(code, start, symbols, inside, &Budget::new(u64::MAX)))
     }
 
-    /// Those of an image. `None` if its code is larger than any kernel's.
+    /// Those of an image. `None` if its code is larger than any kernel's, or has more of them.
     pub(super) fn of_image(
         vmlinux: &Vmlinux<'_>,
         symbols: &Symbols,
@@ -57,12 +60,10 @@ impl Landings {
             return None;
         }
         let jumps = tables.jump_entries.iter().flatten().map(|entry| (entry.code, entry.target));
-        let strays = code.iter().flat_map(|piece| strays(piece.bytes, piece.at, symbols));
         let text: Vec<Range<Gva>> = code
             .iter()
             .map(|piece| piece.at..Gva(piece.at.0.saturating_add(piece.bytes.len() as u64)))
             .collect();
-        let all = jumps.chain(fixups).chain(alternatives(tables)).chain(strays);
         let listed = LISTS.iter().filter_map(|(start, stop, section)| {
             let table = vmlinux.table(symbols, (start, stop), section)?;
             Some(table.at..Gva(table.at.0.saturating_add(table.bytes.len() as u64)))
@@ -72,7 +73,13 @@ impl Landings {
         let pointers = pointers(vmlinux, &text).filter(|(from, _)| !is_list(from));
         let inside =
             |(_, to): &(Gva, Gva)| text.iter().any(|range| range.contains(to)) && !symbols.is_at(*to);
-        Some(Self::sorted(all.chain(pointers).filter(inside)))
+        let others = jumps.chain(fixups).chain(alternatives(tables)).chain(pointers).filter(inside);
+        let mut all: Vec<(Gva, Gva)> = others.take(MOST + 1).collect();
+        for piece in &code {
+            let strays = strays(piece.bytes, piece.at, symbols, inside, vmlinux.budget());
+            all.extend(strays.take((MOST + 1).saturating_sub(all.len())));
+        }
+        (all.len() <= MOST).then(|| Self::sorted(all.into_iter()))
     }
 
     /// From where, to where.
@@ -124,27 +131,39 @@ fn alternatives(tables: &Tables) -> impl Iterator<Item = (Gva, Gva)> {
 }
 
 /// What code branches to outside of the function that the branch is in, and what inside any function it
-/// takes the address of: from where, to where. Each function is decoded from its symbol on.
-fn strays(code: &[u8], start: Gva, symbols: &Symbols) -> Vec<(Gva, Gva)> {
+/// takes the address of: from where, to where. Each function is decoded from its symbol on. What is no
+/// instruction is skipped byte by byte.
+fn strays<'a>(
+    code: &'a [u8],
+    start: Gva,
+    symbols: &'a Symbols,
+    wanted: impl Fn(&(Gva, Gva)) -> bool + 'a,
+    budget: &'a Budget,
+) -> impl Iterator<Item = (Gva, Gva)> + 'a {
     let end = Gva(start.0.saturating_add(code.len() as u64));
-    let mut strays = Vec::new();
-    let mut at = start;
-    while at < end {
-        let next = symbols.after(at).map_or(end, |next| next.min(end));
-        let function = at..next;
-        while at < next {
+    let after = move |at| symbols.after(at).map_or(end, |next| next.min(end));
+    let functions = std::iter::successors((start < end).then(|| start..after(start)), move |last| {
+        (last.end < end).then(|| last.end..after(last.end))
+    });
+    let of = move |function: Range<Gva>| {
+        let mut found = Vec::new();
+        let mut at = function.start;
+        while at < function.end && found.len() <= MOST && budget.spend(1).is_some() {
             let from = at.offset_from(start).unwrap_or(0);
-            let to = next.offset_from(start).unwrap_or(code.len());
-            for insn in insn::decode(&code[from..to], at) {
+            let to = function.end.offset_from(start).unwrap_or(code.len());
+            for insn in insn::decode(&code[from..to], at).take_while(|_| budget.spend(1).is_some()) {
+                if found.len() > MOST {
+                    break;
+                }
                 let branch = insn.branch.filter(|to| !function.contains(to));
-                strays.extend(branch.or(insn.points_to).map(|to| (insn.at, to)));
+                found.extend(branch.or(insn.points_to).map(|to| (insn.at, to)).filter(&wanted));
                 at = Gva(insn.at.0 + insn.len as u64);
             }
-            // What is no instruction is skipped byte by byte.
-            at = if at < next { Gva(at.0 + 1) } else { next };
+            at = Gva(at.0.saturating_add(1));
         }
-    }
-    strays
+        found
+    };
+    functions.flat_map(of)
 }
 
 /// The aligned words of the kernel's data that are addresses in `text`: from where, to where.

@@ -73,12 +73,16 @@ impl<'a> Loadable<'a> {
         let broken = |what: String| Error::Elf { what };
         let (header, endian) = elf_header::check(vmlinux)?;
         let headers = header.program_headers(endian, vmlinux).map_err(|e| broken(e.to_string()))?;
-        let (mut segments, mut pvh_entry) = (Vec::new(), None);
+        let (mut segments, mut pvh_entry, mut notes) = (Vec::new(), None, 0);
         for segment in headers {
             let kind = segment.p_type(endian);
             let data =
                 || segment.data(endian, vmlinux).map_err(|()| broken("a segment without bytes".into()));
             if kind == elf::PT_NOTE && pvh_entry.is_none() {
+                notes += data()?.len();
+                if notes > vmlinux.len() {
+                    return Err(broken("its notes share their bytes".into()));
+                }
                 pvh_entry = pvh_note(data()?)?;
             }
             if kind != elf::PT_LOAD || segment.p_memsz(endian) == 0 {
@@ -89,6 +93,10 @@ impl<'a> Loadable<'a> {
                 return Err(broken(format!("the segment at {at} has {} bytes in {size}", bytes.len())));
             }
             segments.push(LoadSegment { at, bytes, size });
+        }
+        segments.sort_by_key(|segment| segment.at);
+        if let Some(pair) = segments.windows(2).find(|pair| pair[0].contains(pair[1].at)) {
+            return Err(broken(format!("two of its segments are loaded to {}", pair[1].at)));
         }
         let loadable = Self { segments, entry: Gpa(header.e_entry(endian)), pvh_entry };
         for (name, at) in [("entry", Some(loadable.entry)), ("PVH entry", loadable.pvh_entry)] {

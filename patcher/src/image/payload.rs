@@ -9,7 +9,7 @@ use crate::image::error::Error;
 use crate::image::{bzimage, foreign};
 
 /// Largest uncompressed kernel, in bytes. More means a broken or hostile file.
-const MAX_KERNEL: u64 = 1 << 30;
+pub(super) const MAX_KERNEL: u64 = 512 << 20;
 
 /// The vmlinux in a bzImage or in a compressed vmlinux; any other ELF file as it is.
 ///

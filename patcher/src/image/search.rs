@@ -86,11 +86,13 @@ fn longest<'a>(
     let mut found = None;
     for segment in vmlinux.segments() {
         let likeness = |offset: usize| {
+            vmlinux.budget().spend(1)?;
             let bytes = segment.bytes.get(offset..offset.checked_add(size)?)?;
             Some(like(segment.at.plus(offset)?, bytes))
         };
         let mut offset = 0;
         while offset + size <= segment.bytes.len() {
+            vmlinux.budget().spend(0)?;
             let length = (0..).take_while(|i| likeness(offset + i * size) == Some(Likeness::Entry)).count();
             if length <= CHANCE {
                 offset += align;
@@ -114,6 +116,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
+    use crate::budget::Budget;
     use crate::image::{kallsyms, payload};
 
     /// The kernels that whole-VM tests have fetched, in `*/boot/vmlinuz-*`.
@@ -135,11 +138,13 @@ mod tests {
         for path in kernels() {
             let file = std::fs::read(&path).expect("a file");
             let (_, vmlinux) = payload::extract(&file).expect("a kernel").expect("a bzImage");
-            let vmlinux = Vmlinux::parse(&vmlinux).expect("a kernel");
+            let budget = Budget::new(u64::MAX);
+            let vmlinux = Vmlinux::parse(&vmlinux, &budget).expect("a kernel");
             let base = vmlinux.text_base().expect("text");
+            let is_base = |address| address == base.0;
             let found = vmlinux
                 .segments()
-                .find_map(|segment| kallsyms::read(segment.bytes, segment.at, |address| address == base.0));
+                .find_map(|segment| kallsyms::read(segment.bytes, segment.at, is_base, &budget));
             let symbols = Symbols::new(found.expect("symbols").symbols()).expect("symbols");
             let place = |table: Option<Piece<'_>>| table.map(|table| (table.at, table.bytes.len()));
             let marked = |start, stop| place(vmlinux.table(&symbols, (start, stop), "none"));

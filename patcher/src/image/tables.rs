@@ -3,6 +3,9 @@
 //! Each table lies between two symbols of the linker script (Linux arch/x86/kernel/vmlinux.lds.S,
 //! include/asm-generic/vmlinux.lds.h), which kallsyms has with `CONFIG_KALLSYMS_ALL`;
 //! without that, most are sections of their own.
+//!
+//! A table with more entries than any kernel's is not read: the kernel lacks it then, and what needs it is
+//! refused.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -105,6 +108,12 @@ pub struct Tables {
 /// How a table is found that no symbols mark.
 pub(super) type Search = for<'a> fn(&Vmlinux<'a>, &Symbols) -> Option<Piece<'a>>;
 
+/// Longest table, in bytes. The largest of a kernel with everything built in, the fentry calls and what
+/// unwinding needs, have 4 MiB and 12 MiB.
+const LONGEST_TABLE: usize = 32 << 20;
+/// Most alternatives; distributors' kernels have some 30,000.
+const MOST_ALTERNATIVES: usize = 1 << 19;
+
 /// Prefix of a static call's key (include/linux/static_call_types.h).
 pub(crate) const CALL_KEY: &str = "__SCK__";
 /// Prefix of its trampoline.
@@ -117,7 +126,10 @@ impl Tables {
         symbols: &Symbols,
         (jump_table, static_calls): (Search, Search),
     ) -> Self {
-        let find = |start, stop, section| vmlinux.table(symbols, (start, stop), section);
+        let find = |start, stop, section| {
+            let table = vmlinux.table(symbols, (start, stop), section)?;
+            (table.bytes.len() <= LONGEST_TABLE).then_some(table)
+        };
         let mut tables = Self {
             jump_entries: find("__start___jump_table", "__stop___jump_table", "__jump_table")
                 .or_else(|| jump_table(vmlinux, symbols))
@@ -320,7 +332,8 @@ fn alternatives(table: Piece<'_>, vmlinux: &Vmlinux<'_>) -> Option<Vec<Alternati
         vmlinux: &Vmlinux<'_>,
         fields: impl Fn(&T) -> (&AlternativeHead, Option<u16>, AlternativeLengths),
     ) -> Option<Vec<Alternative>> {
-        if !table.bytes.len().is_multiple_of(size_of::<T>()) {
+        let count = table.bytes.len() / size_of::<T>();
+        if !table.bytes.len().is_multiple_of(size_of::<T>()) || count > MOST_ALTERNATIVES {
             return None;
         }
         records(table.at, table.bytes).map(|(at, record)| alternative(at, fields(record), vmlinux)).collect()

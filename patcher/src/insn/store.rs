@@ -58,7 +58,7 @@ const RDI: usize = 7;
 
 impl Store {
     /// Decodes the instruction at `registers.rip`, which `code` begins with. `None` if it is of another
-    /// kind, if it is to be repeated no more, or if RFLAGS.TF is set.
+    /// kind, if it repeats and has no element left, or if RFLAGS.TF is set.
     ///
     /// ```
     /// use patcher::addr::Gva;

@@ -11,7 +11,7 @@ use crate::linux::memory::{GuestMemory, read_u64};
 use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
-const MOST_FUNCTIONS: usize = 1 << 16;
+const MOST_FUNCTIONS: usize = 1 << 14;
 
 /// The replaced functions. Empty if the kernel has no livepatches.
 ///
@@ -30,9 +30,10 @@ pub fn livepatched(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Ra
     let mut found = Vec::new();
     // Both are a `struct list_head`, which begins with the pointer to the next.
     let mut next = read(list.0, 0)?;
-    while next != list.0 {
-        if found.len() == MOST_FUNCTIONS {
-            return Err(Refusal::BadLivepatches);
+    // Functions whose stack is empty count, too.
+    for _ in 0..=MOST_FUNCTIONS {
+        if next == list.0 {
+            return Ok(found);
         }
         let replacements = next.wrapping_sub(node).wrapping_add(stack);
         let newest = read(replacements, 0)?;
@@ -43,5 +44,5 @@ pub fn livepatched(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Ra
         }
         next = read(next, 0)?;
     }
-    Ok(found)
+    Err(Refusal::BadLivepatches)
 }

@@ -3,6 +3,7 @@
 //!
 //! Everything here reads guest memory through [`GuestMemory`], and trusts none of it.
 
+pub mod bounded;
 pub mod kprobes;
 pub mod livepatches;
 pub mod memory;
@@ -11,6 +12,7 @@ pub mod modules;
 mod names;
 pub mod view;
 
+pub use bounded::Bounded;
 pub use memory::GuestMemory;
 pub use modules::{Module, Modules};
 pub use view::Kernel;

@@ -13,6 +13,7 @@ use crate::image::profile::{Capability, State};
 use crate::image::records::{ExceptionRecord, JumpRecord, StaticCallRecord, SymbolRecord, records};
 use crate::image::symbols::Symbols;
 use crate::image::tables::{exceptions, fixups, live_jump_entries, live_static_call_sites};
+use crate::linux::bounded::{Bounded, INSPECTION};
 use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
 use crate::linux::modules::{Module, Modules};
 use crate::linux::view::{Kernel, missing};
@@ -23,9 +24,13 @@ use crate::plan::refusal::Refusal;
 const LIVE: u32 = 0;
 const COMING: u32 = 1;
 const GOING: u32 = 2;
-const MOST_MODULES: usize = 4096;
+/// Real guests have less than 400.
+const MOST_MODULES: usize = 1024;
 const MOST_SYMBOLS: usize = 1 << 20;
 const MOST_ENTRIES: usize = 1 << 20;
+/// Most jumps of static keys and static calls of all modules together, which are gone through for each patch
+/// that names one; a real guest has less than 20,000.
+const MOST_SWITCHED: usize = 1 << 16;
 /// Longest text, in bytes.
 const MOST_BYTES: usize = 64 << 20;
 /// Most that is read for all modules together, in bytes; a real one has some 100 KiB of symbols.
@@ -51,7 +56,9 @@ pub fn read_complete_modules(
     text: &dyn GuestMemory,
     complete: &BTreeSet<Gva>,
 ) -> Modules {
-    Modules::new(read_all(image, slide, text, complete))
+    let text = Bounded::new(text, INSPECTION);
+    let read = read_all(image, slide, &text, complete);
+    Modules::new(read).with_left(text.left())
 }
 
 fn read_all(
@@ -68,7 +75,7 @@ fn read_all(
     let offsets = image.offsets().module.ok_or(Refusal::UnknownLayout { what: "struct module" })?;
     let head = kernel.symbol("modules")?;
     let (mut modules, mut coming) = (Vec::new(), Vec::new());
-    let budget = Cell::new(BUDGET);
+    let (budget, switched) = (Cell::new(BUDGET), Cell::new(MOST_SWITCHED));
     let mut next = Gva(read_u64(text, head)?);
     // Modules that are being loaded or unloaded count, too.
     for _ in 0..MOST_MODULES {
@@ -76,7 +83,7 @@ fn read_all(
             return Ok((modules, coming));
         }
         let at = Gva(next.0.wrapping_sub(offsets.list));
-        let module = Reader { text, at, offsets: &offsets, budget: &budget };
+        let module = Reader { text, at, offsets: &offsets, budget: &budget, switched: &switched };
         match module.u32(offsets.state)? {
             LIVE => modules.push(module.read()?),
             COMING | GOING if complete.contains(&at) => modules.push(module.read()?),
@@ -94,6 +101,8 @@ struct Reader<'a> {
     offsets: &'a ModuleOffsets,
     /// How many bytes may still be read.
     budget: &'a Cell<usize>,
+    /// How many jumps and calls may still come.
+    switched: &'a Cell<usize>,
 }
 
 impl Reader<'_> {
@@ -130,6 +139,8 @@ impl Reader<'_> {
         let jump_entries = live_jump_entries(at, &bytes);
         let (at, bytes) = self.table(offsets.static_call_sites, size_of::<StaticCallRecord>())?;
         let static_call_sites = live_static_call_sites(at, &bytes);
+        let left = self.switched.get().checked_sub(jump_entries.len() + static_call_sites.len());
+        self.switched.set(left.ok_or(Refusal::BadModules { why: "they claim to have very many sites" })?);
         let (at, bytes) = self.table(offsets.exceptions, size_of::<ExceptionRecord>())?;
         Ok(Module {
             at: self.at,

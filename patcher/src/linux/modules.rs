@@ -7,6 +7,7 @@ use crate::addr::Gva;
 use crate::image::landings::Landings;
 use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
+use crate::linux::bounded::INSPECTION;
 use crate::plan::refusal::Refusal;
 
 /// A module that is live, or complete and about to be. Addresses are those in the guest.
@@ -36,20 +37,33 @@ pub struct Modules {
     loaded: Vec<Module>,
     coming: Vec<String>,
     unknown: Option<Refusal>,
+    /// What reading them left of the budget for a plan.
+    left: u64,
 }
 
 impl Modules {
     /// No modules.
-    pub const NONE: Self = Self { loaded: Vec::new(), coming: Vec::new(), unknown: None };
+    pub const NONE: Self = Self { loaded: Vec::new(), coming: Vec::new(), unknown: None, left: INSPECTION };
 
     /// The result of reading them from the guest: the modules, and the names of those whose init may be
     /// running.
     #[must_use]
     pub fn new(read: Result<(Vec<Module>, Vec<String>), Refusal>) -> Self {
         match read {
-            Ok((loaded, coming)) => Self { loaded, coming, unknown: None },
+            Ok((loaded, coming)) => Self { loaded, coming, ..Self::NONE },
             Err(refusal) => Self { unknown: Some(refusal), ..Self::NONE },
         }
+    }
+
+    /// The same, which left so much of the budget for a plan.
+    pub(super) fn with_left(self, left: u64) -> Self {
+        Self { left, ..self }
+    }
+
+    /// How much of the guest's memory may still be read for a plan, in units of
+    /// [`Budget`](crate::budget::Budget).
+    pub(crate) fn left(&self) -> u64 {
+        self.left
     }
 
     /// Those of these names that no module has that is known.

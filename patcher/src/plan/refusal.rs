@@ -125,6 +125,12 @@ pub enum Refusal {
     /// The guest's list of livepatches is inconsistent.
     #[error("the guest's livepatches can't be read: a list does not end")]
     BadLivepatches,
+    /// The guest's lists and tables take too long to read.
+    #[error(
+        "the guest's lists of modules, kprobes and livepatches take longer to read than those of any kernel: they do \
+         not end, or were made to keep the monitor busy"
+    )]
+    TooMuchToRead,
     /// The guest is changing it, or counts several users of it.
     #[error("{name} can't be changed now: {why}")]
     Busy {
@@ -371,6 +377,7 @@ impl Refusal {
             Self::BadProbes => "bad_probes",
             Self::Livepatched { .. } => "livepatched",
             Self::BadLivepatches => "bad_livepatches",
+            Self::TooMuchToRead => "too_much_to_read",
             Self::Busy { .. } => "busy",
             Self::NeedsOneVcpu { .. } => "needs_one_vcpu",
             Self::NeedsGroup { .. } => "needs_group",

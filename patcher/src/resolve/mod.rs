@@ -19,7 +19,7 @@ pub use resolved_plan::ResolvedPlan;
 use crate::image::KernelImage;
 use crate::insn;
 use crate::linux::kprobes::probes;
-use crate::linux::{GuestMemory, Kernel};
+use crate::linux::{Bounded, GuestMemory, Kernel};
 use crate::plan::refusal::{Pointer, Refusal, Refused};
 use crate::plan::{Patch, Plan, Strategy};
 use crate::resolve::check::{SiteChecker, unprobed};
@@ -37,6 +37,13 @@ pub struct RunningGuest<'a> {
     pub text: &'a dyn GuestMemory,
     /// How many vCPUs it has.
     pub vcpus: usize,
+}
+
+impl<'a> RunningGuest<'a> {
+    /// Its memory, of which no more is read than what reading the modules has left of the budget.
+    fn bounded(&self) -> Bounded<'a> {
+        Bounded::new(self.text, self.kernel.modules.left())
+    }
 }
 
 /// Resolves `plan` against the guest. `taken` holds the sites of applied patches, each with the name
@@ -84,6 +91,17 @@ pub struct RunningGuest<'a> {
 /// # Errors
 /// Every reason that was found, not just the first.
 pub fn resolve<'t>(
+    plan: &Plan,
+    guest: RunningGuest<'_>,
+    taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
+) -> Result<ResolvedPlan, Vec<Refused>> {
+    let bounded = guest.bounded();
+    let resolved = resolve_within(plan, RunningGuest { text: &bounded, ..guest }, taken);
+    // What was found with an exhausted budget may lack anything.
+    if bounded.is_exhausted() { Err(vec![Refusal::TooMuchToRead.at_root()]) } else { resolved }
+}
+
+fn resolve_within<'t>(
     plan: &Plan,
     guest: RunningGuest<'_>,
     taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
@@ -208,7 +226,7 @@ fn expanded(
 /// puts its first byte back, so the code under it must not change.
 #[must_use]
 pub fn probed(guest: RunningGuest<'_>, sites: &[Site]) -> Vec<Refused> {
-    match probes(&guest.kernel, guest.text) {
+    match probes(&guest.kernel, &guest.bounded()) {
         Ok(probes) => {
             let refused = |site: &Site| {
                 let refusal = unprobed(&probes, site.at, site.end()).err()?;

@@ -6,7 +6,7 @@ use crate::addr::Gva;
 use crate::image::lock_ops::OPERATIONS;
 use crate::image::names::tally;
 use crate::image::tables::CALL_KEY;
-use crate::linux::memory::{read_u32, read_u64};
+use crate::linux::memory::{GuestMemory, read_u32, read_u64};
 use crate::plan::refusal::Refusal;
 use crate::resolve::RunningGuest;
 
@@ -70,6 +70,12 @@ pub struct SpinlockTarget {
 /// # Errors
 /// [`Refusal::Unmapped`], or why the modules can't be read.
 pub fn list(guest: RunningGuest<'_>) -> Result<Targets, Refusal> {
+    let bounded = guest.bounded();
+    let listed = list_within(RunningGuest { text: &bounded, ..guest });
+    if bounded.is_exhausted() { Err(Refusal::TooMuchToRead) } else { listed }
+}
+
+fn list_within(guest: RunningGuest<'_>) -> Result<Targets, Refusal> {
     let RunningGuest { kernel, text, .. } = guest;
     let name_of = |at: Gva| kernel.identify(at).unwrap_or_else(|| at.to_string());
     let entries = tally(kernel.jump_entries()?.map(|entry| entry.key));

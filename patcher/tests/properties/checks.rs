@@ -3,8 +3,10 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use patcher::addr::Gva;
 use patcher::image::symbols::Symbols;
-use patcher::image::{KernelFile, KernelImage, Loadable};
+use patcher::image::{KernelFile, KernelImage, Loadable, unpack};
 use patcher::insn;
+use patcher::insn::store::{GeneralRegisters, Store};
+use patcher::insn::written::{Bitness, written};
 use patcher::linux::module_list::read_modules;
 use patcher::linux::{GuestMemory, Kernel, Modules};
 use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
@@ -146,6 +148,67 @@ pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
             assert_eq!(prefixes(&old), prefixes(&new));
         }
     }
+}
+
+/// Emulating a store changes the instruction pointer and the registers of string instructions, and no others;
+/// it comes to an end after as many elements as RCX says.
+pub(crate) fn store(input: &[u8]) {
+    let Some((code, numbers)) = input.split_at_checked(insn::MAX_LENGTH) else { return };
+    let mut words = numbers.chunks(8).map(|bytes| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    });
+    let mut word = || words.next().unwrap_or(0);
+    let general = [(); 16].map(|()| word());
+    // Without TF, with which nothing is emulated.
+    let before = GeneralRegisters { general, flags: word() & !0x100, rip: word(), fs: word(), gs: word() };
+    for bitness in [Bitness::Bits16, Bitness::Bits32, Bitness::Bits64] {
+        let _ = written(code, bitness, &before, [1, 2, 3, 4]);
+    }
+    let Some(store) = Store::decode(code, &before) else { return };
+    assert!([1, 2, 4, 8].contains(&store.width));
+    let mut after = before;
+    store.step(&mut after);
+    assert!(after.rip.wrapping_sub(before.rip) <= 15);
+    // RCX, RSI and RDI of string instructions.
+    let differ = |register: &usize| before.general[*register] != after.general[*register];
+    for register in (0..16).filter(differ) {
+        assert!([1, 6, 7].contains(&register), "{register} by {code:02x?}");
+    }
+    if after.rip == before.rip {
+        assert!(before.general[1] > 1, "{code:02x?} goes on, but had one element left at most");
+        assert_eq!(after.general[1], before.general[1] - 1);
+    }
+    assert_eq!((after.flags, after.fs, after.gs), (before.flags, before.fs, before.gs));
+}
+
+/// Decompressing ends: any bytes behind the magic number of the method that the first byte says, as a file
+/// and as the payload of a bzImage.
+pub(crate) fn compressed(input: &[u8]) {
+    const MAGIC: [&[u8]; 8] = [
+        b"\x1f\x8b\x08",
+        b"BZh9",
+        b"\x5d\0\0",
+        b"\xfd7zXZ\0",
+        b"\x89LZO\0\r\n\x1a\n",
+        b"\x02\x21\x4c\x18",
+        b"\x04\x22\x4d\x18",
+        b"\x28\xb5\x2f\xfd",
+    ];
+    let Some((method, rest)) = input.split_first() else { return };
+    let packed = [MAGIC[usize::from(*method & 7)], rest].concat();
+    let told = |file: &[u8]| match unpack(file) {
+        Ok(elf) => assert!(elf.starts_with(b"\x7fELF")),
+        Err(error) => assert!(!error.to_string().is_empty()),
+    };
+    told(&packed);
+    let mut file = vec![0; 2 * 512];
+    file[0x1f1] = 1;
+    file[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+    (file[0x211], file[0x236]) = (1, 1);
+    file[0x24c..0x250].copy_from_slice(&u32::try_from(packed.len()).expect("small").to_le_bytes());
+    told(&[file, packed].concat());
 }
 
 /// Reading any file ends, and the result can be listed.

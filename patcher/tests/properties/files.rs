@@ -68,6 +68,22 @@ fn payload(method: &str, packed: &[u8], data: &[u8]) -> Vec<u8> {
     [packed, if method == "gzip" { &[] } else { &size }].concat()
 }
 
+/// Inputs of `checks::compressed`: which method, and what follows its magic number.
+pub(crate) fn packed() -> Vec<Vec<u8>> {
+    const MAGIC: [usize; 8] = [3, 4, 3, 6, 9, 4, 4, 4];
+    const BY: [Packer; 8] = [gzip, bzip2, lzma, xz, lzo, lz4_of_the_kernel, lz4, zstd];
+    let text: Vec<u8> =
+        (0..200_u8).flat_map(|number| [0x7f, b'E', b'L', b'F', number, number / 16]).collect();
+    let inputs = (0..).zip(BY.iter().zip(MAGIC));
+    inputs.map(|(method, (pack, magic))| [&[method], &pack(&text)[magic..]].concat()).collect()
+}
+
+/// The older format, one block as it is.
+fn lz4_of_the_kernel(data: &[u8]) -> Vec<u8> {
+    let bzimage = miniature::bzimage(data);
+    bzimage[1024..bzimage.len() - 4].to_vec()
+}
+
 #[test]
 fn a_kernel_is_read_however_it_is_compressed() {
     let vmlinux = miniature::vmlinux();

@@ -5,6 +5,7 @@ mod capabilities;
 mod checks;
 mod cut;
 mod files;
+mod hostile;
 mod miniature;
 mod names;
 mod plan_names;
@@ -12,8 +13,6 @@ mod sites;
 
 use patcher::addr::Gva;
 use patcher::image::{KernelImage, unpack};
-use patcher::insn::store::{GeneralRegisters, Store};
-use patcher::insn::written::{Bitness, written};
 use patcher::linux::Kernel;
 use patcher::linux::module_list::read_modules;
 use patcher::plan::Strategy;
@@ -255,6 +254,17 @@ fn seeds_for_the_fuzzer_are_kernels() {
     for (_, name, file) in &files {
         assert!(KernelImage::parse(file).is_ok(), "{name}");
     }
+    let (file, [btf, kallsyms]) = (&files[1].2, [miniature::btf_in_file(), miniature::kallsyms_in_file()]);
+    let parts = [("btf", file[btf].to_vec()), ("kallsyms", file[kallsyms].to_vec())];
+    assert_eq!(miniature::overwritten(miniature::btf_in_file(), &parts[0].1), *file);
+    files.extend(parts.map(|(kind, part)| (kind, "miniature".to_owned(), part)));
+    files.extend(
+        files::packed()
+            .into_iter()
+            .enumerate()
+            .map(|(method, packed)| ("compressed", method.to_string(), packed)),
+    );
+    files.push(("store", "rep movsb".to_owned(), [&[0xf3, 0xa4][..], &[0; 13], &[7; 160]].concat()));
     if let Some(file) = named("FUZZ_MODULE") {
         let image = KernelImage::parse(&files[1].2).expect("a kernel");
         let memory = cut::module(&file, &image);
@@ -291,6 +301,34 @@ proptest! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+
+    /// BTF, kallsyms and compressed data with random bytes written over them.
+    #[test]
+    fn broken_parts_are_read_or_refused(
+        part in 0..10_usize,
+        breaks in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), 1..9_usize), 1..8),
+    ) {
+        let file = miniature::vmlinux();
+        let mut packed = files::packed();
+        let mut bytes = match part {
+            8 => file[miniature::btf_in_file()].to_vec(),
+            9 => file[miniature::kallsyms_in_file()].to_vec(),
+            method => packed.swap_remove(method),
+        };
+        for (at, edit, length) in breaks {
+            let at = at.index(bytes.len() - length);
+            bytes[at..at + length].copy_from_slice(&edit.to_le_bytes()[..length]);
+        }
+        match part {
+            8 => checks::image(&miniature::overwritten(miniature::btf_in_file(), &bytes)),
+            9 => checks::image(&miniature::overwritten(miniature::kallsyms_in_file(), &bytes)),
+            _ => checks::compressed(&bytes),
+        }
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
     #[test]
@@ -307,35 +345,17 @@ proptest! {
         checks::plan(&json);
     }
 
-    /// Emulating a store changes the instruction pointer and the registers of string instructions, and
-    /// no others.
     #[test]
     fn stores_change_only_their_own_registers(
         prefixes in prop::collection::vec(prop::sample::select(vec![0x66, 0xf3, 0xf2, 0x48, 0x41, 0x67, 0x65]), 0..4),
         opcode in prop_oneof![prop::sample::select(vec![0x88, 0x89, 0xc6, 0xc7, 0xa4, 0xa5, 0xaa, 0xab]), any::<u8>()],
-        rest in prop::collection::vec(any::<u8>(), 12),
-        general in any::<[u64; 16]>(),
-        down in any::<bool>(),
+        rest in prop::collection::vec(any::<u8>(), 15),
+        registers in prop::collection::vec(prop_oneof![0..3_u64, any::<u64>()], 20),
     ) {
-        let code = [&prefixes[..], &[opcode], &rest[..]].concat();
-        let before = GeneralRegisters { general, rip: 0x1000, flags: if down { 0x402 } else { 2 }, fs: 1, gs: 2 };
-        for bitness in [Bitness::Bits16, Bitness::Bits32, Bitness::Bits64] {
-            let _ = written(&code, bitness, &before, [1, 2, 3, 4]);
-        }
-        if let Some(store) = Store::decode(&code, &before) {
-            prop_assert!([1, 2, 4, 8].contains(&store.width));
-            let mut after = before;
-            store.step(&mut after);
-            let length = after.rip - before.rip;
-            prop_assert!(length <= 15);
-            // RCX, RSI and RDI of string instructions.
-            let moved = [1, 6, 7];
-            let differ = |register: &usize| before.general[*register] != after.general[*register];
-            for register in (0..16).filter(differ) {
-                prop_assert!(moved.contains(&register), "{register} by {code:02x?}");
-            }
-            prop_assert_eq!((after.flags, after.fs, after.gs), (before.flags, before.fs, before.gs));
-        }
+        let mut input = [&prefixes[..], &[opcode], &rest[..]].concat();
+        input.truncate(15);
+        input.extend(registers.into_iter().flat_map(u64::to_le_bytes));
+        checks::store(&input);
     }
 
     #[test]

@@ -2,6 +2,9 @@
 //! Linux's layout. Everything that is read from a real kernel can be read from it. Property tests,
 //! fuzz targets and documentation examples use it.
 
+use std::ops::Range;
+use std::sync::LazyLock;
+
 use patcher::image::KernelImage;
 
 /// Where its text is linked.
@@ -460,6 +463,33 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.symbols.retain(|(_, kind, name)| !is_left_out(name) && (has_data || matches!(kind, b't' | b'T')));
     k.bytes.extend(kallsyms(layout, linked, BASE, &k.symbols));
     elf(&[(BASE, k.bytes)])
+}
+
+/// The file, and where its BTF and its kallsyms are in it; made once.
+static PARTS: LazyLock<(Vec<u8>, Range<usize>, Range<usize>)> = LazyLock::new(|| {
+    let (file, btf) = (vmlinux(), btf(&OLDER));
+    let start = file.windows(btf.len()).position(|bytes| bytes == btf).expect("its BTF");
+    let btf = start..start + btf.len();
+    let kallsyms = btf.end.next_multiple_of(8)..file.len();
+    (file, btf, kallsyms)
+});
+
+/// Where the file's BTF is.
+pub(crate) fn btf_in_file() -> Range<usize> {
+    PARTS.1.clone()
+}
+
+/// Where the file's kallsyms is: behind its BTF.
+pub(crate) fn kallsyms_in_file() -> Range<usize> {
+    PARTS.2.clone()
+}
+
+/// The file with other bytes where a part of it begins, as far as there is room.
+pub(crate) fn overwritten(part: Range<usize>, bytes: &[u8]) -> Vec<u8> {
+    let mut file = PARTS.0.clone();
+    let end = (part.start + bytes.len()).min(file.len());
+    file[part.start..end].copy_from_slice(&bytes[..end - part.start]);
+    file
 }
 
 /// A module's tables as the guest has them, each of less than 1 KiB but the jumps.

@@ -11,8 +11,8 @@ use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
 use tests::{
-    breakpoints, clients, guard, hostile, hotplug, kernels, killed, matrix, modes, oracle, replaced, sandbox,
-    selfpatching, spinlocks, targets,
+    breakpoints, clients, fuzz, guard, hostile, hotplug, kernels, killed, matrix, modes, oracle, replaced,
+    sandbox, selfpatching, spinlocks, targets,
 };
 
 /// Long campaigns against real guests.
@@ -21,17 +21,20 @@ use tests::{
 Examples:
   cargo soak                     everything
   cargo soak boots --times 200   one campaign, longer
+  cargo soak fuzz --minutes 5    every fuzz target for five minutes
   cargo soak kernels --only 6.1  every campaign of one kernel; without --only, of every stock kernel
   cargo soak modes --only pti    boot options that contain this; without --only, all")]
 struct Arguments {
-    /// Which campaign. All, if absent.
-    #[arg(value_parser = CAMPAIGNS.iter().map(|(name, ..)| *name).chain([KERNELS]).collect::<Vec<_>>())]
+    /// Which campaign. All but fuzz, if absent.
+    #[arg(value_parser = CAMPAIGNS.iter().map(|(name, ..)| *name).chain([KERNELS, FUZZ]).collect::<Vec<_>>())]
     campaign: Option<String>,
     /// How many boots or flips, instead of the campaign's own number.
     #[arg(long)]
     times: Option<usize>,
     #[command(flatten, next_help_heading = "Options of kernels and modes")]
     kernels: kernels::Options,
+    #[command(flatten, next_help_heading = "Options of fuzz")]
+    fuzz: fuzz::Options,
 }
 
 type Campaign = fn(&Lab, usize) -> Result<()>;
@@ -87,6 +90,9 @@ const MODES: &str = "modes";
 /// The campaign that starts a host for each kernel.
 const KERNELS: &str = "kernels";
 
+/// The campaign that needs no guest. It runs when it is asked for only.
+const FUZZ: &str = "fuzz";
+
 /// Longest time for all campaigns.
 const DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
@@ -94,6 +100,9 @@ fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     if arguments.campaign.as_deref() == Some(KERNELS) {
         return kernels::soak(&arguments.kernels);
+    }
+    if arguments.campaign.as_deref() == Some(FUZZ) {
+        return fuzz::soak(&arguments.fuzz);
     }
     let is_outer = Lab::inherited().is_none();
     let code = lab::run_there(

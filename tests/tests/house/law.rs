@@ -9,7 +9,7 @@ use crate::arrows::{Arrow, Source};
 pub(crate) struct Law(pub(crate) &'static [&'static [&'static str]]);
 
 pub(crate) const PATCHER: Law = Law(&[
-    &["addr"],
+    &["addr", "budget"],
     &["insn"],
     &["image", "plan"],
     &["linux", "site"],

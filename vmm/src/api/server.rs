@@ -4,6 +4,9 @@
 //! leaves out: sizes, times and the number of connections are bounded, and commands run on the controller's
 //! thread, not on this one.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzed;
+
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;

@@ -85,6 +85,12 @@ pub struct Controls {
 }
 
 impl Controls {
+    /// Of a controller that has ended: every command is refused.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn ended() -> Self {
+        Self { messages: mpsc::channel().0, waiting: Arc::default() }
+    }
+
     /// Gives a command. One whose client does not wait any more when its turn comes is dropped.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ use patcher::addr::Gva;
 use patcher::insn::INT3;
 use patcher::insn::push::{Push, first_push};
 use patcher::linux::Module;
+use patcher::linux::bounded::{Bounded, INSPECTION};
 use patcher::linux::kprobes::{among, probes};
 use patcher::linux::memory::read;
 use patcher::plan::refusal::Refusal;
@@ -198,7 +199,7 @@ impl Engine {
 fn write_doors(kernel: &GuestKernel, doors: &[Push; 2]) -> Result<Vec<(Push, u8)>, Refusal> {
     let unseen = |why: String| Refusal::ModulesUnseen { why };
     let memory = CachedTranslations::of(kernel);
-    let probes = probes(&kernel.kernel(), &memory)?;
+    let probes = probes(&kernel.kernel(), &Bounded::new(&memory, INSPECTION))?;
     let mut written = Vec::new();
     for door in doors {
         let code = read(&memory, door.at, LONGEST)?;

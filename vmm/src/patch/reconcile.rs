@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use patcher::addr::Gva;
 use patcher::insn;
+use patcher::linux::bounded::{Bounded, INSPECTION};
 use patcher::linux::livepatches::livepatched;
 use patcher::linux::memory::read;
 use patcher::plan::refusal::Refused;
@@ -92,7 +93,8 @@ impl Engine {
     pub(super) fn count_livepatched(&mut self) {
         let Some(kernel) = self.known_kernel() else { return };
         // A list that can't be read is being changed: it is read again at the next chance.
-        let Ok(functions) = livepatched(&kernel.kernel(), kernel) else { return };
+        let bounded = Bounded::new(kernel, INSPECTION);
+        let Ok(functions) = livepatched(&kernel.kernel(), &bounded) else { return };
         let is_livepatched = |site: &Site| functions.iter().any(|function| function.contains(&site.at));
         let mut conflicts = Vec::new();
         for patch in self.patches.applied_mut() {

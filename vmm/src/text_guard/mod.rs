@@ -42,8 +42,8 @@ mod state;
 mod watch_list;
 mod watched;
 
-#[cfg(test)]
-mod properties;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod properties;
 #[cfg(test)]
 mod tests;
 

@@ -10,6 +10,8 @@ use patcher::addr::{Gpa, Gva};
 use patcher::plan::write_policy::Policy;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use crate::memory::paging::Piece;
 use crate::memory::{PAGE, PAGE_SIZE};
@@ -380,29 +382,48 @@ fn step(
     Ok(())
 }
 
-proptest! {
-    /// After every operation: a page has the reasons that the model has, is protected if it has one
-    /// and writable if it has none; what failed left all as it was; bytes in flight wait.
-    #[test]
-    fn a_page_is_protected_exactly_when_there_is_a_reason(steps in steps()) {
-        let host = Host::default();
-        let mut real = Protector::new(&host);
-        let mut model = Model::default();
-        for (number, next) in steps.into_iter().enumerate() {
-            step(&mut model, &mut real, &host, next.clone(), number)?;
-            for page in PAGES.start..PAGES.end + 8 {
-                let reasons = real.state.pages.reasons(page * PAGE);
-                prop_assert_eq!(reasons, model.expected(page), "{:?}: page {}", next, page);
-                // A stuck page may be writable: the refused call may have got as far.
-                let is_protected = host.protected.borrow().contains(&page);
-                let fits = reasons == Reasons::STUCK || is_protected != reasons.is_empty();
-                prop_assert!(fits, "{:?}: page {} has {:?}", next, page, reasons);
-            }
-            for piece in &model.in_flight {
-                if model.is_guarded(piece.0.0 / PAGE) {
-                    prop_assert_eq!(real.state.judge(&[*piece]), Judgement::InFlight);
-                }
+/// After every operation: a page has the reasons that the model has, is protected if it has one and writable
+/// if it has none; what failed left all as it was; bytes in flight wait.
+fn hold(steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let host = Host::default();
+    let mut real = Protector::new(&host);
+    let mut model = Model::default();
+    for (number, next) in steps.into_iter().enumerate() {
+        step(&mut model, &mut real, &host, next.clone(), number)?;
+        for page in PAGES.start..PAGES.end + 8 {
+            let reasons = real.state.pages.reasons(page * PAGE);
+            prop_assert_eq!(reasons, model.expected(page), "{:?}: page {}", next, page);
+            // A stuck page may be writable: the refused call may have got as far.
+            let is_protected = host.protected.borrow().contains(&page);
+            let fits = reasons == Reasons::STUCK || is_protected != reasons.is_empty();
+            prop_assert!(fits, "{:?}: page {} has {:?}", next, page, reasons);
+        }
+        for piece in &model.in_flight {
+            if model.is_guarded(piece.0.0 / PAGE) {
+                prop_assert_eq!(real.state.judge(&[*piece]), Judgement::InFlight);
             }
         }
+    }
+    Ok(())
+}
+
+/// The same for the operations that any bytes stand for: what a fuzzer makes up.
+///
+/// # Panics
+/// When the guard and the model differ.
+pub fn fuzzed(bytes: &[u8]) {
+    let random = TestRng::from_seed(RngAlgorithm::PassThrough, bytes);
+    let mut runner = TestRunner::new_with_rng(Config::default(), random);
+    if let Ok(steps) = steps().new_tree(&mut runner)
+        && let Err(error) = hold(steps.current())
+    {
+        panic!("{error}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_page_is_protected_exactly_when_there_is_a_reason(steps in steps()) {
+        hold(steps)?;
     }
 }

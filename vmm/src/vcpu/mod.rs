@@ -14,6 +14,8 @@ mod breakpoint;
 mod emulate_store;
 mod emulated_write;
 mod events;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzed;
 mod inject_bp;
 mod int3;
 mod let_through;

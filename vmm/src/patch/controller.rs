@@ -87,7 +87,7 @@ pub struct Controls {
 impl Controls {
     /// Of a controller that has ended: every command is refused.
     #[cfg(any(test, feature = "fuzzing"))]
-    pub(crate) fn ended() -> Self {
+    pub(crate) fn of_none() -> Self {
         Self { messages: mpsc::channel().0, waiting: Arc::default() }
     }
 

@@ -16,6 +16,7 @@ use crate::api::event_stream::EventStream;
 use crate::api::routes::ApiState;
 use crate::api::server::serve;
 use crate::guest::events::Events;
+use crate::host::peer::Peer;
 use crate::patch::controller::Controls;
 
 /// Time for a connection whose client has sent all that it will.
@@ -43,7 +44,7 @@ pub fn client(input: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let events = EventStream::new(Arc::new(Events::default()));
-        let state = ApiState { controls: Controls::ended(), events };
+        let state = ApiState { controls: Controls::of_none(), events, namer: None };
         let connections = Connections::default();
         let answer = sent(&connections, &state, role, bytes.chunks(piece)).await;
         if !answer.is_empty() {
@@ -72,7 +73,8 @@ async fn sent<'a>(
     let (client, server) = UnixStream::pair().expect("a pair of sockets");
     let place = Arc::new(connections.place(role).expect("no connection is left behind"));
     let (served, state) = (place.clone(), state.clone());
-    let task = tokio::spawn(async move { drop(serve(server, role, served, state).await) });
+    let peer = Peer { uid: 0, gid: 0, pid: 0, executable: None };
+    let task = tokio::spawn(async move { drop(serve(server, (role, peer), served, state).await) });
     place.taken_by(task.abort_handle());
     for piece in pieces {
         // The server closes a connection whose request it can't read.

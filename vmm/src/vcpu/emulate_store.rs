@@ -62,11 +62,11 @@ impl Vcpu {
         }
         match self.write_elements(&mut stopped, page)? {
             Outcome::Known => {
-                self.unexplained = (0, 0);
+                self.unexplained.explain();
                 self.go_on(&stopped, &regs, &sregs)
             }
             Outcome::Fault(denied, error_code) => {
-                self.unexplained = (0, 0);
+                self.unexplained.explain();
                 self.page_fault(denied, error_code, &sregs)
             }
             Outcome::NotGuarded(at) => self.let_through(&stopped, page, Cause::NotGuarded(at)),

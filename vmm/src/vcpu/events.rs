@@ -9,7 +9,9 @@ use kvm_bindings::{
 use crate::memory::access::Denied;
 use crate::vcpu::Vcpu;
 
-/// #PF (SDM volume 3, 6.15).
+/// #UD (SDM volume 3, 6.15).
+const UD_VECTOR: u8 = 6;
+/// #PF.
 const PF_VECTOR: u8 = 14;
 
 /// The shadow of `mov ss` or `sti`: the next instruction is not interrupted (SDM volume 3, 6.8.3).
@@ -43,6 +45,11 @@ impl Shadow {
 pub(super) fn is_delivering(events: &kvm_vcpu_events) -> bool {
     let exception = events.exception.injected | events.exception.pending;
     exception | events.interrupt.injected | events.nmi.injected != 0
+}
+
+/// Whether a #UD is on its way to the guest.
+pub(super) fn is_invalid_opcode(events: &kvm_vcpu_events) -> bool {
+    events.exception.injected | events.exception.pending != 0 && events.exception.nr == UD_VECTOR
 }
 
 impl Vcpu {
@@ -105,6 +112,17 @@ mod tests {
         assert!(with(|events| events.interrupt.injected = 1));
         assert!(with(|events| events.nmi.injected = 1));
         assert!(!with(|events| events.nmi.pending = 1), "it comes after the instruction");
+    }
+
+    #[test]
+    fn an_invalid_opcode_is_told_from_other_events() {
+        let mut events = kvm_vcpu_events::default();
+        events.exception.nr = UD_VECTOR;
+        assert!(!is_invalid_opcode(&events));
+        events.exception.pending = 1;
+        assert!(is_invalid_opcode(&events));
+        events.exception.nr = PF_VECTOR;
+        assert!(!is_invalid_opcode(&events));
     }
 
     #[test]

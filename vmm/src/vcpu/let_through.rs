@@ -6,11 +6,14 @@
 //! writable meanwhile; then every page is let go. So the VM goes on whatever the guest does. Only if
 //! nothing is protected any more has the host failed.
 
+use std::time::Instant;
+
 use patcher::addr::Gpa;
 use smallvec::SmallVec;
 
 use crate::text_guard::Lift;
 use crate::vcpu::Vcpu;
+use crate::vcpu::events::is_invalid_opcode;
 use crate::vcpu::stopped::Stopped;
 
 /// How often a vCPU may be stopped at the same instruction before every page is let go.
@@ -63,7 +66,7 @@ impl Vcpu {
             }
         }
         if is_open {
-            self.unexplained = (0, 0);
+            self.unexplained.explain();
             return Ok(());
         }
         self.try_again(stopped)
@@ -71,7 +74,7 @@ impl Vcpu {
 
     /// Nothing explains what stopped the vCPU: it tries again, but not for ever.
     fn try_again(&mut self, stopped: &Stopped<'_>) -> Result<(), String> {
-        let times = self.count_unexplained(stopped.registers.rip);
+        let times = self.unexplained.count(stopped.registers.rip, Instant::now());
         if times % TRIES != 0 {
             return Ok(());
         }
@@ -94,19 +97,16 @@ impl Vcpu {
     }
 
     /// KVM could not emulate an instruction. It has a #UD delivered for that, which the guest takes when it
-    /// is entered again (Linux arch/x86/kvm/x86.c, `handle_emulation_failure`).
+    /// is entered again (Linux arch/x86/kvm/x86.c, `handle_emulation_failure`). Anything else that KVM can't
+    /// go on with is tried again, but not for ever.
     pub(super) fn not_emulated(&mut self) -> Result<(), String> {
+        if is_invalid_opcode(&self.events()?) {
+            return Ok(());
+        }
         let rip = self.registers()?.rip();
-        match self.count_unexplained(rip.0) {
+        match self.unexplained.count(rip.0, Instant::now()) {
             ..=TRIES => Ok(()),
             times => Err(format!("vCPU {}: KVM: internal error, {times} times at {rip}", self.id.0)),
         }
-    }
-
-    /// How often the vCPU was stopped for no known reason at the instruction that it is at.
-    fn count_unexplained(&mut self, rip: u64) -> u32 {
-        let times = if self.unexplained.0 == rip { self.unexplained.1.saturating_add(1) } else { 1 };
-        self.unexplained = (rip, times);
-        times
     }
 }

@@ -19,6 +19,7 @@ mod int3;
 mod let_through;
 mod module_door;
 mod stopped;
+mod unexplained;
 
 use std::io;
 use std::sync::Arc;
@@ -39,6 +40,7 @@ use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::Kick;
 use crate::sync::rendezvous::{Admission, Rendezvous};
 use crate::text_guard::Guard;
+use crate::vcpu::unexplained::Unexplained;
 
 /// Why the machine ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,8 +89,7 @@ pub struct Vcpu {
     locating: bool,
     /// For tests: the guest's breakpoints are delivered by KVM.
     reinject: bool,
-    /// What stopped the vCPU without a known reason: the instruction, and how often.
-    unexplained: (u64, u32),
+    unexplained: Unexplained,
 }
 
 /// What all vCPUs of a machine have in common.
@@ -126,7 +127,7 @@ impl Vcpu {
             intercepting: false,
             locating: id.0 == 0,
             reinject: false,
-            unexplained: (0, 0),
+            unexplained: Unexplained::default(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use anstream::ColorChoice;
 use serde::Serialize;
 
 use crate::cli::render::page::Page;
@@ -13,9 +14,13 @@ pub(super) fn print(page: &Page) -> io::Result<()> {
     write(&mut anstream::stdout().lock(), page.styled().as_bytes())
 }
 
-/// The same page to another writer, for the reader of standard output.
-pub(super) fn print_to(output: &mut impl Write, page: &Page) -> io::Result<()> {
-    let choice = anstream::AutoStream::choice(&io::stdout());
+/// Whether standard output has colours. A thread in the sandbox can't find out.
+pub(super) fn colours() -> ColorChoice {
+    anstream::AutoStream::choice(&io::stdout())
+}
+
+/// The same page to another writer, for the reader of standard output, which has these colours.
+pub(super) fn print_to(output: &mut impl Write, choice: ColorChoice, page: &Page) -> io::Result<()> {
     let mut text = anstream::AutoStream::new(Vec::new(), choice);
     text.write_all(page.styled().as_bytes())?;
     output.write_all(&text.into_inner())

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 
+use anstream::ColorChoice;
 use patcher::plan::Plan;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -50,11 +51,12 @@ pub(super) fn run_vm(run: Run, hooks: Hooks) -> Result<ExitStatus, Error> {
                 return Ok(ExitStatus::BadInput);
             }
             let mut output = output.clone();
+            let colours = output::colours();
             // The outcome counts even if it can't be printed.
             Some(AtInit {
                 plan,
                 or_stop,
-                then: Box::new(move |answer| drop(print_outcome(answer, json, &mut output))),
+                then: Box::new(move |answer| drop(print_outcome(answer, json, colours, &mut output))),
             })
         }
     };
@@ -91,7 +93,7 @@ fn tell_of_sandbox(files: Option<Files>) {
         }
         Some(Files::Denied) => tracing::info!("the sandbox is in force"),
         Some(Files::PartlyDenied) => {
-            tracing::warn!(
+            tracing::info!(
                 "the sandbox is in force; this host's kernel has an older Landlock than is made use of"
             );
         }
@@ -107,16 +109,21 @@ fn missing(bytes: u64) -> String {
 }
 
 /// Prints the outcome of `--patch` before init starts.
-fn print_outcome(answer: Answer, json: bool, output: &mut impl Write) -> Result<(), Error> {
+fn print_outcome(
+    answer: Answer,
+    json: bool,
+    colours: ColorChoice,
+    output: &mut impl Write,
+) -> Result<(), Error> {
     match answer {
-        Answer::Report(report) => print_to::<view::Report>(output, &report, json),
-        Answer::Refused(refusals) => print_to::<view::Refusals>(output, &refusals, json),
-        Answer::Failed(error) => print_to::<ApiError>(output, &ApiError { error }, json),
+        Answer::Report(report) => print_to::<view::Report>(output, &report, json, colours),
+        Answer::Refused(refusals) => print_to::<view::Refusals>(output, &refusals, json, colours),
+        Answer::Failed(error) => print_to::<ApiError>(output, &ApiError { error }, json, colours),
         Answer::Unaudited { answer, why } => {
             tracing::error!("the audit log: the outcome of the plan can't be written yet: {why}");
-            print_outcome(*answer, json, output)
+            print_outcome(*answer, json, colours, output)
         }
-        other => print_to::<ApiError>(output, &ApiError { error: format!("{other:?}") }, json),
+        other => print_to::<ApiError>(output, &ApiError { error: format!("{other:?}") }, json, colours),
     }
 }
 
@@ -125,10 +132,11 @@ fn print_to<T: Render + DeserializeOwned>(
     output: &mut impl Write,
     answer: &impl Serialize,
     json: bool,
+    colours: ColorChoice,
 ) -> Result<(), Error> {
     let text = serde_json::to_string_pretty(answer)?;
     if json {
         return Ok(output.write_all((escape::json(text) + "\n").as_bytes())?);
     }
-    Ok(output::print_to(output, &serde_json::from_str::<T>(&text)?.page())?)
+    Ok(output::print_to(output, colours, &serde_json::from_str::<T>(&text)?.page())?)
 }

@@ -177,7 +177,7 @@ fn modules(image: &KernelImage, count: u64, functions: u64, size: u64) -> Words 
         }
         for function in 0..functions {
             // The name's offset, and section 1.
-            memory.set(at(SYMBOLS) + 24 * function, (0x100 + 8 * function) | (1 << 48));
+            memory.set(at(SYMBOLS) + 24 * function, (0x100 + 8 * function) | 1 << 48);
             memory.set(at(SYMBOLS) + 24 * function + 8, TEXT + place(index) + size * function);
             memory.set(at(NAMES) + 0x100 + 8 * function, u64::from(b'a') + function % 26);
             memory.set(at(KINDS) + (function & !7), u64::from_le_bytes([b't'; 8]));

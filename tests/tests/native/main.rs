@@ -137,7 +137,7 @@ fn first(code: &[u8]) -> Instruction {
     Decoder::with_ip(64, code, CODE, DecoderOptions::NONE).decode()
 }
 
-/// What the emulation makes of it, and how often it was asked. `None` if it does not take the instruction,
+/// What the emulation makes of it. `None` if it does not take the instruction,
 /// or if that writes elsewhere.
 fn emulate(code: &[u8], before: &GeneralRegisters) -> Option<Outcome> {
     let mut memory: Vec<u8> = (0..SIZE).map(background).collect();

@@ -8,7 +8,7 @@ use libc::{
     SYS_close, SYS_epoll_ctl, SYS_epoll_wait, SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fdatasync, SYS_futex,
     SYS_geteuid, SYS_getpgrp, SYS_getpid, SYS_getrandom, SYS_getsockopt, SYS_gettid, SYS_ioctl, SYS_lstat,
     SYS_madvise, SYS_membarrier, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_open, SYS_openat,
-    SYS_openat2, SYS_pread64, SYS_read, SYS_recvfrom, SYS_restart_syscall, SYS_rt_sigaction,
+    SYS_openat2, SYS_pread64, SYS_read, SYS_readlink, SYS_recvfrom, SYS_restart_syscall, SYS_rt_sigaction,
     SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_getscheduler,
     SYS_sched_setscheduler, SYS_sched_yield, SYS_sendto, SYS_shutdown, SYS_sigaltstack, SYS_statx,
     SYS_tgkill, SYS_unlink, SYS_write, SYS_writev, TCSETS, TCSETS2, TIOCGPGRP,

@@ -27,6 +27,8 @@ enum Call {
     Open,
     /// Removes `/tmp/keep`, which only the first thread could, and Landlock denies.
     Unlink,
+    /// Asks for the size of a terminal: some requests of this call are allowed, but not this one.
+    Ioctl,
     /// Starts a program, which no thread may.
     Spawn,
 }
@@ -46,6 +48,7 @@ impl FromStr for Trespass {
             "socket" => Call::Socket,
             "open" => Call::Open,
             "unlink" => Call::Unlink,
+            "ioctl" => Call::Ioctl,
             "spawn" => Call::Spawn,
             other => return Err(format!("{other} is not tried")),
         };
@@ -73,6 +76,7 @@ impl Trespass {
             Call::Unlink => {
                 format!("{:?}", fs::remove_file(Path::new("/tmp/keep")).map_err(|error| error.kind()))
             }
+            Call::Ioctl => format!("{:?}", rustix::termios::tcgetwinsize(std::io::stderr())),
             Call::Spawn => format!("{:?}", std::process::Command::new("/bin/true").status()),
         };
         eprintln!("{SAYS}{thread}: {said}");

@@ -129,13 +129,15 @@ fn trespassing(lab: &Lab) -> Result<()> {
         let folder = tempfile::tempdir()?;
         let log = folder.path().join("log");
         let log = log.to_str().context("a path")?;
-        let tried = format!("{thread}:socket");
-        let output = run_lab(lab, folder.path(), &["--trespass", &tried, "--log-file", log])?;
-        let says = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() == Some(13), "{tried}: {} {says}", output.status);
-        let told = format!("a thread ({thread}) made system call 41 ");
-        ensure!(says.contains(&told) && !says.contains(SAYS), "{tried}: {says}");
-        ensure!(fs::read_to_string(log)?.contains(&told), "{tried}: the log does not say it");
+        for (call, number) in [("socket", 41), ("ioctl", 16)] {
+            let tried = format!("{thread}:{call}");
+            let output = run_lab(lab, folder.path(), &["--trespass", &tried, "--log-file", log])?;
+            let says = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.code() == Some(13), "{tried}: {} {says}", output.status);
+            let told = format!("a thread ({thread}) made system call {number} ");
+            ensure!(says.contains(&told) && !says.contains(SAYS), "{tried}: {says}");
+            ensure!(fs::read_to_string(log)?.contains(&told), "{tried}: the log does not say it");
+        }
         // The C library blocks all signals meanwhile, so that the handler is not called.
         let tried = format!("{thread}:spawn");
         let output = run_lab(lab, folder.path(), &["--trespass", &tried])?;

@@ -138,13 +138,13 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     let file = kernel::read(&config.kernel).map_err(machine::Error::Boot)?;
     // It needs rights that other threads may give up.
     let namer = audit.as_ref().map(|_| Namer::start()).transpose()?;
-    if let Some(log) = &mut audit {
-        log.append(&start_event(&config, &file)).map_err(Error::Audit)?;
-    }
     let socket = socket.map(|path| Socket::bind(&path, api_group)).transpose()?;
     let drained = IrqLine::new()?;
     let on_drained = drained.event().try_clone()?;
     let mut machine = Machine::build(&config, &file, output.clone(), drained, hooks.breakpoints)?;
+    if let Some(log) = &mut audit {
+        log.append(&start_event(&config, &file)).map_err(Error::Audit)?;
+    }
     let image = Arc::new(Image::new(file, hooks.image_limit));
     let needs_image = at_init.is_some() || socket.is_some() || config.guard;
     let engine = Engine::new(config, &machine, image.clone(), hooks.driver, audit);

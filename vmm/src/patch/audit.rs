@@ -172,3 +172,75 @@ impl Audit {
         taken
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::Value;
+
+    use super::*;
+
+    fn lines(log: &Path) -> Vec<Value> {
+        let text = std::fs::read_to_string(log).expect("it is there");
+        text.lines().map(|line| serde_json::from_str(line).expect("it is JSON")).collect()
+    }
+
+    fn done() -> Outcome {
+        Outcome { state: "done".to_owned(), ..Outcome::default() }
+    }
+
+    #[test]
+    fn what_a_guest_causes_is_told_at_a_bounded_rate_and_counted() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("log");
+        let mut audit = Audit::new(Some(AuditLog::open(&path).expect("it is free")));
+        let times = u64::from(BURST) + 100;
+        for _ in 0..times {
+            audit.begin(Who::Monitor, "put_back", Some("p"), None);
+            audit.intend().expect("there is room");
+            audit.end(done()).expect("there is room");
+        }
+        // What changed nothing is not told at all.
+        audit.begin(Who::Monitor, "put_back", Some("p"), None);
+        audit.end(done()).expect("there is room");
+        let told = lines(&path);
+        assert_eq!(told.len(), 2 * BURST as usize);
+        assert!(told.iter().all(|line| line["unlisted"].is_null()));
+
+        // A client's request is always told, and so is what becomes of a patch meanwhile.
+        let peer = crate::host::peer::Peer { uid: 1, gid: 2, pid: 3, executable: None };
+        audit.begin(Who::Client(peer), "apply", None, Some(b"{}"));
+        audit.named("q");
+        audit.tokens = 1;
+        audit.tell("lose", "p", done());
+        audit.intend().expect("there is room");
+        audit.end(done()).expect("there is room");
+        let told = lines(&path);
+        let last: Vec<_> = told[2 * BURST as usize..].iter().collect();
+        let words = |line: &Value| (line["event"].clone(), line["action"].clone(), line["patch"].clone());
+        let expected = [("outcome", "lose", "p"), ("intent", "apply", "q"), ("outcome", "apply", "q")];
+        assert_eq!(last.len(), expected.len());
+        for (line, (event, action, patch)) in last.iter().zip(expected) {
+            assert_eq!(words(line), (event.into(), action.into(), patch.into()));
+        }
+        assert_eq!(last[0]["unlisted"], 100);
+        assert_eq!(last[2]["plan"]["sha256"], sha256(b"{}"));
+    }
+
+    #[test]
+    fn nothing_is_changed_unasked_or_after_the_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("log");
+        let mut audit = Audit::new(Some(AuditLog::open(&path).expect("it is free")));
+        assert!(matches!(audit.intend(), Err(Refusal::AuditUnwritable { .. })), "nobody asked");
+        audit.begin(Who::Monitor, "put_back", None, None);
+        audit.finish("Stopped");
+        assert!(matches!(audit.intend(), Err(Refusal::AuditUnwritable { .. })), "the VM has ended");
+        assert_eq!(lines(&path).len(), 1);
+
+        let mut none = Audit::new(None);
+        none.begin(Who::Monitor, "put_back", None, None);
+        none.intend().expect("without a log nothing is refused");
+    }
+}

@@ -6,5 +6,9 @@ use tests::hostile;
 
 use super::Test;
 
-pub(crate) const TESTS: &[Test] =
-    &[("hostile::every_attack_at_once", |lab| hostile::everything(lab, Duration::from_secs(60)))];
+const TIME: Duration = Duration::from_secs(40);
+
+pub(crate) const TESTS: &[Test] = &[
+    ("hostile::every_attack_at_once", |lab| hostile::at_once(lab, &lab.kernel, TIME)),
+    ("hostile::every_attack_at_once_on_a_later_kernel", |lab| hostile::at_once(lab, &lab.later_kernel, TIME)),
+];

@@ -61,7 +61,7 @@ pub(super) fn write(ram: &GuestRam, user: bool) -> Result<()> {
     }
     for page in 0..PAGES {
         let is_users = user && (page >= KERNELS || page * PAGE == REPORT);
-        put(TABLE + 8 * page, page * PAGE | PRESENT | WRITABLE | if is_users { USER } else { 0 })?;
+        put(TABLE + 8 * page, (page * PAGE) | PRESENT | WRITABLE | if is_users { USER } else { 0 })?;
     }
     // Kernel code and data, user code and data, all accessed (SDM volume 3, 3.4.5).
     let descriptors =

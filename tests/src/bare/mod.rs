@@ -136,7 +136,7 @@ impl Bare {
     /// # Errors
     /// None: it is RAM.
     pub fn page(&self, page: u64, bits: u64) -> Result<()> {
-        self.map(page, if bits == 0 { 0 } else { page * PAGE | bits })
+        self.map(page, if bits == 0 { 0 } else { (page * PAGE) | bits })
     }
 
     /// Sets the page-table entry of a page.

@@ -293,7 +293,7 @@ mod tests {
         }
 
         fn page(&self, page: u64, bits: u64) {
-            let entry = if bits == 0 { 0 } else { page * PAGE | bits };
+            let entry = if bits == 0 { 0 } else { (page * PAGE) | bits };
             self.ram.write(Gpa(TABLE + 8 * page), &entry.to_le_bytes()).expect("RAM");
         }
 
@@ -412,12 +412,12 @@ mod tests {
         assert_eq!(entry(10) & (ACCESSED | DIRTY), 0, "nothing was marked");
         assert!(range.mark(&guest.ram, |_| true));
         for page in [10, 11] {
-            assert_eq!(entry(page), page * PAGE | ALL | ACCESSED | DIRTY);
+            assert_eq!(entry(page), (page * PAGE) | ALL | ACCESSED | DIRTY);
         }
         assert_eq!(guest.ram.load_u64(Gpa(PML4)).expect("RAM"), PDPT | ALL | ACCESSED);
         guest.page(10, PRESENT);
         assert!(!range.mark(&guest.ram, |_| true), "the entries have changed since the walk");
-        assert_eq!(entry(10), 10 * PAGE | PRESENT);
+        assert_eq!(entry(10), (10 * PAGE) | PRESENT);
         guest.page(12, ALL);
         let beyond = rules.range(&guest.ram, Gva(13 * PAGE - 1), 2, Kind::Write, Mode::User).err();
         assert_eq!(beyond.map(|denied| denied.at), Some(Gva(13 * PAGE)));

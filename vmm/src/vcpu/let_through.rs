@@ -75,7 +75,7 @@ impl Vcpu {
     /// Nothing explains what stopped the vCPU: it tries again, but not for ever.
     fn try_again(&mut self, stopped: &Stopped<'_>) -> Result<(), String> {
         let times = self.unexplained.count(stopped.registers.rip, Instant::now());
-        if times % TRIES != 0 {
+        if !times.is_multiple_of(TRIES) {
             return Ok(());
         }
         if self.guard.is_init_gate_closed() {

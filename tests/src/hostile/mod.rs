@@ -27,16 +27,8 @@ const SERVED: usize = 2;
 /// For the rig, where the CPUs are emulated, and shared with all that attacks.
 const SLOWEST_ANSWER: Duration = Duration::from_secs(5);
 
-/// Every attack at once for so long, all text guarded; garbage runs in place of the kernel in the end.
-///
-/// # Errors
-/// Anything unexpected.
-pub fn at_once(lab: &Lab, kernel: &Path, time: Duration) -> Result<()> {
-    println!("\n{}", attacked(lab, &hostile(kernel), time)?);
-    Ok(())
-}
-
-/// The same on both kernels, side by side.
+/// Every attack at once for so long, on both kernels, side by side, all text guarded; garbage runs
+/// in place of the kernel in the end.
 ///
 /// # Errors
 /// Anything unexpected.

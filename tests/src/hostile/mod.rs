@@ -5,6 +5,7 @@ mod plans;
 mod stage;
 mod watch;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -15,7 +16,6 @@ use self::watch::{Usage, Watch};
 use crate::guard::guarded;
 use crate::lab::Lab;
 use crate::oracle::differences;
-use crate::targets::both_kernels;
 use crate::vm::{Setup, Vm, field};
 
 /// What is seen at the first is no growth: buffers and histories fill up to their limits.
@@ -33,11 +33,18 @@ const SLOWEST_ANSWER: Duration = Duration::from_secs(5);
 /// # Errors
 /// Anything unexpected.
 pub fn everything(lab: &Lab, time: Duration) -> Result<()> {
-    let run = |setup: &Setup| Attacked::start(lab, setup)?.by(&[], time)?.end(lab);
-    for line in side_by_side(lab, run)? {
+    for line in side_by_side(lab, |setup| attacked(lab, setup, time))? {
         println!("\n{line}");
     }
     Ok(())
+}
+
+fn attacked(lab: &Lab, setup: &Setup, time: Duration) -> Result<String> {
+    Attacked::start(lab, setup)?.by(&[], time)?.end(lab)
+}
+
+fn hostile(kernel: &Path) -> Setup {
+    guarded(Setup { kernel: Some(kernel.to_owned()), command_line: "nokaslr".into(), ..Setup::cpus(2) })
 }
 
 /// Each attack alone, for so long, on both kernels, side by side.
@@ -74,7 +81,7 @@ pub fn each(lab: &Lab, time: Duration) -> Result<()> {
 const NAMES: &[&str] = guest::inside::hostile::NAMES;
 
 fn side_by_side<T: Send>(lab: &Lab, run: impl Fn(&Setup) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let setups = both_kernels(lab, 2).map(|setup| guarded(Setup { command_line: "nokaslr".into(), ..setup }));
+    let setups = [&lab.kernel, &lab.later_kernel].map(|kernel| hostile(kernel));
     std::thread::scope(|scope| {
         let run = &run;
         let runs: Vec<_> = setups.iter().map(|setup| scope.spawn(move || run(setup))).collect();

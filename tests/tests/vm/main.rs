@@ -13,7 +13,6 @@ mod events;
 mod exits;
 mod flips;
 mod guard;
-mod hostile;
 mod hotplug;
 mod kernel;
 mod monitor;
@@ -66,7 +65,6 @@ fn all() -> Vec<Test> {
         exits::TESTS,
         flips::TESTS,
         guard::TESTS,
-        hostile::TESTS,
         hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,

@@ -13,7 +13,7 @@ use super::stage::{NOP, Slot, Stage};
 /// A name that clears the screen and changes the window's title.
 const NAME: &std::ffi::CStr = c"\x1b[2J\x1b]0;own\x07";
 /// Few enough bytes that the terminal takes them at once (drivers/tty/tty_io.c, `iterate_tty_write`).
-const FLOOD: usize = 1000;
+const FLOOD: usize = 250;
 
 /// Names that are none, on tasks that are told of: they write to text.
 pub(super) fn names(stage: &Arc<Stage>) -> io::Result<()> {
@@ -34,7 +34,7 @@ pub(super) fn flood(stage: &Arc<Stage>) -> io::Result<()> {
         console.write_all(&line)?;
         stage.done();
         // What the console's speed leaves is for answers.
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(10));
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use clap::Args;
 
 /// What can be chosen.
 #[derive(Debug, Args)]
+#[group(id = "fuzz")]
 pub struct Options {
     /// How many minutes each target runs.
     #[arg(long, default_value_t = 60.0)]

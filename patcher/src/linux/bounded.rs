@@ -9,7 +9,7 @@ use crate::budget::Budget;
 use crate::linux::memory::GuestMemory;
 
 /// What may be spent on a plan, from reading the modules to the last site, in units of [`Budget`]. Reading
-/// costs a unit, and one more for each [`BYTES_A_UNIT`]. A guest with 200 modules of 1,000 symbols each
+/// costs a unit, and one more for each 64 bytes. A guest with 200 modules of 1,000 symbols each
 /// takes some 300,000.
 pub const INSPECTION: u64 = 1 << 21;
 /// A page walk takes about as long as copying so many bytes.

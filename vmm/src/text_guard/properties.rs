@@ -8,10 +8,7 @@ use std::time::Duration;
 
 use patcher::addr::{Gpa, Gva};
 use patcher::plan::write_policy::Policy;
-use proptest::collection::vec;
 use proptest::prelude::*;
-use proptest::strategy::ValueTree;
-use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use crate::memory::paging::Piece;
 use crate::memory::{PAGE, PAGE_SIZE};
@@ -38,7 +35,7 @@ enum Operation {
     /// Watches a site of as many bytes; guarded or not.
     Watch(u64, usize, bool),
     /// Forgets one of the patches that are watched.
-    Forget(prop::sample::Index),
+    Forget(usize),
     Begin(Vec<(u64, usize)>, bool),
     End,
     Write(u64, usize),
@@ -52,28 +49,6 @@ enum Operation {
 
 /// An operation, and which of its calls the host refuses, a bit for each.
 type Step = (Operation, u32);
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let bytes = || (PAGES.start * PAGE..(PAGES.end - 1) * PAGE, 1..=8_usize);
-    let operation = prop_oneof![
-        1 => (PAGES, 1..8_u64).prop_map(|(page, count)| Operation::GuardText(page, count)),
-        2 => Just(Operation::SetText),
-        4 => Just(Operation::Preprotect),
-        2 => (0..=REST.as_secs()).prop_map(Operation::Wait),
-        4 => (bytes(), any::<bool>()).prop_map(|((at, length), on)| Operation::Watch(at, length, on)),
-        3 => any::<prop::sample::Index>().prop_map(Operation::Forget),
-        4 => (vec(bytes(), 1..8), any::<bool>()).prop_map(|(bytes, held)| Operation::Begin(bytes, held)),
-        4 => Just(Operation::End),
-        8 => bytes().prop_map(|(at, length)| Operation::Write(at, length)),
-        2 => PAGES.prop_map(Operation::Lift),
-        1 => PAGES.prop_map(Operation::CloseGate),
-        1 => Just(Operation::OpenGate),
-        1 => PAGES.prop_map(Operation::Sentinel),
-        1 => Just(Operation::LetGo),
-        1 => Just(Operation::GiveUpAll),
-    ];
-    vec((operation, prop_oneof![3 => Just(0), 1 => any::<u32>()]), 1..60)
-}
 
 /// A host that keeps which pages it protects.
 #[derive(Default)]
@@ -293,7 +268,7 @@ fn step(
         }
         Operation::Forget(_) if model.patches.is_empty() => {}
         Operation::Forget(index) => {
-            let patch = model.patches.remove(index.index(model.patches.len()));
+            let patch = model.patches.remove(index % model.patches.len());
             let _ = real.forget(&patch.to_string(), |_| true);
             model.remove(all, |reason| *reason == Reason::Patch(patch));
         }
@@ -412,18 +387,95 @@ fn hold(steps: Vec<Step>) -> Result<(), TestCaseError> {
 /// # Panics
 /// When the guard and the model differ.
 pub fn fuzzed(bytes: &[u8]) {
-    let random = TestRng::from_seed(RngAlgorithm::PassThrough, bytes);
-    let mut runner = TestRunner::new_with_rng(Config::default(), random);
-    if let Ok(steps) = steps().new_tree(&mut runner)
-        && let Err(error) = hold(steps.current())
-    {
+    const MOST: usize = 100;
+    let mut bytes = bytes.iter().copied();
+    let mut steps = Vec::new();
+    while bytes.len() > 0 && steps.len() < MOST {
+        let mut below = |bound: u64| {
+            let [low, high] = [(); 2].map(|()| bytes.next().unwrap_or(0));
+            u64::from(u16::from_le_bytes([low, high])) % bound
+        };
+        let operation = operation(&mut below);
+        let refused = if below(4) == 0 { u32::try_from(below(1 << 16)).unwrap_or(0) } else { 0 };
+        steps.push((operation, refused));
+    }
+    if let Err(error) = hold(steps) {
         panic!("{error}");
     }
 }
 
-proptest! {
-    #[test]
-    fn a_page_is_protected_exactly_when_there_is_a_reason(steps in steps()) {
-        hold(steps)?;
+/// An operation by numbers, each below what it is asked for.
+fn operation(below: &mut impl FnMut(u64) -> u64) -> Operation {
+    let kind = below(15);
+    let page = PAGES.start + below(PAGES.end - PAGES.start);
+    let mut bytes = || {
+        // Near the end of a page, as often as not.
+        let at = PAGES.start * PAGE + PAGE * below(PAGES.end - 1 - PAGES.start);
+        let offset = if below(2) == 0 { below(PAGE) } else { PAGE - 1 - below(8) };
+        (at + offset, 1 + usize::try_from(below(8)).unwrap_or(0))
+    };
+    match kind {
+        0 => Operation::GuardText(page, 1 + page % 7),
+        1 => Operation::SetText,
+        2 => Operation::Preprotect,
+        3 => Operation::Wait(page % (REST.as_secs() + 1)),
+        4 | 5 => {
+            let (at, length) = bytes();
+            Operation::Watch(at, length, kind == 4)
+        }
+        6 => Operation::Forget(usize::try_from(page).unwrap_or(0)),
+        7 => Operation::Begin((0..1 + page % 7).map(|_| bytes()).collect(), page.is_multiple_of(2)),
+        8 => Operation::End,
+        9 => {
+            let (at, length) = bytes();
+            Operation::Write(at, length)
+        }
+        10 => Operation::Lift(page),
+        11 => Operation::CloseGate(page),
+        12 if page.is_multiple_of(2) => Operation::OpenGate,
+        12 => Operation::LetGo,
+        13 => Operation::GiveUpAll,
+        _ => Operation::Sentinel(page),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+
+    use super::*;
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let bytes = || (PAGES.start * PAGE..(PAGES.end - 1) * PAGE, 1..=8_usize);
+        let operation = prop_oneof![
+            1 => (PAGES, 1..8_u64).prop_map(|(page, count)| Operation::GuardText(page, count)),
+            2 => Just(Operation::SetText),
+            4 => Just(Operation::Preprotect),
+            2 => (0..=REST.as_secs()).prop_map(Operation::Wait),
+            4 => (bytes(), any::<bool>()).prop_map(|((at, length), on)| Operation::Watch(at, length, on)),
+            3 => any::<usize>().prop_map(Operation::Forget),
+            4 => (vec(bytes(), 1..8), any::<bool>()).prop_map(|(bytes, held)| Operation::Begin(bytes, held)),
+            4 => Just(Operation::End),
+            8 => bytes().prop_map(|(at, length)| Operation::Write(at, length)),
+            2 => PAGES.prop_map(Operation::Lift),
+            1 => PAGES.prop_map(Operation::CloseGate),
+            1 => Just(Operation::OpenGate),
+            1 => PAGES.prop_map(Operation::Sentinel),
+            1 => Just(Operation::LetGo),
+            1 => Just(Operation::GiveUpAll),
+        ];
+        vec((operation, prop_oneof![3 => Just(0), 1 => any::<u32>()]), 1..60)
+    }
+
+    proptest! {
+        #[test]
+        fn a_page_is_protected_exactly_when_there_is_a_reason(steps in steps()) {
+            hold(steps)?;
+        }
+
+        #[test]
+        fn any_bytes_are_operations(bytes in vec(any::<u8>(), 0..600)) {
+            fuzzed(&bytes);
+        }
     }
 }

@@ -36,7 +36,8 @@ impl Stage {
             let end = start + (BEGIN + room) as u64;
             target = (start + BEGIN as u64).next_multiple_of(SLOT);
             if target / PAGE != (target + SLOTS * SLOT - 1) / PAGE {
-                target = target.next_multiple_of(PAGE);
+                // The first bytes of the page are those of the attack that stores across pages.
+                target = target.next_multiple_of(PAGE) + SLOT;
             }
             ensure!(target + SLOTS * SLOT <= end, "{FUNCTION} has no room");
             Ok([vec![NOP; room - 1], vec![RET]].concat())

@@ -100,10 +100,11 @@ fn leaves(code: &[u8], at: Gva, taken: bool) -> u64 {
 /// A relocated instruction is the same instruction with the same operand addresses and the same
 /// successors.
 pub(crate) fn relocation(code: &[u8], from: Gva, to: Gva) {
-    // A copy never overlaps the original: the way back would lead into the copy.
-    const APART: u64 = 64;
+    // What the copy leads to is never in the memory of copies.
+    const LONGEST: u64 = 64;
     let old = first(code, from);
-    if old.is_invalid() || from.0.abs_diff(to.0) < APART {
+    let in_copy = |at: u64| at.wrapping_sub(to.0) < LONGEST;
+    if old.is_invalid() || in_copy(old.next_ip()) || in_copy(old.near_branch_target()) {
         return;
     }
     let code = &code[..old.len()];

@@ -202,28 +202,38 @@ thread_local! {
 /// Whatever file is given for a kernel is loaded or refused with a text. If it is loaded, its entry and its
 /// initrd are in RAM, and the initrd is whole.
 pub(crate) fn boot(input: &[u8]) {
+    if let Err(text) = loaded(input) {
+        assert!(!text.is_empty());
+    }
+}
+
+/// The same; returns why it is not loaded.
+pub(crate) fn loaded(input: &[u8]) -> Result<(), String> {
     MEMORY.with_borrow_mut(|memory| {
         let ram = memory.get_or_insert_with(|| GuestRam::new(RAM).expect("memory"));
         let mut numbers = Numbers(input);
         let initrd = vec![0xa5; usize::from(numbers.byte()) * 64];
         let initrd = Some(&initrd[..]).filter(|initrd| !initrd.is_empty());
-        match load(ram, Path::new("kernel"), numbers.0, initrd, "console=ttyS0") {
-            Err(error) => assert!(!error.to_string().is_empty()),
-            Ok(Entry::Pvh(entry)) => assert!(entry < RAM, "{entry:#x}"),
-            Ok(Entry::Long(entry)) => {
+        let entry = match load(ram, Path::new("kernel"), numbers.0, initrd, "console=ttyS0") {
+            Err(error) => return Err(error.to_string()),
+            Ok(Entry::Pvh(entry)) => {
                 assert!(entry < RAM, "{entry:#x}");
-                let Some(initrd) = initrd else { return };
-                let mut field = [0; 4];
-                let [at, size] = RAMDISK.map(|offset| {
-                    ram.read(Gpa(ZERO_PAGE + offset), &mut field).expect("RAM");
-                    u64::from(u32::from_le_bytes(field))
-                });
-                assert_eq!(size, initrd.len() as u64);
-                assert!(at + size <= RAM && at > entry, "the initrd is at {at:#x}");
-                let mut there = vec![0; initrd.len()];
-                ram.read(Gpa(at), &mut there).expect("RAM");
-                assert!(there == initrd, "the initrd at {at:#x} is not whole");
+                return Ok(());
             }
-        }
-    });
+            Ok(Entry::Long(entry)) => entry,
+        };
+        assert!(entry < RAM, "{entry:#x}");
+        let Some(initrd) = initrd else { return Ok(()) };
+        let mut field = [0; 4];
+        let [at, size] = RAMDISK.map(|offset| {
+            ram.read(Gpa(ZERO_PAGE + offset), &mut field).expect("RAM");
+            u64::from(u32::from_le_bytes(field))
+        });
+        assert_eq!(size, initrd.len() as u64);
+        assert!(at + size <= RAM && at > entry, "the initrd is at {at:#x}");
+        let mut there = vec![0; initrd.len()];
+        ram.read(Gpa(at), &mut there).expect("RAM");
+        assert!(there == initrd, "the initrd at {at:#x} is not whole");
+        Ok(())
+    })
 }

@@ -33,6 +33,9 @@ fn config(cases: u32) -> ProptestConfig {
 /// Written below the folder `FUZZ_CORPUS`, if that is set, for the fuzzer.
 #[test]
 fn seeds_hold() {
+    for seed in seeds::boot() {
+        assert_eq!(checks::loaded(&seed), Ok(()));
+    }
     for (name, check, seeds) in seeds::all() {
         for (number, seed) in seeds.iter().enumerate() {
             check(seed);

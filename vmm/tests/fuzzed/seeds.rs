@@ -10,7 +10,8 @@ pub(crate) fn all() -> [Target; 3] {
     [("paging", checks::paging, paging()), ("ports", checks::ports, ports()), ("boot", checks::boot, boot())]
 }
 
-/// Four levels and five, each table with an entry for the next one, a large page and a small one.
+/// Four levels and five, each table with an entry for the next one, a large page and a small one, and what is
+/// no page.
 pub(crate) fn paging() -> Vec<Vec<u8>> {
     let address = |indices: [u64; 4]| indices.iter().fold(0, |sum, index| sum << 9 | index) << 12;
     [4_u8, 5]
@@ -27,8 +28,11 @@ pub(crate) fn paging() -> Vec<Vec<u8>> {
             put(3, 2, 0x4000_0000_4020_0083);
             put(2, 2, 0x4000_0000_8000_0083);
             put(3, 511, 0x8000_0000_0000_0001);
+            // PS, where it is reserved.
+            put(0, 2, 0x1083);
+            put(1, 2, 0x2083);
             let top = if levels == 5 { 1 << 48 } else { 0 };
-            let addresses = [[1, 1, 1, 1], [1, 1, 2, 7], [1, 2, 3, 4], [1, 1, 1, 511]];
+            let addresses = [[1, 1, 1, 1], [1, 1, 2, 7], [1, 2, 3, 4], [2, 1, 1, 1]];
             let numbers = addresses.map(|indices| address(indices) + top + 0xff8);
             let words = numbers.into_iter().chain(tables).flat_map(u64::to_le_bytes);
             std::iter::once(levels & 1).chain(words).collect()
@@ -53,6 +57,7 @@ pub(crate) fn boot() -> Vec<Vec<u8>> {
     file[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
     file[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
     (file[0x211], file[0x236], file[0x24d]) = (1, 1, 4);
+    file[0x214..0x218].copy_from_slice(&0x10_0000_u32.to_le_bytes());
     file[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
     file[0x258..0x260].copy_from_slice(&0x100_0000_u64.to_le_bytes());
     file[0x260..0x264].copy_from_slice(&0x10_0000_u32.to_le_bytes());

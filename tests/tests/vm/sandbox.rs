@@ -40,6 +40,7 @@ fn kind(name: &str) -> Option<Thread> {
         "symbols" => Some(Thread::Symbols),
         "controller" => Some(Thread::Controller),
         "api" => Some(Thread::Api),
+        "namer" => Some(Thread::Namer),
         "vmm" | "vmm-lab" => Some(Thread::Events),
         other => other.starts_with("vcpu").then_some(Thread::Vcpu),
     }
@@ -68,7 +69,8 @@ fn field<'s>(status: &'s str, name: &str) -> Result<&'s str> {
 
 /// proc_pid_status(5), proc_pid_smaps(5) and proc_pid_limits(5) of a running monitor.
 fn confined(lab: &Lab) -> Result<()> {
-    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    let folder = tempfile::tempdir()?;
+    let mut vm = Vm::start(lab, &Setup { arguments: audited(folder.path())?, ..Setup::cpus(2) })?;
     let (_, info) = vm.request(Method::GET, "/vm", b"")?;
     ensure!(info["sandbox"] == "on", "{info:#}");
     let threads = threads(&vm)?;
@@ -76,12 +78,13 @@ fn confined(lab: &Lab) -> Result<()> {
         ensure!(threads.iter().any(|(_, found, _)| *found == kind), "there is no thread {kind}");
     }
     for (_, kind, status) in &threads {
+        let kept = if *kind == Thread::Namer { PTRACE } else { NONE };
         for (name, value) in [
             ("Seccomp", "2"),
             ("Seccomp_filters", "2"),
             ("NoNewPrivs", "1"),
-            ("CapEff", NONE),
-            ("CapPrm", NONE),
+            ("CapEff", kept),
+            ("CapPrm", kept),
         ] {
             ensure!(field(status, name)? == value, "{kind}: {name} is {}", field(status, name)?);
         }
@@ -115,6 +118,14 @@ fn confined(lab: &Lab) -> Result<()> {
 
 /// No capabilities.
 const NONE: &str = "0000000000000000";
+/// `CAP_SYS_PTRACE` (include/uapi/linux/capability.h).
+const PTRACE: &str = "0000000000080000";
+
+/// The argument that has the monitor keep an audit log, for which it has a thread more.
+fn audited(folder: &Path) -> Result<Vec<String>> {
+    let log = folder.join("audit");
+    Ok(vec![format!("--audit-log={}", log.to_str().context("a path")?)])
+}
 
 /// Runs `vmm-lab` to its end; it has what a VM needs.
 fn run_lab(lab: &Lab, folder: &Path, switches: &[&str]) -> Result<Output> {
@@ -131,7 +142,8 @@ fn trespassing(lab: &Lab) -> Result<()> {
         let log = log.to_str().context("a path")?;
         for (call, number) in [("socket", 41), ("ioctl", 16)] {
             let tried = format!("{thread}:{call}");
-            let output = run_lab(lab, folder.path(), &["--trespass", &tried, "--log-file", log])?;
+            let audit = &audited(folder.path())?[0];
+            let output = run_lab(lab, folder.path(), &["--trespass", &tried, "--log-file", log, audit])?;
             let says = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.code() == Some(13), "{tried}: {} {says}", output.status);
             let told = format!("a thread ({thread}) made system call {number} ");
@@ -140,7 +152,7 @@ fn trespassing(lab: &Lab) -> Result<()> {
         }
         // The C library blocks all signals meanwhile, so that the handler is not called.
         let tried = format!("{thread}:spawn");
-        let output = run_lab(lab, folder.path(), &["--trespass", &tried])?;
+        let output = run_lab(lab, folder.path(), &["--trespass", &tried, &audited(folder.path())?[0]])?;
         let says = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.signal() == Some(31) && !says.contains(SAYS),
@@ -152,10 +164,17 @@ fn trespassing(lab: &Lab) -> Result<()> {
 }
 
 fn no_files(lab: &Lab) -> Result<()> {
-    let trespass = |what: &str| Setup { switches: vec!["--trespass".into(), what.into()], ..Setup::cpus(1) };
+    let folders = [tempfile::tempdir()?, tempfile::tempdir()?];
+    let logs = [audited(folders[0].path())?, audited(folders[1].path())?];
+    let trespass = |what: &str, arguments: &[String]| Setup {
+        switches: vec!["--trespass".into(), what.into()],
+        arguments: arguments.to_vec(),
+        ..Setup::cpus(1)
+    };
     // Landlock alone denies the second: this thread may remove files, but from one folder only.
     fs::write("/tmp/keep", "kept")?;
-    let [mut opens, vm] = Vm::start_all(lab, &[trespass("every:open"), trespass("events:unlink")])?;
+    let [mut opens, vm] =
+        Vm::start_all(lab, &[trespass("every:open", &logs[0]), trespass("events:unlink", &logs[1])])?;
     for thread in Thread::ALL {
         let said = format!("{SAYS}{thread}: Err(PermissionDenied)");
         ensure!(opens.errors().contains(&said), "{thread}: {}", opens.errors());

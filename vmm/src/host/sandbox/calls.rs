@@ -228,7 +228,7 @@ const API: &[Group] = &[
     },
 ];
 
-/// It keeps its capabilities and enters no Landlock domain: a process is looked at by those only that have what it
+/// It keeps CAP_SYS_PTRACE and enters no Landlock domain: else it could look at processes only that have no more than it
 /// has (Linux kernel/ptrace.c, `__ptrace_may_access`; security/landlock/task.c, `hook_ptrace_access_check`).
 const NAMER: &[Group] = &[Group {
     why: "which program a client is, for the audit log",

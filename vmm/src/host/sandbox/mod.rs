@@ -141,7 +141,7 @@ impl Sandbox {
         let kept = match thread {
             // It sets the priority of others.
             Thread::Controller => self.kept,
-            Thread::Namer => CapabilitySet::all(),
+            Thread::Namer => CapabilitySet::SYS_PTRACE,
             _ => CapabilitySet::empty(),
         };
         privileges::drop_all_but(kept)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use guest::provision::initramfs::Initramfs;
@@ -325,6 +325,22 @@ impl Vm {
     pub fn answered(&mut self) -> Result<String> {
         let (_, last) = self.answer()?;
         last.strip_prefix("ok").map(|rest| rest.trim().to_owned()).with_context(|| last.clone())
+    }
+
+    /// What the monitor tells of the kernel, once it has read its image.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn kernel(&self) -> Result<Value> {
+        let until = Instant::now() + self.patience;
+        loop {
+            let (_, info) = self.request(Method::GET, "/vm", b"")?;
+            match &info["kernel"] {
+                kernel if kernel["release"].is_string() => return Ok(kernel.clone()),
+                _ if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+                _ => bail!("the kernel's image is not read: {info:#}"),
+            }
+        }
     }
 
     /// Waits so many times longer from now on for a guest that is silent.

@@ -16,8 +16,7 @@ use crate::vm::{Method, Setup, Vm};
 /// When there are not so many.
 pub fn entries_plan(vm: &Vm, lab: &Lab, sites: usize) -> Result<Value> {
     let image = KernelImage::parse(&std::fs::read(&lab.kernel)?)?;
-    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    let slide = info["kernel"]["slide"].as_u64().context("a slide")?;
+    let slide = vm.kernel()?["slide"].as_u64().context("a slide")?;
     let mut entries: Vec<u64> = image
         .symbols()
         .iter()

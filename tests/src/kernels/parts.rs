@@ -29,9 +29,9 @@ const CALL: &str = "__x64_sys_getppid";
 /// Starts a guest, and finds out whether the monitor knows that it runs this release.
 pub(super) fn release(lab: &Lab, setup: &Setup) -> Result<String> {
     let vm = Vm::start(lab, setup)?;
-    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    let release = info["kernel"]["release"].as_str().with_context(|| format!("{info:#}"))?.to_owned();
-    ensure!(info["kernel"]["slide"].as_u64().is_some(), "{info:#}");
+    let kernel = vm.kernel()?;
+    let release = kernel["release"].as_str().context("a release")?.to_owned();
+    ensure!(kernel["slide"].as_u64().is_some(), "{kernel:#}");
     vm.power_off()?;
     Ok(release)
 }

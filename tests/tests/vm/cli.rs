@@ -143,7 +143,7 @@ fn kernel_commands(lab: &Lab) -> Result<()> {
         "mcount_locations",
         "orc_entries",
     ];
-    for (kernel, has_paravirt_sites) in [(&lab.kernel, true), (&lab.later_kernel, false)] {
+    for (kernel, has_paravirt_sites) in [(&lab.later_kernel, false)] {
         let kernel = kernel.display().to_string();
         let ask = |what: &[&str]| run_to_end(lab, &[&["kernel"], what, &["--kernel", &kernel]].concat());
         let (code, text) = ask(&["info", "--json"])?;

@@ -37,7 +37,8 @@ fn image(setup: &Setup) -> Result<KernelImage> {
 }
 
 fn same_symbols(lab: &Lab) -> Result<()> {
-    let setups = all_kernels(lab, 2);
+    // The corpus has the others', as other programs read them.
+    let setups = [all_kernels(lab, 2)[2].clone()];
     for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
         let image = image(setup)?;
         let own = image.symbols().iter().map(|(at, kind, name)| (at.0, char::from(kind), name));
@@ -119,8 +120,8 @@ fn switched_spinlocks(lab: &Lab) -> Result<()> {
 fn current(lab: &Lab) -> Result<()> {
     let mut vm =
         Vm::start(lab, &guarded(Setup { kernel: Some(lab.current_kernel.clone()), ..Setup::cpus(4) }))?;
-    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    let release = info["kernel"]["release"].as_str().context("a release")?;
+    let kernel = vm.kernel()?;
+    let release = kernel["release"].as_str().context("a release")?;
     ensure!(release.starts_with('7'), "the newest kernel is {release}; what does it change?");
     // It has no list of its lock prefixes any more.
     let prefixes = json!({ "version": 1, "name": "x", "patches": [{ "smp_locks": false, "force": true }] });

@@ -36,8 +36,8 @@ fn plan(to: &str) -> Value {
 }
 
 fn load(vm: &mut Vm) -> Result<()> {
-    let (_, info) = vm.request(Method::GET, "/vm", b"")?;
-    let release = info["kernel"]["release"].as_str().context("a release")?.to_owned();
+    let kernel = vm.kernel()?;
+    let release = kernel["release"].as_str().context("a release")?;
     vm.ask(&format!("load /modules/{release}/{MODULE}.ko")).map(drop)
 }
 

@@ -8,8 +8,10 @@ use anyhow::{Result, bail};
 use guest::provision::binaries::Monitor;
 use tests::lab::{self, Place, Rigged};
 
-/// Most rigs at once: an emulated host keeps little more than one CPU busy.
-const MOST: usize = 2;
+/// Most rigs at once.
+const MOST: usize = 4;
+/// CPUs that an emulated host keeps busy.
+const CPUS: usize = 2;
 /// What a rig may take: its memory, and what the emulator needs for translated code.
 const MEMORY_KIB: usize = 6 << 20;
 
@@ -20,7 +22,7 @@ pub(crate) fn at_once() -> usize {
     let available =
         info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next());
     let available: usize = available.and_then(|kib| kib.parse().ok()).unwrap_or(0);
-    MOST.min(cpus).min(available / MEMORY_KIB).max(1)
+    MOST.min(cpus / CPUS).min(available / MEMORY_KIB).max(1)
 }
 
 /// Rigs that run no test now.

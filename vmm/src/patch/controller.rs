@@ -64,6 +64,9 @@ pub trait Client: Send {
 /// Most commands that wait. Clients that hung up leave theirs until the controller comes to it.
 const MOST_WAITING: usize = 256;
 
+/// How often the controller looks, at least, whether the kernel that it knows is still there. A kernel takes longer from
+/// saying that it leaves until another has overwritten that.
+const LOOK: Duration = Duration::from_millis(200);
 /// How long the last line of the audit log may take.
 const LAST_LINE: Duration = Duration::from_secs(2);
 
@@ -252,7 +255,12 @@ impl Controller {
         loop {
             let rest = text_guard::REST.saturating_sub(self.protected_at.elapsed());
             let must_reconcile = self.engine.must_reconcile;
-            match messages.recv_timeout(if must_reconcile { INTERVAL } else { rest }) {
+            let wait = match self.engine.known_kernel() {
+                _ if must_reconcile => INTERVAL,
+                Some(_) => rest.min(LOOK),
+                None => rest,
+            };
+            match messages.recv_timeout(wait) {
                 Ok(message) => return Some(message),
                 Err(RecvTimeoutError::Disconnected) => return None,
                 // It was given up.
@@ -265,6 +273,7 @@ impl Controller {
                     self.look_after_kernel();
                     self.engine.reconcile();
                 }
+                Err(RecvTimeoutError::Timeout) if wait < rest => self.look_after_kernel(),
                 Err(RecvTimeoutError::Timeout) => {
                     self.look_after_kernel();
                     self.engine.keep_module_gate();

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 /// Words by which Rust code reaches standard output or standard error.
 const OUTPUTS: [&str; 9] =
     ["stdout(", "stderr(", "println!", "print!(", "eprint", "dbg!", "STDOUT", "STDERR", "/dev/tty"];
-/// Those that may: pages and JSON, messages, the log, and the guest's console, which is passed on as it is.
-const MAY_WRITE: [&str; 4] = ["cli/output.rs", "host/stderr.rs", "host/log.rs", "cli/run.rs"];
+/// Those that may: pages and JSON, messages, the log, and the guest's console, which is passed on as it is. The trap
+/// says numbers and names of the monitor's own.
+const MAY_WRITE: [&str; 5] =
+    ["cli/output.rs", "host/stderr.rs", "host/log.rs", "host/sandbox/trap.rs", "cli/run.rs"];
 /// Words by which a value becomes JSON text.
 const JSON: [&str; 3] = ["serde_json::to_string", "serde_json::to_vec", "serde_json::to_writer"];
 /// Those that may: each escapes it, or hands it to `cli/output.rs`.
@@ -65,7 +67,7 @@ fn only_what_escapes_writes_to_people() {
         seen += usize::from(MAY_WRITE.contains(&path.as_str()) || MAY_MAKE_JSON.contains(&path.as_str()));
         wrong.extend(violations(&path, &text));
     }
-    assert_eq!(seen, 7, "each file of the lists is there");
+    assert_eq!(seen, 8, "each file of the lists is there");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

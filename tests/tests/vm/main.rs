@@ -51,7 +51,7 @@ const RIG_ONLY: [&str; 4] = [
 ];
 
 /// Longest time for one test.
-const DEADLINE: Duration = Duration::from_secs(240);
+const DEADLINE: Duration = Duration::from_secs(360);
 
 fn all() -> Vec<Test> {
     [

@@ -11,7 +11,6 @@ use serde_json::json;
 pub(crate) use self::places::{Places, differences};
 use self::switches::{FEATURES, MODES, PREEMPTION, Switch, switches};
 use crate::lab::Lab;
-use crate::targets::both_kernels;
 use crate::vm::{Setup, Vm};
 
 /// Starts twins, each with something on its kernel's command line. Where the kernel lies is known.
@@ -28,10 +27,10 @@ fn start_twins(lab: &Lab, setup: &Setup, command_lines: [&str; 2]) -> Result<[Vm
 ///
 /// # Errors
 /// The first difference.
-pub fn lock_prefixes(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 1) {
-        let [mut locked, mut unlocked] = start_twins(lab, &setup, ["noreplace-smp", ""])?;
-        let mut places = Places::new(&setup)?;
+pub fn lock_prefixes(lab: &Lab, kernels: &[Setup]) -> Result<()> {
+    for setup in kernels {
+        let [mut locked, mut unlocked] = start_twins(lab, setup, ["noreplace-smp", ""])?;
+        let mut places = Places::new(setup)?;
         let switch = |vm: &Vm, on: bool| {
             let plan = json!({ "version": 1, "name": "locks", "deadline_ms": 60_000, "patches": [{ "smp_locks": on }] });
             let report = vm.apply(&plan)?;
@@ -67,12 +66,12 @@ pub fn lock_prefixes(lab: &Lab) -> Result<()> {
 ///
 /// # Errors
 /// The first difference.
-pub fn alternatives(lab: &Lab) -> Result<()> {
+pub fn alternatives(lab: &Lab, kernels: &[Setup]) -> Result<()> {
     /// `X86_FEATURE_POPCNT`: the instruction, or a function that counts the bits.
     const FEATURE: (&str, &str) = ("popcnt", "clearcpuid=151");
-    for setup in both_kernels(lab, 1) {
-        let [mut with, mut without] = start_twins(lab, &setup, ["", FEATURE.1])?;
-        let mut places = Places::new(&setup)?;
+    for setup in kernels {
+        let [mut with, mut without] = start_twins(lab, setup, ["", FEATURE.1])?;
+        let mut places = Places::new(setup)?;
         let plan = |enable: bool| {
             json!({ "version": 1, "name": "feature", "deadline_ms": 60_000,
                 "patches": [{ "alternatives": FEATURE.0, "enable": enable }] })
@@ -100,15 +99,15 @@ pub fn alternatives(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Runs the oracle on both kernels.
+/// Runs the oracle on some kernels.
 ///
 /// # Errors
 /// The first difference.
-pub fn twins(lab: &Lab) -> Result<()> {
-    for setup in both_kernels(lab, 1) {
-        println!("{}", compare(lab, &setup)?);
-    }
-    Ok(())
+pub fn twins(lab: &Lab, kernels: &[Setup]) -> Result<()> {
+    kernels.iter().try_for_each(|setup| {
+        println!("{}", compare(lab, setup)?);
+        Ok(())
+    })
 }
 
 /// Runs the oracle on one kernel; returns what was counted.

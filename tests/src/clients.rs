@@ -22,6 +22,9 @@ const DESCRIPTORS: u64 = 128;
 /// Most CPU time that all this may take, in parts of one CPU.
 const MOST_CPU: f64 = 0.05;
 
+/// What a slow client begins with.
+const UNFINISHED: &[u8] = b"POST /patches HTTP/1.1\r\nContent-Length: 1000\r\n\r\n";
+
 /// Bodies and heads that are wrong, each in its way.
 fn wrong() -> Vec<Vec<u8>> {
     let post = |head: &str, body: &[u8]| {
@@ -76,7 +79,7 @@ pub fn clients(lab: &Lab, stay: Duration) -> Result<()> {
         let mut client = UnixStream::connect(vm.socket())?;
         client.set_nonblocking(true)?;
         if number < SLOW {
-            let _ = client.write_all(b"POST /patches HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
+            let _ = client.write_all(UNFINISHED);
             slow.push(client);
         } else if number < SLOW + IDLE {
             stayed.push(client);
@@ -121,23 +124,34 @@ fn reconnect(vm: &Vm, slow: &mut [UnixStream]) -> Result<()> {
         if client.write_all(b"x").is_err() {
             *client = UnixStream::connect(vm.socket())?;
             client.set_nonblocking(true)?;
-            let _ = client.write_all(b"POST /patches HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
+            let _ = client.write_all(UNFINISHED);
         }
     }
     Ok(())
 }
 
-/// The CPU time of a monitor's threads but the vCPUs', in ticks.
-fn cpu_ticks(pid: u32) -> Result<u64> {
-    let mut ticks = 0;
+/// The CPU time of a monitor but its vCPUs', in ticks.
+///
+/// The process's own line has the time of threads that have ended as well (proc_pid_stat(5)). The vCPUs, which
+/// end with the process, are read first: what they do between the two readings counts as the monitor's.
+fn cpu_ticks(pid: u32) -> Result<i64> {
+    let mut vcpus = 0;
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
-        let (head, rest) = stat.rsplit_once(") ").context("a line of stat")?;
-        if !head.contains("(vcpu") {
-            // Fields 14 and 15 of the line, of which the first two are gone.
-            let times = rest.split(' ').skip(11).take(2).map(str::parse::<u64>);
-            ticks += times.sum::<Result<u64, _>>()?;
+        // It may have ended since the folder was read.
+        let Ok(stat) = std::fs::read_to_string(task?.path().join("stat")) else { continue };
+        let (name, ticks) = name_and_ticks(&stat)?;
+        if name.starts_with("vcpu") {
+            vcpus += ticks;
         }
     }
-    Ok(ticks)
+    let (_, all) = name_and_ticks(&std::fs::read_to_string(format!("/proc/{pid}/stat"))?)?;
+    Ok(all - vcpus)
+}
+
+/// The name and the time in a line of `stat`: fields 2, and 14 and 15.
+fn name_and_ticks(stat: &str) -> Result<(&str, i64)> {
+    let (head, rest) = stat.rsplit_once(") ").context("a line of stat")?;
+    let (_, name) = head.split_once('(').context("a name in a line of stat")?;
+    let times = rest.split(' ').skip(11).take(2).map(str::parse::<i64>);
+    Ok((name, times.sum::<Result<i64, _>>()?))
 }

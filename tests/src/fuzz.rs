@@ -14,6 +14,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
+use crate::kernels::today;
+
 /// What can be chosen.
 #[derive(Debug, Args)]
 #[group(id = "fuzz")]
@@ -172,8 +174,6 @@ fn binary(folder: &Path, name: &str) -> Result<PathBuf> {
 }
 
 fn page(runs: &BTreeMap<&str, Run>, minutes: f64) -> Result<String> {
-    let output = Command::new("date").args(["-u", "+%F"]).output()?;
-    let date = String::from_utf8(output.stdout)?;
     let mut page = format!(
         "# Fuzzing\n\n\
          {}: `cargo soak fuzz --minutes {minutes}`, one target after the other, each on one thread. An input fails\n\
@@ -181,7 +181,7 @@ fn page(runs: &BTreeMap<&str, Run>, minutes: f64) -> Result<String> {
          instrumented program, with the libraries in it. The targets and what each checks are in `patcher/fuzz` and\n\
          `vmm/fuzz`.\n\n\
          | target | inputs | a second | edges | most memory | result |\n|---|---|---|---|---|---|\n",
-        date.trim()
+        today()?
     );
     for (_, name, _) in TARGETS {
         let Some(run) = runs.get(name) else { continue };

@@ -16,7 +16,7 @@ use vmm::audit::verify::{Verdict, verify};
 
 use crate::lab::Lab;
 use crate::patches::redirect_plan;
-use crate::vm::{Method, Setup, Vm};
+use crate::vm::{Method, Setup, Vm, audit_log};
 
 /// Longest time until the monitor is killed.
 const LONGEST: Duration = Duration::from_millis(400);
@@ -48,7 +48,7 @@ pub fn killed(lab: &Lab, times: usize) -> Result<()> {
         random ^= random >> 7;
         random ^= random << 17;
         let moment = LONGEST.mul_f64((random % 1000) as f64 / 1000.0) * lab.slow;
-        let arguments = vec!["--audit-log".to_owned(), log.display().to_string()];
+        let arguments = vec![audit_log(&log)];
         let setup = Setup { socket: Some(socket.clone()), arguments, ..Setup::cpus(2).lingering() };
         let vm = Vm::start(lab, &setup).with_context(|| format!("after {round} kills"))?;
         let told = Arc::new(Mutex::new(Told::default()));

@@ -36,6 +36,12 @@ pub const TRACING: &str = "/sys/kernel/tracing";
 /// The file by which a guest switches the static key `sched_schedstats`, and looks at it.
 pub const SCHEDSTATS: &str = "/proc/sys/kernel/sched_schedstats";
 
+/// The argument that has a monitor keep its audit log there.
+#[must_use]
+pub fn audit_log(at: &Path) -> String {
+    format!("--audit-log={}", at.display())
+}
+
 /// How to start a VM.
 #[derive(Debug, Clone)]
 pub struct Setup {

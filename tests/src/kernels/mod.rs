@@ -132,7 +132,7 @@ fn row(lab: &Lab, image: &Path, rounds: usize) -> Result<Row> {
 }
 
 /// The day, in UTC.
-fn today() -> Result<String> {
+pub(crate) fn today() -> Result<String> {
     let output = Command::new("date").args(["-u", "+%F"]).output().context("date")?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

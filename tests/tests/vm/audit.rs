@@ -12,7 +12,7 @@ use tests::killed;
 use tests::lab::Lab;
 use tests::memory::guest_memory;
 use tests::patches::redirect_plan;
-use tests::vm::{Method, Setup, Vm};
+use tests::vm::{Method, Setup, Vm, audit_log};
 use vmm::audit::chain::sha256;
 
 use super::Test;
@@ -24,8 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 fn with_log(log: &Path) -> Setup {
-    let arguments = vec!["--audit-log".to_owned(), log.display().to_string()];
-    Setup { arguments, ..Setup::cpus(2) }
+    Setup { arguments: vec![audit_log(log)], ..Setup::cpus(2) }
 }
 
 fn lines(log: &Path) -> Result<Vec<Value>> {
@@ -55,8 +54,7 @@ fn who(lab: &Lab) -> Result<()> {
     let second = Command::new(&lab.vmm)
         .arg("--kernel")
         .arg(&lab.kernel)
-        .arg("--audit-log")
-        .arg(&log)
+        .arg(audit_log(&log))
         .stdin(Stdio::null())
         .output()?;
     let said = String::from_utf8_lossy(&second.stderr).into_owned();

@@ -143,40 +143,38 @@ fn kernel_commands(lab: &Lab) -> Result<()> {
         "mcount_locations",
         "orc_entries",
     ];
-    for (kernel, has_paravirt_sites) in [(&lab.later_kernel, false)] {
-        let kernel = kernel.display().to_string();
-        let ask = |what: &[&str]| run_to_end(lab, &[&["kernel"], what, &["--kernel", &kernel]].concat());
-        let (code, text) = ask(&["info", "--json"])?;
-        let info: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-        ensure!(code == 0 && info["build_id"].as_str().is_some_and(|id| id.len() == 40), "{text}");
-        for count in COUNTS {
-            let there = info[count].as_u64().is_some_and(|count| count > 1000);
-            ensure!(there || info[count].is_null() && count == "paravirt_sites", "{count}: {text}");
-        }
-        ensure!(info["paravirt_sites"].is_null() != has_paravirt_sites, "{text}");
-        let capabilities = info["capabilities"].as_array().with_context(|| text.clone())?;
-        let named = |name: &str| capabilities.iter().any(|line| line["name"] == name);
-        ensure!(named("patching_locks") && named("kprobes"), "{capabilities:?}");
-        ensure!(capabilities.iter().all(|line| line["state"] == "supported"), "{capabilities:?}");
-        for (what, says) in [
-            (&["info"][..], "static keys"),
-            (&["info"], "patching_locks"),
-            (&["symbols", "schedule_timeout"], " T schedule_timeout\n"),
-            (&["keys", "sched_schedstats"], "sched_schedstats"),
-            (&["calls", "might_resched"], "__static_call_return0"),
-            (&["features", "smap"], "smap"),
-            (&["tables", "smp-locks"], "+0x"),
-        ] {
-            let (code, text) = ask(what)?;
-            ensure!(code == 0 && text.contains(says), "{what:?}: {code}, {says:?} is not in: {text:.300}");
-        }
-        let (code, text) = ask(&["tables", "jump-entries", "--json"])?;
-        let rows: Value = serde_json::from_str(&text)?;
-        ensure!(
-            code == 0 && rows.as_array().map(|rows| rows.len() as u64) == info["jump_entries"].as_u64(),
-            "{code}"
-        );
+    let kernel = lab.later_kernel.display().to_string();
+    let ask = |what: &[&str]| run_to_end(lab, &[&["kernel"], what, &["--kernel", &kernel]].concat());
+    let (code, text) = ask(&["info", "--json"])?;
+    let info: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    ensure!(code == 0 && info["build_id"].as_str().is_some_and(|id| id.len() == 40), "{text}");
+    for count in COUNTS {
+        let there = info[count].as_u64().is_some_and(|count| count > 1000);
+        ensure!(there || info[count].is_null() && count == "paravirt_sites", "{count}: {text}");
     }
+    ensure!(info["paravirt_sites"].is_null(), "{text}");
+    let capabilities = info["capabilities"].as_array().with_context(|| text.clone())?;
+    let named = |name: &str| capabilities.iter().any(|line| line["name"] == name);
+    ensure!(named("patching_locks") && named("kprobes"), "{capabilities:?}");
+    ensure!(capabilities.iter().all(|line| line["state"] == "supported"), "{capabilities:?}");
+    for (what, says) in [
+        (&["info"][..], "static keys"),
+        (&["info"], "patching_locks"),
+        (&["symbols", "schedule_timeout"], " T schedule_timeout\n"),
+        (&["keys", "sched_schedstats"], "sched_schedstats"),
+        (&["calls", "might_resched"], "__static_call_return0"),
+        (&["features", "smap"], "smap"),
+        (&["tables", "smp-locks"], "+0x"),
+    ] {
+        let (code, text) = ask(what)?;
+        ensure!(code == 0 && text.contains(says), "{what:?}: {code}, {says:?} is not in: {text:.300}");
+    }
+    let (code, text) = ask(&["tables", "jump-entries", "--json"])?;
+    let rows: Value = serde_json::from_str(&text)?;
+    ensure!(
+        code == 0 && rows.as_array().map(|rows| rows.len() as u64) == info["jump_entries"].as_u64(),
+        "{code}"
+    );
     let (code, text) = run_to_end(lab, &["kernel", "info", "--kernel", "/proc/version"])?;
     ensure!(code == 2 && text.contains("/proc/version: this is no kernel image"), "{code}: {text}");
     let (code, text) = run_to_end(lab, &["kernel", "info", "--kernel", "/nonexistent"])?;

@@ -15,7 +15,7 @@ use serde_json::json;
 use tests::lab::Lab;
 use tests::patches::redirect_plan;
 use tests::trespass::SAYS;
-use tests::vm::{Method, Setup, Vm};
+use tests::vm::{Method, Setup, Vm, audit_log};
 use vmm::host::kick_signal::KICK;
 use vmm::host::sandbox::calls::{self, EVERY_THREAD, Group, When};
 use vmm::host::thread::Thread;
@@ -70,7 +70,7 @@ fn field<'s>(status: &'s str, name: &str) -> Result<&'s str> {
 /// proc_pid_status(5), proc_pid_smaps(5) and proc_pid_limits(5) of a running monitor.
 fn confined(lab: &Lab) -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut vm = Vm::start(lab, &Setup { arguments: audited(folder.path())?, ..Setup::cpus(2) })?;
+    let mut vm = Vm::start(lab, &Setup { arguments: vec![audited(folder.path())], ..Setup::cpus(2) })?;
     let (_, info) = vm.request(Method::GET, "/vm", b"")?;
     ensure!(info["sandbox"] == "on", "{info:#}");
     let threads = threads(&vm)?;
@@ -122,9 +122,8 @@ const NONE: &str = "0000000000000000";
 const PTRACE: &str = "0000000000080000";
 
 /// The argument that has the monitor keep an audit log, for which it has a thread more.
-fn audited(folder: &Path) -> Result<Vec<String>> {
-    let log = folder.join("audit");
-    Ok(vec![format!("--audit-log={}", log.to_str().context("a path")?)])
+fn audited(folder: &Path) -> String {
+    audit_log(&folder.join("audit"))
 }
 
 /// Runs `vmm-lab` to its end; it has what a VM needs.
@@ -142,7 +141,7 @@ fn trespassing(lab: &Lab) -> Result<()> {
         let log = log.to_str().context("a path")?;
         for (call, number) in [("socket", 41), ("ioctl", 16)] {
             let tried = format!("{thread}:{call}");
-            let audit = &audited(folder.path())?[0];
+            let audit = &audited(folder.path());
             let output = run_lab(lab, folder.path(), &["--trespass", &tried, "--log-file", log, audit])?;
             let says = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.code() == Some(13), "{tried}: {} {says}", output.status);
@@ -152,7 +151,7 @@ fn trespassing(lab: &Lab) -> Result<()> {
         }
         // The C library blocks all signals meanwhile, so that the handler is not called.
         let tried = format!("{thread}:spawn");
-        let output = run_lab(lab, folder.path(), &["--trespass", &tried, &audited(folder.path())?[0]])?;
+        let output = run_lab(lab, folder.path(), &["--trespass", &tried, &audited(folder.path())])?;
         let says = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.signal() == Some(31) && !says.contains(SAYS),
@@ -165,10 +164,10 @@ fn trespassing(lab: &Lab) -> Result<()> {
 
 fn no_files(lab: &Lab) -> Result<()> {
     let folders = [tempfile::tempdir()?, tempfile::tempdir()?];
-    let logs = [audited(folders[0].path())?, audited(folders[1].path())?];
-    let trespass = |what: &str, arguments: &[String]| Setup {
+    let logs = folders.each_ref().map(|folder| audited(folder.path()));
+    let trespass = |what: &str, log: &str| Setup {
         switches: vec!["--trespass".into(), what.into()],
-        arguments: arguments.to_vec(),
+        arguments: vec![log.to_owned()],
         ..Setup::cpus(1)
     };
     // Landlock alone denies the second: this thread may remove files, but from one folder only.

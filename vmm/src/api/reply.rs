@@ -10,7 +10,7 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 use crate::api::command::Answer;
-use crate::api::wire::{ApiError, Done, PatchState, Report, Unaudited};
+use crate::api::wire::{ApiError, Done, PatchState, Report, Unaudited, us};
 use crate::host::escape;
 
 /// A response: one JSON value, or a stream of them.
@@ -41,7 +41,7 @@ pub(super) fn of(answer: Answer) -> Reply {
 }
 
 fn done(took: Duration) -> Done {
-    Done { took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX) }
+    Done { took_us: us(took) }
 }
 
 fn unaudited(why: &str, answer: &impl Serialize) -> Reply {

@@ -11,6 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
+use crate::host::file;
 use crate::host::poll::poll;
 
 /// Why there is no control socket.
@@ -91,7 +92,7 @@ impl Socket {
     /// The folder that it is in.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        folder(&self.path)
+        file::folder(&self.path)
     }
 
     /// The socket to watch for connections. It does not block.
@@ -101,13 +102,9 @@ impl Socket {
     }
 }
 
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 /// Locks the folder of `path` (flock(2)) until the file is closed.
 fn lock_folder(path: &Path) -> io::Result<File> {
-    let folder = File::open(folder(path))?;
+    let folder = File::open(file::folder(path))?;
     let lock = || flock(&folder, FlockOperation::NonBlockingLockExclusive).ok();
     let locked = poll(Instant::now() + PATIENCE, Duration::ZERO, Duration::from_millis(10), lock);
     locked.ok_or(io::ErrorKind::ResourceBusy)?;

@@ -4,6 +4,7 @@
 //! `patcher`, a client reads those of [`crate::api::view`].
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use patcher::addr::Gva;
 use patcher::plan::Strategy;
@@ -13,6 +14,11 @@ use patcher::site::Site;
 use serde::{Deserialize, Serialize};
 
 use crate::guest::events::Event;
+
+/// A time in microseconds.
+pub(crate) fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
 
 /// `GET /vm`.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -2,34 +2,14 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// The last second of the year 9999: RFC 3339 has no later one.
+const LAST: Duration = Duration::from_secs(253_402_300_799);
+
 /// A time as RFC 3339 has it, in UTC, to the microsecond.
 pub(super) fn rfc3339(time: SystemTime) -> String {
-    const DAY: u64 = 24 * 3600;
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    let (seconds, micros) = (since.as_secs(), since.subsec_micros());
-    let (year, month, day) = date(seconds / DAY);
-    let (hour, minute, second) = (seconds % DAY / 3600, seconds % 3600 / 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
-}
-
-/// The date so many days after 1970-01-01, in the Gregorian calendar: in years that begin in March the leap
-/// day is the last, and the lengths of months repeat every five (153 days).
-fn date(days: u64) -> (u64, u64, u64) {
-    /// Days of 400, 100 and 4 years, of one year, and from 0000-03-01 to 1970-01-01.
-    const D400: u64 = 146_097;
-    const D100: u64 = 36_524;
-    const D4: u64 = 1461;
-    const D1: u64 = 365;
-    const EPOCH: u64 = 719_468;
-    let days = days + EPOCH;
-    let (era, of_era) = (days / D400, days % D400);
-    // The last day of four years, of a century and of an era would begin another year.
-    let year = (of_era - of_era / (D4 - 1) + of_era / D100 - of_era / (D400 - 1)) / D1;
-    let of_year = of_era - (D1 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
-    (era * 400 + year + next, month, day)
+    // A clock that is set to another time must not end the monitor.
+    let time = time.clamp(UNIX_EPOCH, UNIX_EPOCH + LAST);
+    humantime::format_rfc3339_micros(time).to_string()
 }
 
 #[cfg(test)]
@@ -49,5 +29,7 @@ mod tests {
         ] {
             assert_eq!(rfc3339(UNIX_EPOCH + Duration::new(seconds, 7000)), expected);
         }
+        assert_eq!(rfc3339(UNIX_EPOCH - Duration::from_secs(1)), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(rfc3339(UNIX_EPOCH + LAST + Duration::from_secs(1)), "9999-12-31T23:59:59.000000Z");
     }
 }

@@ -16,6 +16,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::audit::chain::{Head, Line, Link, MOST_LINE, Torn, sha256};
 use crate::audit::clock::rfc3339;
 use crate::audit::record::Event;
+use crate::host::file::folder;
 
 /// How much of a file is read to find its last line.
 const TAIL: u64 = 4 * MOST_LINE as u64;
@@ -97,8 +98,7 @@ impl AuditLog {
         })?;
         if is_new {
             // So that its name is on disk, too.
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+            File::open(folder(path))?.sync_all()?;
         }
         let mut log = Self {
             file,

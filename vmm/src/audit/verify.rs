@@ -216,15 +216,11 @@ impl Verifier {
         match link.event {
             Kind::Start => {
                 verdict.starts += 1;
-                for (_, intent) in self.begun.drain(..) {
-                    push(&mut verdict.in_flight, InFlight { is_over: true, ..intent });
-                }
+                self.end_run();
             }
             Kind::End => {
                 verdict.ends += 1;
-                for (_, intent) in self.begun.drain(..) {
-                    push(&mut verdict.in_flight, InFlight { is_over: true, ..intent });
-                }
+                self.end_run();
             }
             Kind::Intent => {
                 let (number, request) = (link.number, link.request.unwrap_or(0));
@@ -240,6 +236,13 @@ impl Verifier {
                 let request = link.request.unwrap_or(0);
                 self.begun.retain(|(begun, _)| *begun != request);
             }
+        }
+    }
+
+    /// What was begun and has no outcome yet has none any more.
+    fn end_run(&mut self) {
+        for (_, intent) in self.begun.drain(..) {
+            push(&mut self.verdict.in_flight, InFlight { is_over: true, ..intent });
         }
     }
 }

@@ -191,7 +191,7 @@ pub enum Command {
     /// List the symbols and patch sites of a kernel image, without a guest.
     #[command(subcommand)]
     Kernel(KernelCommand),
-    /// Verify or show an audit log.
+    /// Verify an audit log.
     #[command(subcommand)]
     Audit(AuditCommand),
     /// Test whether this host can run and patch guests.

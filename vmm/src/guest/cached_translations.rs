@@ -68,11 +68,8 @@ impl<'k> CachedTranslations<'k> {
     /// # Errors
     /// The first address that is not mapped, or is not RAM.
     pub fn write(&self, at: Gva, bytes: &[u8]) -> Result<(), Gva> {
-        let mut rest = bytes;
-        for (piece, size) in self.pieces(at, bytes.len())? {
-            let (now, later) = rest.split_at(size);
-            self.kernel.ram().write(piece, now).map_err(|_| at)?;
-            rest = later;
+        for (piece, part) in paging::parts(self.pieces(at, bytes.len())?, bytes) {
+            self.kernel.ram().write(piece, part).map_err(|_| at)?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Files that a user names, read whole.
+//! Files that a user names: read whole, and the folder that one is in.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
@@ -26,9 +26,22 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The folder that a path is in.
+#[must_use]
+pub fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_without_a_folder_is_in_the_current_one() {
+        for (path, expected) in [("a", "."), ("./a", "."), ("/a", "/"), ("/a/b", "/a"), ("a/b", "a")] {
+            assert_eq!(folder(Path::new(path)), Path::new(expected), "{path}");
+        }
+    }
 
     #[test]
     fn what_is_too_large_or_no_file_is_told() {

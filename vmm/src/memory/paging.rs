@@ -156,6 +156,18 @@ pub struct Entry {
     pub is_leaf: bool,
 }
 
+/// What of `bytes`, which are as many as the range has, is for each of its pieces.
+pub fn parts(
+    pieces: impl IntoIterator<Item = Piece>,
+    mut bytes: &[u8],
+) -> impl Iterator<Item = (Gpa, &[u8])> {
+    pieces.into_iter().map(move |(at, length)| {
+        let (here, behind) = bytes.split_at(length);
+        bytes = behind;
+        (at, here)
+    })
+}
+
 /// All pieces that a range maps to.
 ///
 /// # Errors
@@ -305,6 +317,12 @@ mod tests {
         let small = |at: Gva| page(at, 4096);
         assert_eq!(last.translate(Gva(KERNEL), small), small(Gva(KERNEL)));
         assert_eq!(last.translate(Gva(KERNEL), |_| None), None, "a small page is not remembered");
+    }
+
+    #[test]
+    fn every_piece_of_a_range_has_its_bytes() {
+        let given: Vec<_> = parts([(Gpa(0xffe), 2), (Gpa(0x7000), 1)], b"abc").collect();
+        assert_eq!(given, [(Gpa(0xffe), b"ab".as_slice()), (Gpa(0x7000), b"c")]);
     }
 
     #[test]

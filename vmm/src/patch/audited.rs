@@ -29,6 +29,11 @@ impl Engine {
         };
         self.audit.begin(who, action, patch, plan);
         let answer = obey(self, command);
+        self.told(answer)
+    }
+
+    /// Tells what became of the request in hand, and returns what its answer is then.
+    pub(super) fn told(&mut self, answer: Answer) -> Answer {
         match self.audit.end(outcome(&answer)) {
             Ok(()) => answer,
             Err(why) => Answer::Unaudited { answer: Box::new(answer), why },

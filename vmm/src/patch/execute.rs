@@ -9,7 +9,7 @@ use patcher::program::session::End;
 use patcher::program::step::{Failure, Program, StepError};
 use patcher::resolve::ResolvedPlan;
 
-use crate::api::wire::{PatchState, Report, Timing};
+use crate::api::wire::{PatchState, Report, Timing, us};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::events::{Details, Kind};
 use crate::guest::kernel::GuestKernel;
@@ -156,10 +156,6 @@ impl Outcome {
 /// time left to begin for that reason.
 fn was_kept_out_to_the_end(failure: &Failure, program: &Program, attempts: usize) -> bool {
     program.was_kept_out(failure) || attempts > 1 && failure.error == StepError::Deadline
-}
-
-fn us(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use patcher::addr::{Gpa, Gva};
 use patcher::image::profile::Capability;
 use patcher::linux::view::missing;
 
-use crate::api::command::{Answer, Command};
+use crate::api::command::Answer;
 use crate::api::wire::PatchState;
 use crate::audit::record::Who;
 use crate::guest::kernel::GuestKernel;
@@ -86,11 +86,9 @@ impl InitGate {
             return;
         }
         let apply = |plan: &[u8]| {
-            let apply = |engine: &mut Engine, command| match command {
-                Command::Apply(plan) => engine.apply(&plan, Instant::now()),
-                _ => Answer::Failed(String::new()),
-            };
-            engine.audited(Who::Monitor, Command::Apply(plan.to_owned()), apply)
+            engine.audit.begin(Who::Monitor, "apply", None, Some(plan));
+            let answer = engine.apply(plan, Instant::now());
+            engine.told(answer)
         };
         if self.conclude(apply) == Verdict::Stop {
             return self.end(engine);

@@ -35,6 +35,7 @@ use crate::sync::module_gate::Door;
 const CLOSING: Duration = Duration::from_secs(2);
 /// More modules than these are not known to be complete.
 const MOST_COMPLETE: usize = 4096;
+
 impl Engine {
     /// Has modules stop at the doors from now on.
     pub(super) fn close_module_gate(&mut self) -> Result<(), Refusal> {
@@ -88,13 +89,11 @@ impl Engine {
 
     /// Lets modules pass unseen.
     fn open_module_gate(&mut self) -> Result<(), Refusal> {
-        if self.known_kernel().is_some() && self.gate.is_closed() {
-            self.audit.intend()?;
-        }
-        if let Some(kernel) = self.known_kernel()
+        if let Some(kernel) = self.known_kernel().cloned()
             && self.gate.is_closed()
         {
-            let memory = CachedTranslations::of(kernel);
+            self.audit.intend()?;
+            let memory = CachedTranslations::of(&kernel);
             // Without the hold, a vCPU fetches the old instruction or exits, finds the new byte, and
             // fetches again; the write is of one byte.
             let _ = self.rendezvous.hold(PATIENCE);

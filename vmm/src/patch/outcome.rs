@@ -6,7 +6,7 @@ use patcher::resolve::ResolvedPlan;
 use patcher::site::Site;
 
 use crate::api::command::Answer;
-use crate::api::wire::{PatchState, Report};
+use crate::api::wire::{PatchState, Report, us};
 use crate::audit::chain::{Sum, sha256};
 use crate::audit::record::{Change, MOST_NAME, MOST_SITES, Outcome, SiteDigest, short, shorter};
 use crate::guest::kernel::GuestKernel;
@@ -74,9 +74,13 @@ pub(super) fn of_state(state: PatchState, why: &str) -> Outcome {
 /// That something was done, or why not.
 pub(super) fn of_result<T, E: ToString>(result: &Result<T, E>) -> Outcome {
     match result {
-        Ok(_) => Outcome { state: "done".to_owned(), ..Outcome::default() },
+        Ok(_) => done(),
         Err(error) => failed(&error.to_string()),
     }
+}
+
+fn done() -> Outcome {
+    Outcome { state: "done".to_owned(), ..Outcome::default() }
 }
 
 fn failed(why: &str) -> Outcome {
@@ -89,12 +93,8 @@ pub(super) fn outcome(answer: &Answer) -> Outcome {
         Answer::Report(report) => of_report(report),
         Answer::Refused(refusals) => of_refused(&refusals.refusals),
         Answer::Failed(why) => failed(why),
-        Answer::Done(took) => Outcome {
-            state: "done".to_owned(),
-            total_us: Some(u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
-            ..Outcome::default()
-        },
-        _ => Outcome { state: "done".to_owned(), ..Outcome::default() },
+        Answer::Done(took) => Outcome { total_us: Some(us(*took)), ..done() },
+        _ => done(),
     }
 }
 

@@ -10,7 +10,7 @@ use patcher::plan::write_policy::is_done;
 
 use crate::guest::events::{Details, Kind};
 use crate::guest::vcpu_state::VcpuRegisters;
-use crate::memory::paging::Piece;
+use crate::memory::paging::{Piece, parts};
 use crate::memory::{self, PAGE_SIZE};
 use crate::text_guard::guard::Guard;
 use crate::text_guard::pages::Reasons;
@@ -99,11 +99,8 @@ impl Guard {
     }
 
     fn perform(&self, write: &Write<'_>) -> Result<(), memory::Error> {
-        let mut rest = write.bytes;
-        for &(at, length) in write.pieces {
-            let (here, behind) = rest.split_at(length);
-            self.ram.store(at, here)?;
-            rest = behind;
+        for (at, part) in parts(write.pieces.iter().copied(), write.bytes) {
+            self.ram.store(at, part)?;
         }
         Ok(())
     }

@@ -9,15 +9,15 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_GUESTDBG_INJECT_BP, kvm_regs, kvm_sregs};
 use patcher::addr::Gva;
-use patcher::insn::{Effect, INT3, MAX_LENGTH};
+use patcher::insn::{Effect, INT3};
 use patcher::safety::trap::{TrapAction, Verdict};
-use smallvec::SmallVec;
 
 use crate::guest::events::{Details, Kind};
 use crate::guest::located::is_in_nested_guest;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::kvm::exit;
 use crate::memory::access::{self, Mode, Range, Rules};
+use crate::memory::paging::parts;
 use crate::vcpu::events::{Shadow, is_delivering};
 use crate::vcpu::int3::Breakpoint;
 use crate::vcpu::stopped::{Stopped, fetch};
@@ -28,7 +28,8 @@ impl Vcpu {
     /// Judges the `int3` that made the vCPU leave the guest, and does what follows. `at` is where the
     /// instruction begins.
     pub(super) fn breakpoint(&mut self, at: Gva) -> Result<(), String> {
-        let sregs = self.fd.get_sregs().map_err(|error| self.at_breakpoint(at, &error))?;
+        let failed = |error| format!("vCPU {}: reading the breakpoint at {at}: {error}", self.id.0);
+        let sregs = self.fd.get_sregs().map_err(failed)?;
         if exit::was_nested(&mut self.fd) || is_in_nested_guest(&self.fd, &sregs) {
             // KVM knows whether it is the guest's or that of a guest of the guest's.
             return self.deliver_by_kvm();
@@ -45,7 +46,7 @@ impl Vcpu {
                 };
             };
             // The guest may have replaced it, or moved the page, since: then the vCPU fetches again.
-            let code = self.code_at(&rules, at, &sregs);
+            let code = fetch(&rules, self.vm.ram(), at, Stopped::mode_of(&sregs));
             let Some(found) = Breakpoint::decode(&code, is_64_bit) else { return Ok(()) };
             let is_plain = found == Breakpoint::PLAIN;
             if is_plain && let Some((door, push)) = self.rendezvous.module_gate().door_at(at) {
@@ -152,21 +153,9 @@ impl Vcpu {
         let Some(rules) = Rules::of(sregs, regs.rflags) else { return Ok(false) };
         let reach = rules.range(ram, Gva(regs.rsp), bytes.len(), access::Kind::Write, Mode::Supervisor);
         let Some(range) = reach.ok().filter(|range| self.may_write(range)) else { return Ok(false) };
-        let mut rest = &bytes[..];
-        for (at, length) in &range.pieces {
-            let (here, behind) = rest.split_at(*length);
-            ram.store(*at, here).map_err(|error| format!("vCPU {}: a push: {error}", self.id.0))?;
-            rest = behind;
+        for (at, part) in parts(range.pieces, &bytes) {
+            ram.store(at, part).map_err(|error| format!("vCPU {}: a push: {error}", self.id.0))?;
         }
         Ok(true)
-    }
-
-    /// The instruction at an address, as this vCPU may fetch it, user space included.
-    fn code_at(&self, rules: &Rules, at: Gva, sregs: &kvm_sregs) -> SmallVec<[u8; MAX_LENGTH]> {
-        fetch(rules, self.vm.ram(), at, Stopped::mode_of(sregs))
-    }
-
-    fn at_breakpoint(&self, at: Gva, what: &dyn std::fmt::Display) -> String {
-        format!("vCPU {}: reading the breakpoint at {at}: {what}", self.id.0)
     }
 }

@@ -12,6 +12,7 @@ use patcher::addr::Gva;
 
 use crate::memory::GuestRam;
 use crate::memory::access::{Kind, Mode, Range, Rules};
+use crate::memory::paging::parts;
 use crate::x86::{RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_TF, RFLAGS_VM, code_segment};
 
 /// Vector of #BP.
@@ -156,12 +157,9 @@ impl Memory<'_> {
         if !(self.may_write)(&range) {
             return Err(Unusual::Unusable(Gva(at)));
         }
-        let mut rest = &bytes[..];
-        for (place, length) in &range.pieces {
-            let (here, behind) = rest.split_at(*length);
+        for (place, part) in parts(range.pieces, &bytes) {
             // The range is RAM.
-            self.ram.write(*place, here).map_err(|_| Unusual::Unusable(Gva(at)))?;
-            rest = behind;
+            self.ram.write(place, part).map_err(|_| Unusual::Unusable(Gva(at)))?;
         }
         Ok(())
     }

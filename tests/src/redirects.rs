@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::lab::Lab;
 use crate::targets::both_kernels;
-use crate::vm::{Method, Vm};
+use crate::vm::{Method, Setup, Vm};
 
 /// How many entries the tracer's buffers hold.
 fn entries(vm: &mut Vm, cpus: u8) -> Result<u64> {
@@ -42,9 +42,9 @@ fn idle(vm: &Vm) -> Result<()> {
 ///
 /// # Errors
 /// When a promise is not kept.
-pub fn traced(lab: &Lab) -> Result<()> {
+pub fn traced(lab: &Lab, setups: &[Setup]) -> Result<()> {
     const FUNCTION: &str = "__x64_sys_getppid";
-    for mut vm in Vm::start_all(lab, &both_kernels(lab, 2))? {
+    for mut vm in Vm::start_each(lab, setups)? {
         vm.mount_tracing()?;
         vm.ask(&format!("write /sys/kernel/tracing/set_ftrace_filter {FUNCTION}"))?;
         let plan = |keep: bool| {

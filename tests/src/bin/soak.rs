@@ -11,8 +11,8 @@ use tests::campaigns;
 use tests::lab::{self, Lab};
 use tests::vm::{Setup, Vm};
 use tests::{
-    breakpoints, clients, fuzz, guard, hostile, hotplug, kernels, killed, matrix, modes, oracle, replaced,
-    sandbox, selfpatching, spinlocks, targets,
+    breakpoints, clients, fuzz, guard, hostile, hotplug, kernels, killed, matrix, modes, oracle, redirects,
+    replaced, sandbox, selfpatching, spinlocks, targets,
 };
 
 /// Long campaigns against real guests.
@@ -54,6 +54,14 @@ const CAMPAIGNS: &[(&str, usize, Campaign)] = &[
     ("guard-boots", 100, guard::boots),
     ("guard-cost", 5, guard::cost),
     ("sandbox", 20, sandbox::cost),
+    // What `cargo test` does on one kernel only.
+    ("both-kernels", 1, |lab, _| {
+        let both = targets::both_kernels(lab, 4);
+        guard::policies(lab, &both)?;
+        guard::probes(lab, &both)?;
+        guard::unexpected_writers(lab, &both)?;
+        redirects::traced(lab, &both)
+    }),
     ("hostile", 30, |lab, minutes| hostile::everything(lab, Duration::from_secs(60 * minutes as u64))),
     ("hostile-each", 15, |lab, seconds| hostile::each(lab, Duration::from_secs(seconds as u64))),
     ("spinlocks", 100, |lab, times| {

@@ -5,15 +5,14 @@ use serde_json::json;
 
 use super::{events, eventually, happened, key, key_plan, pages_and_writes, summary};
 use crate::lab::Lab;
-use crate::targets::both_kernels;
-use crate::vm::{Method, SCHEDSTATS, TRACING, Vm};
+use crate::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm};
 
 /// The guest takes back what a patch did, by its own patcher, under each policy.
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn policies(lab: &Lab) -> Result<()> {
-    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
+pub fn policies(lab: &Lab, setups: &[Setup]) -> Result<()> {
+    for mut vm in Vm::start_each(lab, setups)? {
         vm.hammer("getppid", 0, 1)?;
         ensure!(pages_and_writes(&vm)?.0 == 0, "pages are guarded without need");
         for policy in ["yield", "rebase", "deny"] {
@@ -57,8 +56,8 @@ pub fn policies(lab: &Lab) -> Result<()> {
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn probes(lab: &Lab) -> Result<()> {
-    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4))? {
+pub fn probes(lab: &Lab, setups: &[Setup]) -> Result<()> {
+    for mut vm in Vm::start_each(lab, setups)? {
         vm.mount_tracing()?;
         vm.ask("write /proc/sys/debug/kprobes-optimization 0")?;
         let behind = vm.behind_the_tracer("__x64_sys_getppid")?;

@@ -10,7 +10,6 @@ use super::{events, eventually, guarded, pages_and_writes, summary};
 use crate::lab::Lab;
 use crate::memory::read_guest_memory;
 use crate::oracle::Places;
-use crate::targets::both_kernels;
 use crate::test_function::{self, BEGIN, FUNCTION};
 use crate::vm::{Setup, Vm};
 
@@ -19,10 +18,11 @@ use crate::vm::{Setup, Vm};
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn unexpected_writers(lab: &Lab) -> Result<()> {
+pub fn unexpected_writers(lab: &Lab, setups: &[Setup]) -> Result<()> {
     let mut across_pages = 0;
-    let setups = both_kernels(lab, 4).map(|setup| guarded(Setup { command_line: "nokaslr".into(), ..setup }));
-    for (mut vm, setup) in Vm::start_all(lab, &setups)?.into_iter().zip(&setups) {
+    let unmoved = |setup: &Setup| guarded(Setup { command_line: "nokaslr".into(), ..setup.clone() });
+    let setups: Vec<Setup> = setups.iter().map(unmoved).collect();
+    for (mut vm, setup) in Vm::start_each(lab, &setups)?.into_iter().zip(&setups) {
         let places = Places::new(setup)?;
         let start = vm.address(FUNCTION)?;
         let at = |vm: &Vm, slot: &Slot| {

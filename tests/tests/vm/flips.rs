@@ -11,8 +11,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("flips::breakpoint_1000_times_on_4_vcpus", |lab| {
         flips(lab, &Setup::cpus(4).lingering(), "breakpoint", 1000)
     }),
-    ("flips::hold_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "hold", 1000)),
-    ("flips::bypass_1000_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4).lingering(), "bypass", 1000)),
+    ("flips::hold_300_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "hold", 300)),
+    ("flips::bypass_300_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4).lingering(), "bypass", 300)),
     ("flips::inspect_200_times_on_4_vcpus", |lab| flips(lab, &Setup::cpus(4), "inspect", 200)),
     ("flips::every_kind_of_site_under_nmis", |lab| sites(lab, 4, 180, true)),
     ("flips::breakpoint_with_fences_by_kick", |lab| flips(lab, &by_kick(), "breakpoint", 100)),

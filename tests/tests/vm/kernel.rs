@@ -21,7 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kernel::every_key_and_call_resolves_or_says_why", dry_run),
     ("kernel::a_change_from_outside_is_the_guests_own", |lab| twins(lab, &both_kernels(lab, 1)[1..])),
     ("kernel::modules_and_what_is_theirs", modules),
-    ("kernel::redirect_and_the_function_tracer", traced),
+    ("kernel::redirect_and_the_function_tracer", |lab| traced(lab, &both_kernels(lab, 2)[..1])),
     ("kernel::redirect_behind_the_fentry_call", behind_the_fentry_call),
     ("kernel::a_call_retargeted_again_and_again", retargeted),
     ("kernel::alternatives_undone_and_used", |lab| alternatives(lab, &both_kernels(lab, 1)[1..])),
@@ -96,7 +96,7 @@ fn switched_spinlocks(lab: &Lab) -> Result<()> {
     // Two guests at once, one for each of the host's CPUs.
     for some in all_kernels(lab, 8).chunks(2) {
         Vm::start_each(lab, some)?.into_iter().try_for_each(|vm| {
-            println!("{}", spinlocks::switch(vm, 10)?);
+            println!("{}", spinlocks::switch(vm, 6)?);
             Ok::<_, anyhow::Error>(())
         })?;
     }

@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use tests::matrix::matrix_on;
+use tests::matrix::rows_once;
 use tests::selfpatching::{contended, same_page};
-use tests::targets::both_kernels;
 
 use super::Test;
 
 pub(crate) const TESTS: &[Test] = &[
-    ("selfpatching::the_same_key_from_inside_and_outside", |lab| contended(lab, 8)),
-    ("selfpatching::the_matrix_on_6_12", |lab| matrix_on(lab, &both_kernels(lab, 4)[1], 2)),
-    ("selfpatching::on_the_same_page", |lab| same_page(lab, Duration::from_secs(20))),
+    ("selfpatching::the_same_key_from_inside_and_outside", |lab| contended(lab, 5)),
+    ("selfpatching::the_matrix", rows_once),
+    ("selfpatching::on_the_same_page", |lab| same_page(lab, Duration::from_secs(10))),
 ];

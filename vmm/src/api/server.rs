@@ -21,7 +21,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::io::Errno;
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 
 use crate::api::access::{Access, Role};
@@ -46,6 +46,12 @@ const CONNECTION_TIME: Duration = Duration::from_secs(300);
 
 /// Pause after a connection that could not be accepted, when no other can be closed for it.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
+
+/// How long a client that is not served may take until it asks: one that is answered before it has asked takes that
+/// for a broken server.
+const REFUSAL_TIME: Duration = Duration::from_secs(1);
+/// Most clients that are waited for so. Others are refused at once.
+const MOST_REFUSED: usize = 16;
 
 /// Starts the server's thread. It ends with the process. With a `namer`, clients are known by their programs.
 ///
@@ -77,6 +83,7 @@ pub fn start(
 
 async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &ApiState) {
     let connections = Connections::default();
+    let refused = Arc::new(Semaphore::new(MOST_REFUSED));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -93,11 +100,11 @@ async fn accept(listener: &tokio::net::UnixListener, access: Access, state: &Api
             Err(_) => continue,
         };
         let Some((role, peer)) = access.admit(&stream) else {
-            refuse(&stream, StatusCode::FORBIDDEN, "this VM belongs to another user");
+            refuse(stream, &refused, StatusCode::FORBIDDEN, "this VM belongs to another user");
             continue;
         };
         let Some(place) = connections.place(role) else {
-            refuse(&stream, StatusCode::SERVICE_UNAVAILABLE, "too many clients wait for answers");
+            refuse(stream, &refused, StatusCode::SERVICE_UNAVAILABLE, "too many clients wait for answers");
             continue;
         };
         let place = Arc::new(place);
@@ -116,13 +123,19 @@ fn is_shortage(error: &io::Error) -> bool {
     [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].iter().any(|no| code == Some(no.raw_os_error()))
 }
 
-/// Answers a client that is not served, without waiting for it.
-fn refuse(stream: &UnixStream, status: StatusCode, error: &str) {
+/// Answers a client that is not served, once it has asked, without having others wait for that.
+fn refuse(stream: UnixStream, refused: &Arc<Semaphore>, status: StatusCode, error: &str) {
     let body = reply::error_text(error);
     let head = format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n");
     let answer = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
     // A new connection has room for it.
-    let _ = stream.try_write(answer.as_bytes());
+    let answered = move |stream: UnixStream| _ = stream.try_write(answer.as_bytes());
+    let Ok(permit) = refused.clone().try_acquire_owned() else { return answered(stream) };
+    tokio::spawn(async move {
+        let _ = timeout(REFUSAL_TIME, stream.readable()).await;
+        answered(stream);
+        drop(permit);
+    });
 }
 
 /// Serves a connection until it is closed.

@@ -72,7 +72,10 @@ pub(crate) fn summary(vm: &Vm, name: &str) -> Result<Value> {
 }
 
 /// Waits until something is so.
-pub(crate) fn eventually(vm: &mut Vm, mut is_so: impl FnMut(&mut Vm) -> Result<bool>) -> Result<()> {
+///
+/// # Errors
+/// When it is not so in 30 s, and what asking failed with.
+pub fn eventually(vm: &mut Vm, mut is_so: impl FnMut(&mut Vm) -> Result<bool>) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(30);
     while !is_so(vm)? {
         ensure!(Instant::now() < until, "it never came so; what happened: {:#}", happened(vm)?);

@@ -52,28 +52,34 @@ fn hostile(kernel: &Path) -> Setup {
 /// # Errors
 /// With all that failed.
 pub fn each(lab: &Lab, time: Duration) -> Result<()> {
-    side_by_side(lab, |setup| {
-        let (mut failed, mut vm) = (Vec::new(), None);
-        for name in NAMES {
-            let attacked = match vm.take() {
-                Some(vm) => vm,
-                None => Attacked::start(lab, setup)?,
-            };
-            let release = attacked.stage.release.clone();
-            match attacked.by(&[name], time) {
-                Ok(attacked) => {
-                    println!("\n{release}: {name}: ok: {}", attacked.seen);
-                    vm = Some(attacked);
-                }
-                Err(error) => {
-                    println!("\n{release}: {name}: FAILED: {error:?}");
-                    failed.push(*name);
-                }
+    side_by_side(lab, |setup| in_turn(lab, setup, time)).map(drop)
+}
+
+/// The same on one kernel.
+///
+/// # Errors
+/// As [`each`].
+pub fn each_on(lab: &Lab, kernel: &Path, time: Duration) -> Result<()> {
+    in_turn(lab, &hostile(kernel), time)
+}
+
+fn in_turn(lab: &Lab, setup: &Setup, time: Duration) -> Result<()> {
+    let (mut failed, mut vm) = (Vec::new(), None);
+    for name in NAMES {
+        let attacked = match vm.take() {
+            Some(vm) => vm,
+            None => Attacked::start(lab, setup)?,
+        };
+        let release = attacked.stage.release.clone();
+        match attacked.by(&[name], time) {
+            Ok(attacked) => {
+                println!("\n{release}: {name}: ok: {}", attacked.seen);
+                vm = Some(attacked);
             }
+            Err(error) => failed.push(format!("{release}: {name}: {error:?}")),
         }
-        ensure!(failed.is_empty(), "these attacks succeed: {failed:?}");
-        Ok(())
-    })?;
+    }
+    ensure!(failed.is_empty(), "these attacks succeed:\n{}", failed.join("\n"));
     Ok(())
 }
 

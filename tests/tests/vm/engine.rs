@@ -3,12 +3,13 @@
 //! not come true is reported with the vCPU and where it is.
 
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tests::campaigns::flip_by_each_strategy;
 use tests::campaigns::many_sites::many_sites;
+use tests::guard::eventually;
 use tests::lab::Lab;
 use tests::memory::guest_memory;
 use tests::patches::redirect_plan;
@@ -270,17 +271,38 @@ fn reboot(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// Applies a plan that takes long. Meanwhile `GET /vm` is answered, with what was so before.
+fn beside(vm: &Vm, plan: String) -> Result<(u16, Value)> {
+    let socket = vm.socket().to_owned();
+    let apply = move || client::request(&socket, Method::POST, "/patches", plan.into_bytes());
+    let apply = std::thread::spawn(apply);
+    let (mut old, mut longest) = (0, Duration::ZERO);
+    while !apply.is_finished() {
+        let asked = Instant::now();
+        let (status, info) = vm.request(Method::GET, "/vm", b"")?;
+        longest = longest.max(asked.elapsed());
+        ensure!(status == 200 && info["state"] == "running" && info["patches"] == 0, "{status}: {info:#}");
+        old += usize::from(info["age_ms"].as_u64().context("an age")? > 0);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("GET /vm beside a plan: {old} answers of what was before, the longest after {longest:?}");
+    ensure!(old > 0 && longest < Duration::from_secs(2), "{old} answers, {longest:?}");
+    Ok(apply.join().ok().context("it panicked")??)
+}
+
 fn never_quiesced(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(2))?;
     // A CPU that is switched off halts for good, with interrupts disabled.
     const ONLINE: &str = "write /sys/devices/system/cpu/cpu1/online";
     vm.ask(&format!("{ONLINE} 0"))?;
+    // It has some way to go after the guest's kernel has said that it is off.
+    eventually(&mut vm, |vm| Ok(vm.request(Method::GET, "/vm/vcpus", b"")?.1[1]["runs"] == "offline"))?;
     let (_, vcpus) = vm.request(Method::GET, "/vm/vcpus", b"")?;
     let place = vcpus[1]["symbol"].as_str().with_context(|| format!("{vcpus:#}"))?;
     let function = place.split('+').next().unwrap_or(place).to_owned();
-    let plan = json!({ "version": 1, "name": "wait", "deadline_ms": 300, "quiesced": { "outside": [function] },
+    let plan = json!({ "version": 1, "name": "wait", "deadline_ms": 3000, "quiesced": { "outside": [function] },
         "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }] });
-    let (status, answer) = vm.request(Method::POST, "/patches", plan.to_string().as_bytes())?;
+    let (status, answer) = beside(&vm, plan.to_string())?;
     let failure = answer["failure"].as_str().unwrap_or("");
     ensure!(status == 500 && answer["state"] == "rolled_back", "{status} {answer:#}");
     ensure!(failure.contains("vCPU 1 ") && failure.contains(&format!("({function})")), "{failure}");

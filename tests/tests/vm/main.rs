@@ -13,6 +13,7 @@ mod events;
 mod exits;
 mod flips;
 mod guard;
+mod hostile;
 mod hotplug;
 mod kernel;
 mod monitor;
@@ -65,6 +66,7 @@ fn all() -> Vec<Test> {
         exits::TESTS,
         flips::TESTS,
         guard::TESTS,
+        hostile::TESTS,
         hotplug::TESTS,
         kernel::TESTS,
         monitor::TESTS,

@@ -23,6 +23,9 @@ use crate::patch::controller::{Client, Controls, NotGiven};
 /// Time a client has to send a request's body.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
+/// How long `GET /vm` waits for a controller that is busy, before it is answered with what that knew last.
+const FRESH: Duration = Duration::from_millis(20);
+
 /// What a request is answered with.
 enum Action {
     /// A command's answer.
@@ -109,19 +112,48 @@ pub(super) async fn handle(
         }
     };
     place.is_busy();
+    if matches!(command, Command::Info) {
+        return info(peer, &state.controls).await;
+    }
     let (sender, receiver) = oneshot::channel();
     // The receiver is dropped with this future when the client hangs up. What a client asked for that has
     // gone is not done, unless it was begun.
     let given = state.controls.give(command, Waiting(peer, sender));
-    let unavailable = |what| reply::error(StatusCode::SERVICE_UNAVAILABLE, what);
     match given {
-        Ok(()) => match receiver.await {
-            Ok(answer) => reply::of(answer),
-            Err(_) => unavailable("the VM is shutting down"),
-        },
-        Err(NotGiven::Ended) => unavailable("the VM is shutting down"),
+        Ok(()) => answered(receiver.await.ok()),
+        Err(NotGiven::Ended) => answered(None),
         Err(NotGiven::Full) => unavailable("too many requests wait"),
     }
+}
+
+/// Answers `GET /vm`. Whoever asks how the VM is does not wait until a plan has been applied: if the controller is
+/// busy, what it knew last is the answer, with its age.
+async fn info(peer: Peer, controls: &Controls) -> Reply {
+    let (sender, receiver) = oneshot::channel();
+    let last = controls.last_info();
+    // Nothing is left with a controller that does not come to it soon.
+    let given = (last.busy_for() < FRESH).then(|| controls.give(Command::Info, Waiting(peer, sender)));
+    match given {
+        Some(Err(NotGiven::Ended)) => return answered(None),
+        Some(Ok(())) => {
+            if let Ok(answer) = timeout(FRESH, receiver).await {
+                return answered(answer.ok());
+            }
+        }
+        Some(Err(NotGiven::Full)) | None => {}
+    }
+    match last.get() {
+        Some(info) => reply::of(Answer::Info(Box::new(info))),
+        None => unavailable("the VM is starting"),
+    }
+}
+
+fn answered(answer: Option<Answer>) -> Reply {
+    answer.map_or_else(|| unavailable("the VM is shutting down"), reply::of)
+}
+
+fn unavailable(what: &str) -> Reply {
+    reply::error(StatusCode::SERVICE_UNAVAILABLE, what)
 }
 
 /// A client that waits for an answer.

@@ -313,6 +313,7 @@ mod tests {
                 guard: GuardInfo { pages: 3, writes: 4, pages_ahead: 5 },
                 sandbox: wire::Sandbox::On,
                 uptime_ms: 6,
+                age_ms: 10,
                 audit: with_log.then(|| AuditInfo { lines: 8, last: "0f".to_owned(), failures: 9 }),
                 version: "0.1.0".to_owned(),
             });

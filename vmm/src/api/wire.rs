@@ -20,6 +20,11 @@ pub(crate) fn us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// A time in milliseconds.
+pub(crate) fn ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// `GET /vm`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Info {
@@ -51,6 +56,9 @@ pub struct Info {
     pub sandbox: Sandbox,
     /// Time since the monitor started, in milliseconds.
     pub uptime_ms: u64,
+    /// How long ago the rest was so, in milliseconds: not 0 when the controller was busy, with a plan for example.
+    #[serde(default)]
+    pub age_ms: u64,
     /// The audit log, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditInfo>,

@@ -27,6 +27,7 @@ use crate::host::priority;
 use crate::host::thread::Thread;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
 use crate::patch::init_gate::{AtInit, InitGate};
+use crate::patch::last_info::LastInfo;
 use crate::patch::reconcile::INTERVAL;
 use crate::text_guard;
 
@@ -85,13 +86,14 @@ pub struct Controls {
     messages: Sender<Message>,
     /// How many commands wait.
     waiting: Arc<AtomicUsize>,
+    last_info: LastInfo,
 }
 
 impl Controls {
     /// Of a controller that has ended: every command is refused.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn of_none() -> Self {
-        Self { messages: mpsc::channel().0, waiting: Arc::default() }
+        Self { messages: mpsc::channel().0, waiting: Arc::default(), last_info: LastInfo::default() }
     }
 
     /// Gives a command. One whose client does not wait any more when its turn comes is dropped.
@@ -105,6 +107,12 @@ impl Controls {
         }
         let given = Given { command, at: Instant::now(), client: Box::new(client) };
         self.messages.send(Message::Command(given)).map_err(|_| NotGiven::Ended)
+    }
+
+    /// What the controller knew of the VM after its last command, or when it last had nothing to do.
+    #[must_use]
+    pub fn last_info(&self) -> &LastInfo {
+        &self.last_info
     }
 
     /// Says where the kernel is, and waits until that is dealt with.
@@ -165,6 +173,7 @@ pub struct Controller {
     protected_at: Instant,
     /// What waits for the kernel image, in order: at most [`MOST_WAITING`] commands, and one vCPU.
     awaiting_image: VecDeque<Message>,
+    last_info: LastInfo,
 }
 
 impl Controller {
@@ -172,7 +181,8 @@ impl Controller {
     #[must_use]
     pub fn new(engine: Engine, at_init: Option<AtInit>, stop: Box<dyn Fn() + Send>) -> Self {
         let init_gate = InitGate::new(at_init, stop);
-        Self { engine, init_gate, protected_at: Instant::now(), awaiting_image: VecDeque::new() }
+        let (protected_at, awaiting_image) = (Instant::now(), VecDeque::new());
+        Self { engine, init_gate, protected_at, awaiting_image, last_info: LastInfo::default() }
     }
 
     /// Starts the thread. It ends when the last [`Controls`] is gone.
@@ -181,7 +191,8 @@ impl Controller {
     /// When the system has no thread left.
     pub fn spawn(self) -> std::io::Result<(Controls, JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel();
-        let controls = Controls { messages: sender, waiting: Arc::default() };
+        let controls =
+            Controls { messages: sender, waiting: Arc::default(), last_info: self.last_info.clone() };
         let waiting = controls.waiting.clone();
         let serve = move || {
             // Where this is not permitted the thread runs with the usual priority.
@@ -226,6 +237,7 @@ impl Controller {
                     let obey = |engine: &mut Engine, command| obey(engine, command, at);
                     let answer = self.engine.audited(client.who(), command, obey);
                     client.answer(answer);
+                    self.last_info.set(self.engine.info());
                 }
             }
             Message::Located(found, done) => {
@@ -260,7 +272,13 @@ impl Controller {
                 Some(_) => rest.min(LOOK),
                 None => rest,
             };
-            match messages.recv_timeout(wait) {
+            if self.last_info.age() >= LOOK {
+                self.last_info.set(self.engine.info());
+            }
+            self.last_info.set_busy(false);
+            let received = messages.recv_timeout(wait);
+            self.last_info.set_busy(true);
+            match received {
                 Ok(message) => return Some(message),
                 Err(RecvTimeoutError::Disconnected) => return None,
                 // It was given up.

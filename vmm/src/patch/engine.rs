@@ -14,7 +14,7 @@ use patcher::resolve::targets::{self, Targets};
 
 use crate::api::command::Answer;
 use crate::api::wire::{
-    ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, Sandbox, State, VcpuLine, VcpuRuns,
+    ArenaInfo, GuardInfo, Info, KernelInfo, Refusals, Sandbox, State, VcpuLine, VcpuRuns, ms,
 };
 use crate::audit::log::AuditLog;
 use crate::config::Config;
@@ -147,7 +147,8 @@ impl Engine {
                 Some(Files::Open) => Sandbox::WithoutLandlock,
                 Some(Files::Denied | Files::PartlyDenied) => Sandbox::On,
             },
-            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            uptime_ms: ms(self.started.elapsed()),
+            age_ms: 0,
             audit: self.audit.info(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }

@@ -27,6 +27,7 @@ pub mod executor;
 pub mod image;
 pub mod init_gate;
 mod kernel_locks;
+pub mod last_info;
 mod module_gate;
 mod outcome;
 mod patch_set;

@@ -19,6 +19,9 @@ impl Render for Info {
         };
         let Self { cpus, memory_mib, uptime_ms, .. } = self;
         page.line([state, plain(format_args!(", {cpus} vCPUs, {memory_mib} MiB, up {uptime_ms} ms"))]);
+        if self.age_ms > 0 {
+            page.line([plain(format_args!("as it was {} ms ago: the monitor is busy", self.age_ms))]);
+        }
         match &self.kernel {
             None => page.line([plain(format_args!(
                 "kernel {} (not started far enough to be patched)",

@@ -10,7 +10,7 @@ use crate::guard::{guarded, pages_and_writes};
 use crate::lab::Lab;
 use crate::patches::redirect_plan;
 use crate::targets::{all_kernels, both_kernels};
-use crate::vm::{Method, SCHEDSTATS, Vm, field};
+use crate::vm::{Method, SCHEDSTATS, Setup, Vm, field};
 
 /// Keys whose jumps lie among those of `sched_schedstats`, in the scheduler.
 pub(crate) const NEIGHBOUR: &str = "sched_feat_keys";
@@ -85,8 +85,9 @@ pub fn contend(mut vm: Vm, least: usize, times: usize) -> Result<String> {
 ///
 /// # Errors
 /// Anything unexpected.
-pub fn same_page(lab: &Lab, time: Duration) -> Result<()> {
-    for mut vm in Vm::start_all(lab, &both_kernels(lab, 4).map(guarded))? {
+pub fn same_page(lab: &Lab, setups: &[Setup], time: Duration) -> Result<()> {
+    let setups: Vec<Setup> = setups.iter().cloned().map(guarded).collect();
+    for mut vm in Vm::start_each(lab, &setups)? {
         let pages = |key: &str, enable: bool| -> Result<BTreeSet<String>> {
             let plan =
                 json!({ "version": 1, "name": "look", "patches": [{ "static_key": key, "enable": enable }] });

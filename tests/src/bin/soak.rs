@@ -49,7 +49,7 @@ const CAMPAIGNS: &[(&str, usize, Campaign)] = &[
     ("self-patching-beside", 50, selfpatching::beside),
     ("self-patching-matrix", 100, matrix::matrix),
     ("self-patching-page", 10, |lab, minutes| {
-        selfpatching::same_page(lab, Duration::from_secs(60 * minutes as u64))
+        selfpatching::same_page(lab, &targets::both_kernels(lab, 4), Duration::from_secs(60 * minutes as u64))
     }),
     ("guard-boots", 100, guard::boots),
     ("guard-cost", 5, guard::cost),

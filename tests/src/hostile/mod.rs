@@ -27,8 +27,8 @@ const SERVED: usize = 2;
 /// For the rig, where the CPUs are emulated, and shared with all that attacks.
 const SLOWEST_ANSWER: Duration = Duration::from_secs(5);
 
-/// Every attack at once for so long, on both kernels, side by side, all text guarded; garbage runs
-/// in place of the kernel in the end.
+/// Every attack from ring 3 at once, with those from ring 0 beside them in turn, for so long, on both kernels, side
+/// by side, all text guarded; garbage runs in place of the kernel in the end.
 ///
 /// # Errors
 /// Anything unexpected.
@@ -40,7 +40,15 @@ pub fn everything(lab: &Lab, time: Duration) -> Result<()> {
 }
 
 fn attacked(lab: &Lab, setup: &Setup, time: Duration) -> Result<String> {
-    Attacked::start(lab, setup)?.by(&[], time)?.end(lab)
+    let (ring0, ring3): (Vec<&str>, Vec<&str>) = NAMES.iter().partition(|name| name.starts_with("ring0-"));
+    let mut attacked = Attacked::start(lab, setup)?;
+    let share = time / u32::try_from(ring0.len())?;
+    for one in &ring0 {
+        let attacks = [&ring3[..], &[*one]].concat();
+        attacked = attacked.by(&attacks, share).with_context(|| format!("with {one}"))?;
+        println!("{}: {one} and all from ring 3: {}", attacked.stage.release, attacked.seen);
+    }
+    attacked.end(lab)
 }
 
 fn hostile(kernel: &Path) -> Setup {
@@ -80,6 +88,7 @@ fn in_turn(lab: &Lab, setup: &Setup, time: Duration) -> Result<()> {
         }
     }
     ensure!(failed.is_empty(), "these attacks succeed:\n{}", failed.join("\n"));
+    println!("\n{}", vm.context("no attack")?.end(lab)?);
     Ok(())
 }
 
@@ -111,7 +120,7 @@ impl Attacked {
         Ok(Self { vm, stage, seen: String::new() })
     }
 
-    /// Some attacks, or all, for so long, while plans are applied and reverted.
+    /// Some attacks for so long, while plans are applied and reverted.
     fn by(mut self, attacks: &[&str], time: Duration) -> Result<Self> {
         let (vm, stage) = (&mut self.vm, &self.stage);
         let before = stage.text(vm)?;
@@ -133,7 +142,7 @@ impl Attacked {
         let (warm, now) = (warm.context("it was not warm")?, Usage::of(vm)?);
         let (lines, _) = vm.ask("hostile-end")?;
         let seen: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("@hostile ")).collect();
-        ensure!(seen.len() == if attacks.is_empty() { NAMES.len() } else { attacks.len() }, "{seen:#?}");
+        ensure!(seen.len() == attacks.len(), "{seen:#?}");
         for line in &seen {
             let is_right = line.contains(" exit-status:-0 ") && field(line, "wrong")? == 0;
             ensure!(is_right && field(line, "done")? > 0, "{seen:#?}");

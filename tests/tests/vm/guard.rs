@@ -1,7 +1,6 @@
 //! Promise: no write to guarded text goes unseen, and a guest that patches itself does not notice.
 
 use tests::guard::{ahead, boots, patches_itself, policies, probes, unexpected_writers};
-
 use tests::targets::both_kernels;
 
 use super::Test;

@@ -234,10 +234,13 @@ impl Controller {
             Message::Command(Given { command, at, client }) => {
                 waiting.fetch_sub(1, Relaxed);
                 if client.is_waiting() {
+                    let is_info = matches!(command, Command::Info);
                     let obey = |engine: &mut Engine, command| obey(engine, command, at);
                     let answer = self.engine.audited(client.who(), command, obey);
                     client.answer(answer);
-                    self.last_info.set(self.engine.info());
+                    if !is_info {
+                        self.last_info.set(self.engine.info());
+                    }
                 }
             }
             Message::Located(found, done) => {

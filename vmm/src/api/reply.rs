@@ -65,11 +65,6 @@ pub(super) fn error(status: StatusCode, error: &str) -> Reply {
     json(status, &ApiError { error: error.to_owned() })
 }
 
-/// The JSON of that response.
-pub(super) fn error_text(error: &str) -> String {
-    escape::json(serde_json::to_string(&ApiError { error: error.to_owned() }).unwrap_or_default()) + "\n"
-}
-
 /// A response of one JSON value.
 pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Reply {
     // These types hold nothing that JSON can't express.

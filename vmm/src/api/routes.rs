@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
+use hyper::header::EXPECT;
 use hyper::{Method, Request, StatusCode};
 use patcher::plan::MAX_BYTES;
 use tokio::sync::oneshot;
@@ -22,6 +23,8 @@ use crate::patch::controller::{Client, Controls, NotGiven};
 
 /// Time a client has to send a request's body.
 const BODY_TIME: Duration = Duration::from_secs(10);
+/// Time it has for what is left of a body that nobody needs.
+const REST_TIME: Duration = Duration::from_secs(1);
 
 /// How long `GET /vm` waits for a controller that is busy, before it is answered with what that knew last.
 const FRESH: Duration = Duration::from_millis(20);
@@ -75,7 +78,7 @@ pub(super) struct ApiState {
 
 /// Answers a request.
 pub(super) async fn handle(
-    request: Request<Incoming>,
+    request: &mut Request<Incoming>,
     role: Role,
     peer: Peer,
     place: &Place,
@@ -219,8 +222,18 @@ fn no_route(status: StatusCode, method: &Method, path: &str) -> Reply {
     reply::error(status, &what)
 }
 
-async fn body(request: Request<Incoming>) -> Result<Vec<u8>, Reply> {
-    let body = Limited::new(request.into_body(), MAX_BYTES).collect();
+/// Reads and drops what is left of a request's body, as far as a plan could be long.
+pub(super) async fn read_rest(request: &mut Request<Incoming>) {
+    // A client that asks before it sends is not told to go on.
+    if !request.headers().contains_key(EXPECT) {
+        let mut rest = Limited::new(request.body_mut(), MAX_BYTES);
+        let all = async { while let Some(Ok(_)) = rest.frame().await {} };
+        let _ = timeout(REST_TIME, all).await;
+    }
+}
+
+async fn body(request: &mut Request<Incoming>) -> Result<Vec<u8>, Reply> {
+    let body = Limited::new(request.body_mut(), MAX_BYTES).collect();
     match timeout(BODY_TIME, body).await {
         Ok(Ok(body)) => Ok(body.to_bytes().to_vec()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {

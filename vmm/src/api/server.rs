@@ -15,9 +15,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
-use hyper::StatusCode;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::{Request, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::io::Errno;
 use tokio::net::UnixStream;
@@ -47,10 +48,9 @@ const CONNECTION_TIME: Duration = Duration::from_secs(300);
 /// Pause after a connection that could not be accepted, when no other can be closed for it.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
 
-/// How long a client that is not served may take until it asks: one that is answered before it has asked takes that
-/// for a broken server.
+/// How long a client that is not served may take to ask and to read why.
 const REFUSAL_TIME: Duration = Duration::from_secs(1);
-/// Most clients that are waited for so. Others are refused at once.
+/// Most clients that are told so at a time.
 const MOST_REFUSED: usize = 16;
 
 /// Starts the server's thread. It ends with the process. With a `namer`, clients are known by their programs.
@@ -123,19 +123,26 @@ fn is_shortage(error: &io::Error) -> bool {
     [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].iter().any(|no| code == Some(no.raw_os_error()))
 }
 
-/// Answers a client that is not served, once it has asked, without having others wait for that.
-fn refuse(stream: UnixStream, refused: &Arc<Semaphore>, status: StatusCode, error: &str) {
-    let body = reply::error_text(error);
-    let head = format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n");
-    let answer = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
-    // A new connection has room for it.
-    let answered = move |stream: UnixStream| _ = stream.try_write(answer.as_bytes());
-    let Ok(permit) = refused.clone().try_acquire_owned() else { return answered(stream) };
+/// Tells a client that is not served why, once it has asked, without having others wait for that.
+fn refuse(stream: UnixStream, refused: &Arc<Semaphore>, status: StatusCode, why: &'static str) {
+    // One too many is hung up on.
+    let Ok(permit) = refused.clone().try_acquire_owned() else { return };
     tokio::spawn(async move {
-        let _ = timeout(REFUSAL_TIME, stream.readable()).await;
-        answered(stream);
+        let service = service_fn(move |mut request: Request<Incoming>| async move {
+            routes::read_rest(&mut request).await;
+            Ok::<_, Infallible>(reply::error(status, why))
+        });
+        let serving = http1().keep_alive(false).serve_connection(TokioIo::new(stream), service);
+        let _ = timeout(REFUSAL_TIME, serving).await;
         drop(permit);
     });
+}
+
+/// How HTTP is spoken: with a limit on everything.
+fn http1() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_headers(MAX_HEADERS);
+    builder
 }
 
 /// Serves a connection until it is closed.
@@ -152,11 +159,13 @@ async fn serve(
     }
     let follows = Arc::new(AtomicBool::new(false));
     let following = follows.clone();
-    let service = service_fn(move |request| {
+    let service = service_fn(move |mut request| {
         let (state, place, following) = (state.clone(), place.clone(), following.clone());
         let peer = peer.clone();
         async move {
-            let reply = routes::handle(request, role, peer, &place, state).await;
+            let reply = routes::handle(&mut request, role, peer, &place, state).await;
+            // A client that is still sending when the connection is closed may never see the answer.
+            routes::read_rest(&mut request).await;
             if reply::is_stream(&reply) {
                 following.store(true, Relaxed);
             } else {
@@ -165,11 +174,7 @@ async fn serve(
             Ok::<_, Infallible>(reply)
         }
     });
-    let serving = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME)
-        .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), service);
+    let serving = http1().serve_connection(TokioIo::new(stream), service);
     tokio::pin!(serving);
     match timeout(CONNECTION_TIME, &mut serving).await {
         // A client that follows the events may stay.
@@ -178,4 +183,64 @@ async fn serve(
         Ok(done) => done?,
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::Method;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::api::client;
+
+    /// A socket of which each connection is passed on. It is served as long as the process lives.
+    fn serving(each: impl Fn(UnixStream) + Send + 'static) -> (TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        listener.set_nonblocking(true).expect("a socket that does not block");
+        thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(async {
+                let listener = tokio::net::UnixListener::from_std(listener).expect("a listener");
+                while let Ok((stream, _)) = listener.accept().await {
+                    each(stream);
+                }
+            });
+        });
+        (folder, path)
+    }
+
+    #[test]
+    fn a_client_that_is_not_served_is_told_why() {
+        let refused = Arc::new(Semaphore::new(MOST_REFUSED));
+        let (_folder, path) =
+            serving(move |stream| refuse(stream, &refused, StatusCode::FORBIDDEN, "not yours"));
+        for (method, bytes) in [(Method::GET, 0), (Method::POST, 1 << 20)] {
+            for _ in 0..100 {
+                let answer = client::request(&path, method.clone(), "/patches", vec![b' '; bytes]);
+                let (status, json) = answer.expect("an answer");
+                assert_eq!((status, json["error"].as_str()), (403, Some("not yours")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_plan_that_is_refused_unread_gets_its_answer() {
+        let connections = Connections::default();
+        let events = EventStream::new(Arc::new(Events::default()));
+        let state = ApiState { controls: Controls::of_none(), events, namer: None };
+        let peer = Peer { uid: 1, gid: 1, pid: 1, executable: None };
+        let (_folder, path) = serving(move |stream| {
+            let place = Arc::new(connections.place(Role::Reader).expect("room"));
+            let (peer, state) = (peer.clone(), state.clone());
+            tokio::spawn(async move { drop(serve(stream, (Role::Reader, peer), place, state).await) });
+        });
+        for _ in 0..100 {
+            let answer = client::request(&path, Method::POST, "/patches", vec![b' '; 1 << 20]);
+            let (status, json) = answer.expect("an answer");
+            assert_eq!(status, 403, "{json}");
+        }
+    }
 }

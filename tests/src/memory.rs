@@ -27,11 +27,14 @@ pub fn read_guest_memory(vm: &Vm, physical: u64, length: usize) -> Result<Vec<u8
     Ok(bytes)
 }
 
+/// How the file of a guest's memory is called.
+pub const GUEST_RAM: &str = "guest-ram";
+
 fn memory_file(vm: &Vm) -> Result<PathBuf> {
     let folder = format!("/proc/{}/fd", vm.pid());
     for entry in std::fs::read_dir(&folder)? {
         let path = entry?.path();
-        if std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains("memfd:guest-ram")) {
+        if std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().contains(GUEST_RAM)) {
             return Ok(path);
         }
     }
@@ -39,8 +42,7 @@ fn memory_file(vm: &Vm) -> Result<PathBuf> {
 }
 
 impl Vm {
-    /// The monitor's own resident memory in KiB: without the guest's, which is a memfd (proc(5),
-    /// `smaps`).
+    /// The monitor's own resident memory in KiB: without the guest's (proc(5), `smaps`).
     ///
     /// # Errors
     /// When the system does not tell.
@@ -51,10 +53,21 @@ impl Vm {
             let mut words = line.split_whitespace();
             match words.next() {
                 Some("Rss:") if !is_guest => kib += words.next().context("a size")?.parse::<u64>()?,
-                Some(word) if !word.ends_with(':') => is_guest = line.contains("/memfd:"),
+                Some(word) if !word.ends_with(':') => is_guest = line.contains(GUEST_RAM),
                 _ => {}
             }
         }
         Ok(kib)
+    }
+
+    /// How much guest memory is mapped by large pages, in KiB, both views counted (proc(5), `smaps`).
+    ///
+    /// # Errors
+    /// As [`resident_kib`](Self::resident_kib).
+    pub fn large_pages_kib(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps", self.pid());
+        let smaps = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        let sizes = smaps.lines().filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+        sizes.map(|size| Ok(size.trim().trim_end_matches(" kB").parse::<u64>()?)).sum()
     }
 }

@@ -31,8 +31,6 @@ fn serve() -> io::Result<()> {
     mount("devtmpfs", "/dev", "devtmpfs", MountFlags::empty(), None)?;
     fs::create_dir_all("/dev/pts")?;
     mount("devpts", "/dev/pts", "devpts", MountFlags::empty(), None)?;
-    // As hosts of VMs do: guest memory in large pages, where it is asked for.
-    fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "advise")?;
     let line = OpenOptions::new().read(true).write(true).open("/dev/ttyS1")?;
     let mut mode = tcgetattr(&line)?;
     mode.make_raw();

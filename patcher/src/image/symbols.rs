@@ -10,15 +10,18 @@ pub struct Symbols {
     names: String,
     /// Sorted by address.
     entries: Vec<Entry>,
-    /// Sorted: every name's hash in the upper half, the index into `entries` in the lower one.
-    by_name: Vec<u64>,
+    /// Indices into `entries`, sorted by the [hash](hash) of the name. The hashes are not kept: a monitor has
+    /// hundreds of thousands of symbols, and looks up few.
+    by_name: Vec<u32>,
 }
 
+/// 16 bytes.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     address: u64,
+    /// Where its name begins.
     start: u32,
-    end: u32,
+    length: u16,
     kind: u8,
 }
 
@@ -30,13 +33,10 @@ const MOST_PLACES: usize = 4096;
 /// How many symbols of other kinds are skipped in search of a function.
 const MOST_OTHERS: usize = 4096;
 
-/// The part of a word in `by_name` that is a hash.
-const HASH: u64 = !(u32::MAX as u64);
-
 fn hash(name: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
-    hasher.finish() & HASH
+    hasher.finish()
 }
 
 /// The result of a look-up by name.
@@ -53,26 +53,31 @@ pub enum Found {
 impl Symbols {
     /// Builds the table from (address, type letter as in `nm`, name).
     ///
-    /// Returns `None` if the names exceed 4 GiB.
+    /// Returns `None` if the names exceed 4 GiB, or one of them 64 KiB.
     pub fn new<'a>(symbols: impl Iterator<Item = (u64, u8, &'a str)>) -> Option<Self> {
         let mut table = Self::default();
         for (address, kind, name) in symbols {
             let start = u32::try_from(table.names.len()).ok()?;
             table.names.push_str(name);
-            let end = u32::try_from(table.names.len()).ok()?;
-            table.entries.push(Entry { address, start, end, kind });
+            let length = u16::try_from(name.len()).ok()?;
+            table.entries.push(Entry { address, start, length, kind });
         }
         table.names.shrink_to_fit();
+        table.entries.shrink_to_fit();
         table.entries.sort_by_key(|entry| entry.address);
-        let entries = (0..u32::try_from(table.entries.len()).ok()?).zip(&table.entries);
-        table.by_name =
-            entries.map(|(index, entry)| hash(table.entry_name(entry)) | u64::from(index)).collect();
-        table.by_name.sort_unstable();
+        let mut by_name: Vec<u32> = (0..u32::try_from(table.entries.len()).ok()?).collect();
+        by_name.sort_by_cached_key(|index| table.indexed(*index).map(|entry| hash(table.entry_name(entry))));
+        table.by_name = by_name;
         Some(table)
     }
 
     fn entry_name(&self, entry: &Entry) -> &str {
-        &self.names[entry.start as usize..entry.end as usize]
+        let start = entry.start as usize;
+        &self.names[start..start + usize::from(entry.length)]
+    }
+
+    fn indexed(&self, index: u32) -> Option<&Entry> {
+        self.entries.get(usize::try_from(index).ok()?)
     }
 
     /// How many symbols there are.
@@ -89,13 +94,11 @@ impl Symbols {
 
     /// The addresses of the symbols of this name, in order.
     fn named<'a>(&'a self, name: &'a str) -> impl DoubleEndedIterator<Item = Gva> {
-        let hash = hash(name);
-        let from = self.by_name.partition_point(|found| *found < hash);
-        let length = self.by_name[from..].partition_point(|found| found & HASH == hash);
-        let entries = self.by_name[from..from + length].iter().filter_map(|found| {
-            let index = usize::try_from(found & !HASH).ok()?;
-            self.entries.get(index)
-        });
+        let wanted = Some(hash(name));
+        let key = |index: &u32| self.indexed(*index).map(|entry| hash(self.entry_name(entry)));
+        let from = self.by_name.partition_point(|index| key(index) < wanted);
+        let length = self.by_name[from..].partition_point(|index| key(index) == wanted);
+        let entries = self.by_name[from..from + length].iter().filter_map(|index| self.indexed(*index));
         entries.filter(move |entry| self.entry_name(entry) == name).map(|entry| Gva(entry.address))
     }
 

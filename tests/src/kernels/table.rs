@@ -127,7 +127,13 @@ pub(super) fn markdown(rows: &[Row]) -> String {
 /// When it has something else in it.
 pub(super) fn kept(path: &Path) -> Result<Vec<Row>> {
     let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+    let mut rows: Vec<Row> = Vec::new();
+    for line in text.lines() {
+        let row: Row = serde_json::from_str(line).with_context(|| line.to_owned())?;
+        rows.retain(|old| old.release != row.release);
+        rows.push(row);
+    }
+    Ok(rows)
 }
 
 /// Keeps a row at the file's end.

@@ -196,8 +196,8 @@ fn calls(vm: &mut Vm, rounds: usize) -> Result<String> {
     for (name, to) in [
         ("might_resched", "__static_call_return0"),
         ("might_resched", "none"),
-        ("tp_func_sched_process_exit", "trace_event_raw_event_sched_process_template"),
-        ("tp_func_sched_process_exit", "none"),
+        ("tp_func_sched_process_free", "trace_event_raw_event_sched_process_template"),
+        ("tp_func_sched_process_free", "none"),
     ] {
         let Some(call) = all.iter().find(|call| call["name"] == name) else { continue };
         if call["target"] == to {

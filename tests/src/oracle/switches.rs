@@ -64,14 +64,14 @@ pub(super) fn switches(file: &str, features: &str, has_modes: bool) -> Vec<Switc
     // A tracepoint is a key and a call of what listens to it.
     switches.push(Switch {
         patches: json!([
-            { "static_key": "__tracepoint_sched_process_exit+0x8", "enable": true },
-            { "static_call": "tp_func_sched_process_exit",
+            { "static_key": "__tracepoint_sched_process_free+0x8", "enable": true },
+            { "static_call": "tp_func_sched_process_free",
               "target": "trace_event_raw_event_sched_process_template" },
         ]),
-        path: "/sys/kernel/tracing/events/sched/sched_process_exit/enable".into(),
+        path: "/sys/kernel/tracing/events/sched/sched_process_free/enable".into(),
         to_new: "1".into(),
         to_old: "0".into(),
-        words: vec!["__tracepoint_sched_process_exit+0x8".into(), "__SCK__tp_func_sched_process_exit".into()],
+        words: vec!["__tracepoint_sched_process_free+0x8".into(), "__SCK__tp_func_sched_process_free".into()],
         counted: false,
     });
     if has_modes {

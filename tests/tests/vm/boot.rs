@@ -26,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("boot::kaslr_on_and_off", kaslr),
     ("boot::vmlinux_plain_and_compressed_by_each_entry", vmlinux),
     ("boot::the_monitors_own_memory_is_small", small),
+    ("boot::guest_memory_has_large_pages", large_pages),
     ("boot::short_series", |lab| tests::campaigns::boots(lab, 3)),
 ];
 
@@ -48,6 +49,18 @@ fn small(lab: &Lab) -> Result<()> {
     let kib = vm.resident_kib()?;
     println!("{kib} KiB");
     ensure!(kib < MOST_KIB, "{kib} KiB are resident");
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+/// Whatever the host's own setting is: the rig's host is as it comes.
+fn large_pages(lab: &Lab) -> Result<()> {
+    const LEAST_KIB: u64 = 30 << 10;
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled")?;
+    let kib = vm.large_pages_kib()?;
+    println!("{kib} KiB, shmem_enabled: {}", setting.trim());
+    ensure!(kib > LEAST_KIB, "{kib} KiB are mapped by large pages, with shmem_enabled {setting}");
     vm.expect_no_kernel_errors()?;
     vm.power_off()
 }

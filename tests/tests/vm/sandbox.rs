@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::json;
 use tests::lab::Lab;
+use tests::memory::GUEST_RAM;
 use tests::patches::redirect_plan;
 use tests::trespass::SAYS;
 use tests::vm::{Method, Setup, Vm, audit_log};
@@ -101,7 +102,7 @@ fn confined(lab: &Lab) -> Result<()> {
         match line.strip_prefix("VmFlags:") {
             Some(flags) if is_guest => guest.push(flags),
             None if line.contains('-') && line.contains(' ') && !line.contains(" kB") => {
-                is_guest = line.contains("memfd:guest-ram");
+                is_guest = line.contains(GUEST_RAM);
             }
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! Guest RAM: one memfd, mapped twice.
+//! Guest RAM: one [file](ram_file), mapped twice.
 //!
 //! KVM runs the guest on the guest view; the monitor reads and writes through the monitor view.
 //! So a page can be write-protected for the guest (`mprotect` of the guest view) and still be
@@ -17,13 +17,13 @@
 pub mod access;
 pub mod layout;
 pub mod paging;
+pub mod ram_file;
 
 use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use patcher::addr::Gpa;
-use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::{Advice, MprotectFlags, madvise, mprotect};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
@@ -32,6 +32,7 @@ use vm_memory::{
 };
 
 use crate::memory::layout::{ARENA, ARENA_SIZE, DEVICE_GAP, DEVICE_GAP_END};
+use crate::memory::ram_file::Pages;
 
 /// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
@@ -41,15 +42,15 @@ pub const PAGE_SIZE: usize = 4096;
 /// Why guest RAM could not be created or accessed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The memfd could not be created, sized or duplicated.
-    #[error("a memfd of {bytes} bytes: {source}")]
-    Memfd {
+    /// The file could not be created, sized or duplicated.
+    #[error("guest memory of {bytes} bytes: {source}")]
+    File {
         /// The size.
         bytes: u64,
         /// The system's error.
         source: std::io::Error,
     },
-    /// The memfd could not be mapped.
+    /// The file could not be mapped.
     #[error("mapping guest memory: {0}")]
     Map(MmapRegionError),
     /// The memory can't be kept out of core dumps.
@@ -87,7 +88,7 @@ pub struct Slot {
     pub host: u64,
 }
 
-/// A guest-physical range and where its content is in the memfd.
+/// A guest-physical range and where its content is in the file.
 #[derive(Debug, Clone, Copy)]
 struct Backing {
     guest: u64,
@@ -100,15 +101,17 @@ struct Backing {
 pub struct GuestRam {
     guest_view: GuestMemoryMmap,
     monitor_view: GuestMemoryMmap,
+    pages: Pages,
 }
 
 impl GuestRam {
     /// Creates `bytes` of zeroed RAM, split around the device gap below 4 GiB, and the arena.
     ///
     /// # Errors
-    /// [`Error::Memfd`], [`Error::Map`] or [`Error::Arrange`].
+    /// [`Error::File`], [`Error::Map`] or [`Error::Arrange`].
     pub fn new(bytes: u64) -> Result<Self, Error> {
-        let file = memfd(bytes + ARENA_SIZE)?;
+        let size = bytes + ARENA_SIZE;
+        let (file, pages) = ram_file::zeroed(size).map_err(|source| Error::File { bytes: size, source })?;
         let low = bytes.min(DEVICE_GAP);
         let mut parts = vec![
             Backing { guest: 0, file_offset: 0, bytes: low },
@@ -117,7 +120,13 @@ impl GuestRam {
         if bytes > low {
             parts.push(Backing { guest: DEVICE_GAP_END, file_offset: low, bytes: bytes - low });
         }
-        Ok(Self { guest_view: map(&file, &parts)?, monitor_view: map(&file, &parts)? })
+        Ok(Self { guest_view: map(&file, &parts)?, monitor_view: map(&file, &parts)?, pages })
+    }
+
+    /// What the size of its pages goes by.
+    #[must_use]
+    pub fn pages(&self) -> Pages {
+        self.pages
     }
 
     /// The memory slots for KVM: RAM and the arena.
@@ -276,15 +285,10 @@ impl GuestRam {
     }
 }
 
-fn memfd(bytes: u64) -> Result<File, Error> {
-    let file = memfd_create(c"guest-ram", MemfdFlags::CLOEXEC).map(File::from).map_err(std::io::Error::from);
-    file.and_then(|file| file.set_len(bytes).map(|()| file)).map_err(|source| Error::Memfd { bytes, source })
-}
-
 fn map(file: &File, parts: &[Backing]) -> Result<GuestMemoryMmap, Error> {
     let mut regions = Vec::new();
     for &Backing { guest, file_offset, bytes } in parts {
-        let file = file.try_clone().map_err(|source| Error::Memfd { bytes, source })?;
+        let file = file.try_clone().map_err(|source| Error::File { bytes, source })?;
         let size = usize::try_from(bytes).map_err(|e| Error::Arrange(e.to_string()))?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), size).map_err(Error::Map)?;
         // SAFETY: the range is the whole of the mapping just made, which outlives the call; the

@@ -145,8 +145,9 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     if let Some(log) = &mut audit {
         log.append(&start_event(&config, &file)).map_err(Error::Audit)?;
     }
-    let image = Arc::new(Image::new(file, hooks.image_limit));
     let needs_image = at_init.is_some() || socket.is_some() || config.guard;
+    // Its memory is given back if nobody will ask.
+    let image = Arc::new(Image::new(if needs_image { file } else { Vec::new() }, hooks.image_limit));
     let engine = Engine::new(config, &machine, image.clone(), hooks.driver, audit);
     let shutdown = Arc::new(Shutdown::new()?);
     let stop = shutdown.clone();

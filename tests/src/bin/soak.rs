@@ -23,6 +23,7 @@ Examples:
   cargo soak boots --times 200   one campaign, longer
   cargo soak fuzz --minutes 5    every fuzz target for five minutes
   cargo soak kernels --only 6.1  every campaign of one kernel; without --only, of every stock kernel
+  cargo soak kernels --image bzImage   the same of a kernel of your own
   cargo soak modes --only pti    boot options that contain this; without --only, all")]
 struct Arguments {
     /// Which campaign. All but fuzz, if absent.

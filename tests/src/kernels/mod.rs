@@ -1,4 +1,4 @@
-//! `cargo soak kernels`: every stock kernel of the corpus in turn, patched by every strategy and in
+//! `cargo soak kernels`: every stock kernel of the corpus in turn, or one of your own, patched by every strategy and in
 //! every way that its guest could object to.
 //!
 //! Each kernel has a host of its own if that is emulated: what breaks the host costs one row.
@@ -32,8 +32,8 @@ pub struct Options {
     /// Keeps the rows in this file, a JSON object a line, and shows those that it has already.
     #[arg(long)]
     pub rows: Option<PathBuf>,
-    /// Used by this program itself.
-    #[arg(long, hide = true)]
+    /// A kernel image of your own, instead of the stock kernels.
+    #[arg(long)]
     pub image: Option<PathBuf>,
 }
 
@@ -54,12 +54,16 @@ pub fn soak(options: &Options) -> Result<ExitCode> {
         println!("{MARK}{}", serde_json::to_string(&row(&lab, image, options.rounds)?)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let mut kernels = corpus::kernels()?;
-    kernels.retain(|kernel| options.only.as_ref().is_none_or(|part| kernel.release.contains(part)));
+    let kernels = match &options.image {
+        Some(image) => vec![Stock { release: image.display().to_string(), bzimage: image.clone() }],
+        None => corpus::kernels()?,
+    };
+    let is_wanted = |kernel: &&Stock| options.only.as_ref().is_none_or(|part| kernel.release.contains(part));
+    let kernels: Vec<&Stock> = kernels.iter().filter(is_wanted).collect();
     ensure!(!kernels.is_empty(), "the corpus has no such kernel");
     let mut rows = options.rows.as_deref().map(table::kept).transpose()?.unwrap_or_default();
     let mut failed = 0;
-    for (number, kernel) in (1..).zip(&kernels) {
+    for (number, kernel) in (1..).zip(kernels.iter().copied()) {
         println!("{} ({number} of {}):", kernel.release, kernels.len());
         let started = Instant::now();
         let mut row = on(kernel, options.rounds).unwrap_or_else(|error| Row {

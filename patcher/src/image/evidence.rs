@@ -10,6 +10,9 @@ use crate::image::profile::{Fact, Table};
 use crate::image::symbols::{Found, Symbols};
 use crate::image::tables::Tables;
 
+/// What takes a spinlock that sleeps.
+const RT_SPIN_LOCK: &str = "rt_spin_lock";
+
 /// What facts are looked up in.
 pub(super) struct Evidence<'a> {
     pub(super) vmlinux: &'a Vmlinux<'a>,
@@ -43,6 +46,7 @@ impl Evidence<'_> {
             Fact::CountsSpinlocks(name) => {
                 raised_by(self.vmlinux, self.symbols, name).is_some_and(|raise| raise.by == Some(1))
             }
+            Fact::SpinlocksSpin => self.symbols.find(RT_SPIN_LOCK) == Found::None,
             Fact::LockOps => self.lock_ops.is_some(),
             Fact::NoTable(table) => !has_table(self.tables, table),
             Fact::NoDirectCalls => !self.tables.alternatives.iter().flatten().any(|entry| entry.direct_call),
@@ -81,6 +85,9 @@ impl Evidence<'_> {
                 format!("{name} does not raise the preempt count (CONFIG_PREEMPT_COUNT is not set)")
             }
             Fact::CountsInterrupts(name) | Fact::CountsSpinlocks(name) => symbol(name),
+            Fact::SpinlocksSpin => {
+                format!("most of its spinlocks are sleeping locks ({RT_SPIN_LOCK}, CONFIG_PREEMPT_RT)")
+            }
             Fact::LockOps => "the operations of pv_ops could not be read".to_owned(),
             Fact::NoTable(table) => format!("the image has a table {}", table.name()),
             Fact::NoDirectCalls => "the image has alternatives with direct calls".to_owned(),

@@ -86,14 +86,6 @@ pub fn preempts(kernel: Kernel<'_>, text: &dyn GuestMemory) -> bool {
     read_preempts(kernel, text).unwrap_or(true)
 }
 
-/// Whether holding a spinlock raises the preempt count. `CONFIG_PREEMPT` and `PREEMPT_DYNAMIC`
-/// select `CONFIG_PREEMPT_COUNT`; with `PREEMPT_RT` most spinlocks are sleeping locks. No, if that is
-/// not known.
-#[must_use]
-pub(crate) fn counts_spinlocks(kernel: Kernel<'_>) -> bool {
-    banner(kernel).is_some_and(|banner| banner.contains("PREEMPT") && !banner.contains("PREEMPT_RT"))
-}
-
 fn banner(kernel: Kernel<'_>) -> Option<&str> {
     kernel.image.banner().map(Banner::text)
 }

@@ -170,6 +170,7 @@ fn name(fact: Fact) -> Option<Name> {
         | Fact::NoDirectCalls
         | Fact::FixedPreemption
         | Fact::PerCpuLinked
+        | Fact::SpinlocksSpin
         | Fact::LockOps => None,
     }
 }
@@ -224,6 +225,22 @@ fn a_missing_name_is_refused_to_the_plans_that_need_it_and_to_no_other() {
     let untried: Vec<Name> =
         Capability::ALL.into_iter().flat_map(names).filter(|name| !tried.contains(name)).collect();
     assert_eq!(untried, [], "no miniature has them");
+}
+
+/// With `PREEMPT_RT`.
+#[test]
+fn sleeping_spinlocks_are_not_switched() {
+    const SPINLOCKS: &str = r#""patches":[{"paravirt":"spinlocks","to":"kvm"}]"#;
+    let others: Vec<Name> =
+        miniature::OLDER.into_iter().filter(|name| *name != Name::Symbol("rt_spin_lock")).collect();
+    let file = miniature::vmlinux_without(&others);
+    let image = KernelImage::parse(&file).expect("a kernel");
+    assert_eq!(missing(&image), BTreeSet::from([Spinlocks]));
+    for (plan, _) in PLANS {
+        let lacks = Booted::new(&image, &file, &image).lacks(plan);
+        let expected = if plan == SPINLOCKS { BTreeSet::from([Spinlocks.name()]) } else { BTreeSet::new() };
+        assert_eq!(lacks, Ok(expected), "{plan}");
+    }
 }
 
 /// While a module is loaded, what it has of sites is not known: plans that need to know of modules wait, others

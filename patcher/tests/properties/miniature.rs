@@ -217,7 +217,7 @@ pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 pub(crate) const ALL_DATA: Name = Name::Symbol("data");
 
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 16] = [
+pub(crate) const OLDER: [Name; 17] = [
     DIRECT_CALL,
     Name::Symbol("nop_func"),
     Name::Symbol("BUG_func"),
@@ -230,13 +230,15 @@ pub(crate) const OLDER: [Name; 16] = [
     Name::Member("module_layout", "text_size"),
     Name::Member("mutex", "rtmutex"),
     Name::Member("rt_mutex_base", "owner"),
+    Name::Symbol("rt_spin_lock"),
     Name::Symbol("x64_sys_call"),
     Name::Symbol("pv_ops_lock"),
     Name::Symbol("__SCK__queued_spin_lock_slowpath"),
     Name::Symbol("__SCK__queued_spin_unlock"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 18] = [
+pub(crate) const NEWER: [Name; 19] = [
+    Name::Symbol("rt_spin_lock"),
     Name::Symbol("pv_ops"),
     Name::Member("paravirt_patch_template", "lock"),
     Name::Member("pv_lock_ops", "queued_spin_lock_slowpath"),
@@ -282,7 +284,8 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
 }
 
 /// Functions by which the kernel patches itself, and what else the profile looks for in text.
-const FUNCTIONS: [&str; 38] = [
+const FUNCTIONS: [&str; 39] = [
+    "rt_spin_lock",
     "syscall_exit_to_user_mode",
     "x64_sys_call",
     "schedule",

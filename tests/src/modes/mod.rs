@@ -106,7 +106,7 @@ impl Row {
         let is_rt = vm.ask("cat /proc/version")?.0.concat().contains("PREEMPT_RT");
         let preempts = self.preempts || is_rt;
         if is_rt {
-            vm.refused("busy", &spinlocks::plan("ours", "native"))?;
+            vm.refused("missing_capability", &spinlocks::plan("ours", "native"))?;
         } else {
             spinlocks(&mut vm, rounds).context("spinlocks")?;
         }

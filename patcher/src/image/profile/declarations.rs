@@ -369,6 +369,7 @@ const SPINLOCKS: &[Part] = &[Part {
         &[&[Member("pv_lock_ops", "wait")]],
         &[&[Member("pv_lock_ops", "kick")]],
         &[&[Member("pv_lock_ops", "vcpu_is_preempted")]],
+        &[&[Fact::SpinlocksSpin]],
         &[&[Fact::LockOps]],
         &[&[Symbol("__pv_queued_spin_lock_slowpath")]],
         &[&[Symbol("__raw_callee_save___pv_queued_spin_unlock")]],

@@ -27,6 +27,9 @@ pub enum Fact {
     CountsInterrupts(&'static str),
     /// A function that raises the preempt count: taking a spinlock does.
     CountsSpinlocks(&'static str),
+    /// Spinlocks spin. With `PREEMPT_RT` most sleep, and `rt_spin_lock` takes them (kernel/locking/spinlock_rt.c, since
+    /// 5.15; before, in the patches for it, rtmutex.c).
+    SpinlocksSpin,
     /// The operations of `pv_ops` could be read.
     LockOps,
     /// A kernel without a table.

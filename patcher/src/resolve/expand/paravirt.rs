@@ -28,7 +28,7 @@ use crate::resolve::expand::call_thunk::through_thunk;
 use crate::resolve::expand::expansion::{Code, Datum, Expansion, Needs};
 use crate::resolve::expand::rewrite::without_padding;
 use crate::resolve::expand::static_call;
-use crate::safety::interior::{PREEMPTED, counts_spinlocks, preempts};
+use crate::safety::interior::{PREEMPTED, preempts};
 
 /// The targets that KVM's guest support installs.
 const KVM: [&str; OPERATIONS.len()] = [
@@ -46,11 +46,6 @@ pub(crate) fn expand(
 ) -> Result<Expansion, Refusal> {
     let ops = kernel.image.lock_ops().ok_or(Refusal::UnknownLayout { what: "struct pv_lock_ops" })?;
     let busy = |why: &str| Refusal::Busy { name: "spinlocks".into(), why: why.into() };
-    if !counts_spinlocks(*kernel) {
-        return Err(busy(
-            "the guest's kernel does not count held spinlocks (CONFIG_PREEMPT_COUNT), or most are sleeping locks (PREEMPT_RT)",
-        ));
-    }
     if kernel.image.landmarks().unlocked.is_empty() {
         return Err(busy(
             "the guest's kernel has no known function that every system call passes without a spinlock",

@@ -42,14 +42,22 @@ fn memory_file(vm: &Vm) -> Result<PathBuf> {
 }
 
 impl Vm {
-    /// The monitor's own resident memory in KiB: without the guest's (proc(5), `smaps`).
+    /// What the system tells of the mappings of the monitor's process (proc(5), `smaps`).
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn smaps(&self) -> Result<String> {
+        let path = format!("/proc/{}/smaps", self.pid());
+        std::fs::read_to_string(&path).with_context(|| path.clone())
+    }
+
+    /// The monitor's own resident memory in KiB: without the guest's.
     ///
     /// # Errors
     /// When the system does not tell.
     pub fn resident_kib(&self) -> Result<u64> {
-        let path = format!("/proc/{}/smaps", self.pid());
         let (mut kib, mut is_guest) = (0, false);
-        for line in std::fs::read_to_string(&path).with_context(|| path.clone())?.lines() {
+        for line in self.smaps()?.lines() {
             let mut words = line.split_whitespace();
             match words.next() {
                 Some("Rss:") if !is_guest => kib += words.next().context("a size")?.parse::<u64>()?,
@@ -60,13 +68,12 @@ impl Vm {
         Ok(kib)
     }
 
-    /// How much guest memory is mapped by large pages, in KiB, both views counted (proc(5), `smaps`).
+    /// How much guest memory is mapped by large pages, in KiB, both views counted.
     ///
     /// # Errors
     /// As [`resident_kib`](Self::resident_kib).
     pub fn large_pages_kib(&self) -> Result<u64> {
-        let path = format!("/proc/{}/smaps", self.pid());
-        let smaps = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        let smaps = self.smaps()?;
         let sizes = smaps.lines().filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
         sizes.map(|size| Ok(size.trim().trim_end_matches(" kB").parse::<u64>()?)).sum()
     }

@@ -66,7 +66,7 @@ impl Symbols {
         table.entries.shrink_to_fit();
         table.entries.sort_by_key(|entry| entry.address);
         let mut by_name: Vec<u32> = (0..u32::try_from(table.entries.len()).ok()?).collect();
-        by_name.sort_by_cached_key(|index| table.indexed(*index).map(|entry| hash(table.entry_name(entry))));
+        by_name.sort_by_cached_key(|index| table.hash_of(*index));
         table.by_name = by_name;
         Some(table)
     }
@@ -78,6 +78,10 @@ impl Symbols {
 
     fn indexed(&self, index: u32) -> Option<&Entry> {
         self.entries.get(usize::try_from(index).ok()?)
+    }
+
+    fn hash_of(&self, index: u32) -> Option<u64> {
+        self.indexed(index).map(|entry| hash(self.entry_name(entry)))
     }
 
     /// How many symbols there are.
@@ -95,9 +99,8 @@ impl Symbols {
     /// The addresses of the symbols of this name, in order.
     fn named<'a>(&'a self, name: &'a str) -> impl DoubleEndedIterator<Item = Gva> {
         let wanted = Some(hash(name));
-        let key = |index: &u32| self.indexed(*index).map(|entry| hash(self.entry_name(entry)));
-        let from = self.by_name.partition_point(|index| key(index) < wanted);
-        let length = self.by_name[from..].partition_point(|index| key(index) == wanted);
+        let from = self.by_name.partition_point(|index| self.hash_of(*index) < wanted);
+        let length = self.by_name[from..].partition_point(|index| self.hash_of(*index) == wanted);
         let entries = self.by_name[from..from + length].iter().filter_map(|index| self.indexed(*index));
         entries.filter(move |entry| self.entry_name(entry) == name).map(|entry| Gva(entry.address))
     }

@@ -61,10 +61,11 @@ pub fn soak(options: &Options) -> Result<ExitCode> {
     let is_wanted = |kernel: &&Stock| options.only.as_ref().is_none_or(|part| kernel.release.contains(part));
     let kernels: Vec<&Stock> = kernels.iter().filter(is_wanted).collect();
     ensure!(!kernels.is_empty(), "the corpus has no such kernel");
+    let count = kernels.len();
     let mut rows = options.rows.as_deref().map(table::kept).transpose()?.unwrap_or_default();
     let mut failed = 0;
-    for (number, kernel) in (1..).zip(kernels.iter().copied()) {
-        println!("{} ({number} of {}):", kernel.release, kernels.len());
+    for (number, kernel) in (1..).zip(kernels) {
+        println!("{} ({number} of {count}):", kernel.release);
         let started = Instant::now();
         let mut row = on(kernel, options.rounds).unwrap_or_else(|error| Row {
             release: kernel.release.clone(),
@@ -79,10 +80,9 @@ pub fn soak(options: &Options) -> Result<ExitCode> {
         if let Some(path) = &options.rows {
             table::keep(path, &row)?;
         }
-        rows.retain(|old: &Row| old.release != row.release);
-        rows.push(row);
+        table::put(&mut rows, row);
     }
-    println!("\n{}\n{} kernels passed, {failed} failed", table::markdown(&rows), kernels.len() - failed);
+    println!("\n{}\n{} kernels passed, {failed} failed", table::markdown(&rows), count - failed);
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

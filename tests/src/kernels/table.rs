@@ -130,10 +130,15 @@ pub(super) fn kept(path: &Path) -> Result<Vec<Row>> {
     let mut rows: Vec<Row> = Vec::new();
     for line in text.lines() {
         let row: Row = serde_json::from_str(line).with_context(|| line.to_owned())?;
-        rows.retain(|old| old.release != row.release);
-        rows.push(row);
+        put(&mut rows, row);
     }
     Ok(rows)
+}
+
+/// Adds a row, in place of an older one of the same kernel.
+pub(super) fn put(rows: &mut Vec<Row>, row: Row) {
+    rows.retain(|old| old.release != row.release);
+    rows.push(row);
 }
 
 /// Keeps a row at the file's end.

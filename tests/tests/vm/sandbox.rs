@@ -95,7 +95,7 @@ fn confined(lab: &Lab) -> Result<()> {
         let kicked = [Thread::Events, Thread::Vcpu].contains(kind);
         ensure!(blocks(KICK) != kicked, "{kind}: the kick signal, {blocked:#x}");
     }
-    let maps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid()))?;
+    let maps = vm.smaps()?;
     let mut guest = Vec::new();
     let mut is_guest = false;
     for line in maps.lines() {

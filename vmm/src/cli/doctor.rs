@@ -26,7 +26,7 @@ use crate::host::signal_mask;
 use crate::kvm::Vm;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::kick::{self, Kick};
-use crate::memory::ram_file::Pages;
+use crate::memory::ram_file::{self, Pages};
 use crate::memory::{GuestRam, PAGE};
 
 /// The result of a probe.
@@ -195,7 +195,7 @@ fn has_large_pages() -> Result<String, String> {
     const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let choices = fs::read_to_string(SETTING).map_err(|e| format!("{SETTING}: {e}"))?;
     let setting = choices.split(['[', ']']).nth(1).unwrap_or("nothing");
-    let pages = GuestRam::new(PAGE).map_err(|e| e.to_string())?.pages();
+    let (_, pages) = ram_file::zeroed(PAGE).map_err(|e| e.to_string())?;
     match (pages, setting) {
         (Pages::Asked, other) if other != "deny" => Ok(pages.to_string()),
         (Pages::HostSetting, "advise" | "within_size" | "always" | "force") => {

@@ -32,7 +32,6 @@ use vm_memory::{
 };
 
 use crate::memory::layout::{ARENA, ARENA_SIZE, DEVICE_GAP, DEVICE_GAP_END};
-use crate::memory::ram_file::Pages;
 
 /// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
@@ -101,7 +100,6 @@ struct Backing {
 pub struct GuestRam {
     guest_view: GuestMemoryMmap,
     monitor_view: GuestMemoryMmap,
-    pages: Pages,
 }
 
 impl GuestRam {
@@ -111,7 +109,7 @@ impl GuestRam {
     /// [`Error::File`], [`Error::Map`] or [`Error::Arrange`].
     pub fn new(bytes: u64) -> Result<Self, Error> {
         let size = bytes + ARENA_SIZE;
-        let (file, pages) = ram_file::zeroed(size).map_err(|source| Error::File { bytes: size, source })?;
+        let (file, _) = ram_file::zeroed(size).map_err(|source| Error::File { bytes: size, source })?;
         let low = bytes.min(DEVICE_GAP);
         let mut parts = vec![
             Backing { guest: 0, file_offset: 0, bytes: low },
@@ -120,13 +118,7 @@ impl GuestRam {
         if bytes > low {
             parts.push(Backing { guest: DEVICE_GAP_END, file_offset: low, bytes: bytes - low });
         }
-        Ok(Self { guest_view: map(&file, &parts)?, monitor_view: map(&file, &parts)?, pages })
-    }
-
-    /// What the size of its pages goes by.
-    #[must_use]
-    pub fn pages(&self) -> Pages {
-        self.pages
+        Ok(Self { guest_view: map(&file, &parts)?, monitor_view: map(&file, &parts)? })
     }
 
     /// The memory slots for KVM: RAM and the arena.

@@ -20,6 +20,7 @@ use tests::vm::{Method, Setup, Vm, audit_log};
 use vmm::host::kick_signal::KICK;
 use vmm::host::sandbox::calls::{self, EVERY_THREAD, Group, When};
 use vmm::host::thread::Thread;
+use vmm::memory::layout::ARENA_SIZE;
 
 use super::Test;
 
@@ -96,7 +97,7 @@ fn confined(lab: &Lab) -> Result<()> {
         ensure!(blocks(KICK) != kicked, "{kind}: the kick signal, {blocked:#x}");
     }
     let maps = vm.smaps()?;
-    let mut guest = Vec::new();
+    let (mut guest, mut kib) = (Vec::new(), 0);
     let mut is_guest = false;
     for line in maps.lines() {
         match line.strip_prefix("VmFlags:") {
@@ -104,11 +105,15 @@ fn confined(lab: &Lab) -> Result<()> {
             None if line.contains('-') && line.contains(' ') && !line.contains(" kB") => {
                 is_guest = line.contains(GUEST_RAM);
             }
+            None if is_guest && line.starts_with("Size:") => {
+                kib += field(line, "Size")?.trim_end_matches(" kB").parse::<u64>()?;
+            }
             _ => {}
         }
     }
-    // RAM and the arena, mapped twice.
-    ensure!(guest.len() >= 4, "{} mappings of guest memory", guest.len());
+    // RAM and the arena, mapped twice, in however many pieces: the system joins neighbours.
+    let ram = info["memory_mib"].as_u64().context("its memory")? << 10;
+    ensure!(kib == 2 * (ram + (ARENA_SIZE >> 10)), "{kib} KiB of guest memory are mapped");
     ensure!(guest.iter().all(|flags| flags.split(' ').any(|flag| flag == "dd")), "dumped: {guest:?}");
     let limits = fs::read_to_string(format!("/proc/{}/limits", vm.pid()))?;
     let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;

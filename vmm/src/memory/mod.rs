@@ -324,12 +324,27 @@ mod tests {
         let ram = GuestRam::new(4 * PAGE).expect("RAM");
         ram.write_protect(&(Gpa(PAGE)..Gpa(2 * PAGE)), true).expect("protected");
         let maps = std::fs::read_to_string("/proc/self/smaps").expect("procfs");
+        // Each mapping's line, and those about it; the last one has the flags. The system joins mappings that follow
+        // each other in the file and in memory, so they need not begin where a region does.
+        let mut mappings: Vec<(Range<usize>, &str)> = Vec::new();
+        let mut lines = maps.lines();
+        while let Some((start, rest)) = lines.next().and_then(|line| line.split_once('-')) {
+            let end = rest.split(' ').next().expect("its end");
+            let address = |text| usize::from_str_radix(text, 16).expect("an address");
+            let flags = lines.find(|line| line.starts_with("VmFlags:")).expect("flags");
+            mappings.push((address(start)..address(end), flags));
+        }
         // Other tests map guest memory, too, and may be about to.
         let of_ram = |region: &GuestRegionMmap| {
-            let start = format!("{:x}-", region.as_ptr() as usize);
-            let from = maps.find(&format!("\n{start}")).expect("it is mapped");
-            let flags = maps[from..].lines().find(|line| line.starts_with("VmFlags:")).expect("flags");
-            assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+            let (start, length) = (region.as_ptr() as usize, usize::try_from(region.len()).expect("64 bits"));
+            let mut at = start;
+            for (range, flags) in &mappings {
+                if range.contains(&at) && at < start + length {
+                    assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+                    at = range.end;
+                }
+            }
+            assert!(at >= start + length, "{at:#x} is not mapped");
         };
         ram.guest_view.iter().chain(ram.monitor_view.iter()).for_each(of_ram);
     }

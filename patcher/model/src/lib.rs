@@ -14,9 +14,10 @@
 //! | `monitor` | the session's steps, each of which may fail |
 //! | `guest` | the guest's writes to its own text, its `int3`s and its patchers |
 //! | `invariants` | what must hold |
+//! | [`switch`] | tasks and their stacks, while a function is replaced for all of them |
 //!
 //! A file uses only files below it (the test `house` of the crate `tests` enforces that):
-//! `explore, scenario, code < state < memory < invariants < trap, monitor < guest < vcpu < machine`.
+//! `explore, scenario, code < state, switch < memory < invariants < trap, monitor < guest < vcpu < machine`.
 //!
 //! # Assumptions
 //! - A fence, a hold and interception do what [`Step`] says. How KVM is made to do so is not modelled.
@@ -90,6 +91,7 @@
 
 pub mod explore;
 pub mod scenario;
+pub mod switch;
 
 mod code;
 mod guest;

@@ -5,4 +5,5 @@ pub mod blockers;
 pub mod interior;
 pub mod quiesce;
 pub mod slots;
+pub mod stack_check;
 pub mod trap;

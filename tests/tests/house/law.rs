@@ -34,7 +34,7 @@ pub(crate) const MONITOR: Law = Law(&[
 
 pub(crate) const MODEL: Law = Law(&[
     &["explore", "scenario", "code"],
-    &["state"],
+    &["state", "switch"],
     &["memory"],
     &["invariants"],
     &["trap", "monitor"],

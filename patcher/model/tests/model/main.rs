@@ -4,3 +4,4 @@
 mod mutants;
 mod scenarios;
 mod strategies;
+mod switch;

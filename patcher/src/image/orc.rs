@@ -4,7 +4,10 @@
 //!
 //! Entries have had three layouts: up to 6.2 a type of two bits and a bit for the end of the stack; in 6.3 one more for
 //! interrupted code; since 6.4 a type of three bits that says the end, too. Which it is follows from the
-//! image's BTF (`struct orc_entry`). A table that does not decode as a whole by that is taken for none.
+//! image's BTF (`struct orc_entry`). Registers have had two numberings, the second since 7.1, of which BTF says
+//! nothing. It is the one by which every entry of the table makes sense: where RBP was saved, in a third of
+//! all entries, is counted from a number that means nothing of the kind in the other. A table that decodes
+//! by neither, or by both, is taken for none.
 //!
 //! The table is not kept, since it has 6 MiB: what unwinds reads it from the guest's memory.
 
@@ -33,6 +36,8 @@ pub(crate) struct Record {
 pub enum Base {
     /// The register is unchanged; of the stack pointer: nothing is known.
     Undefined,
+    /// RAX.
+    Ax,
     /// The stack pointer of the frame before.
     PreviousSp,
     /// RDX.
@@ -91,7 +96,37 @@ pub struct Layout {
     signal: Option<(u32, u32)>,
     /// Up to 6.3.
     end: Option<(u32, u32)>,
+    registers: &'static [Base; 11],
 }
+
+/// What the numbers of registers mean, up to 7.0. RAX came last, in stable kernels.
+const REGISTERS: [Base; 11] = [
+    Base::Undefined,
+    Base::PreviousSp,
+    Base::Dx,
+    Base::Di,
+    Base::Bp,
+    Base::Sp,
+    Base::R10,
+    Base::R13,
+    Base::BpIndirect,
+    Base::SpIndirect,
+    Base::Ax,
+];
+/// The same since 7.1.
+const REGISTERS_SINCE_7_1: [Base; 11] = [
+    Base::Undefined,
+    Base::Ax,
+    Base::Dx,
+    Base::Sp,
+    Base::Bp,
+    Base::Di,
+    Base::R10,
+    Base::R13,
+    Base::PreviousSp,
+    Base::SpIndirect,
+    Base::BpIndirect,
+];
 
 /// An ORC table in the guest's memory, or at its link-time address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,17 +168,20 @@ impl Orc {
             return None;
         }
         vmlinux.budget().spend(count / ENTRIES_A_UNIT)?;
-        let layout = Layout::read(btf)?;
         let ip = |(at, distance): (Gva, &I32)| relative(at, 0, *distance);
         let is_sorted = records(ips.at, ips.bytes).map(ip).is_sorted();
-        let decodes = records(entries.at, entries.bytes).all(|(_, record)| layout.decode(*record).is_some());
+        let decodes = |layout: &Layout| {
+            records(entries.at, entries.bytes).all(|(_, record)| layout.decode(*record).is_some())
+        };
+        let layouts = [Layout::read(btf, &REGISTERS)?, Layout::read(btf, &REGISTERS_SINCE_7_1)?];
+        let [layout] = layouts.into_iter().filter(decodes).collect::<Vec<_>>()[..] else { return None };
         let table = OrcTable { ips: ips.at, entries: entries.at, count: u32::try_from(count).ok()? };
-        (is_sorted && decodes).then_some(Self { table, layout })
+        is_sorted.then_some(Self { table, layout })
     }
 }
 
 impl Layout {
-    fn read(btf: &Btf<'_>) -> Option<Self> {
+    fn read(btf: &Btf<'_>, registers: &'static [Base; 11]) -> Option<Self> {
         let whole = |offset: usize| Some(BitField { offset: u32::try_from(8 * offset).ok()?, size: 0 });
         let sp_offset = btf.bit_field("orc_entry", "sp_offset")?;
         let bp_offset = btf.bit_field("orc_entry", "bp_offset")?;
@@ -167,6 +205,7 @@ impl Layout {
             kind: bits(btf.bit_field("orc_entry", "type")?)?,
             signal: optional(btf.bit_field("orc_entry", "signal"))?,
             end: optional(btf.bit_field("orc_entry", "end"))?,
+            registers,
         })
     }
 
@@ -174,6 +213,7 @@ impl Layout {
     pub(crate) fn decode(&self, record: Record) -> Option<Entry> {
         let bits = u32::from(record.bits.get());
         let field = |(first, size): (u32, u32)| bits >> first & ((1 << size) - 1);
+        let base = |field: u32| self.registers.get(usize::try_from(field).ok()?).copied();
         let (sp, bp) = (base(field(self.sp_reg))?, base(field(self.bp_reg))?);
         let kind = match (field(self.kind), self.end.map(field)) {
             // With a bit for the end, what is undefined and what is the end have no base.
@@ -193,36 +233,34 @@ impl Layout {
     }
 }
 
-fn base(register: u32) -> Option<Base> {
-    const BASES: [Base; 10] = [
-        Base::Undefined,
-        Base::PreviousSp,
-        Base::Dx,
-        Base::Di,
-        Base::Bp,
-        Base::Sp,
-        Base::R10,
-        Base::R13,
-        Base::BpIndirect,
-        Base::SpIndirect,
-    ];
-    BASES.get(usize::try_from(register).ok()?).copied()
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
 
-    /// Up to 6.2, 6.3, and since 6.4.
-    pub(crate) const LAYOUTS: [Layout; 3] = [
-        Layout { sp_reg: (0, 4), bp_reg: (4, 4), kind: (8, 2), signal: None, end: Some((10, 1)) },
-        Layout { sp_reg: (0, 4), bp_reg: (4, 4), kind: (8, 2), signal: Some((10, 1)), end: Some((11, 1)) },
-        Layout { sp_reg: (0, 4), bp_reg: (4, 4), kind: (8, 3), signal: Some((11, 1)), end: None },
+    const FIRST: Layout = Layout {
+        sp_reg: (0, 4),
+        bp_reg: (4, 4),
+        kind: (8, 2),
+        signal: None,
+        end: Some((10, 1)),
+        registers: &REGISTERS,
+    };
+    /// Up to 6.2, 6.3, since 6.4, and since 7.1.
+    pub(crate) const LAYOUTS: [Layout; 4] = [
+        FIRST,
+        Layout { signal: Some((10, 1)), end: Some((11, 1)), ..FIRST },
+        Layout { kind: (8, 3), signal: Some((11, 1)), end: None, ..FIRST },
+        Layout { kind: (8, 3), signal: Some((11, 1)), end: None, registers: &REGISTERS_SINCE_7_1, ..FIRST },
     ];
 
-    fn record(sp: (u16, i16), bp: (u16, i16), upper: u16) -> Record {
-        let bits = sp.0 | bp.0 << 4 | upper << 8;
-        Record { sp_offset: sp.1.into(), bp_offset: bp.1.into(), bits: bits.into() }
+    /// A record.
+    pub(crate) fn bytes(sp: (u8, i16), bp: (u8, i16), upper: u8) -> [u8; ENTRY] {
+        let ([a, b], [c, d]) = (sp.1.to_le_bytes(), bp.1.to_le_bytes());
+        [a, b, c, d, sp.0 | bp.0 << 4, upper]
+    }
+
+    fn record(sp: (u8, i16), bp: (u8, i16), upper: u8) -> Record {
+        Record::read_from_bytes(&bytes(sp, bp, upper)).expect("six bytes")
     }
 
     #[test]
@@ -230,12 +268,14 @@ pub(crate) mod tests {
         let call =
             Entry { sp: (Base::Sp, 16), bp: (Base::PreviousSp, -16), kind: Kind::Call, interrupted: false };
         let of = |kind, interrupted| Entry { kind, interrupted, ..call };
-        for (layout, bits) in LAYOUTS.into_iter().zip([[0, 1, 2], [0, 5, 6], [2, 8 + 3, 8 + 4]]) {
-            let decoded = bits.map(|upper| layout.decode(record((5, 16), (1, -16), upper)));
+        let upper = [[0, 1, 2], [0, 5, 6], [2, 8 + 3, 8 + 4], [2, 8 + 3, 8 + 4]];
+        let registers = [(5, 1), (5, 1), (5, 1), (3, 8)];
+        for ((layout, bits), (sp, bp)) in LAYOUTS.into_iter().zip(upper).zip(registers) {
+            let decoded = bits.map(|upper| layout.decode(record((sp, 16), (bp, -16), upper)));
             let expected = [of(Kind::Call, false), of(Kind::Regs, true), of(Kind::PartialRegs, true)];
             assert_eq!(decoded, expected.map(Some), "{layout:?}");
         }
-        for (layout, [undefined, end]) in LAYOUTS.into_iter().zip([[0, 4], [0, 8], [0, 1]]) {
+        for (layout, [undefined, end]) in LAYOUTS.into_iter().zip([[0, 4], [0, 8], [0, 1], [0, 1]]) {
             let kind = |upper| layout.decode(record((0, 0), (0, 0), upper)).map(|entry| entry.kind);
             assert_eq!([kind(undefined), kind(end)], [Some(Kind::Undefined), Some(Kind::End)]);
         }
@@ -243,10 +283,16 @@ pub(crate) mod tests {
 
     #[test]
     fn what_no_kernel_writes_is_not_decoded() {
-        let [old, _, new] = LAYOUTS;
+        let [old, _, new, newest] = LAYOUTS;
         assert_eq!(new.decode(record((5, 8), (0, 0), 5)), None, "a type");
         assert_eq!(old.decode(record((5, 8), (0, 0), 3)), None, "a type");
-        assert_eq!(new.decode(record((10, 8), (0, 0), 2)), None, "a register");
+        assert_eq!(new.decode(record((11, 8), (0, 0), 2)), None, "a register");
+        assert_eq!(newest.decode(record((5, 8), (1, -16), 2)), None, "RBP is not counted from RAX");
+        assert_eq!(
+            new.decode(record((3, 8), (8, -16), 2)),
+            None,
+            "RBP is not counted from what RBP points to"
+        );
         assert_eq!(new.decode(record((1, 8), (0, 0), 2)), None, "from itself");
         assert_eq!(new.decode(record((5, 8), (5, 0), 2)), None, "RBP from RSP");
     }

@@ -38,6 +38,7 @@ mod regs {
     pub(super) const R13: u64 = 16;
     pub(super) const BP: u64 = 32;
     pub(super) const R10: u64 = 56;
+    pub(super) const AX: u64 = 80;
     pub(super) const DX: u64 = 96;
     pub(super) const DI: u64 = 112;
     pub(super) const IP: u64 = 128;
@@ -205,6 +206,7 @@ fn step(stack: &Stack, cursor: &Cursor, entry: Entry) -> Option<Cursor> {
         Base::BpIndirect => word(plus(cursor.bp, offset)?)?,
         Base::R10 => register(regs::R10)?,
         Base::R13 => register(regs::R13)?,
+        Base::Ax => register(regs::AX)?,
         Base::Di => register(regs::DI)?,
         Base::Dx => register(regs::DX)?,
         // The last is for interrupt stacks, on which no task sleeps; since 5.12 it means something else.

@@ -536,11 +536,12 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     // A task begins at `ret_from_fork_asm`; every other function has an empty frame.
     let begin = k.symbols.iter().find(|(.., name)| name == "ret_from_fork_asm").map_or(BASE, |(at, ..)| *at);
     k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |at| {
-        [near(at, BASE), near(at + 4, begin), near(at + 8, begin + 2)].concat()
+        [near(at, BASE), near(at + 4, begin), near(at + 8, begin + 2), near(at + 12, begin + 3)].concat()
     });
     let [call, end] = if has_end(left_out) { [0, 4] } else { [2, 1] };
     k.table("__start_orc_unwind", "__stop_orc_unwind", |_| {
-        [[8, 0, 0, 0, 5, call], [0, 0, 0, 0, 0, end], [8, 0, 0, 0, 5, call]].concat()
+        let saved = [16, 0, 0xf0, 0xff, 0x15, call];
+        [[8, 0, 0, 0, 5, call], [0, 0, 0, 0, 0, end], saved, [8, 0, 0, 0, 5, call]].concat()
     });
     k.table("__start___ex_table", "__stop___ex_table", move |at| {
         [&near(at, function)[..], &near(at + 4, function + 25), &[0; 4]].concat()

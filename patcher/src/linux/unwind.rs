@@ -24,6 +24,28 @@ pub struct Frame {
     pub reliable: bool,
 }
 
+/// What a frame is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrameName {
+    /// `function+0xoffset/0xsize`, as the kernel writes it.
+    pub symbol: String,
+    /// The module that has the function.
+    pub module: Option<String>,
+}
+
+impl Frame {
+    /// Its function. Behind a call it is the function that has the call.
+    #[must_use]
+    pub fn name(&self, kernel: &Kernel<'_>) -> Option<FrameName> {
+        let at = instruction(self.address, self.interrupted);
+        let function = kernel.function_at(at)?;
+        let offset = self.address.offset_from(function.start)?;
+        let symbol =
+            format!("{}+{offset:#x}/{:#x}", function.name, function.end.offset_from(function.start)?);
+        Some(FrameName { symbol, module: kernel.module_at(at).map(|module| module.name.clone()) })
+    }
+}
+
 /// The frames of a stack, the innermost first.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Backtrace {

@@ -27,6 +27,7 @@ pub mod skip;
 pub mod spinlocks;
 pub mod suite;
 pub mod targets;
+pub mod tasks;
 pub mod test_function;
 pub mod test_sites;
 pub mod trespass;

@@ -10,6 +10,7 @@ use std::thread;
 
 use guest::inside::commands::Init;
 use guest::inside::hostile;
+use guest::inside::tasks;
 use rustix::mount::{MountFlags, mount};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
@@ -19,6 +20,9 @@ fn main() -> ExitCode {
         arguments.split_first().map(|(first, rest)| (first.as_str(), rest))
     {
         return hostile::main(rest);
+    }
+    if arguments.first().is_some_and(|first| first == tasks::ARGUMENT) {
+        tasks::sleep();
     }
     if let Err(error) = serve() {
         // PID 1 must not end: the kernel would panic. Say why on the kernel log and stay.

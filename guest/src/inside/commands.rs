@@ -26,6 +26,8 @@
 //! mount KIND PATH    mounts a file system without a device
 //! load PATH          loads a module
 //! unload NAME        unloads it
+//! sleepers           starts threads and a process that sleep in different system calls
+//! tasks              every thread with its stack, as /proc has it
 //! kallsyms           how many symbols the kernel itself has, and their digest
 //! symbols NAMES      where they are
 //! write PATH TEXT    writes a file
@@ -59,6 +61,7 @@ use crate::inside::kernel_log::KernelLog;
 use crate::inside::kexec;
 use crate::inside::locks::Locks;
 use crate::inside::modules::{livepatch, livepatch_end, load, unload};
+use crate::inside::tasks;
 use crate::inside::toggle::{self, Action, Toggle};
 use crate::inside::workload::{Hammer, call_on, probed_offset};
 
@@ -260,6 +263,13 @@ impl Init {
             }
             ["load", path] => load(path).map(|()| String::new()),
             ["unload", name] => unload(name).map(|()| String::new()),
+            ["sleepers"] => Ok(format!("count={}", tasks::start_sleepers()?)),
+            ["tasks"] => {
+                for line in tasks::list()? {
+                    self.say(&format!("@task {line}"))?;
+                }
+                Ok(String::new())
+            }
             ["kallsyms"] => {
                 let list = fs::read_to_string("/proc/kallsyms")?;
                 let (count, digest) = kallsyms::digest(kallsyms::own(&list));

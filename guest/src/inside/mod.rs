@@ -9,5 +9,6 @@ pub mod kernel_log;
 pub mod kexec;
 pub mod locks;
 pub mod modules;
+pub mod tasks;
 pub mod toggle;
 pub mod workload;

@@ -68,6 +68,14 @@ struct Member {
     offset: U32,
 }
 
+/// Where a member of a structure is, in bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BitField {
+    pub(super) offset: u32,
+    /// 0 if it is no bit-field.
+    pub(super) size: u32,
+}
+
 const MAGIC: u16 = 0xeb9f;
 const STRUCT: u8 = 4;
 const UNION: u8 = 5;
@@ -132,6 +140,16 @@ impl<'a> Btf<'a> {
     pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
         let found = self.find(self.structure(name)?, member.as_bytes(), DEEPEST, &mut BTreeSet::new());
         found.map(|bits| bits / 8)
+    }
+
+    /// Where a member of `struct name` is, in bits: a bit-field, or any other. Only of a structure that has
+    /// bit-fields and says how long each is.
+    pub(super) fn bit_field(&self, name: &str, member: &str) -> Option<BitField> {
+        let ty = self.structure(name).filter(|ty| ty.bit_fields)?;
+        self.budget.spend(ty.members.len())?;
+        let found = ty.members.iter().find(|found| self.is(found.name.get(), member.as_bytes()))?;
+        let offset = found.offset.get();
+        Some(BitField { offset: offset & 0xff_ffff, size: offset >> 24 })
     }
 
     /// `seen` has the anonymous types that do not have the member.
@@ -202,6 +220,9 @@ mod tests {
         assert_eq!(btf.offset("outer", "a"), Some(0));
         assert_eq!(btf.offset("outer", "b"), Some(4));
         assert_eq!(btf.offset("outer", "d"), Some(8), "a bit-field");
+        assert_eq!(btf.bit_field("outer", "d"), Some(BitField { offset: 64, size: 3 }));
+        assert_eq!(btf.bit_field("outer", "a"), Some(BitField { offset: 0, size: 0 }));
+        assert_eq!(btf.bit_field("inner", "c"), None, "it has no bit-fields");
         assert_eq!(btf.offset("outer", "c"), None, "it is in a named member");
         assert_eq!(btf.offset("nobody", "a"), None);
     }

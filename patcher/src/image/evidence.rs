@@ -21,6 +21,8 @@ pub(super) struct Evidence<'a> {
     pub(super) btf: Option<&'a Btf<'a>>,
     pub(super) banner: Option<&'a str>,
     pub(super) lock_ops: Option<&'a LockOps>,
+    /// Whether its ORC table decodes.
+    pub(super) orc: bool,
     pub(super) count: Option<CountLayout>,
     pub(super) text_base: Gva,
 }
@@ -48,6 +50,7 @@ impl Evidence<'_> {
             }
             Fact::SpinlocksSpin => self.symbols.find(RT_SPIN_LOCK) == Found::None,
             Fact::LockOps => self.lock_ops.is_some(),
+            Fact::OrcDecodes => self.orc,
             Fact::NoTable(table) => !has_table(self.tables, table),
             Fact::NoDirectCalls => !self.tables.alternatives.iter().flatten().any(|entry| entry.direct_call),
         }
@@ -89,6 +92,7 @@ impl Evidence<'_> {
                 format!("most of its spinlocks are sleeping locks ({RT_SPIN_LOCK}, CONFIG_PREEMPT_RT)")
             }
             Fact::LockOps => "the operations of pv_ops could not be read".to_owned(),
+            Fact::OrcDecodes => "its ORC table is not of a layout that is known".to_owned(),
             Fact::NoTable(table) => format!("the image has a table {}", table.name()),
             Fact::NoDirectCalls => "the image has alternatives with direct calls".to_owned(),
         }
@@ -104,5 +108,6 @@ fn has_table(tables: &Tables, table: Table) -> bool {
         Table::Paravirt => tables.paravirt_sites.is_some(),
         Table::Mcount => tables.mcount_locations.is_some(),
         Table::Exceptions => tables.exceptions.is_some(),
+        Table::OrcIps => tables.orc_entries.is_some(),
     }
 }

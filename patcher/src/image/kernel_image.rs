@@ -14,6 +14,7 @@ use crate::image::landings::Landings;
 use crate::image::landmarks::Landmarks;
 use crate::image::lock_ops::LockOps;
 use crate::image::offsets::Offsets;
+use crate::image::orc::Orc;
 use crate::image::preempt_count::CountLayout;
 use crate::image::profile::Profile;
 use crate::image::symbols::Symbols;
@@ -36,6 +37,7 @@ pub struct KernelImage {
     tables: Tables,
     offsets: Offsets,
     lock_ops: Option<LockOps>,
+    orc: Option<Orc>,
     call_forms: CallForms,
     landmarks: Landmarks,
     landings: Landings,
@@ -104,6 +106,7 @@ impl KernelImage {
         let fixups = std::mem::take(&mut tables.fixups);
         let landings = Landings::of_image(&vmlinux, &symbols, &tables, fixups);
         let lock_ops = btf.as_ref().and_then(|btf| LockOps::read(&vmlinux, &symbols, btf));
+        let orc = btf.as_ref().and_then(|btf| Orc::read(&vmlinux, &symbols, btf));
         let count = CountLayout::read(&vmlinux, &symbols);
         let evidence = Evidence {
             vmlinux: &vmlinux,
@@ -112,6 +115,7 @@ impl KernelImage {
             btf: btf.as_ref(),
             banner: banner.as_ref().map(Banner::text),
             lock_ops: lock_ops.as_ref(),
+            orc: orc.is_some(),
             count,
             text_base,
         };
@@ -133,6 +137,7 @@ impl KernelImage {
             offsets,
             call_forms: CallForms::read(&vmlinux, &symbols),
             lock_ops,
+            orc,
             symbols,
             text_base,
         })
@@ -151,6 +156,7 @@ impl KernelImage {
             tables: Tables::default(),
             offsets: Offsets::default(),
             lock_ops: None,
+            orc: None,
             call_forms: CallForms::default(),
             landmarks: Landmarks::default(),
             landings: Landings::default(),
@@ -166,6 +172,12 @@ impl KernelImage {
     #[cfg(test)]
     pub(crate) fn with(self, offsets: Offsets, call_forms: CallForms) -> Self {
         Self { offsets, call_forms, profile: Profile::whole(), ..self }
+    }
+
+    /// The same image with this ORC table.
+    #[cfg(test)]
+    pub(crate) fn with_orc(self, orc: Orc) -> Self {
+        Self { orc: Some(orc), ..self }
     }
 
     /// The same image with this banner.
@@ -220,6 +232,12 @@ impl KernelImage {
     #[must_use]
     pub fn lock_ops(&self) -> Option<&LockOps> {
         self.lock_ops.as_ref()
+    }
+
+    /// Its ORC table, if it has one that makes sense.
+    #[must_use]
+    pub fn orc(&self) -> Option<&Orc> {
+        self.orc.as_ref()
     }
 
     /// The static calls that it has its own code for.

@@ -26,6 +26,7 @@ mod lzop;
 pub mod names;
 mod notes;
 pub mod offsets;
+pub mod orc;
 mod payload;
 pub mod preempt_count;
 pub mod profile;
@@ -33,6 +34,7 @@ pub(crate) mod records;
 mod search;
 pub mod symbols;
 pub mod tables;
+pub mod task_offsets;
 
 pub use error::Error;
 pub use kernel_image::KernelImage;

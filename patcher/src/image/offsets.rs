@@ -1,6 +1,7 @@
 //! Offsets of members of the kernel's structures, from its BTF.
 
 use crate::image::btf::Btf;
+use crate::image::task_offsets::{InactiveOffsets, TaskOffsets};
 
 /// Offsets in bytes. `None` where the kernel has no BTF, or no such member.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +19,10 @@ pub struct Offsets {
     pub livepatch: Option<LivepatchOffsets>,
     /// `struct module`.
     pub module: Option<ModuleOffsets>,
+    /// `struct task_struct`.
+    pub task: Option<TaskOffsets>,
+    /// `struct inactive_task_frame`.
+    pub inactive: Option<InactiveOffsets>,
 }
 
 /// `struct kprobe` (include/linux/kprobes.h).
@@ -62,6 +67,8 @@ pub struct ModuleOffsets {
     pub static_call_sites: (u64, u64),
     /// `extable`, `num_exentries`.
     pub exceptions: (u64, u64),
+    /// `struct mod_arch_specific`: `num_orcs`, `orc_unwind_ip`, `orc_unwind`; of a kernel with ORC.
+    pub orc: Option<(u64, u64, u64)>,
     /// Address and size of the module's text: since 6.4 in the first `struct module_memory`, before in
     /// `core_layout`.
     pub text: (u64, u64),
@@ -78,6 +85,8 @@ impl Offsets {
             probe: ProbeOffsets::read(btf),
             livepatch: LivepatchOffsets::read(btf),
             module: ModuleOffsets::read(btf),
+            task: TaskOffsets::read(btf),
+            inactive: InactiveOffsets::read(btf),
         }
     }
 }
@@ -128,6 +137,7 @@ impl ModuleOffsets {
             jump_entries: (module("jump_entries")?, module("num_jump_entries")?),
             static_call_sites: (module("static_call_sites")?, module("num_static_call_sites")?),
             exceptions: (module("extable")?, module("num_exentries")?),
+            orc: orc(btf),
             text,
             symbols: (
                 kallsyms("symtab")?,
@@ -137,4 +147,11 @@ impl ModuleOffsets {
             ),
         })
     }
+}
+
+/// Where a module's ORC table is (arch/x86/include/asm/module.h).
+fn orc(btf: &Btf<'_>) -> Option<(u64, u64, u64)> {
+    let start = btf.offset("module", "arch")?;
+    let of = |member| Some(u64::from(start.checked_add(btf.offset("mod_arch_specific", member)?)?));
+    Some((of("num_orcs")?, of("orc_unwind_ip")?, of("orc_unwind")?))
 }

@@ -38,6 +38,25 @@ pub struct Insn {
     pub ends: bool,
 }
 
+/// Whether code ends in an instruction that calls, wherever instructions begin before that.
+///
+/// ```
+/// use patcher::insn::ends_in_call;
+///
+/// // call rel32; call rax; jmp rel32.
+/// assert!(ends_in_call(&[0x90, 0xe8, 1, 2, 3, 4]) && ends_in_call(&[0x90, 0xff, 0xd0]));
+/// assert!(!ends_in_call(&[0x90, 0xe9, 1, 2, 3, 4]) && !ends_in_call(&[0xff]));
+/// ```
+#[must_use]
+pub fn ends_in_call(code: &[u8]) -> bool {
+    (0..code.len()).any(|from| {
+        let mut decoder = Decoder::new(64, &code[from..], DecoderOptions::NONE);
+        let insn = decoder.decode();
+        let calls = matches!(insn.flow_control(), FlowControl::Call | FlowControl::IndirectCall);
+        calls && !insn.is_invalid() && decoder.position() == code.len() - from
+    })
+}
+
 /// Decodes `code`, which lies at `at`, up to its end or the first byte that is not an instruction.
 ///
 /// ```

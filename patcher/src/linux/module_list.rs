@@ -9,6 +9,7 @@ use crate::addr::Gva;
 use crate::image::KernelImage;
 use crate::image::landings::Landings;
 use crate::image::offsets::ModuleOffsets;
+use crate::image::orc::OrcTable;
 use crate::image::profile::{Capability, State};
 use crate::image::records::{ExceptionRecord, JumpRecord, StaticCallRecord, SymbolRecord, records};
 use crate::image::symbols::Symbols;
@@ -147,6 +148,7 @@ impl Reader<'_> {
             name: self.own_name()?,
             text: start..end.ok_or(Refusal::BadModules { why: "its text wraps around" })?,
             symbols: self.symbols()?,
+            orc: self.orc()?,
             landings: Landings::new(&jump_entries, fixups(at, &bytes)),
             exceptions: exceptions(at, &bytes),
             jump_entries,
@@ -158,6 +160,14 @@ impl Reader<'_> {
         let count = self.count(count, MOST_ENTRIES)?;
         let at = self.pointer(start)?;
         Ok((at, if count == 0 { Vec::new() } else { self.bytes(at, count * entry)? }))
+    }
+
+    /// What it claims is checked by whoever looks an address up.
+    fn orc(&self) -> Result<Option<OrcTable>, Refusal> {
+        let Some((count, ips, entries)) = self.offsets.orc else { return Ok(None) };
+        let count = self.u32(count)?;
+        let table = OrcTable { ips: self.pointer(ips)?, entries: self.pointer(entries)?, count };
+        Ok(Some(table).filter(|table| table.count > 0))
     }
 
     fn symbols(&self) -> Result<Symbols, Refusal> {

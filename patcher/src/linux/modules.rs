@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::addr::Gva;
 use crate::image::landings::Landings;
+use crate::image::orc::OrcTable;
 use crate::image::symbols::Symbols;
 use crate::image::tables::{JumpEntry, StaticCallSite};
 use crate::linux::bounded::INSPECTION;
@@ -27,6 +28,8 @@ pub struct Module {
     pub static_call_sites: Vec<StaticCallSite>,
     /// The instructions that may fault, sorted.
     pub exceptions: Vec<Gva>,
+    /// Its ORC table, if it has one.
+    pub orc: Option<OrcTable>,
     /// Where execution arrives by its tables. What its code leads to is found when a site needs it.
     pub landings: Landings,
 }

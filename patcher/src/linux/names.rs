@@ -153,6 +153,7 @@ mod tests {
             jump_entries: Vec::new(),
             static_call_sites: Vec::new(),
             exceptions: Vec::new(),
+            orc: None,
             landings: crate::image::landings::Landings::default(),
         };
         let modules = Modules::new(Ok((vec![module], Vec::new())));

@@ -103,6 +103,20 @@ pub enum Refusal {
         /// Why.
         why: &'static str,
     },
+    /// The guest's lists of tasks are inconsistent, or change too fast.
+    #[error("the guest's tasks can't be read: {why}")]
+    BadTasks {
+        /// Why.
+        why: &'static str,
+    },
+    /// There is more of it than is read or answered.
+    #[error("there are more than {limit} {what}")]
+    TooManyTasks {
+        /// The most.
+        limit: usize,
+        /// What there is too much of.
+        what: &'static str,
+    },
     /// The guest has a kprobe there, enabled or not.
     #[error("the guest has a kprobe at {probe}, which keeps a copy of the code; remove the kprobe first")]
     Probed {
@@ -373,6 +387,8 @@ impl Refusal {
             Self::UnknownLayout { .. } => "unknown_layout",
             Self::MissingCapability { .. } => "missing_capability",
             Self::BadModules { .. } => "bad_modules",
+            Self::BadTasks { .. } => "bad_tasks",
+            Self::TooManyTasks { .. } => "too_many_tasks",
             Self::Probed { .. } => "probed",
             Self::BadProbes => "bad_probes",
             Self::Livepatched { .. } => "livepatched",

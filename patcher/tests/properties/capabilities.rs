@@ -160,6 +160,7 @@ fn name(fact: Fact) -> Option<Name> {
             Table::Paravirt => "__parainstructions",
             Table::Mcount => "__start_mcount_loc",
             Table::Exceptions => "__start___ex_table",
+            Table::OrcIps => "__start_orc_unwind_ip",
         })),
         // Without a banner there is no release, and the file is refused. The others say what other facts
         // look like.
@@ -171,7 +172,8 @@ fn name(fact: Fact) -> Option<Name> {
         | Fact::FixedPreemption
         | Fact::PerCpuLinked
         | Fact::SpinlocksSpin
-        | Fact::LockOps => None,
+        | Fact::LockOps
+        | Fact::OrcDecodes => None,
     }
 }
 

@@ -63,7 +63,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// The structures whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 13] = [
+pub(crate) const STRUCTURES: [Structure; 18] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -81,12 +81,40 @@ pub(crate) const STRUCTURES: [Structure; 13] = [
             ("num_static_call_sites", 192),
             ("extable", 200),
             ("num_exentries", 208),
+            ("arch", 216),
         ],
     ),
     ("mutex", 32, &[("owner", 0), ("rtmutex", 0)]),
     ("rt_mutex_base", 32, &[("owner", 24)]),
     ("module_layout", 16, &[("base", 0), ("text_size", 8)]),
-    ("task_struct", 64, &[("comm", 16)]),
+    (
+        "task_struct",
+        192,
+        &[
+            ("thread_info", 0),
+            ("cpu", 8),
+            ("comm", 16),
+            ("__state", 32),
+            ("state", 32),
+            ("flags", 36),
+            ("stack", 40),
+            ("on_cpu", 48),
+            ("exit_state", 52),
+            ("tasks", 56),
+            ("pid", 72),
+            ("tgid", 76),
+            ("signal", 80),
+            ("thread_node", 88),
+            ("nvcsw", 104),
+            ("nivcsw", 112),
+            ("thread", 120),
+        ],
+    ),
+    ("thread_info", 16, &[("cpu", 8)]),
+    ("thread_struct", 32, &[("sp", 8)]),
+    ("signal_struct", 64, &[("thread_head", 16)]),
+    ("inactive_task_frame", 56, &[("bp", 40), ("ret_addr", 48)]),
+    ("mod_arch_specific", 24, &[("num_orcs", 0), ("orc_unwind_ip", 8), ("orc_unwind", 16)]),
     ("kprobe", 64, &[("hlist", 0), ("addr", 40)]),
     ("klp_ops", 64, &[("node", 0), ("func_stack", 16)]),
     ("klp_func", 64, &[("old_func", 16), ("old_size", 24), ("stack_node", 40)]),
@@ -106,6 +134,31 @@ pub(crate) const STRUCTURES: [Structure; 13] = [
     ),
 ];
 
+/// Whether entries of ORC have a bit for the end of the stack, as up to 6.3.
+fn has_end(left_out: &[Name]) -> bool {
+    !left_out.contains(&Name::Member("orc_entry", "end"))
+}
+
+/// `struct orc_entry`: each member with its offset and size in bits; 0 is the size of what is no bit-field.
+fn orc_entry(left_out: &[Name]) -> Vec<(&'static str, u32, u32)> {
+    let end = has_end(left_out);
+    let fields = [
+        ("sp_offset", 0, 0),
+        ("bp_offset", 16, 0),
+        ("sp_reg", 32, 4),
+        ("bp_reg", 36, 4),
+        ("type", 40, if end { 2 } else { 3 }),
+        (if end { "end" } else { "signal" }, if end { 42 } else { 43 }, 1),
+    ];
+    let is_left_out = |name: &str| {
+        left_out.iter().any(|one| matches!(one, Name::Member("orc_entry", member) if *member == name))
+    };
+    fields
+        .into_iter()
+        .map(|(name, offset, size)| (if is_left_out(name) { "other" } else { name }, offset, size))
+        .collect()
+}
+
 /// `Documentation/bpf/btf.rst`. Members that are to be left out get another name.
 fn btf(left_out: &[Name]) -> Vec<u8> {
     let mut strings = vec![0];
@@ -121,6 +174,11 @@ fn btf(left_out: &[Name]) -> Vec<u8> {
             let left_out = left_out.contains(&Name::Member(name, member));
             types.extend([text(if left_out { "other" } else { member }), 1, 8 * offset]);
         }
+    }
+    let fields = orc_entry(left_out);
+    types.extend([text("orc_entry"), 1 << 31 | 4 << 24 | u32::try_from(fields.len()).expect("few"), 6]);
+    for (member, offset, size) in fields {
+        types.extend([text(member), 1, size << 24 | offset]);
     }
     let types: Vec<u8> = types.iter().flat_map(|word| word.to_le_bytes()).collect();
     let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("small");
@@ -217,7 +275,7 @@ pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 pub(crate) const ALL_DATA: Name = Name::Symbol("data");
 
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 17] = [
+pub(crate) const OLDER: [Name; 22] = [
     DIRECT_CALL,
     Name::Symbol("nop_func"),
     Name::Symbol("BUG_func"),
@@ -235,9 +293,14 @@ pub(crate) const OLDER: [Name; 17] = [
     Name::Symbol("pv_ops_lock"),
     Name::Symbol("__SCK__queued_spin_lock_slowpath"),
     Name::Symbol("__SCK__queued_spin_unlock"),
+    Name::Member("task_struct", "state"),
+    Name::Member("task_struct", "cpu"),
+    Name::Symbol("__start_init_task"),
+    Name::Symbol("__end_init_task"),
+    Name::Member("orc_entry", "end"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 19] = [
+pub(crate) const NEWER: [Name; 25] = [
     Name::Symbol("rt_spin_lock"),
     Name::Symbol("pv_ops"),
     Name::Member("paravirt_patch_template", "lock"),
@@ -257,6 +320,12 @@ pub(crate) const NEWER: [Name; 19] = [
     Name::Member("module_memory", "base"),
     Name::Member("module_memory", "size"),
     Name::Member("mutex", "owner"),
+    Name::Member("task_struct", "__state"),
+    Name::Member("task_struct", "thread_info"),
+    Name::Member("thread_info", "cpu"),
+    Name::Symbol("__start_init_stack"),
+    Name::Symbol("__end_init_stack"),
+    Name::Member("orc_entry", "signal"),
 ];
 
 fn fillers() -> Vec<String> {
@@ -284,7 +353,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
 }
 
 /// Functions by which the kernel patches itself, and what else the profile looks for in text.
-const FUNCTIONS: [&str; 39] = [
+const FUNCTIONS: [&str; 42] = [
     "rt_spin_lock",
     "syscall_exit_to_user_mode",
     "x64_sys_call",
@@ -324,6 +393,9 @@ const FUNCTIONS: [&str; 39] = [
     "__pv_queued_spin_lock_slowpath",
     "kvm_wait",
     "kvm_kick_cpu",
+    "unwind_module_init",
+    "ret_from_fork_asm",
+    "return_to_handler",
 ];
 
 fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
@@ -409,6 +481,18 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     let key = k.put("key", b'D', &[0; 16]);
     let call = k.put("__SCK__call", b'D', &[function.to_le_bytes(), [0; 8]].concat());
     k.put("modules", b'D', &[0; 16]);
+    k.put("init_task", b'D', &[0; 192]);
+    k.put("__cpu_possible_mask", b'D', &[3, 0, 0, 0, 0, 0, 0, 0]);
+    // Only how far they are apart is of interest.
+    for (start, end) in [("__start_init_stack", "__end_init_stack"), ("__start_init_task", "__end_init_task")]
+    {
+        k.symbols.extend(
+            [start, end]
+                .into_iter()
+                .zip([0x10_0000, 0x10_4000])
+                .map(|(name, at)| (BASE + at, b'D', name.to_owned())),
+        );
+    }
     k.put("text_mutex", b'D', &[0; 32]);
     k.put("kprobe_table", b'd', &[0; 512]);
     k.align();
@@ -449,7 +533,16 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
         [&unlocker.to_le_bytes()[..], &[3, 7]].concat()
     });
     k.table("__start_mcount_loc", "__stop_mcount_loc", move |_| function.to_le_bytes().to_vec());
-    k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |_| vec![0; 4]);
+    // A task begins at `ret_from_fork_asm`; every other function has an empty frame.
+    let begin = k.symbols.iter().find(|(.., name)| name == "ret_from_fork_asm").map_or(BASE, |(at, ..)| *at);
+    k.table("__start_orc_unwind_ip", "__stop_orc_unwind_ip", |at| {
+        [near(at, BASE), near(at + 4, begin), near(at + 8, begin + 2), near(at + 12, begin + 3)].concat()
+    });
+    let [call, end] = if has_end(left_out) { [0, 4] } else { [2, 1] };
+    k.table("__start_orc_unwind", "__stop_orc_unwind", |_| {
+        let saved = [16, 0, 0xf0, 0xff, 0x15, call];
+        [[8, 0, 0, 0, 5, call], [0, 0, 0, 0, 0, end], saved, [8, 0, 0, 0, 5, call]].concat()
+    });
     k.table("__start___ex_table", "__stop___ex_table", move |at| {
         [&near(at, function)[..], &near(at + 4, function + 25), &[0; 4]].concat()
     });

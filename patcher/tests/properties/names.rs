@@ -32,9 +32,10 @@ const UNDECLARED: [(&str, &str); 20] = [
 ];
 
 /// How names are looked up.
-const CALLS: [&str; 5] = ["symbol(", "only(", "per_cpu(", "offset(", "raised_by("];
+const CALLS: [&str; 6] = ["symbol(", "only(", "per_cpu(", "offset(", "bit_field(", "raised_by("];
 /// Files all of whose text literals are names.
-const LISTS: [&str; 3] = ["image/offsets.rs", "image/lock_ops.rs", "image/landmarks.rs"];
+const LISTS: [&str; 4] =
+    ["image/offsets.rs", "image/task_offsets.rs", "image/lock_ops.rs", "image/landmarks.rs"];
 
 fn declared() -> BTreeSet<&'static str> {
     let parts = || Capability::ALL.into_iter().flat_map(Capability::parts);

@@ -25,6 +25,7 @@ mod rigs;
 mod sandbox;
 mod selfpatching;
 mod socket;
+mod tasks;
 mod terminal;
 
 use std::process::ExitCode;
@@ -77,6 +78,7 @@ fn all() -> Vec<Test> {
         sandbox::TESTS,
         selfpatching::TESTS,
         socket::TESTS,
+        tasks::TESTS,
         terminal::TESTS,
     ]
     .concat()

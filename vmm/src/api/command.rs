@@ -6,6 +6,7 @@ use std::time::Duration;
 use patcher::program::step::Program;
 use patcher::resolve::targets::Targets;
 
+use crate::api::tasks::{TaskList, TaskQuery};
 use crate::api::wire::{Fits, Info, PatchSummary, Refusals, Report, VcpuLine};
 
 /// A command.
@@ -32,6 +33,8 @@ pub enum Command {
     Explain(Vec<u8>),
     /// List what a plan can name.
     Targets,
+    /// List the guest's tasks.
+    Tasks(TaskQuery),
     /// List the patches.
     List,
     /// Show a patch.
@@ -49,6 +52,7 @@ impl Command {
             | Self::Check(_)
             | Self::Explain(_)
             | Self::Targets
+            | Self::Tasks(_)
             | Self::Revert(_)
             | Self::RemoveArena => true,
             Self::Info | Self::Vcpus | Self::Pause { .. } | Self::Resume | Self::List | Self::Show(_) => {
@@ -75,6 +79,8 @@ pub enum Answer {
     Program(Box<Program>),
     /// What a plan can name.
     Targets(Box<Targets>),
+    /// The guest's tasks.
+    Tasks(TaskList),
     /// The patches.
     Patches(Vec<PatchSummary>),
     /// Nothing was written.

@@ -5,7 +5,7 @@
 //!                               └─▶ event_stream
 //! ```
 //!
-//! `wire` holds the JSON types, `view` how a client reads those of `patcher`.
+//! `wire` and `tasks` hold the JSON types, `view` how a client reads those of `patcher`.
 
 pub mod access;
 pub mod client;
@@ -16,5 +16,6 @@ mod reply;
 mod routes;
 pub mod server;
 pub mod socket;
+pub mod tasks;
 pub mod view;
 pub mod wire;

@@ -15,6 +15,7 @@ use crate::api::command::{Answer, Command};
 use crate::api::connections::Place;
 use crate::api::event_stream::EventStream;
 use crate::api::reply::{self, Reply};
+use crate::api::tasks::TaskQuery;
 use crate::api::wire::EventList;
 use crate::audit::record::Who;
 use crate::host::namer::Namer;
@@ -39,6 +40,8 @@ enum Action {
     Plan(fn(Vec<u8>) -> Command),
     /// The answer of [`Command::Pause`], which takes a query.
     Pause,
+    /// The answer of [`Command::Tasks`], which takes a query.
+    Tasks,
     /// The events that are kept.
     Events,
     /// The events that are kept and those to come.
@@ -50,7 +53,7 @@ const POST: &[Method] = &[Method::POST];
 const PUT: &[Method] = &[Method::PUT, Method::POST];
 const DELETE: &[Method] = &[Method::DELETE];
 
-static ROUTES: [(&[Method], &str, Action); 14] = [
+static ROUTES: [(&[Method], &str, Action); 15] = [
     (GET, "/vm", Action::Command(|| Command::Info)),
     (GET, "/vm/vcpus", Action::Command(|| Command::Vcpus)),
     (PUT, "/vm/pause", Action::Pause),
@@ -59,6 +62,7 @@ static ROUTES: [(&[Method], &str, Action); 14] = [
     (GET, "/events", Action::Events),
     (GET, "/events/stream", Action::EventStream),
     (GET, "/targets", Action::Command(|| Command::Targets)),
+    (GET, "/tasks", Action::Tasks),
     (GET, "/patches", Action::Command(|| Command::List)),
     (POST, "/patches", Action::Plan(Command::Apply)),
     (POST, "/patches/check", Action::Plan(Command::Check)),
@@ -107,6 +111,10 @@ pub(super) async fn handle(
                 let what = format!("?{other} does not go with {path}: there is hurry=false");
                 return reply::error(StatusCode::BAD_REQUEST, &what);
             }
+        },
+        Action::Tasks => match TaskQuery::parse(request.uri().query().unwrap_or_default()) {
+            Ok(query) => Command::Tasks(query),
+            Err(what) => return reply::error(StatusCode::BAD_REQUEST, &what),
         },
         Action::Events => return reply::json(StatusCode::OK, &EventList { events: state.events.kept() }),
         Action::EventStream => {
@@ -256,6 +264,7 @@ mod tests {
             Action::Patch(command) => format!("{:?}", command(name.to_owned())),
             Action::Plan(command) => format!("{:?}", command(Vec::new())),
             Action::Pause => "Pause".to_owned(),
+            Action::Tasks => "Tasks".to_owned(),
             Action::Events => "Events".to_owned(),
             Action::EventStream => "EventStream".to_owned(),
         })
@@ -272,6 +281,7 @@ mod tests {
             (Method::GET, "/events", true),
             (Method::GET, "/events/stream", true),
             (Method::GET, "/targets", true),
+            (Method::GET, "/tasks", true),
             (Method::GET, "/patches", true),
             (Method::GET, "/patches/x", true),
             (Method::POST, "/patches", false),
@@ -282,7 +292,7 @@ mod tests {
             let (action, _) = find(&method, path).expect("a route");
             assert_eq!(is_reading(&method, action), may, "{method} {path}");
         }
-        assert_eq!(ROUTES.len(), 14, "every route is in the list above");
+        assert_eq!(ROUTES.len(), 15, "every route is in the list above");
     }
 
     #[test]

@@ -179,6 +179,7 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Value, json};
 
+    use crate::api::tasks::{StackState, TaskFrame, TaskLine, TaskList, TaskStack};
     use crate::api::wire::{ArenaInfo, AuditInfo, Done, EventList, GuardInfo, Info, KernelInfo, VcpuRuns};
     use crate::api::wire::{PatchState, PatchSummary, State, Timing, VcpuLine};
     use crate::guest::events::{Kind, Who};
@@ -318,6 +319,21 @@ mod tests {
                 version: "0.1.0".to_owned(),
             });
         }
+        let frame = |symbol, module| TaskFrame { address: Gva(1), symbol, module, reliable: true };
+        let frames = vec![frame(None, None), frame(Some("f+0x1/0x2".to_owned()), Some("kvm".to_owned()))];
+        let full = TaskStack { state: StackState::Partial, why: Some("why".to_owned()), frames };
+        let none = TaskStack { state: StackState::Moving, why: None, frames: Vec::new() };
+        let task = |stack| TaskLine {
+            pid: 1,
+            tgid: 2,
+            comm: "init".to_owned(),
+            state: 'S',
+            cpu: 3,
+            running: false,
+            kernel_thread: true,
+            stack,
+        };
+        assert_same::<TaskList>(&TaskList { tasks: vec![task(None), task(Some(full)), task(Some(none))] });
         let who = Who { vcpu: 1, rip: Gva(2), symbol: None, task: Some("sh".to_owned()) };
         assert_same::<EventList>(&EventList {
             events: vec![event(None, None), event(Some(who), Some("flip".to_owned()))],

@@ -211,6 +211,14 @@ Examples:
 The monitor keeps the newest 1024 events. It records 64 of a kind at once and 40 a second after that;
 \"suppressed\" counts those it dropped before this one.";
 
+const TASKS_EXAMPLES: &str = "\
+Examples:
+  vmm vm tasks --socket /run/vm.sock
+  vmm vm tasks --socket /run/vm.sock --pid 1 --stacks
+  vmm vm tasks --socket /run/vm.sock --name kworker --stacks --json | jq '.tasks[].stack.frames[].symbol'
+
+A frame that begins with ? may be left from an earlier call.";
+
 /// The VM to ask, and how to print its answer.
 #[derive(Debug, Args)]
 pub struct SocketArgs {
@@ -298,6 +306,25 @@ pub enum VmCommand {
     },
     /// Show each vCPU's instruction pointer; this stops the vCPUs for a moment.
     Vcpus {
+        /// The VM.
+        #[command(flatten)]
+        at: SocketArgs,
+    },
+    /// List the guest's tasks, with their kernel stacks if wanted. The guest runs meanwhile.
+    #[command(after_help = format!("{TASKS_EXAMPLES}\n\n{}", exit_status::OF_A_REQUEST))]
+    Tasks {
+        /// Only the thread or the process of this number.
+        #[arg(long, value_name = "N")]
+        pid: Option<u32>,
+        /// Only tasks whose name has this in it.
+        #[arg(long, value_name = "TEXT")]
+        name: Option<String>,
+        /// Show the kernel stack of each task that does not run.
+        #[arg(long, overrides_with = "no_stacks")]
+        stacks: bool,
+        /// Show no stacks; so it is unless --stacks is given.
+        #[arg(long, overrides_with = "stacks")]
+        no_stacks: bool,
         /// The VM.
         #[command(flatten)]
         at: SocketArgs,

@@ -24,6 +24,7 @@ impl Engine {
             | Command::Check(_)
             | Command::Explain(_)
             | Command::Targets
+            | Command::Tasks(_)
             | Command::List
             | Command::Show(_) => return obey(self, command),
         };

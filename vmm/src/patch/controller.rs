@@ -351,6 +351,10 @@ fn obey(engine: &mut Engine, command: Command, given_at: Instant) -> Answer {
             Ok(targets) => Answer::Targets(Box::new(targets)),
             Err(refusal) => refused(refusal),
         },
+        Command::Tasks(query) => match engine.tasks(&query) {
+            Ok(tasks) => Answer::Tasks(tasks),
+            Err(refusal) => refused(refusal),
+        },
         Command::List => {
             engine.count_livepatched();
             Answer::Patches(engine.summaries())

@@ -37,3 +37,4 @@ mod reconcile;
 mod remove_arena;
 mod replaced;
 mod revert;
+mod tasks;

@@ -2,10 +2,10 @@
 
 use crate::image::profile::fact::Fact::{
     self, Banner, CountsInterrupts, CountsSpinlocks, FixedPreemption, Lock, Member, NoDirectCalls, NoTable,
-    Patcher, PerCpuLinked, Section, Symbol, Table as Tabled, Without,
+    OrcDecodes, Patcher, PerCpuLinked, Section, Symbol, Table as Tabled, Without,
 };
 use crate::image::profile::fact::Table::{
-    Alternatives, Exceptions, JumpEntries, Mcount, Paravirt, SmpLocks, StaticCallSites,
+    Alternatives, Exceptions, JumpEntries, Mcount, OrcIps, Paravirt, SmpLocks, StaticCallSites,
 };
 
 /// What can be done with a kernel, or must be known of it.
@@ -49,6 +49,10 @@ pub enum Capability {
     Livepatches,
     /// The names of tasks, for events.
     TaskNames,
+    /// All tasks, and where their stacks are.
+    Tasks,
+    /// Where the frames of a stack end.
+    Orc,
     /// The place where a guest that is about to start init can be made to wait.
     InitGate,
 }
@@ -71,7 +75,7 @@ const fn always(facts: &'static [&'static [&'static [Fact]]]) -> Part {
 
 impl Capability {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::Location,
         Self::InitSections,
         Self::PerCpu,
@@ -91,6 +95,8 @@ impl Capability {
         Self::Kprobes,
         Self::Livepatches,
         Self::TaskNames,
+        Self::Tasks,
+        Self::Orc,
         Self::InitGate,
     ];
 
@@ -117,6 +123,8 @@ impl Capability {
             Self::Kprobes => "kprobes",
             Self::Livepatches => "livepatches",
             Self::TaskNames => "task_names",
+            Self::Tasks => "tasks",
+            Self::Orc => "orc",
             Self::InitGate => "init_gate",
         }
     }
@@ -134,6 +142,7 @@ impl Capability {
             Self::Modules => "modules",
             Self::Kprobes => "kprobes",
             Self::Livepatches => "livepatches",
+            Self::Orc => "ORC table",
             other => other.name(),
         }
     }
@@ -161,6 +170,8 @@ impl Capability {
             Self::Kprobes => KPROBES,
             Self::Livepatches => LIVEPATCHES,
             Self::TaskNames => TASK_NAMES,
+            Self::Tasks => TASKS,
+            Self::Orc => ORC,
             Self::InitGate => INIT_GATE,
         }
     }
@@ -184,6 +195,8 @@ const SIGNS_OF_CALLS: &[Fact] = &[
 /// What shows that a kernel has the function tracer.
 const SIGNS_OF_TRACER: &[Fact] =
     &[Tabled(Mcount), Symbol("ftrace_replace_code"), Symbol("ftrace_make_call"), Symbol("ftrace_make_nop")];
+/// What shows that a kernel has ORC.
+const SIGNS_OF_ORC: &[Fact] = &[Tabled(OrcIps), Symbol("__start_orc_unwind"), Symbol("__stop_orc_unwind")];
 /// What shows that a kernel has kprobes.
 const SIGNS_OF_PROBES: &[Fact] = &[
     Symbol("kprobe_table"),
@@ -442,6 +455,70 @@ const LIVEPATCHES: &[Part] = &[Part {
 
 /// include/linux/sched.h.
 const TASK_NAMES: &[Part] = &[always(&[&[&[Member("task_struct", "comm")]]])];
+
+/// include/linux/sched.h, include/linux/sched/signal.h, kernel/smpboot.c, kernel/cpu.c; the boot CPU's first stack
+/// (include/asm-generic/vmlinux.lds.h, named so since 6.9), which says how long a stack is.
+const TASKS: &[Part] = &[always(&[
+    &[&[Symbol("init_task")]],
+    &[&[Symbol("__per_cpu_start"), PerCpuLinked]],
+    &[&[Symbol("__per_cpu_offset")]],
+    &[&[Symbol("__cpu_possible_mask")]],
+    &[&[Symbol("idle_threads")]],
+    &[
+        &[Symbol("__start_init_stack"), Symbol("__end_init_stack")],
+        &[Symbol("__start_init_task"), Symbol("__end_init_task")],
+    ],
+    &[&[Member("task_struct", "tasks")]],
+    &[&[Member("task_struct", "thread_node")]],
+    &[&[Member("task_struct", "signal")]],
+    &[&[Member("signal_struct", "thread_head")]],
+    &[&[Member("task_struct", "pid")]],
+    &[&[Member("task_struct", "tgid")]],
+    &[&[Member("task_struct", "comm")]],
+    // Called so since 5.14.
+    &[&[Member("task_struct", "__state")], &[Member("task_struct", "state")]],
+    &[&[Member("task_struct", "exit_state")]],
+    &[&[Member("task_struct", "flags")]],
+    // There since 5.16.
+    &[&[Member("task_struct", "thread_info"), Member("thread_info", "cpu")], &[Member("task_struct", "cpu")]],
+    &[&[Member("task_struct", "on_cpu")]],
+    &[&[Member("task_struct", "nvcsw")]],
+    &[&[Member("task_struct", "nivcsw")]],
+    &[&[Member("task_struct", "stack")]],
+    &[&[Member("task_struct", "thread")]],
+    &[&[Member("thread_struct", "sp")]],
+])];
+
+/// arch/x86/kernel/unwind_orc.c, arch/x86/include/asm/{orc_types,switch_to,module}.h. The end of a stack is a
+/// type of its own since 6.4; what was interrupted is marked since 6.3.
+const ORC: &[Part] = &[
+    Part {
+        shown_by: SIGNS_OF_ORC,
+        facts: &[
+            &[&[Tabled(OrcIps)]],
+            &[&[Member("orc_entry", "sp_offset")]],
+            &[&[Member("orc_entry", "bp_offset")]],
+            &[&[Member("orc_entry", "sp_reg")]],
+            &[&[Member("orc_entry", "bp_reg")]],
+            &[&[Member("orc_entry", "type")]],
+            &[&[Member("orc_entry", "end")], &[Member("orc_entry", "signal")]],
+            &[&[Symbol("__start_orc_unwind"), OrcDecodes], &[Section(".orc_unwind"), OrcDecodes]],
+            &[&[Symbol("__stop_orc_unwind")], &[Section(".orc_unwind")]],
+            &[&[Member("inactive_task_frame", "bp")]],
+            &[&[Member("inactive_task_frame", "ret_addr")]],
+        ],
+    },
+    // With CONFIG_MODULES.
+    Part {
+        shown_by: &[Symbol("unwind_module_init")],
+        facts: &[
+            &[&[Member("module", "arch")]],
+            &[&[Member("mod_arch_specific", "num_orcs")]],
+            &[&[Member("mod_arch_specific", "orc_unwind_ip")]],
+            &[&[Member("mod_arch_specific", "orc_unwind")]],
+        ],
+    },
+];
 
 /// init/main.c.
 const INIT_GATE: &[Part] = &[always(&[&[&[Symbol("__setup_start")]], &[&[Symbol("__setup_end")]]])];

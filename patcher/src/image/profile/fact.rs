@@ -32,6 +32,8 @@ pub enum Fact {
     SpinlocksSpin,
     /// The operations of `pv_ops` could be read.
     LockOps,
+    /// Every entry of the ORC table makes sense.
+    OrcDecodes,
     /// A kernel without a table.
     NoTable(Table),
     /// A kernel without alternatives that replace a call through a pointer by a direct one.
@@ -55,6 +57,8 @@ pub enum Table {
     Mcount,
     /// `__ex_table`.
     Exceptions,
+    /// `.orc_unwind_ip`.
+    OrcIps,
 }
 
 impl Table {
@@ -69,6 +73,7 @@ impl Table {
             Self::Paravirt => ".parainstructions",
             Self::Mcount => "__mcount_loc",
             Self::Exceptions => "__ex_table",
+            Self::OrcIps => ".orc_unwind_ip",
         }
     }
 }

@@ -7,6 +7,7 @@ mod events;
 pub(super) mod page;
 mod patches;
 mod targets;
+mod tasks;
 mod vm;
 
 /// What can be shown on a terminal.

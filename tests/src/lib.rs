@@ -10,6 +10,7 @@ pub mod fuzz;
 pub mod guard;
 pub mod hostile;
 pub mod hotplug;
+pub mod inside;
 pub mod kernels;
 pub mod killed;
 pub mod lab;

@@ -31,6 +31,7 @@ mod payload;
 pub mod preempt_count;
 pub mod profile;
 pub(crate) mod records;
+pub mod scan_offsets;
 mod search;
 pub mod symbols;
 pub mod tables;

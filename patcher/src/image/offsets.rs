@@ -1,6 +1,7 @@
 //! Offsets of members of the kernel's structures, from its BTF.
 
 use crate::image::btf::Btf;
+use crate::image::scan_offsets::ScanOffsets;
 use crate::image::task_offsets::{InactiveOffsets, TaskOffsets};
 
 /// Offsets in bytes. `None` where the kernel has no BTF, or no such member.
@@ -23,6 +24,8 @@ pub struct Offsets {
     pub task: Option<TaskOffsets>,
     /// `struct inactive_task_frame`.
     pub inactive: Option<InactiveOffsets>,
+    /// What a search of all stacks reads besides.
+    pub scan: Option<ScanOffsets>,
 }
 
 /// `struct kprobe` (include/linux/kprobes.h).
@@ -87,6 +90,7 @@ impl Offsets {
             module: ModuleOffsets::read(btf),
             task: TaskOffsets::read(btf),
             inactive: InactiveOffsets::read(btf),
+            scan: ScanOffsets::read(btf),
         }
     }
 }

@@ -1,9 +1,12 @@
 //! Kprobes that the guest has registered, enabled or not (Linux kernel/kprobes.c: `kprobe_table`, a
 //! hash table by address). Guest memory is not trusted: the walk is bounded.
 
+use std::ops::Range;
+
 use crate::addr::Gva;
 use crate::image::offsets::ProbeOffsets;
 use crate::image::profile::Capability;
+use crate::linux::linked_list::{LinkedList, Retries};
 use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
@@ -37,6 +40,39 @@ pub fn probes(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Gva>, R
         }
     }
     found.sort_unstable();
+    Ok(found)
+}
+
+/// Most pages of copies of instructions.
+const MOST_PAGES: usize = 1 << 12;
+/// `PAGE_SIZE`.
+const PAGE: u64 = 1 << 12;
+
+/// The pages in which the kernel executes copies of instructions that have kprobes: single instructions, and
+/// those that an optimised kprobe replaced (kernel/kprobes.c, `kprobe_insn_slots`, `kprobe_optinsn_slots`).
+///
+/// # Errors
+/// [`Refusal::MissingCapability`]; [`Refusal::Unmapped`]; [`Refusal::BadProbes`] when the lists are inconsistent or do
+/// not end.
+pub fn slots(kernel: &Kernel<'_>, memory: &dyn GuestMemory) -> Result<Vec<Range<Gva>>, Refusal> {
+    kernel.image.profile().require(Capability::StackCheck).map_err(missing)?;
+    let offsets =
+        kernel.image.offsets().scan.ok_or(Refusal::UnknownLayout { what: "struct kprobe_insn_page" })?;
+    let mut found = Vec::new();
+    for cache in ["kprobe_insn_slots", "kprobe_optinsn_slots"] {
+        let head = Gva(kernel.symbol(cache)?.0.wrapping_add(offsets.slot_pages));
+        let retries = Retries::default();
+        let list = LinkedList { memory, retries: &retries, most: MOST_PAGES, limit: MOST_PAGES };
+        let page = |node: Gva| {
+            let page = Gva(node.0.wrapping_sub(offsets.slot_node));
+            Ok(Some(Gva(read_u64(memory, Gva(page.0.wrapping_add(offsets.slot_page)))?)))
+        };
+        let pages = list.members(head, page).map_err(|refusal| match refusal {
+            Refusal::BadTasks { .. } | Refusal::TooManyTasks { .. } => Refusal::BadProbes,
+            other => other,
+        })?;
+        found.extend(pages.into_iter().map(|page| page..Gva(page.0.wrapping_add(PAGE))));
+    }
     Ok(found)
 }
 

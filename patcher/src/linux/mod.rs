@@ -12,10 +12,12 @@ pub mod module_list;
 pub mod modules;
 mod names;
 mod orc;
+mod run_queues;
 pub mod scan;
 pub mod stack;
 mod task_state;
 pub mod tasks;
+pub mod tracers;
 pub mod unwind;
 pub mod view;
 

@@ -9,6 +9,7 @@ use crate::addr::Gva;
 use crate::linux::linked_list::is_pointer;
 use crate::linux::memory::read;
 use crate::linux::tasks::TaskReader;
+use crate::linux::tracers::scan_offsets;
 use crate::linux::view::Kernel;
 use crate::plan::refusal::Refusal;
 
@@ -102,6 +103,40 @@ impl TaskReader<'_> {
             }
         }
         Ok(Copied::Moving)
+    }
+
+    /// What lies on a task's stack from where it last stopped running, whether it runs now or not.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    pub fn saved_stack(&self, task: Gva) -> Result<Copied, Refusal> {
+        let size = stack_size(self.kernel())?;
+        self.copy(&self.position(task)?, size)
+    }
+
+    /// The lowest address of a task's stack; zero once it has ended.
+    ///
+    /// # Errors
+    /// [`Refusal::Unmapped`], [`Refusal::TooMuchToRead`].
+    pub fn stack_base(&self, task: Gva) -> Result<Gva, Refusal> {
+        Ok(Gva(self.word(task, self.offsets().stack)?))
+    }
+
+    /// Its stack pointer when it last stopped running, and how often it did.
+    ///
+    /// # Errors
+    /// As [`stack_base`](Self::stack_base).
+    pub fn switches(&self, task: Gva) -> Result<(Gva, u64), Refusal> {
+        let Position { switches: [nvcsw, nivcsw], sp, .. } = self.position(task)?;
+        Ok((sp, nvcsw.wrapping_add(nivcsw)))
+    }
+
+    /// When it began.
+    ///
+    /// # Errors
+    /// As [`stack_base`](Self::stack_base), and [`Refusal::MissingCapability`].
+    pub fn start_time(&self, task: Gva) -> Result<u64, Refusal> {
+        self.word(task, scan_offsets(self.kernel())?.start_time)
     }
 
     fn position(&self, task: Gva) -> Result<Position, Refusal> {

@@ -74,11 +74,11 @@ impl<'a> TaskReader<'a> {
         self.offsets
     }
 
-    pub(super) fn kernel(&self) -> &'a Kernel<'a> {
+    pub(crate) fn kernel(&self) -> &'a Kernel<'a> {
         self.kernel
     }
 
-    pub(super) fn memory(&self) -> &'a dyn GuestMemory {
+    pub(crate) fn memory(&self) -> &'a dyn GuestMemory {
         self.memory
     }
 

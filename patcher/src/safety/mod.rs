@@ -2,7 +2,9 @@
 //! and what a vCPU does that hits a breakpoint.
 
 pub mod blockers;
+pub mod guest_stacks;
 pub mod interior;
+pub mod old_code;
 pub mod quiesce;
 pub mod slots;
 pub mod stack_check;

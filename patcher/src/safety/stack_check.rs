@@ -157,6 +157,12 @@ impl StackCheck {
         Self { code: code.into(), outside: BTreeMap::new() }
     }
 
+    /// Whether it searches this code, and nothing else.
+    #[must_use]
+    pub fn is_of(&self, code: &OldCode) -> bool {
+        *self.code == *code
+    }
+
     /// Looks at a task while the guest runs. A task that runs meanwhile is looked at all the same:
     /// what is read of it counts only if it has the same mark under the hold and does not run.
     ///

@@ -63,7 +63,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// The structures whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 18] = [
+pub(crate) const STRUCTURES: [Structure; 23] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -108,8 +108,19 @@ pub(crate) const STRUCTURES: [Structure; 18] = [
             ("nvcsw", 104),
             ("nivcsw", 112),
             ("thread", 120),
+            ("start_time", 152),
+            ("on_rq", 160),
+            ("curr_ret_stack", 164),
+            ("ret_stack", 168),
+            ("rethooks", 176),
+            ("kretprobe_instances", 176),
         ],
     ),
+    ("rethook_node", 48, &[("llist", 16), ("ret_addr", 32)]),
+    ("kretprobe_instance", 48, &[("llist", 16), ("ret_addr", 32)]),
+    ("kprobe_insn_cache", 64, &[("pages", 40)]),
+    ("kprobe_insn_page", 48, &[("list", 0), ("insns", 16)]),
+    ("rq", 64, &[("nr_running", 4)]),
     ("thread_info", 16, &[("cpu", 8)]),
     ("thread_struct", 32, &[("sp", 8)]),
     ("signal_struct", 64, &[("thread_head", 16)]),
@@ -275,7 +286,7 @@ pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 pub(crate) const ALL_DATA: Name = Name::Symbol("data");
 
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 22] = [
+pub(crate) const OLDER: [Name; 26] = [
     DIRECT_CALL,
     Name::Symbol("nop_func"),
     Name::Symbol("BUG_func"),
@@ -298,9 +309,13 @@ pub(crate) const OLDER: [Name; 22] = [
     Name::Symbol("__start_init_task"),
     Name::Symbol("__end_init_task"),
     Name::Member("orc_entry", "end"),
+    Name::Symbol("__kretprobe_trampoline"),
+    Name::Member("task_struct", "kretprobe_instances"),
+    Name::Member("kretprobe_instance", "llist"),
+    Name::Member("kretprobe_instance", "ret_addr"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 25] = [
+pub(crate) const NEWER: [Name; 29] = [
     Name::Symbol("rt_spin_lock"),
     Name::Symbol("pv_ops"),
     Name::Member("paravirt_patch_template", "lock"),
@@ -326,6 +341,10 @@ pub(crate) const NEWER: [Name; 25] = [
     Name::Symbol("__start_init_stack"),
     Name::Symbol("__end_init_stack"),
     Name::Member("orc_entry", "signal"),
+    Name::Symbol("arch_rethook_trampoline"),
+    Name::Member("task_struct", "rethooks"),
+    Name::Member("rethook_node", "llist"),
+    Name::Member("rethook_node", "ret_addr"),
 ];
 
 fn fillers() -> Vec<String> {
@@ -353,7 +372,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
 }
 
 /// Functions by which the kernel patches itself, and what else the profile looks for in text.
-const FUNCTIONS: [&str; 42] = [
+const FUNCTIONS: [&str; 44] = [
     "rt_spin_lock",
     "syscall_exit_to_user_mode",
     "x64_sys_call",
@@ -396,6 +415,8 @@ const FUNCTIONS: [&str; 42] = [
     "unwind_module_init",
     "ret_from_fork_asm",
     "return_to_handler",
+    "arch_rethook_trampoline",
+    "__kretprobe_trampoline",
 ];
 
 fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
@@ -463,7 +484,9 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
         if hot { "pcpu_hot" } else { "__preempt_count" }.to_owned(),
     ));
     k.bytes.extend([0; 8]);
-    for name in ["__per_cpu_start", "current_task", "idle_threads", "init_top_pgt", "x86_return_thunk"] {
+    for name in
+        ["__per_cpu_start", "current_task", "idle_threads", "runqueues", "init_top_pgt", "x86_return_thunk"]
+    {
         k.put(name, b'D', &[0; 16]);
     }
     for name in ["__per_cpu_offset", "preempt_dynamic_mode", "__init_begin", "__init_end"] {
@@ -495,6 +518,8 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     }
     k.put("text_mutex", b'D', &[0; 32]);
     k.put("kprobe_table", b'd', &[0; 512]);
+    k.put("kprobe_insn_slots", b'd', &[0; 64]);
+    k.put("kprobe_optinsn_slots", b'd', &[0; 64]);
     k.align();
     let livepatches = k.here().to_le_bytes();
     k.put("klp_ops", b'd', &[livepatches, livepatches].concat());

@@ -15,6 +15,7 @@ mod flips;
 mod guard;
 mod hostile;
 mod hotplug;
+mod inside;
 mod kernel;
 mod monitor;
 mod pause;
@@ -69,6 +70,7 @@ fn all() -> Vec<Test> {
         guard::TESTS,
         hostile::TESTS,
         hotplug::TESTS,
+        inside::TESTS,
         kernel::TESTS,
         monitor::TESTS,
         pause::TESTS,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use patcher::program::step::Program;
 use patcher::resolve::targets::Targets;
 
+use crate::api::inside::{Inside, InsideQuery};
 use crate::api::tasks::{TaskList, TaskQuery};
 use crate::api::wire::{Fits, Info, PatchSummary, Refusals, Report, VcpuLine};
 
@@ -35,6 +36,8 @@ pub enum Command {
     Targets,
     /// List the guest's tasks.
     Tasks(TaskQuery),
+    /// Find who stands in functions.
+    Inside(InsideQuery),
     /// List the patches.
     List,
     /// Show a patch.
@@ -53,6 +56,7 @@ impl Command {
             | Self::Explain(_)
             | Self::Targets
             | Self::Tasks(_)
+            | Self::Inside(_)
             | Self::Revert(_)
             | Self::RemoveArena => true,
             Self::Info | Self::Vcpus | Self::Pause { .. } | Self::Resume | Self::List | Self::Show(_) => {
@@ -81,6 +85,8 @@ pub enum Answer {
     Targets(Box<Targets>),
     /// The guest's tasks.
     Tasks(TaskList),
+    /// Who stands in functions.
+    Inside(Box<Inside>),
     /// The patches.
     Patches(Vec<PatchSummary>),
     /// Nothing was written.

@@ -12,6 +12,7 @@ pub mod client;
 pub mod command;
 mod connections;
 mod event_stream;
+pub mod inside;
 mod reply;
 mod routes;
 pub mod server;

@@ -27,6 +27,7 @@ pub(super) fn of(answer: Answer) -> Reply {
         Answer::Vcpus(vcpus) => json(StatusCode::OK, &vcpus),
         Answer::Targets(targets) => json(StatusCode::OK, &targets),
         Answer::Tasks(tasks) => json(StatusCode::OK, &tasks),
+        Answer::Inside(inside) => json(StatusCode::OK, &inside),
         Answer::Patches(patches) => json(StatusCode::OK, &patches),
         Answer::Refused(refusals) if refusals.is_bad_input() => json(StatusCode::BAD_REQUEST, &refusals),
         Answer::Refused(refusals) if refusals.is_unknown_patch() => json(StatusCode::NOT_FOUND, &refusals),

@@ -14,6 +14,7 @@ use crate::api::access::Role;
 use crate::api::command::{Answer, Command};
 use crate::api::connections::Place;
 use crate::api::event_stream::EventStream;
+use crate::api::inside::InsideQuery;
 use crate::api::reply::{self, Reply};
 use crate::api::tasks::TaskQuery;
 use crate::api::wire::EventList;
@@ -42,6 +43,8 @@ enum Action {
     Pause,
     /// The answer of [`Command::Tasks`], which takes a query.
     Tasks,
+    /// The answer of [`Command::Inside`], which takes a query.
+    Inside,
     /// The events that are kept.
     Events,
     /// The events that are kept and those to come.
@@ -53,7 +56,7 @@ const POST: &[Method] = &[Method::POST];
 const PUT: &[Method] = &[Method::PUT, Method::POST];
 const DELETE: &[Method] = &[Method::DELETE];
 
-static ROUTES: [(&[Method], &str, Action); 15] = [
+static ROUTES: [(&[Method], &str, Action); 16] = [
     (GET, "/vm", Action::Command(|| Command::Info)),
     (GET, "/vm/vcpus", Action::Command(|| Command::Vcpus)),
     (PUT, "/vm/pause", Action::Pause),
@@ -63,6 +66,7 @@ static ROUTES: [(&[Method], &str, Action); 15] = [
     (GET, "/events/stream", Action::EventStream),
     (GET, "/targets", Action::Command(|| Command::Targets)),
     (GET, "/tasks", Action::Tasks),
+    (GET, "/tasks/inside", Action::Inside),
     (GET, "/patches", Action::Command(|| Command::List)),
     (POST, "/patches", Action::Plan(Command::Apply)),
     (POST, "/patches/check", Action::Plan(Command::Check)),
@@ -114,6 +118,10 @@ pub(super) async fn handle(
         },
         Action::Tasks => match TaskQuery::parse(request.uri().query().unwrap_or_default()) {
             Ok(query) => Command::Tasks(query),
+            Err(what) => return reply::error(StatusCode::BAD_REQUEST, &what),
+        },
+        Action::Inside => match InsideQuery::parse(request.uri().query().unwrap_or_default()) {
+            Ok(query) => Command::Inside(query),
             Err(what) => return reply::error(StatusCode::BAD_REQUEST, &what),
         },
         Action::Events => return reply::json(StatusCode::OK, &EventList { events: state.events.kept() }),
@@ -187,7 +195,11 @@ impl Client for Waiting {
 
 /// Whether a request neither changes the guest nor stops its vCPUs.
 fn is_reading(method: &Method, action: &Action) -> bool {
-    let stops = matches!(action, Action::Command(command) if matches!(command(), Command::Vcpus));
+    let stops = match action {
+        Action::Command(command) => matches!(command(), Command::Vcpus),
+        Action::Inside => true,
+        _ => false,
+    };
     *method == Method::GET && !stops
 }
 
@@ -265,6 +277,7 @@ mod tests {
             Action::Plan(command) => format!("{:?}", command(Vec::new())),
             Action::Pause => "Pause".to_owned(),
             Action::Tasks => "Tasks".to_owned(),
+            Action::Inside => "Inside".to_owned(),
             Action::Events => "Events".to_owned(),
             Action::EventStream => "EventStream".to_owned(),
         })
@@ -287,12 +300,13 @@ mod tests {
             (Method::POST, "/patches", false),
             (Method::POST, "/patches/check", false),
             (Method::POST, "/patches/explain", false),
+            (Method::GET, "/tasks/inside", false),
             (Method::POST, "/patches/x/revert", false),
         ] {
             let (action, _) = find(&method, path).expect("a route");
             assert_eq!(is_reading(&method, action), may, "{method} {path}");
         }
-        assert_eq!(ROUTES.len(), 15, "every route is in the list above");
+        assert_eq!(ROUTES.len(), 16, "every route is in the list above");
     }
 
     #[test]

@@ -54,7 +54,7 @@ impl TaskQuery {
 }
 
 /// Text with bytes as `%41` (RFC 3986, section 2.1); `None` if it is not written so, or no UTF-8.
-fn decoded(text: &str) -> Option<String> {
+pub(crate) fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::new();
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -219,6 +219,14 @@ Examples:
 
 A frame that begins with ? may be left from an earlier call.";
 
+/// How `vmm vm inside` is used.
+const INSIDE_EXAMPLES: &str = "\
+Examples:
+  vmm vm inside --socket /run/vm.sock vfs_read
+  vmm vm inside --socket /run/vm.sock do_syslog kvm:kvm_vcpu_block --json | jq '.tasks[].comm'
+
+Every word of a task's stack counts, so now and then a task is named that has left the function.";
+
 /// The VM to ask, and how to print its answer.
 #[derive(Debug, Args)]
 pub struct SocketArgs {
@@ -328,6 +336,17 @@ pub enum VmCommand {
         /// The VM.
         #[command(flatten)]
         at: SocketArgs,
+    },
+    /// Find the tasks that stand in functions of the guest's kernel, asleep or running: what a replacement of
+    /// these functions would wait for. This stops the vCPUs for a moment.
+    #[command(after_help = format!("{INSIDE_EXAMPLES}\n\n{}", exit_status::OF_A_REQUEST))]
+    Inside {
+        /// The VM.
+        #[command(flatten)]
+        at: SocketArgs,
+        /// Functions, as a plan names them.
+        #[arg(required = true, value_name = "FUNCTION")]
+        functions: Vec<String>,
     },
     /// Stop all vCPUs.
     Pause {

@@ -2,6 +2,7 @@
 
 use hyper::Method;
 
+use crate::api::inside::{Inside, InsideQuery};
 use crate::api::tasks::{TaskList, TaskQuery};
 use crate::api::wire::{Done, Info, VcpuLine};
 use crate::cli::args::VmCommand;
@@ -17,6 +18,10 @@ pub(super) fn run(command: &VmCommand) -> Result<ExitStatus, Error> {
         VmCommand::Tasks { at, pid, name, stacks, no_stacks: _ } => {
             let query = TaskQuery { pid: *pid, name: name.clone(), stacks: *stacks };
             ask::<TaskList>(at, Method::GET, &query.uri(), Vec::new())
+        }
+        VmCommand::Inside { at, functions } => {
+            let query = InsideQuery { functions: functions.clone() };
+            ask::<Inside>(at, Method::GET, &query.uri(), Vec::new())
         }
         VmCommand::Pause { at, no_hurry } => {
             let uri = if *no_hurry { "/vm/pause?hurry=false" } else { "/vm/pause" };

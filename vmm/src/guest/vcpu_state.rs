@@ -26,6 +26,7 @@ pub enum Activity {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct VcpuRegisters {
     rip: u64,
+    rsp: u64,
     interrupts: bool,
     /// In kernel mode, in 64-bit mode. A CPU that was not started yet is not.
     kernel: bool,
@@ -57,6 +58,7 @@ impl VcpuRegisters {
     pub fn of(regs: &kvm_regs, sregs: &kvm_sregs) -> Self {
         Self {
             rip: regs.rip,
+            rsp: regs.rsp,
             interrupts: regs.rflags & RFLAGS_IF != 0,
             kernel: sregs.efer & EFER_LMA != 0 && sregs.ss.dpl == 0,
             gs_base: sregs.gs.base,
@@ -69,6 +71,12 @@ impl VcpuRegisters {
     #[must_use]
     pub fn rip(&self) -> Gva {
         Gva(self.rip)
+    }
+
+    /// The stack pointer.
+    #[must_use]
+    pub fn rsp(&self) -> Gva {
+        Gva(self.rsp)
     }
 
     /// Whether the vCPU is in the kernel.

@@ -25,6 +25,7 @@ impl Engine {
             | Command::Explain(_)
             | Command::Targets
             | Command::Tasks(_)
+            | Command::Inside(_)
             | Command::List
             | Command::Show(_) => return obey(self, command),
         };

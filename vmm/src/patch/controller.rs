@@ -27,6 +27,7 @@ use crate::host::priority;
 use crate::host::thread::Thread;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
 use crate::patch::init_gate::{AtInit, InitGate};
+use crate::patch::inside::Unanswered;
 use crate::patch::last_info::LastInfo;
 use crate::patch::reconcile::INTERVAL;
 use crate::text_guard;
@@ -354,6 +355,11 @@ fn obey(engine: &mut Engine, command: Command, given_at: Instant) -> Answer {
         Command::Tasks(query) => match engine.tasks(&query) {
             Ok(tasks) => Answer::Tasks(tasks),
             Err(refusal) => refused(refusal),
+        },
+        Command::Inside(query) => match engine.inside(&query) {
+            Ok(inside) => Answer::Inside(Box::new(inside)),
+            Err(Unanswered::Refused(refusal)) => refused(refusal),
+            Err(Unanswered::Failed(what)) => Answer::Failed(what),
         },
         Command::List => {
             engine.count_livepatched();

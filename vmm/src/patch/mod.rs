@@ -26,6 +26,7 @@ mod execute;
 pub mod executor;
 pub mod image;
 pub mod init_gate;
+mod inside;
 mod kernel_locks;
 pub mod last_info;
 mod module_gate;

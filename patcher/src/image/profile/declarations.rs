@@ -53,6 +53,8 @@ pub enum Capability {
     Tasks,
     /// Where the frames of a stack end.
     Orc,
+    /// Whether a task stands in a function: what its stack does not tell.
+    StackCheck,
     /// The place where a guest that is about to start init can be made to wait.
     InitGate,
 }
@@ -75,7 +77,7 @@ const fn always(facts: &'static [&'static [&'static [Fact]]]) -> Part {
 
 impl Capability {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Location,
         Self::InitSections,
         Self::PerCpu,
@@ -97,6 +99,7 @@ impl Capability {
         Self::TaskNames,
         Self::Tasks,
         Self::Orc,
+        Self::StackCheck,
         Self::InitGate,
     ];
 
@@ -125,6 +128,7 @@ impl Capability {
             Self::TaskNames => "task_names",
             Self::Tasks => "tasks",
             Self::Orc => "orc",
+            Self::StackCheck => "stack_check",
             Self::InitGate => "init_gate",
         }
     }
@@ -172,6 +176,7 @@ impl Capability {
             Self::TaskNames => TASK_NAMES,
             Self::Tasks => TASKS,
             Self::Orc => ORC,
+            Self::StackCheck => STACK_CHECK,
             Self::InitGate => INIT_GATE,
         }
     }
@@ -455,6 +460,38 @@ const LIVEPATCHES: &[Part] = &[Part {
 
 /// include/linux/sched.h.
 const TASK_NAMES: &[Part] = &[always(&[&[&[Member("task_struct", "comm")]]])];
+
+/// What hides that a task stands in a function, and what tells that one moved. The names of what return probes
+/// keep are those since 5.18 (include/linux/rethook.h), and those of 5.11 to 5.17 (include/linux/kprobes.h);
+/// before, they were in a hash table.
+const STACK_CHECK: &[Part] = &[always(&[
+    &[&[Symbol("return_to_handler")]],
+    &[&[Symbol("kprobe_insn_slots")]],
+    &[&[Symbol("kprobe_optinsn_slots")]],
+    &[&[Symbol("runqueues")]],
+    &[&[Member("task_struct", "start_time")]],
+    &[&[Member("task_struct", "on_rq")]],
+    &[&[Member("task_struct", "ret_stack")]],
+    &[&[Member("task_struct", "curr_ret_stack")]],
+    &[&[Member("kprobe_insn_cache", "pages")]],
+    &[&[Member("kprobe_insn_page", "list")]],
+    &[&[Member("kprobe_insn_page", "insns")]],
+    &[&[Member("rq", "nr_running")]],
+    &[
+        &[
+            Symbol("arch_rethook_trampoline"),
+            Member("task_struct", "rethooks"),
+            Member("rethook_node", "llist"),
+            Member("rethook_node", "ret_addr"),
+        ],
+        &[
+            Symbol("__kretprobe_trampoline"),
+            Member("task_struct", "kretprobe_instances"),
+            Member("kretprobe_instance", "llist"),
+            Member("kretprobe_instance", "ret_addr"),
+        ],
+    ],
+])];
 
 /// include/linux/sched.h, include/linux/sched/signal.h, kernel/smpboot.c, kernel/cpu.c; the boot CPU's first stack
 /// (include/asm-generic/vmlinux.lds.h, named so since 6.9), which says how long a stack is.

@@ -4,6 +4,7 @@ use crate::cli::render::page::Page;
 
 mod audit;
 mod events;
+mod inside;
 pub(super) mod page;
 mod patches;
 mod targets;

@@ -1,0 +1,174 @@
+//! The stacks of a running guest, as [`StackCheck`](crate::safety::stack_check::StackCheck) reads them.
+
+use std::collections::BTreeMap;
+
+use crate::addr::{Gva, VcpuId};
+use crate::linux::memory::read;
+use crate::linux::stack::{Copied, stack_size};
+use crate::linux::tasks::{MOST_TASKS, Task, TaskReader};
+use crate::plan::refusal::Refusal;
+use crate::safety::stack_check::{Mark, Running, Stacks, TaskId};
+
+/// Where a held vCPU stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Position {
+    /// The guest has not started it.
+    NotStarted,
+    /// In user mode: no kernel function is called.
+    User,
+    /// In the kernel.
+    Kernel {
+        /// The next instruction.
+        rip: Gva,
+        /// The stack pointer.
+        rsp: Gva,
+        /// The number of the CPU that it is, if it could be told.
+        cpu: Option<usize>,
+    },
+}
+
+/// Why stacks are not read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unread {
+    /// They can't be.
+    Refused(Refusal),
+    /// Not now: another moment may do. What the guest is in the midst of.
+    Unsettled(String),
+}
+
+impl From<Refusal> for Unread {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// A guest's stacks.
+pub struct GuestStacks<'a> {
+    reader: TaskReader<'a>,
+    /// All vCPUs while they are held; empty while the guest runs.
+    vcpus: Vec<(VcpuId, Position)>,
+    /// The tasks when they were last listed.
+    tasks: BTreeMap<TaskId, Task>,
+    /// How many stacks were read.
+    pub stacks_read: usize,
+}
+
+impl<'a> GuestStacks<'a> {
+    /// Of a guest that runs.
+    #[must_use]
+    pub fn new(reader: TaskReader<'a>) -> Self {
+        Self { reader, vcpus: Vec::new(), tasks: BTreeMap::new(), stacks_read: 0 }
+    }
+
+    /// From now on all vCPUs are held, and stand there.
+    pub fn held(&mut self, vcpus: Vec<(VcpuId, Position)>) {
+        self.vcpus = vcpus;
+        self.tasks.clear();
+        self.stacks_read = 0;
+    }
+
+    /// A task that was listed.
+    #[must_use]
+    pub fn task(&self, task: TaskId) -> Option<&Task> {
+        self.tasks.get(&task)
+    }
+
+    /// All tasks. While the vCPUs are held they are listed once.
+    fn list(&mut self) -> Result<Vec<Task>, Unread> {
+        if self.vcpus.is_empty() || self.tasks.is_empty() {
+            let tasks = self.reader.all(MOST_TASKS)?;
+            self.tasks = tasks.into_iter().map(|task| (TaskId(task.at), task)).collect();
+        }
+        Ok(self.tasks.values().cloned().collect())
+    }
+
+    /// The words from an address up to the end of the stack that it is in.
+    fn words(&self, from: Gva, end: Gva) -> Result<Vec<u64>, Refusal> {
+        let bytes = read(self.reader.memory(), from, end.offset_from(from).unwrap_or(0))?;
+        Ok(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
+    }
+
+    /// The tasks of vCPUs in user mode. Each runs on a CPU that no vCPU in the kernel is.
+    fn in_user_mode(
+        &self,
+        tasks: &[Task],
+        in_kernel: &[Running],
+        cpus: &[usize],
+    ) -> Result<Vec<Running>, Unread> {
+        let is_free = |task: &&Task| {
+            let is_elsewhere = usize::try_from(task.cpu).is_ok_and(|cpu| !cpus.contains(&cpu));
+            task.is_running
+                && task.pid != 0
+                && is_elsewhere
+                && in_kernel.iter().all(|other| other.task.0 != task.at)
+        };
+        let found =
+            tasks.iter().filter(is_free).map(|task| Running { task: TaskId(task.at), words: Vec::new() });
+        let found: Vec<Running> = found.collect();
+        let expected = self.vcpus.iter().filter(|(_, position)| *position == Position::User).count();
+        if found.len() == expected {
+            return Ok(found);
+        }
+        let what = format!("{expected} vCPUs are in user mode, but {} tasks can be theirs", found.len());
+        Err(Unread::Unsettled(what))
+    }
+}
+
+impl Stacks for GuestStacks<'_> {
+    type Error = Unread;
+
+    fn tasks(&mut self) -> Result<Vec<TaskId>, Unread> {
+        let tasks = self.list()?;
+        if !self.vcpus.is_empty() && !self.reader.run_queues_are_known(&tasks)? {
+            let what = "a run queue has tasks that are not on the list, or are throttled";
+            return Err(Unread::Unsettled(what.to_owned()));
+        }
+        Ok(tasks.iter().map(|task| TaskId(task.at)).collect())
+    }
+
+    fn mark(&mut self, task: TaskId) -> Result<Mark, Unread> {
+        let (stack_pointer, switches) = self.reader.switches(task.0)?;
+        Ok(Mark { start_time: self.reader.start_time(task.0)?, stack_pointer, switches })
+    }
+
+    fn stack(&mut self, task: TaskId) -> Result<Vec<u64>, Unread> {
+        self.stacks_read += 1;
+        match self.reader.saved_stack(task.0)? {
+            Copied::Stack(stack) => Ok(stack.words_from(stack.at).map(|(_, word)| word).collect()),
+            // It has ended, and will not run again.
+            Copied::None => Ok(Vec::new()),
+            _ => Err(Unread::Unsettled(format!("the stack of the task at {} can't be read", task.0))),
+        }
+    }
+
+    fn hidden(&mut self, task: TaskId) -> Result<Vec<u64>, Unread> {
+        Ok(self.reader.hidden_addresses(task.0)?)
+    }
+
+    fn vcpus(&mut self) -> Result<Vec<Running>, Unread> {
+        let tasks = self.list()?;
+        let size = stack_size(self.reader.kernel())?;
+        let mut stacks = BTreeMap::new();
+        for task in &tasks {
+            stacks.insert(self.reader.stack_base(task.at)?, TaskId(task.at));
+        }
+        let (mut running, mut cpus) = (Vec::new(), Vec::new());
+        for (vcpu, position) in &self.vcpus {
+            let Position::Kernel { rip, rsp, cpu } = position else { continue };
+            let below = stacks.range(..=*rsp).next_back();
+            let end = |base: &Gva| Gva(base.0.saturating_add(size));
+            let own =
+                below.filter(|(base, _)| **base != Gva(0) && *rsp < end(base) && rsp.0.is_multiple_of(8));
+            let (Some((base, task)), Some(cpu)) = (own, cpu) else {
+                let what = format!("vCPU {} serves an interrupt, or enters or leaves the kernel", vcpu.0);
+                return Err(Unread::Unsettled(what));
+            };
+            let words = self.words(*rsp, end(base))?;
+            running.push(Running { task: *task, words: [vec![rip.0], words].concat() });
+            cpus.push(*cpu);
+        }
+        let others = self.in_user_mode(&tasks, &running, &cpus)?;
+        running.extend(others);
+        Ok(running)
+    }
+}

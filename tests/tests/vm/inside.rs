@@ -1,0 +1,79 @@
+//! Promise: whoever stands in a function of the guest's kernel is found, asleep or running, whatever tracer has
+//! its return address; and of a function that nobody is in, nobody is named.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use tests::inside::{Hides, hide, inside, is_found};
+use tests::lab::Lab;
+use tests::targets::all_kernels;
+use tests::vm::{Method, Vm, field};
+
+use super::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("inside::sleepers_are_found_on_6_1", |lab| sleepers(lab, 0, Hides::Nothing)),
+    ("inside::sleepers_are_found_behind_the_graph_tracer", |lab| sleepers(lab, 0, Hides::Graph)),
+    ("inside::sleepers_are_found_behind_a_return_probe", |lab| sleepers(lab, 1, Hides::Probe)),
+    ("inside::sleepers_are_found_behind_the_newest_graph_tracer", |lab| sleepers(lab, 2, Hides::Graph)),
+];
+
+/// Threads, and functions that they sleep in, from the system call down to what calls `schedule`.
+const SLEEPERS: [(&str, &[&str]); 6] = [
+    ("in-nanosleep", &["hrtimer_nanosleep", "do_nanosleep"]),
+    ("in-wait", &["kernel_wait4", "do_wait"]),
+    ("in-accept", &["unix_accept"]),
+    ("in-open", &["fifo_open", "do_sys_openat2"]),
+    ("in-pipe", &["vfs_read", "ksys_read"]),
+    ("in-poll", &["do_sys_poll", "schedule_hrtimeout_range_clock"]),
+];
+/// Functions that no task of this guest is in.
+const EMPTY: [&str; 3] = ["do_init_module", "__x64_sys_reboot", "kernel_kexec"];
+/// How often they are looked at while every CPU is busy.
+const LOOKS: usize = 20;
+
+fn sleepers(lab: &Lab, kernel: usize, hides: Hides) -> Result<()> {
+    let setup = &all_kernels(lab, 4)[kernel];
+    let mut vm = Vm::start(lab, setup)?;
+    hide(&mut vm, hides)?;
+    let (_, said) = vm.ask("sleepers")?;
+    ensure!(field(&said, "count")? > 0, "{said}");
+    for (thread, functions) in SLEEPERS {
+        for function in functions {
+            is_found(&vm, thread, function)?;
+        }
+    }
+    let (names, answer) = inside(&vm, &["unix_accept", "fifo_open"])?;
+    ensure!(names.len() == 2, "two threads sleep there: {answer:#}");
+    println!("{hides:?}: {} tasks, {} again", answer["tasks_looked_at"], answer["looked_at_again"]);
+    if hides == Hides::Nothing {
+        ensure!(answer["tasks"].as_array().is_some_and(|tasks| tasks.len() == 2), "{answer:#}");
+    }
+
+    // Every CPU calls `getppid`, for which a task is in the kernel for a moment only.
+    vm.hammer("getppid", 0, 1)?;
+    let mut held = Vec::new();
+    for _ in 0..LOOKS {
+        let (names, answer) = inside(&vm, &EMPTY)?;
+        ensure!(names.is_empty(), "{answer:#}");
+        let (names, answer) = inside(&vm, &["__x64_sys_getppid"])?;
+        ensure!(names.iter().all(|name| name.starts_with("hammer")), "{answer:#}");
+        held.push(answer["held_us"].as_u64().context("a time")?);
+    }
+    held.sort_unstable();
+    println!("{hides:?}: held for {} us, at most {}", held[LOOKS / 2], held[LOOKS - 1]);
+    vm.expect_all(false)?;
+
+    for (query, code) in [("function=nobody", "unknown_symbol"), ("function=init_task", "not_text")] {
+        let (status, answer) = vm.request(Method::GET, &format!("/tasks/inside?{query}"), b"")?;
+        ensure!(status >= 400 && answer["refusals"][0]["code"] == code, "{status}: {answer:#}");
+    }
+    let (status, answer) = vm.request(Method::GET, "/tasks/inside", b"")?;
+    ensure!(status == 400, "{answer:#}");
+    let output =
+        Command::new(&lab.vmm).args(["vm", "inside", "fifo_open", "--socket"]).arg(vm.socket()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success() && text.contains("in-open: fifo_open+0x"), "{text}{output:?}");
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}

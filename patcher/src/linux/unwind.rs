@@ -171,7 +171,6 @@ impl<'a> Unwinder<'a> {
     }
 
     /// The frame before; `None` at the end of the stack, and `Err` if it is not known.
-    #[expect(clippy::type_complexity, reason = "a refusal ends the request, a reason only this stack")]
     fn next(
         &mut self,
         stack: &Stack,

@@ -393,7 +393,7 @@ fn frames_of_a_module_are_those_of_its_own_table() {
     };
     assert_eq!(trace(Some(table)), (2, true));
     assert_eq!(trace(None), (1, false));
-    assert_eq!(trace(Some(OrcTable { count: u32::MAX, ..table })).1, false, "it claims more than there is");
+    assert!(!trace(Some(OrcTable { count: u32::MAX, ..table })).1, "it claims more than there is");
 }
 
 /// Whatever is on a stack and in a table, unwinding ends, and finds no more frames than the stack has words.

@@ -8,6 +8,7 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use guest::provision::corpus::{self, Stock};
 use guest::provision::readers::{Readers, Reading};
+use patcher::image::profile::{Capability, State};
 use patcher::image::{KernelImage, Tables};
 
 /// A table: the linker script's symbols around it, its section, the sizes that an entry has had,
@@ -111,6 +112,12 @@ fn compare(kernel: &Stock, readers: &Readers) -> Result<String> {
         );
         line += &format!(", {section} {entries}");
     }
+    for capability in [Capability::Tasks, Capability::Orc] {
+        let state = image.profile().state(capability);
+        ensure!(*state == State::Supported, "{}: {state:?}", capability.name());
+    }
+    let decoded = image.orc().map(|orc| orc.table.count as usize);
+    ensure!(decoded == image.tables().orc_entries, "{decoded:?} ORC entries decode");
     Ok(line)
 }
 

@@ -16,8 +16,8 @@ pub const ARGUMENT: &str = "sleep";
 
 type Sleep = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
-/// Starts a thread of each kind, named after what it sleeps in. It comes back when none of them runs any more, as far
-/// as that can be waited for.
+/// Starts a thread of each kind, named after what it sleeps in, and gives them half a second to fall asleep. Returns
+/// how many there are.
 ///
 /// # Errors
 /// When the system has no thread left, or what a call needs is not there.
@@ -40,8 +40,20 @@ pub fn start_sleepers() -> io::Result<usize> {
         ("in-accept", Box::new(move || listener.accept().map(drop))),
         ("in-open", Box::new(|| File::open("/tmp/fifo").map(drop))),
         ("in-flock", Box::new(move || Ok(flock(&waits, FlockOperation::LockExclusive)?))),
-        ("in-nanosleep", Box::new(|| Ok(thread::sleep(Duration::MAX)))),
-        ("in-futex", Box::new(|| Ok(thread::park()))),
+        (
+            "in-nanosleep",
+            Box::new(|| {
+                thread::sleep(Duration::MAX);
+                Ok(())
+            }),
+        ),
+        (
+            "in-futex",
+            Box::new(|| {
+                thread::park();
+                Ok(())
+            }),
+        ),
         ("in-wait", Box::new(move || child.wait().map(drop))),
     ];
     let count = sleepers.len();
@@ -54,7 +66,7 @@ pub fn start_sleepers() -> io::Result<usize> {
 
 /// What the process with [`ARGUMENT`] does.
 pub fn sleep() -> ! {
-    let _ = thread::Builder::new().name("second".to_owned()).spawn(|| thread::park());
+    let _ = thread::Builder::new().name("second".to_owned()).spawn(thread::park);
     loop {
         thread::sleep(Duration::from_secs(3600));
     }

@@ -23,6 +23,8 @@ pub(super) struct Btf<'a> {
 struct Type<'a> {
     name: u32,
     kind: u8,
+    /// Of a type that has a size, that; of one that stands for another, which.
+    size_or_type: u32,
     /// Whether members have a bit-field size in the upper byte of their offset.
     bit_fields: bool,
     members: &'a [Member],
@@ -55,7 +57,7 @@ struct TypeHeader {
     name: U32,
     /// Bits 0 to 15: how many members. Bits 24 to 28: the kind. Bit 31: the flag.
     info: U32,
-    _size_or_type: U32,
+    size_or_type: U32,
 }
 
 /// `struct btf_member`.
@@ -76,9 +78,30 @@ pub(super) struct BitField {
     pub(super) size: u32,
 }
 
+/// A number or a pointer in a structure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scalar {
+    /// Where it is, in bytes.
+    pub offset: u64,
+    /// How long it is: 1, 2, 4 or 8 bytes.
+    pub size: u32,
+}
+
+/// A member that was looked for.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    /// Where it is, in bits.
+    bits: u32,
+    ty: u32,
+    is_bit_field: bool,
+}
+
 const MAGIC: u16 = 0xeb9f;
+const INTEGER: u8 = 1;
+const POINTER: u8 = 2;
 const STRUCT: u8 = 4;
 const UNION: u8 = 5;
+const ENUMERATION: u8 = 6;
 /// How deep anonymous members are followed.
 const DEEPEST: usize = 8;
 /// Most types. Distributors' kernels have less than 200,000.
@@ -118,7 +141,14 @@ impl<'a> Btf<'a> {
             let (members, behind) = behind.split_at_checked(length)?;
             let members = if matches!(kind, STRUCT | UNION) { members } else { &[] };
             let members = <[Member]>::ref_from_bytes(members).ok()?;
-            types.push(Type { name: ty.name.get(), kind, bit_fields: info >> 31 != 0, members });
+            let size_or_type = ty.size_or_type.get();
+            types.push(Type {
+                name: ty.name.get(),
+                kind,
+                size_or_type,
+                bit_fields: info >> 31 != 0,
+                members,
+            });
             rest = behind;
         }
         Some(Self { types, strings, budget })
@@ -138,8 +168,36 @@ impl<'a> Btf<'a> {
     /// How far the member is from the start of `struct name`, in bytes. Members of anonymous
     /// members are members.
     pub(super) fn offset(&self, name: &str, member: &str) -> Option<u32> {
-        let found = self.find(self.structure(name)?, member.as_bytes(), DEEPEST, &mut BTreeSet::new());
-        found.map(|bits| bits / 8)
+        self.member(name, member).map(|found| found.bits / 8)
+    }
+
+    fn member(&self, name: &str, member: &str) -> Option<Found> {
+        self.find(self.structure(name)?, member.as_bytes(), DEEPEST, &mut BTreeSet::new())
+    }
+
+    /// Where a number or a pointer of `struct name` is, and how long: 1, 2, 4 or 8 bytes. `None` if the member is
+    /// anything else.
+    pub(super) fn scalar(&self, name: &str, member: &str) -> Option<Scalar> {
+        let found = self.member(name, member)?;
+        let size = self.size(found.ty).filter(|_| found.bits % 8 == 0 && !found.is_bit_field)?;
+        matches!(size, 1 | 2 | 4 | 8).then_some(Scalar { offset: (found.bits / 8).into(), size })
+    }
+
+    /// The size of a number or a pointer.
+    fn size(&self, mut ty: u32) -> Option<u32> {
+        for _ in 0..DEEPEST {
+            self.budget.spend(1)?;
+            // Type 0 is void and is not in the list.
+            let found = self.types.get(usize::try_from(ty).ok()?.checked_sub(1)?)?;
+            match found.kind {
+                POINTER => return Some(8),
+                INTEGER | ENUMERATION => return Some(found.size_or_type),
+                // Typedef, volatile, const, restrict, type tag.
+                8..=11 | 18 => ty = found.size_or_type,
+                _ => return None,
+            }
+        }
+        None
     }
 
     /// Where a member of `struct name` is, in bits: a bit-field, or any other. Only of a structure that has
@@ -153,21 +211,22 @@ impl<'a> Btf<'a> {
     }
 
     /// `seen` has the anonymous types that do not have the member.
-    fn find(&self, ty: &Type<'a>, wanted: &[u8], depth: usize, seen: &mut BTreeSet<usize>) -> Option<u32> {
+    fn find(&self, ty: &Type<'a>, wanted: &[u8], depth: usize, seen: &mut BTreeSet<usize>) -> Option<Found> {
         if depth == 0 {
             return None;
         }
         self.budget.spend(ty.members.len())?;
         ty.members.iter().find_map(|member| {
             let (name, offset) = (member.name.get(), member.offset.get());
-            let offset = if ty.bit_fields { offset & 0xff_ffff } else { offset };
+            let (offset, size) = if ty.bit_fields { (offset & 0xff_ffff, offset >> 24) } else { (offset, 0) };
             if self.is(name, wanted) {
-                return Some(offset);
+                return Some(Found { bits: offset, ty: member.ty.get(), is_bit_field: size != 0 });
             }
             // Type 0 is void and is not in the list.
             let inner = usize::try_from(member.ty.get()).ok()?.checked_sub(1)?;
             let ty = self.types.get(inner).filter(|_| self.is(name, b"") && seen.insert(inner))?;
-            self.find(ty, wanted, depth - 1, seen)?.checked_add(offset)
+            let found = self.find(ty, wanted, depth - 1, seen)?;
+            Some(Found { bits: found.bits.checked_add(offset)?, ..found })
         })
     }
 }
@@ -225,6 +284,9 @@ mod tests {
         assert_eq!(btf.bit_field("inner", "c"), None, "it has no bit-fields");
         assert_eq!(btf.offset("outer", "c"), None, "it is in a named member");
         assert_eq!(btf.offset("nobody", "a"), None);
+        assert_eq!(btf.scalar("outer", "b"), Some(Scalar { offset: 4, size: 4 }));
+        assert_eq!(btf.scalar("outer", "d"), None, "a bit-field");
+        assert_eq!(btf.scalar("outer", "s"), None, "a structure");
     }
 
     #[test]

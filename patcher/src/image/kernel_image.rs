@@ -174,12 +174,6 @@ impl KernelImage {
         Self { offsets, call_forms, profile: Profile::whole(), ..self }
     }
 
-    /// The same image with this ORC table.
-    #[cfg(test)]
-    pub(crate) fn with_orc(self, orc: Orc) -> Self {
-        Self { orc: Some(orc), ..self }
-    }
-
     /// The same image with this banner.
     #[cfg(test)]
     pub(crate) fn with_banner(self, banner: &str) -> Self {

@@ -7,7 +7,7 @@
 //! ```
 
 pub mod banner;
-mod btf;
+pub mod btf;
 mod bzimage;
 pub mod call_forms;
 mod compression;

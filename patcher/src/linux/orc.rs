@@ -84,3 +84,51 @@ fn find(
     let bytes = read(memory, place(table.entries, index, ENTRY), ENTRY)?;
     Ok(Record::read_from_bytes(&bytes).ok().and_then(|record| layout.decode(record)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::orc::tests::{LAYOUTS, bytes};
+    use crate::image::orc::{Base, Kind};
+
+    const IPS: u64 = 0x1000;
+    const ENTRIES: u64 = 0x2000;
+
+    /// A list of addresses and one of entries whose stack offset is their number.
+    struct Table(Vec<u64>);
+
+    impl GuestMemory for Table {
+        fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), Gva> {
+            let ips = (0_u64..).zip(&self.0).flat_map(|(index, ip)| {
+                let distance = ip.wrapping_sub(IPS + 4 * index);
+                distance.to_le_bytes()[..4].to_vec()
+            });
+            let entries = (0..self.0.len())
+                .flat_map(|index| bytes((5, i16::try_from(8 * index).expect("few")), (1, -16), 2));
+            let (start, all) =
+                if at.0 < ENTRIES { (IPS, ips.collect()) } else { (ENTRIES, entries.collect::<Vec<u8>>()) };
+            let from = usize::try_from(at.0 - start).expect("behind the start");
+            into.copy_from_slice(all.get(from..from + into.len()).ok_or(at)?);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_last_entry_at_an_address_or_before_it_counts() {
+        let memory = Table(vec![0x8000, 0x8010, 0x8010, 0x8010, 0x8020]);
+        let table = OrcTable { ips: Gva(IPS), entries: Gva(ENTRIES), count: 5 };
+        let offset =
+            |ip| find(&memory, table, LAYOUTS[2], Gva(ip)).expect("mapped").map(|entry| entry.sp.1 / 8);
+        let expected =
+            [(0x7fff, None), (0x8000, Some(0)), (0x800f, Some(0)), (0x8010, Some(3)), (0x801f, Some(3))];
+        for (ip, index) in expected.into_iter().chain([(0x8020, Some(4)), (u64::MAX, Some(4))]) {
+            assert_eq!(offset(ip), index, "{ip:#x}");
+        }
+        let entry = find(&memory, table, LAYOUTS[2], Gva(0x8000)).expect("mapped").expect("an entry");
+        assert_eq!((entry.sp.0, entry.bp, entry.kind), (Base::Sp, (Base::PreviousSp, -16), Kind::Call));
+        let none = OrcTable { count: 0, ..table };
+        assert_eq!(find(&memory, none, LAYOUTS[2], Gva(0x8000)), Ok(None));
+        let large = OrcTable { count: u32::MAX, ..table };
+        assert!(find(&memory, large, LAYOUTS[2], Gva(0x8000)).is_err(), "it is not all there");
+    }
+}

@@ -143,7 +143,7 @@ impl TaskReader<'_> {
         let offsets = self.offsets();
         Ok(Position {
             is_running: self.number(task, offsets.on_cpu)? != 0,
-            switches: [self.word(task, offsets.nvcsw)?, self.word(task, offsets.nivcsw)?],
+            switches: [self.number(task, offsets.nvcsw)?, self.number(task, offsets.nivcsw)?],
             stack: Gva(self.word(task, offsets.stack)?),
             sp: Gva(self.word(task, offsets.sp)?),
         })

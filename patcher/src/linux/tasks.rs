@@ -3,15 +3,16 @@
 //! `copy_process`; kernel/smpboot.c).
 //!
 //! The guest runs while its lists are read, and nobody in it waits for the reader. So each step is
-//! checked against the link back ([`LinkedList`]), a member is read before its links are checked for the
-//! last time, and a thread must share the `signal` of the process on whose list it is. Memory that was freed and
-//! used again meanwhile passes none of these. What still fails after many attempts is an error.
+//! checked against the link back, before a member is read and after ([`LinkedList`]), and a thread must
+//! share the `signal` of the process on whose list it is. Memory that was freed and used again meanwhile
+//! passes none of these. What still fails after many attempts is an error.
 
 use crate::addr::Gva;
+use crate::image::btf::Scalar;
 use crate::image::profile::Capability;
 use crate::image::task_offsets::TaskOffsets;
 use crate::linux::linked_list::{LinkedList, Retries};
-use crate::linux::memory::{GuestMemory, read, read_u32, read_u64};
+use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::linux::task_state::letter;
 use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
@@ -106,7 +107,7 @@ impl<'a> TaskReader<'a> {
     /// The threads of a process; `None` if it changed meanwhile.
     fn threads(&self, leader: Gva, list: LinkedList<'_>) -> Result<Option<Vec<Task>>, Refusal> {
         let signal = self.word(leader, self.offsets.signal)?;
-        let tgid = self.number(leader, self.offsets.tgid)?;
+        let tgid = self.short(leader, self.offsets.tgid)?;
         let head = Gva(signal.wrapping_add(self.offsets.thread_head));
         let few = Retries::few();
         let thread = |node: Gva| {
@@ -146,7 +147,7 @@ impl<'a> TaskReader<'a> {
 
     fn task(&self, at: Gva) -> Result<Task, Refusal> {
         let offsets = self.offsets;
-        let number = |offset| self.number(at, offset);
+        let number = |field| self.short(at, field);
         let comm = read(self.memory, Gva(at.0.wrapping_add(offsets.comm)), COMM)?;
         let comm = comm.split(|byte| *byte == 0).next().unwrap_or_default();
         Ok(Task {
@@ -161,8 +162,16 @@ impl<'a> TaskReader<'a> {
         })
     }
 
-    pub(super) fn number(&self, at: Gva, offset: u64) -> Result<u32, Refusal> {
-        read_u32(self.memory, Gva(at.0.wrapping_add(offset)))
+    /// A number of a task.
+    pub(super) fn number(&self, at: Gva, Scalar { offset, size }: Scalar) -> Result<u64, Refusal> {
+        let bytes = read(self.memory, Gva(at.0.wrapping_add(offset)), size.min(8) as usize)?;
+        Ok(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    }
+
+    /// The same, of which 32 bits count.
+    fn short(&self, at: Gva, field: Scalar) -> Result<u32, Refusal> {
+        let number = self.number(at, field)? & u64::from(u32::MAX);
+        Ok(u32::try_from(number).unwrap_or(u32::MAX))
     }
 
     pub(super) fn word(&self, at: Gva, offset: u64) -> Result<u64, Refusal> {

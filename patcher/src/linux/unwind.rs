@@ -171,7 +171,6 @@ impl<'a> Unwinder<'a> {
     }
 
     /// The frame before; `None` at the end of the stack, and `Err` if it is not known.
-    #[expect(clippy::type_complexity, reason = "a refusal ends the request, a reason only this stack")]
     fn next(
         &mut self,
         stack: &Stack,
@@ -263,5 +262,57 @@ fn step(stack: &Stack, cursor: &Cursor, entry: Entry) -> Option<Cursor> {
         }
         Kind::PartialRegs => interrupted(sp.checked_sub(regs::IP)?, None),
         Kind::Undefined | Kind::End => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AT: u64 = 0xffff_c900_0000_0000;
+
+    /// A stack of 40 words, each of which is its number, and what is found by an entry from its second word on.
+    fn follow(entry: Entry, changed: &[(usize, u64)], regs: Option<u64>) -> Option<(u64, u64, u64, bool)> {
+        let mut words: Vec<u64> = (0..40).collect();
+        changed.iter().for_each(|(index, word)| words[*index] = *word);
+        let stack = Stack { at: Gva(AT), bytes: words.iter().flat_map(|word| word.to_le_bytes()).collect() };
+        let (sp, regs) = (Gva(AT + 8), regs.map(Gva));
+        let cursor = Cursor { ip: Gva(0), sp, bp: AT + 16, interrupted: false, regs, is_user: false };
+        step(&stack, &cursor, entry).map(|next| (next.ip.0, next.sp.0, next.bp, next.is_user))
+    }
+
+    #[test]
+    fn entries_are_followed_as_the_kernel_does() {
+        let call =
+            Entry { sp: (Base::Sp, 16), bp: (Base::Undefined, 0), kind: Kind::Call, interrupted: false };
+        assert_eq!(follow(call, &[], None), Some((2, AT + 24, AT + 16, false)));
+        let saved = Entry { sp: (Base::Bp, 16), bp: (Base::PreviousSp, -16), ..call };
+        assert_eq!(follow(saved, &[], None), Some((3, AT + 32, 2, false)));
+        let moved = Entry { bp: (Base::Bp, 8), ..call };
+        assert_eq!(follow(moved, &[], None), Some((2, AT + 24, 3, false)));
+        let aligned = Entry { sp: (Base::BpIndirect, -8), ..call };
+        assert_eq!(follow(aligned, &[(1, AT + 40)], None), Some((4, AT + 40, AT + 16, false)));
+        let register = Entry { sp: (Base::R10, 0), ..call };
+        // R10 is the seventh of saved registers.
+        assert_eq!(follow(register, &[(9, AT + 64)], Some(AT + 16)), Some((7, AT + 64, AT + 16, false)));
+        assert_eq!(follow(register, &[(9, AT + 64)], None), None, "its value is not known");
+        for base in [Base::Undefined, Base::PreviousSp, Base::SpIndirect] {
+            assert_eq!(follow(Entry { sp: (base, 16), ..call }, &[], None), None);
+        }
+        for outside in [(Base::Sp, -16), (Base::Sp, 400), (Base::Bp, i16::MAX)] {
+            assert_eq!(follow(Entry { sp: outside, ..call }, &[], None), None);
+        }
+    }
+
+    #[test]
+    fn registers_lead_to_what_was_interrupted() {
+        let regs = Entry { sp: (Base::Sp, 8), bp: (Base::Undefined, 0), kind: Kind::Regs, interrupted: true };
+        // From the third word on: RBP is the fifth, RIP, CS, RFLAGS, RSP and SS are the last of 21.
+        let kernel = [(6, 5), (18, 77), (19, 0x10), (21, AT + 300)];
+        assert_eq!(follow(regs, &kernel, None), Some((77, AT + 300, 5, false)));
+        assert_eq!(follow(regs, &[(19, 0x33)], None).map(|(.., is_user)| is_user), Some(true));
+        assert_eq!(follow(Entry { sp: (Base::Sp, 168), ..regs }, &[], None), None, "not all is on the stack");
+        let partial = Entry { kind: Kind::PartialRegs, sp: (Base::Sp, 136), ..regs };
+        assert_eq!(follow(partial, &kernel, None), Some((77, AT + 300, AT + 16, false)));
     }
 }

@@ -10,6 +10,7 @@ mod miniature;
 mod names;
 mod plan_names;
 mod sites;
+mod task_lists;
 
 use patcher::addr::Gva;
 use patcher::image::{KernelImage, unpack};

@@ -32,7 +32,7 @@ const UNDECLARED: [(&str, &str); 20] = [
 ];
 
 /// How names are looked up.
-const CALLS: [&str; 6] = ["symbol(", "only(", "per_cpu(", "offset(", "bit_field(", "raised_by("];
+const CALLS: [&str; 7] = ["symbol(", "only(", "per_cpu(", "offset(", "bit_field(", "scalar(", "raised_by("];
 /// Files all of whose text literals are names.
 const LISTS: [&str; 4] =
     ["image/offsets.rs", "image/task_offsets.rs", "image/lock_ops.rs", "image/landmarks.rs"];

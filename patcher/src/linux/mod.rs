@@ -13,7 +13,6 @@ pub mod modules;
 mod names;
 mod orc;
 mod run_queues;
-pub mod scan;
 pub mod stack;
 mod task_state;
 pub mod tasks;

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use crate::addr::Gva;
-use crate::linux::memory::{read_u32, read_u64};
+use crate::linux::memory::read_u64;
 use crate::linux::tasks::{Task, TaskReader};
 use crate::linux::tracers::scan_offsets;
 use crate::plan::refusal::Refusal;
 
 /// `TASK_ON_RQ_QUEUED` (kernel/sched/sched.h).
-const QUEUED: u32 = 1;
+const QUEUED: u64 = 1;
 /// As many CPUs as are looked for.
 const MOST_CPUS: u64 = 64;
 
@@ -22,7 +22,7 @@ impl TaskReader<'_> {
     /// [`Refusal::MissingCapability`], [`Refusal::Unmapped`].
     pub fn run_queues_are_known(&self, tasks: &[Task]) -> Result<bool, Refusal> {
         let offsets = scan_offsets(self.kernel())?;
-        let mut queued: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut queued: BTreeMap<u32, u64> = BTreeMap::new();
         // An idle task is on no queue, whatever it says.
         for task in tasks.iter().filter(|task| task.pid != 0) {
             if self.number(task.at, offsets.on_rq)? == QUEUED {
@@ -36,9 +36,8 @@ impl TaskReader<'_> {
         let possible = read_u64(memory, self.kernel().symbol("__cpu_possible_mask")?)?;
         for cpu in (0..MOST_CPUS).filter(|cpu| possible >> cpu & 1 == 1) {
             let base = read_u64(memory, Gva(bases.0.wrapping_add(8 * cpu)))?;
-            let at = Gva(base.wrapping_add(queue).wrapping_add(offsets.nr_running));
             let expected = u32::try_from(cpu).ok().and_then(|cpu| queued.remove(&cpu)).unwrap_or(0);
-            if read_u32(memory, at)? != expected {
+            if self.number(Gva(base.wrapping_add(queue)), offsets.nr_running)? != expected {
                 return Ok(false);
             }
         }

@@ -53,10 +53,10 @@ impl TaskReader<'_> {
     pub fn hidden_addresses(&self, task: Gva) -> Result<Vec<u64>, Refusal> {
         let offsets = scan_offsets(self.kernel())?;
         let mut found = Vec::new();
-        let (ret_stack, used) =
-            (self.word(task, offsets.ret_stack)?, self.number(task, offsets.curr_ret_stack)?);
-        // -1 while there is none, before 6.11.
-        let used = if used.cast_signed() < 0 { 0 } else { RET_STACK.min((u64::from(used) + 1) * ENTRY) };
+        let ret_stack = self.word(task, offsets.ret_stack)?;
+        // -1 while there is none, before 6.11: no words, or all that there can be.
+        let used = self.number(task, offsets.curr_ret_stack)?.saturating_add(1).saturating_mul(ENTRY);
+        let used = RET_STACK.min(used);
         if ret_stack != 0 {
             let bytes = read(self.memory(), Gva(ret_stack), usize::try_from(used).unwrap_or(0))?;
             found.extend(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)));

@@ -11,6 +11,7 @@ mod btf;
 mod bzimage;
 pub mod call_forms;
 mod compression;
+mod contents;
 mod elf;
 mod elf_header;
 mod error;
@@ -34,6 +35,7 @@ mod search;
 pub mod symbols;
 pub mod tables;
 
+pub use contents::Contents;
 pub use error::Error;
 pub use kernel_image::KernelImage;
 pub use loadable::{KernelFile, LoadSegment, Loadable};

@@ -362,8 +362,18 @@ Examples:
   vmm kernel info --kernel /boot/vmlinuz
   vmm kernel keys --kernel /boot/vmlinuz sched
   vmm kernel tables --kernel /boot/vmlinuz alternatives --json
+  vmm kernel match --kernel /boot/vmlinuz kernel/fork.o
 
 Addresses are those the kernel was linked at.";
+
+const MATCH_HELP: &str = "\
+Examples:
+  vmm kernel match --kernel /boot/vmlinuz kernel/fork.o
+  vmm kernel match --kernel /boot/vmlinuz kernel/fork.o --json | jq '.functions[] | select(.outcome != \"matches\")'
+
+Build the object of the kernel's own source package, with its configuration unchanged and its compiler.
+What does not match is listed; --json lists all.
+";
 
 /// `vmm kernel`.
 #[derive(Debug, Subcommand)]
@@ -414,6 +424,15 @@ pub enum KernelCommand {
         file: KernelFile,
         /// List only names that contain this.
         pattern: Option<String>,
+    },
+    /// Compare an object, built of the kernel's source, with the kernel: every function, byte by byte.
+    #[command(after_help = format!("{MATCH_HELP}\n{}", exit_status::OF_KERNEL))]
+    Match {
+        /// The kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// The object (.o), as the compiler made it.
+        object: PathBuf,
     },
 }
 

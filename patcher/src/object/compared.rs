@@ -1,7 +1,7 @@
 //! Compares one piece of an object, a function or a section of data, with the image at one place.
 //!
-//! All bytes must be equal but those of relocations, which are read, and of two kinds of instruction that the
-//! kernel's build replaces (`rewritten`).
+//! All bytes must be equal but those of relocations, which are read, and of three kinds of instruction that the
+//! kernel's build has in another form (`rewritten`).
 
 use crate::addr::Gva;
 use crate::budget::Budget;
@@ -37,10 +37,19 @@ pub(super) struct Piece<'a> {
     pub(super) bytes: &'a [u8],
 }
 
+/// What is equal, as the image has it.
+#[derive(Debug)]
+pub(super) struct Equal<'a> {
+    pub(super) at: Gva,
+    /// Its size there.
+    pub(super) size: usize,
+    /// What its fields refer to, its own place among them.
+    pub(super) references: Vec<Reference<'a>>,
+}
+
 impl<'a> Pair<'a> {
-    /// The references of a piece as the image has them at `at`, its own place among them; or how it differs.
-    /// `None` once the budget is exhausted.
-    pub(super) fn compare(&self, piece: &Piece<'a>, at: Gva) -> Option<Result<Vec<Reference<'a>>, Difference>> {
+    /// A piece as the image has it at `at`, or how it differs. `None` once the budget is exhausted.
+    pub(super) fn compare(&self, piece: &Piece<'a>, at: Gva) -> Option<Result<Equal<'a>, Difference>> {
         let found = self.contents.from(at).unwrap_or_default();
         let found = &found[..found.len().min(piece.bytes.len())];
         let section = self.object.section(piece.section);
@@ -58,7 +67,7 @@ impl<'a> Pair<'a> {
         }
         let mut rewritten = rewritten.into_iter().peekable();
         let mut relocations = relocations.iter().peekable();
-        let mut from = 0;
+        let (mut from, mut shorter) = (0, 0);
         loop {
             // An instruction that a relocation reaches into is none of these.
             while rewritten.next_if(|next| next.offset < from).is_some() {}
@@ -71,11 +80,12 @@ impl<'a> Pair<'a> {
                 return Some(Err(self.bytes(piece, offset, found, at)));
             }
             if to == piece.bytes.len() {
-                return Some(Ok(references));
+                return Some(Ok(Equal { at, size: piece.bytes.len() - shorter, references }));
             }
             if instruction <= field {
-                let Rewritten { offset, length, target } = rewritten.next()?;
+                let Rewritten { offset, length, target, saved } = rewritten.next()?;
                 from = offset + length;
+                shorter += saved;
                 while let Some(relocation) = relocations.next_if(|next| next.offset - piece.offset < from) {
                     // The symbol that the instruction referred to, if that can still be told.
                     let Some(target) = target else { continue };

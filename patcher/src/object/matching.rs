@@ -13,8 +13,9 @@
 use crate::addr::Gva;
 use crate::budget::Budget;
 use crate::image::{Contents, KernelImage};
+use crate::object::adjacent::Order;
 use crate::object::agreement::{Agreement, Key, Reference};
-use crate::object::compared::{Pair, Piece};
+use crate::object::compared::{Equal, Pair, Piece};
 use crate::object::error::Error;
 use crate::object::known::Known;
 use crate::object::outcome::{Binding, Difference, Match, Outcome, PieceMatch, Places};
@@ -54,8 +55,11 @@ struct Work<'a> {
     piece: Piece<'a>,
     name: &'a str,
     is_function: bool,
-    /// Where its bytes are equal, and what its fields refer to there.
-    candidates: Vec<(Gva, Vec<Reference<'a>>)>,
+    is_weak: bool,
+    /// Where its bytes are equal.
+    candidates: Vec<Equal<'a>>,
+    /// Where it is, with its size.
+    place: Option<(Gva, usize)>,
     /// The difference of the place that is equal for longest, or the first that dissents.
     difference: Option<Difference>,
     outcome: Option<Outcome>,
@@ -65,6 +69,7 @@ struct Matcher<'a> {
     pair: Pair<'a>,
     work: Vec<Work<'a>>,
     agreement: Agreement<'a>,
+    order: Order,
 }
 
 impl<'a> Matcher<'a> {
@@ -73,7 +78,8 @@ impl<'a> Matcher<'a> {
         let mut work = Vec::new();
         for function in pair.object.functions() {
             let piece = Piece { section: function.section, offset: function.offset, bytes: function.bytes };
-            let mut one = Work::new(piece, function.name, true);
+            let new = Work::new(piece, function.name);
+            let mut one = Work { is_function: true, is_weak: function.weak, ..new };
             let places = pair.known.all(function.name);
             if is_discarded(pair.object.section(function.section)) {
                 one.outcome = Some(Outcome::Discarded);
@@ -87,41 +93,82 @@ impl<'a> Matcher<'a> {
         }
         for (section, data) in pair.object.sections().iter().enumerate() {
             if is_data(data) && !data.bytes.is_empty() {
-                work.push(Work::new(Piece { section, offset: 0, bytes: data.bytes }, data.name, false));
+                work.push(Work::new(Piece { section, offset: 0, bytes: data.bytes }, data.name));
             }
         }
-        let only = work.iter().filter_map(|one| one.only()).flat_map(|(_, references)| references);
+        let only = work.iter().filter_map(|one| one.only()).flat_map(|equal| &equal.references);
         let agreement = Agreement::of_most(only.copied().chain(variables(&pair)));
-        Some(Self { pair, work, agreement })
+        Some(Self { pair, work, agreement, order: Order::new(pair.object) })
     }
 
     /// Settles every piece that has one place left, until nothing changes: what is settled tells where other
     /// things are. `None` once the budget is exhausted.
     fn settle(&mut self) -> Option<()> {
-        let mut goes_on = true;
-        while std::mem::take(&mut goes_on) {
-            for one in &mut self.work {
-                if one.outcome.is_some() {
-                    continue;
-                }
-                self.pair.budget.spend(1 + one.candidates.len())?;
-                let base = self.agreement.at(Key::Section(one.piece.section));
-                let at = base.map(|base| Gva(base.wrapping_add(one.piece.offset as u64)));
-                if let Some(at) = at.filter(|_| !one.is_function && one.candidates.is_empty()) {
-                    one.compare(&self.pair, [at].into_iter())?;
-                }
-                one.drop_dissenters(&self.agreement);
-                if let Some((at, references)) = one.only() {
-                    self.agreement.add(references);
-                    one.outcome = Some(Outcome::Matches { at: *at });
-                    goes_on = true;
-                } else if one.candidates.is_empty() && (one.is_function || at.is_some()) {
-                    let difference = one.difference.take().unwrap_or(Difference::Missing);
-                    one.outcome = Some(Outcome::Mismatch(difference));
-                }
-            }
+        while self.by_references()? || self.by_neighbours()? {}
+        for one in self.work.iter_mut().filter(|one| one.outcome.is_none() && one.candidates.is_empty()) {
+            let difference = one.difference.take();
+            one.outcome = difference.map(Outcome::Mismatch);
         }
         Some(())
+    }
+
+    /// Settles what the references of others tell. Returns whether anything was settled.
+    fn by_references(&mut self) -> Option<bool> {
+        let mut goes_on = false;
+        for one in self.work.iter_mut().filter(|one| one.outcome.is_none()) {
+            self.pair.budget.spend(1 + one.candidates.len())?;
+            let base = self.agreement.at(Key::Section(one.piece.section));
+            let at = base.map(|base| Gva(base.wrapping_add(one.piece.offset as u64)));
+            if let Some(at) = at.filter(|_| !one.is_function && one.difference.is_none()) {
+                one.compare(&self.pair, [at].into_iter())?;
+            }
+            one.drop_dissenters(self.pair.object, &self.agreement);
+            if one.only().is_some() {
+                one.settle(&mut self.agreement);
+                goes_on = true;
+            }
+        }
+        Some(goes_on)
+    }
+
+    /// Settles one function that lies right beside another whose place is known: one of several that are equal, or
+    /// a weak definition that lost, which is in the image without a name. Returns whether there was one.
+    fn by_neighbours(&mut self) -> Option<bool> {
+        for index in 0..self.pair.object.functions().len() {
+            let (one, object) = (&self.work[index], self.pair.object);
+            if one.outcome.is_some() {
+                continue;
+            }
+            self.pair.budget.spend(1 + one.candidates.len())?;
+            let place = |other: usize| self.work[other].place;
+            let fits = |equal: &Equal<'_>| self.order.fits(object, index, (equal.at, equal.size), place);
+            let fitting = one.candidates.iter().filter(|equal| fits(equal)).map(|equal| equal.at);
+            let at = match fitting.collect::<Vec<_>>()[..] {
+                [only] => only,
+                [] if one.is_weak && one.candidates.is_empty() => {
+                    let Some(at) = self.order.behind(object, index, place) else { continue };
+                    at
+                }
+                _ => continue,
+            };
+            let named = self.pair.known.global(one.name).first().copied();
+            let one = &mut self.work[index];
+            if one.candidates.is_empty() {
+                one.compare(&self.pair, [at].into_iter())?;
+                one.drop_dissenters(object, &self.agreement);
+                if one.only().is_none() {
+                    one.is_weak = false;
+                    continue;
+                }
+                one.settle(&mut self.agreement);
+                one.outcome = named.map(|at| Outcome::Overridden { at }).or(one.outcome.take());
+            } else {
+                one.candidates.retain(|equal| equal.at == at);
+                one.settle(&mut self.agreement);
+            }
+            return Some(true);
+        }
+        Some(false)
     }
 
     fn finish(self) -> Match {
@@ -129,7 +176,7 @@ impl<'a> Matcher<'a> {
         let (mut functions, mut data) = (Vec::new(), Vec::new());
         for one in self.work {
             let rest = if one.is_function {
-                Outcome::Ambiguous { at: one.candidates.iter().map(|(at, _)| *at).collect() }
+                Outcome::Ambiguous { at: one.candidates.iter().map(|equal| equal.at).collect() }
             } else {
                 Outcome::Unreferenced
             };
@@ -137,7 +184,7 @@ impl<'a> Matcher<'a> {
             list.push(PieceMatch {
                 name: one.name.to_owned(),
                 section: object.section(one.piece.section).name.to_owned(),
-                size: one.piece.bytes.len(),
+                size: one.place.map_or(one.piece.bytes.len(), |(_, size)| size),
                 outcome: one.outcome.unwrap_or(rest),
             });
         }
@@ -154,8 +201,17 @@ impl<'a> Matcher<'a> {
 }
 
 impl<'a> Work<'a> {
-    fn new(piece: Piece<'a>, name: &'a str, is_function: bool) -> Self {
-        Self { piece, name, is_function, candidates: Vec::new(), difference: None, outcome: None }
+    fn new(piece: Piece<'a>, name: &'a str) -> Self {
+        Self {
+            piece,
+            name,
+            is_function: false,
+            is_weak: false,
+            candidates: Vec::new(),
+            place: None,
+            difference: None,
+            outcome: None,
+        }
     }
 
     /// Compares it with some places. `None` once the budget is exhausted.
@@ -163,7 +219,7 @@ impl<'a> Work<'a> {
         let mut longest = None;
         for at in places {
             match pair.compare(&self.piece, at)? {
-                Ok(references) => self.candidates.push((at, references)),
+                Ok(equal) => self.candidates.push(equal),
                 Err(difference) => {
                     let equal = match difference {
                         Difference::Missing => 0,
@@ -180,21 +236,30 @@ impl<'a> Work<'a> {
     }
 
     /// Its place, if it has only one.
-    fn only(&self) -> Option<&(Gva, Vec<Reference<'a>>)> {
+    fn only(&self) -> Option<&Equal<'a>> {
         match &self.candidates[..] {
             [only] => Some(only),
             _ => None,
         }
     }
 
+    /// Takes its only place.
+    fn settle(&mut self, agreement: &mut Agreement<'a>) {
+        let Some(equal) = self.only() else { return };
+        agreement.add(&equal.references);
+        let (at, size) = (equal.at, equal.size);
+        self.place = Some((at, size));
+        self.outcome = Some(Outcome::Matches { at });
+    }
+
     /// Drops the places whose references contradict what is agreed on.
-    fn drop_dissenters(&mut self, agreement: &Agreement<'a>) {
+    fn drop_dissenters(&mut self, object: &Object<'_>, agreement: &Agreement<'a>) {
         let difference = &mut self.difference;
-        self.candidates.retain(|(_, references)| {
-            let Some((reference, at)) = agreement.dissent(references) else { return true };
+        self.candidates.retain(|equal| {
+            let Some((reference, at)) = agreement.dissent(&equal.references) else { return true };
             let symbol = match reference.key {
                 Key::Elsewhere(name) => name.to_owned(),
-                Key::Section(section) => format!("section {section}"),
+                Key::Section(section) => format!("its own section {}", object.section(section).name),
             };
             *difference = Some(Difference::Reference {
                 offset: reference.offset,

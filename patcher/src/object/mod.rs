@@ -6,6 +6,7 @@
 //!                       image, and its contents ────────┘         or how it differs
 //! ```
 
+mod adjacent;
 mod agreement;
 mod compared;
 mod error;

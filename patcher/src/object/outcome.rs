@@ -24,7 +24,7 @@ pub struct PieceMatch {
     pub name: String,
     /// Its section in the object.
     pub section: String,
-    /// Its size in bytes.
+    /// Its size in bytes; in the image, if it matches.
     pub size: usize,
     /// What was found.
     pub outcome: Outcome,

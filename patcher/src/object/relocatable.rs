@@ -36,6 +36,8 @@ pub struct Section<'a> {
     pub bytes: &'a [u8],
     /// Its size in memory; 0 if it is not loaded.
     pub size: usize,
+    /// What its address is a multiple of.
+    pub align: u64,
     /// Whether it is code.
     pub executable: bool,
     /// Whether it may be written to.
@@ -236,6 +238,7 @@ fn sections<'a>(
             name,
             bytes,
             size: size.ok_or_else(|| wrong("it is larger than any of a kernel"))?,
+            align: header.sh_addralign(endian).max(1),
             executable: has(elf::SHF_EXECINSTR),
             writable: has(elf::SHF_WRITE),
             merged: merged.filter(|_| is_loaded),

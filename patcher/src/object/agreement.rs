@@ -25,17 +25,25 @@ pub(super) struct Reference<'a> {
 pub(super) struct Agreement<'a>(BTreeMap<Key<'a>, u64>);
 
 impl<'a> Agreement<'a> {
-    /// What most of the references say, so that what differs is told of the few. Of as many, the lowest.
+    /// What most of some references say.
     pub(super) fn of_most(references: impl Iterator<Item = Reference<'a>>) -> Self {
+        let mut agreement = Self::default();
+        agreement.add_most(references);
+        agreement
+    }
+
+    /// Adds what most of some references say, so that what differs is told of the few; of as many, the lowest.
+    /// What is agreed on already stays.
+    pub(super) fn add_most(&mut self, references: impl Iterator<Item = Reference<'a>>) {
         let mut votes: BTreeMap<Key<'a>, BTreeMap<u64, usize>> = BTreeMap::new();
         for reference in references {
             *votes.entry(reference.key).or_default().entry(reference.at).or_default() += 1;
         }
-        let most = |votes: BTreeMap<u64, usize>| {
-            let first = votes.into_iter().rev().max_by_key(|(_, count)| *count);
-            first.map(|(at, _)| at)
-        };
-        Self(votes.into_iter().filter_map(|(key, votes)| Some((key, most(votes)?))).collect())
+        for (key, votes) in votes {
+            if let Some((at, _)) = votes.into_iter().rev().max_by_key(|(_, count)| *count) {
+                self.0.entry(key).or_insert(at);
+            }
+        }
     }
 
     /// Where something is.

@@ -97,7 +97,8 @@ impl<'a> Matcher<'a> {
             }
         }
         let only = work.iter().filter_map(|one| one.only()).flat_map(|equal| &equal.references);
-        let agreement = Agreement::of_most(only.copied().chain(variables(&pair)));
+        let mut agreement = Agreement::of_most(variables(&pair));
+        agreement.add_most(only.copied());
         Some(Self { pair, work, agreement, order: Order::new(pair.object) })
     }
 

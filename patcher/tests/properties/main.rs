@@ -8,8 +8,10 @@ mod files;
 mod hostile;
 mod miniature;
 mod names;
+mod objects;
 mod plan_names;
 mod sites;
+mod sources;
 
 use patcher::addr::Gva;
 use patcher::image::{KernelImage, unpack};

@@ -1,0 +1,368 @@
+//! Matching objects with an image: what belongs matches, and nothing else does.
+
+use patcher::addr::Gva;
+use patcher::image::{Contents, KernelImage};
+use patcher::object::outcome::PieceMatch;
+use patcher::object::{Difference, Match, Object, Outcome, match_image};
+use proptest::prelude::*;
+use proptest::strategy::Strategy as Generator;
+
+use crate::sources::{ABSOLUTE, CALL, Kind, Linked, NEAR, Part, SIGNED, STRINGS, Source};
+use crate::{checks, miniature};
+
+const ELSEWHERE: [(&str, u64); 3] =
+    [("left", 0xffff_ffff_8200_0000), ("right", 0xffff_ffff_8200_0100), ("per_cpu", 0x1_2340)];
+
+/// A file that refers to everything in every way.
+fn example() -> Source {
+    Source {
+        parts: vec![
+            Part::function(
+                "alpha",
+                &[&[0x0f, 0x1f, 0x44, 0, 0, 0xe8][..], &[0; 4], &[0x48, 0xc7, 0xc7], &[0; 4], &[0xc3]].concat(),
+                &[(6, CALL, "beta", -4), (13, SIGNED, ".LC1", 0)],
+            )
+            .global(),
+            Part::function(
+                "beta",
+                &[&[0x8b, 0x05][..], &[0; 4], &[0x03, 0x05], &[0; 4], &[0xe8], &[0; 4], &[0xc3]].concat(),
+                &[(2, NEAR, "counter", -4), (8, NEAR, ".bss", 12), (13, CALL, "left", -4)],
+            ),
+            Part::new(
+                "beta.cold",
+                ".text.unlikely",
+                Kind::Function,
+                &[&[0x65, 0x8b, 0x04, 0x25][..], &[0; 4], &[0xe9], &[0; 4]].concat(),
+                &[(4, SIGNED, "per_cpu", 0), (9, NEAR, ".text", 0x20 + 6 - 4)],
+            ),
+            Part::new("counter", ".data", Kind::Data, &[7, 0, 0, 0], &[]),
+            Part::new("table", ".rodata", Kind::Data, &[0; 16], &[(0, ABSOLUTE, "beta", 0), (8, ABSOLUTE, ".LC0", 1)]),
+            Part::new("state", ".bss", Kind::Data, &[0; 32], &[]),
+        ],
+        strings: ["one".into(), "two".into()].into(),
+    }
+}
+
+/// The fields of sections refer to places in one section; with `split` there are several.
+fn splittable() -> Source {
+    let mut source = example();
+    source.parts[1].fields[1].to = "state".into();
+    (source.parts[2].fields[1].to, source.parts[2].fields[1].addend) = ("beta".into(), 2);
+    source
+}
+
+fn outcome<'a>(found: &'a Match, name: &str) -> &'a Outcome {
+    let is = |piece: &&PieceMatch| piece.name == name;
+    &found.pieces().find(is).unwrap_or_else(|| panic!("no {name}: {found:?}")).outcome
+}
+
+#[test]
+fn an_object_matches_the_image_it_is_linked_into() {
+    let others = Source { parts: vec![Part::function("beta", &[0x90, 0xc3], &[])], strings: vec!["two".into()] };
+    for (source, split) in [(example(), false), (splittable(), false), (splittable(), true)] {
+        let linked = Linked::new(&[&others, &source], &ELSEWHERE);
+        let found = linked.matched(&source.object(split));
+        assert!(found.belongs(), "{found:?}");
+        assert!(found.pieces().all(|piece| matches!(piece.outcome, Outcome::Matches { .. })), "{found:?}");
+        assert_eq!((found.functions.len(), found.data.len()), (3, 2));
+        let at = |name: &str| found.bindings.iter().find(|binding| binding.name == name).map(|b| (b.at.0, b.known));
+        assert_eq!((at("left"), at("per_cpu")), (Some((ELSEWHERE[0].1, true)), Some((0x1_2340, true))));
+    }
+}
+
+/// Any bit of the image that an object determines: code, data, what fields say, strings.
+#[test]
+fn every_bit_that_differs_is_found() {
+    for (source, split) in [(example(), false), (splittable(), true)] {
+        let (file, mut linked) = (source.object(split), Linked::new(&[&source], &ELSEWHERE));
+        let mut checked = 0;
+        for part in source.parts.iter().filter(|part| part.section != ".bss") {
+            let start = linked.offset(&part.name);
+            for offset in 0..part.bytes.len() {
+                for bit in 0..8 {
+                    linked.bytes[start + offset] ^= 1 << bit;
+                    let found = linked.matched(&file);
+                    assert!(!found.belongs(), "{}+{offset:#x} bit {bit}", part.name);
+                    let is_field = |offset: usize| {
+                        let length = |form| if form == ABSOLUTE { 8 } else { 4 };
+                        part.fields.iter().any(|one| (one.offset..one.offset + length(one.form)).contains(&offset))
+                    };
+                    // A last jump that becomes a short one is read as that, and leads elsewhere.
+                    let is_jump = linked.bytes[start + offset] == 0xeb;
+                    if part.kind == Kind::Function && !is_field(offset) && !is_jump {
+                        let told = outcome(&found, &part.name);
+                        let Outcome::Mismatch(Difference::Bytes { offset: from, expected, found, at }) = told else {
+                            panic!("{}+{offset:#x}: {told:?}", part.name);
+                        };
+                        assert!(*from <= offset && offset - from < expected.len() && expected != found);
+                        assert_eq!(at.0, miniature::BASE + (start + from) as u64);
+                    }
+                    linked.bytes[start + offset] ^= 1 << bit;
+                    checked += 1;
+                }
+            }
+        }
+        assert!(checked > 600 && linked.matched(&file).belongs());
+    }
+}
+
+#[test]
+fn a_call_that_leads_elsewhere_is_found() {
+    let source = example();
+    let mut linked = Linked::new(&[&source], &ELSEWHERE);
+    let field = linked.offset("beta") + 13;
+    linked.put(field, CALL, ELSEWHERE[1].1 - 4);
+    let found = linked.matched(&source.object(false));
+    let Outcome::Mismatch(difference) = outcome(&found, "beta") else { panic!("{found:?}") };
+    assert_eq!(
+        difference.to_string(),
+        "+0xd refers to left; that is at 0xffffffff82000000, and the image's field says 0xffffffff82000100"
+    );
+}
+
+/// Without a symbol that tells where it is, each must say the same of a thing.
+#[test]
+fn references_must_agree() {
+    let call = |name: &str| Part::function(name, &[0xe8, 0, 0, 0, 0, 0xc3], &[(1, CALL, "unknown", -4)]);
+    let source = Source { parts: ["a", "b", "c"].map(call).into(), strings: Vec::new() };
+    let mut linked = Linked::new(&[&source], &[("unknown", ELSEWHERE[0].1)]);
+    linked.symbols.retain(|(_, _, name)| name != "unknown");
+    let found = linked.matched(&source.object(true));
+    let is_bound = |known| found.bindings.iter().any(|one| one.name == "unknown" && one.known == known);
+    assert!(found.belongs() && is_bound(false) && !is_bound(true), "{found:?}");
+    let field = linked.offset("b") + 1;
+    linked.put(field, CALL, ELSEWHERE[1].1 - 4);
+    let found = linked.matched(&source.object(true));
+    let wrong: Vec<&str> =
+        found.pieces().filter(|p| !matches!(p.outcome, Outcome::Matches { .. })).map(|p| &*p.name).collect();
+    assert!(!found.belongs() && wrong == ["b"], "{found:?}");
+}
+
+/// Static functions of one name, equal byte by byte: told apart by what they call, by who calls them, by their
+/// place in the section, and by their neighbours.
+#[test]
+fn static_functions_of_one_name_are_told_apart() {
+    let twin = |calls: &str| Part::function("twin", &[0xe8, 0, 0, 0, 0, 0xc3], &[(1, CALL, calls, -4)]);
+    let user = |name: &str, byte: u8| Part::function(name, &[byte, 0xe9, 0, 0, 0, 0], &[(2, CALL, "twin", -4)]);
+    let alone = |name: &str, byte: u8| Part::function(name, &[byte, 0xc3], &[]);
+    let file = |parts: [Part; 3]| Source { parts: parts.into(), strings: Vec::new() };
+    // What differs, the object, and whether nothing would tell if it were not contiguous.
+    for (first, second) in [
+        (file([twin("left"), alone("a", 0x90), alone("x", 0x91)]), file([twin("right"), alone("b", 0x92), alone("y", 0x93)])),
+        (file([twin("left"), user("a", 0x90), alone("x", 0x91)]), file([twin("left"), user("b", 0x92), alone("y", 0x93)])),
+        (file([twin("left"), alone("a", 0x90), alone("x", 0x91)]), file([twin("left"), alone("b", 0x92), alone("y", 0x93)])),
+        (file([alone("a", 0x90), alone("x", 0x91), twin("left")]), file([alone("b", 0x92), alone("y", 0x93), twin("left")])),
+    ] {
+        let linked = Linked::new(&[&first, &second], &ELSEWHERE);
+        let places: Vec<u64> =
+            linked.symbols.iter().filter(|(_, _, name)| name == "twin").map(|(at, ..)| *at).collect();
+        for (source, at) in [(&first, places[0]), (&second, places[1])] {
+            for split in [false, true] {
+                let found = linked.matched(&source.object(split));
+                assert!(found.belongs(), "{found:?}");
+                assert_eq!(*outcome(&found, "twin"), Outcome::Matches { at: Gva(at) });
+            }
+        }
+    }
+    // Alone in its object, nothing tells.
+    let only = Source { parts: vec![twin("left")], strings: Vec::new() };
+    let found = Linked::new(&[&only, &only], &ELSEWHERE).matched(&only.object(false));
+    assert!(matches!(outcome(&found, "twin"), Outcome::Ambiguous { at } if at.len() == 2) && !found.belongs());
+}
+
+/// A weak definition that lost has no name in the image, which has another file's instead.
+#[test]
+fn weak_definitions_that_lost_are_told() {
+    let source = Source {
+        parts: vec![
+            Part::function("before", &[0x90, 0xc3], &[]),
+            Part::function("hook", &[0x91, 0x90, 0xc3], &[]).weak(),
+            Part::function("caller", &[0xe8, 0, 0, 0, 0, 0xc3], &[(1, CALL, "hook", -4)]),
+        ],
+        strings: Vec::new(),
+    };
+    let strong = Source { parts: vec![Part::function("hook", &[0x92, 0xc3], &[]).global()], strings: Vec::new() };
+    let also_weak = Source { parts: vec![Part::function("hook", &[0x92, 0xc3], &[]).weak()], strings: Vec::new() };
+    for other in [&strong, &also_weak] {
+        let mut linked = Linked::new(&[other, &source], &ELSEWHERE);
+        let at = Gva(miniature::BASE + linked.offset("hook") as u64);
+        for split in [false, true] {
+            let found = linked.matched(&source.object(split));
+            assert!(found.belongs(), "{found:?}");
+            assert_eq!(*outcome(&found, "hook"), Outcome::Overridden { at });
+        }
+        // Of two weak ones, the loser is compared: it is behind the function before it.
+        let hook = linked.offset("before") + 16;
+        linked.bytes[hook] ^= 1;
+        assert_eq!(linked.matched(&source.object(false)).belongs(), std::ptr::eq(other, &strong));
+    }
+    let found = Linked::new(&[&source], &ELSEWHERE).matched(&source.object(false));
+    assert!(matches!(outcome(&found, "hook"), Outcome::Matches { .. }), "{found:?}");
+}
+
+/// With `-ffunction-sections` a last jump is long in the object and may be short in the image.
+#[test]
+fn a_short_last_jump_is_the_same_jump() {
+    let jump = Part::function("jump", &[0x90, 0xe9, 0, 0, 0, 0], &[(2, CALL, "next", -4)]);
+    let next = Part::function("next", &[0x91, 0xc3], &[]);
+    let source = Source { parts: vec![jump, next], strings: Vec::new() };
+    let mut linked = Linked::new(&[&source], &ELSEWHERE);
+    let at = linked.offset("jump");
+    linked.bytes[at + 1..at + 6].copy_from_slice(&[0xeb, 13, 0xcc, 0xcc, 0xcc]);
+    let found = linked.matched(&source.object(true));
+    assert!(found.belongs(), "{found:?}");
+    assert_eq!(found.functions[0].size, 3, "in the image");
+    linked.bytes[at + 2] = 14;
+    assert!(!linked.matched(&source.object(true)).belongs(), "it leads to another place");
+}
+
+/// What objtool replaces, in an object that it was not run on.
+#[test]
+fn what_the_build_replaces_is_compared_by_its_tables() {
+    let file = miniature::vmlinux();
+    let (image, contents) = (KernelImage::parse(&file).expect("a kernel"), Contents::parse(&file).expect("a kernel"));
+    let function = image.symbols().only("function").expect("it");
+    let bytes = contents.bytes(function, 26).expect("its bytes").to_vec();
+    let matched = |start: [u8; 5], fields: &[(usize, u32, &str, i64)]| {
+        let code = [&start[..], &bytes[5..]].concat();
+        let source = Source { parts: vec![Part::function("function", &code, fields)], strings: Vec::new() };
+        let object = source.object(false);
+        let object = Object::parse(&object).expect("an object");
+        match_image(&object, &image, &contents).expect("within the budget").belongs()
+    };
+    assert!(matched([0x0f, 0x1f, 0x44, 0, 0], &[]), "replaced already");
+    // The table of jumps says that it leads to function+10.
+    assert!(matched([0xe9, 5, 0, 0, 0], &[]));
+    assert!(!matched([0xe9, 6, 0, 0, 0], &[]));
+    assert!(!matched([0xe8, 5, 0, 0, 0], &[]));
+    assert!(matched([0xe9, 0, 0, 0, 0], &[(1, NEAR, ".text", 6)]));
+    assert!(!matched([0xe9, 0, 0, 0, 0], &[(1, NEAR, ".text", 7)]), "its own section is elsewhere then");
+    assert!(matched([0xe8, 0, 0, 0, 0], &[(1, CALL, "__fentry__", -4)]));
+    assert!(!matched([0xe8, 0, 0, 0, 0], &[(1, CALL, "other", -4)]));
+    // No table has a fentry call at the entry of `pair`.
+    let pair = Part::function("tail", &[&[0x90; 7][..], &[0xe8, 0, 0, 0, 0, 0xc3]].concat(), &[(8, CALL, "__fentry__", -4)]);
+    let object = Source { parts: vec![pair], strings: Vec::new() }.object(false);
+    let object = Object::parse(&object).expect("an object");
+    assert!(!match_image(&object, &image, &contents).expect("within the budget").belongs());
+}
+
+#[test]
+fn what_the_image_lacks_is_told() {
+    let mut source = example();
+    source.parts.push(Part::new("leave", ".exit.text", Kind::Function, &[0xc3], &[]));
+    let mut linked = Linked::new(&[&source], &ELSEWHERE);
+    let found = linked.matched(&source.object(false));
+    assert!(matches!(outcome(&found, "leave"), Outcome::Discarded) && found.belongs(), "{found:?}");
+    linked.symbols.retain(|(_, _, name)| name != "beta.cold");
+    let found = linked.matched(&source.object(false));
+    assert_eq!(*outcome(&found, "beta.cold"), Outcome::Mismatch(Difference::Missing));
+    assert!(!found.belongs());
+}
+
+#[test]
+fn what_is_no_object_is_named() {
+    let good = example().object(false);
+    let error = |file: &[u8]| Object::parse(file).expect_err("no object").to_string();
+    assert!(error(b"#!/bin/sh").contains("does not begin as an ELF file"));
+    assert!(error(&miniature::vmlinux()).contains("linked already"));
+    let with = |at: usize, byte: u8| {
+        let mut file = good.clone();
+        file[at] = byte;
+        error(&file)
+    };
+    assert!(with(18, 0xb7).contains("another machine"));
+    // Of the first relocation, its kind: 9 is R_X86_64_GOTPCREL.
+    let needle = [6_u64.to_le_bytes(), [4, 0, 0, 0, 3, 0, 0, 0]].concat();
+    let at = good.windows(16).position(|window| window == needle);
+    let at = at.or_else(|| good.windows(9).position(|window| window == [6, 0, 0, 0, 0, 0, 0, 0, 4])).expect("it");
+    assert_eq!(
+        with(at + 8, 9),
+        "section .text+0x6 has a relocation of type 9; R_X86_64_64, PC32, PLT32, 32, 32S and PC64 are known, as a \
+         kernel's code needs"
+    );
+    assert!(with(at, 0xff).contains("a relocation at 0xff is not in it"));
+    assert!(good.windows(STRINGS.len()).any(|window| window == STRINGS.as_bytes()));
+}
+
+/// A function of random code that refers to anything.
+fn function(number: usize, of: usize) -> impl Generator<Value = Part> {
+    let field = (any::<bool>(), 0..3_usize, 0..of + 4, -8..8_i64);
+    (prop::collection::vec(any::<u8>(), 4..48), prop::collection::vec(field, 0..5), any::<bool>()).prop_map(
+        move |(bytes, fields, global)| {
+            let mut part = Part::function(&format!("f{number}"), &bytes, &[]);
+            let mut at = 0;
+            for (wide, form, to, addend) in fields {
+                let form = if wide { ABSOLUTE } else { [NEAR, CALL, SIGNED][form] };
+                let length = if wide { 8 } else { 4 };
+                if at + length > bytes.len() {
+                    break;
+                }
+                let to = match to {
+                    0 => "left".to_owned(),
+                    1 => "counter".to_owned(),
+                    2 => ".LC0".to_owned(),
+                    3 => "state".to_owned(),
+                    other => format!("f{}", other - 4),
+                };
+                part.fields.push(crate::sources::Field { offset: at, form, to, addend });
+                at += length + usize::from(bytes[0] & 3);
+            }
+            Part { global, ..part }
+        },
+    )
+}
+
+fn source() -> impl Generator<Value = Source> {
+    (1..6_usize).prop_flat_map(|of| {
+        (0..of).map(|number| function(number, of)).collect::<Vec<_>>().prop_map(|mut parts| {
+            parts.push(Part::new("counter", ".data", Kind::Data, &[1, 2, 3, 4], &[]));
+            parts.push(Part::new("state", ".bss", Kind::Data, &[0; 8], &[]));
+            Source { parts, strings: vec!["a string".into()] }
+        })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_object_matches_the_image_it_is_linked_into(source in source(), split in any::<bool>()) {
+        let found = Linked::new(&[&example(), &source], &ELSEWHERE).matched(&source.object(split));
+        prop_assert!(found.belongs(), "{found:?}");
+    }
+
+    /// Nothing that differs from the image is taken for it: any byte of any function.
+    #[test]
+    fn any_byte_that_differs_is_found(
+        source in source(),
+        split in any::<bool>(),
+        (function, at, bits) in (any::<prop::sample::Index>(), any::<prop::sample::Index>(), 1..=255_u8),
+    ) {
+        let mut linked = Linked::new(&[&source], &ELSEWHERE);
+        let functions: Vec<&Part> = source.parts.iter().filter(|part| part.kind == Kind::Function).collect();
+        let part = functions[function.index(functions.len())];
+        let at = linked.offset(&part.name) + at.index(part.bytes.len());
+        linked.bytes[at] ^= bits;
+        prop_assert!(!linked.matched(&source.object(split)).belongs());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
+
+    /// Objects with random bytes written over them, and perhaps truncated.
+    #[test]
+    fn broken_objects_are_read_or_refused(
+        split in any::<bool>(),
+        breaks in prop::collection::vec((any::<prop::sample::Index>(), any::<u64>(), 1..9_usize), 1..8),
+        cut in prop::option::weighted(0.1, any::<prop::sample::Index>()),
+    ) {
+        let mut file = example().object(split);
+        for (at, edit, length) in breaks {
+            let at = at.index(file.len() - length);
+            file[at..at + length].copy_from_slice(&edit.to_le_bytes()[..length]);
+        }
+        let length = cut.map_or(file.len(), |cut| cut.index(file.len()));
+        checks::object(&file[..length]);
+    }
+}

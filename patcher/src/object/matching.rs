@@ -21,6 +21,7 @@ use crate::object::known::Known;
 use crate::object::outcome::{Binding, Difference, Match, Outcome, PieceMatch, Places};
 use crate::object::relocatable::{Kind, Object, Place, Section};
 use crate::object::rewritten::Jumps;
+use crate::object::sections::{Purpose, purpose};
 
 /// What it is called that an object does not belong to an image.
 pub const BUILD_MISMATCH: &str = "build_mismatch";
@@ -273,10 +274,10 @@ impl<'a> Work<'a> {
     }
 }
 
-/// Sections that are not in the kernel's memory (include/asm-generic/vmlinux.lds.h, `DISCARDS`; x86 keeps
-/// `.exit.text` until boot, but kallsyms need not name it).
+/// Whether a section is not in the kernel's memory. (x86 keeps `.exit.text` until boot, but kallsyms need not
+/// name what is in it.)
 fn is_discarded(section: &Section<'_>) -> bool {
-    [".exit.", ".discard"].iter().any(|prefix| section.name.starts_with(prefix))
+    purpose(section.name) == Purpose::Discarded
 }
 
 /// Initialised data that the linker places as it is. Other sections are tables, which the build sorts.

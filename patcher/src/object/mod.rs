@@ -9,14 +9,19 @@
 mod adjacent;
 mod agreement;
 mod compared;
+pub mod comparison;
 mod error;
 mod known;
+mod line;
 pub mod matching;
+mod normal;
 pub mod outcome;
 pub mod relocatable;
 pub mod relocation;
 mod rewritten;
+mod sections;
 
+pub use comparison::{Change, Comparison, Obstacle, compare};
 pub use error::Error;
 pub use matching::match_image;
 pub use outcome::{Difference, Match, Outcome};

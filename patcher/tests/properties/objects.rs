@@ -3,7 +3,7 @@
 use patcher::addr::Gva;
 use patcher::image::{Contents, KernelImage};
 use patcher::object::outcome::PieceMatch;
-use patcher::object::{Difference, Match, Object, Outcome, match_image};
+use patcher::object::{Change, Difference, Match, Object, Obstacle, Outcome, match_image};
 use proptest::prelude::*;
 use proptest::strategy::Strategy as Generator;
 
@@ -102,7 +102,7 @@ fn every_bit_that_differs_is_found() {
                 }
             }
         }
-        assert!(checked > 600 && linked.matched(&file).belongs());
+        assert!(checked > 500 && linked.matched(&file).belongs());
     }
 }
 
@@ -365,4 +365,98 @@ proptest! {
         let length = cut.map_or(file.len(), |cut| cut.index(file.len()));
         checks::object(&file[..length]);
     }
+}
+
+fn compared(before: &Source, after: &Source) -> patcher::object::Comparison {
+    let (before, after) = (before.object(true), after.object(true));
+    let object = |file| Object::parse(file).expect("an object");
+    patcher::object::compare(&object(&before), &object(&after)).expect("within the budget")
+}
+
+fn changes(found: &patcher::object::Comparison) -> Vec<(&str, Change)> {
+    let all = found.functions.iter().chain(&found.data);
+    all.filter(|(_, change)| **change != Change::Unchanged).map(|(name, change)| (&**name, *change)).collect()
+}
+
+#[test]
+fn what_differs_between_two_objects_is_told() {
+    let before = splittable();
+    let found = compared(&before, &before);
+    assert!(changes(&found).is_empty() && found.obstacles.is_empty(), "{found:?}");
+    // Every function and variable once, each byte of it, and each field.
+    for (index, part) in before.parts.iter().enumerate().filter(|(_, part)| part.section != ".bss") {
+        let mut after = before.clone();
+        for offset in 0..part.bytes.len() {
+            let length = |form| if form == ABSOLUTE { 8 } else { 4 };
+            let mut fields = part.fields.iter();
+            if fields.any(|one| (one.offset..one.offset + length(one.form)).contains(&offset)) {
+                continue;
+            }
+            after.parts[index].bytes[offset] ^= 1;
+            let found = compared(&before, &after);
+            assert_eq!(changes(&found), [(&*part.name, Change::Changed)], "+{offset:#x}");
+            assert_eq!(found.obstacles.is_empty(), part.kind == Kind::Function, "{found:?}");
+            after = before.clone();
+        }
+        for field in 0..part.fields.len() {
+            after.parts[index].fields[field].addend += 1;
+            let found = compared(&before, &after);
+            assert_eq!(changes(&found), [(&*part.name, Change::Changed)], "{:?}", part.fields[field]);
+            after = before.clone();
+            after.parts[index].fields[field].to = "right".into();
+            assert_eq!(changes(&compared(&before, &after)), [(&*part.name, Change::Changed)]);
+            after = before.clone();
+        }
+    }
+    // The strings' text, not their place.
+    let mut after = before.clone();
+    after.strings.insert(0, "zero".into());
+    for field in after.parts.iter_mut().flat_map(|part| &mut part.fields) {
+        field.to = field.to.replace(".LC1", ".LC2").replace(".LC0", ".LC1");
+    }
+    assert!(changes(&compared(&before, &after)).is_empty());
+    after.strings[2] = "2".into();
+    assert_eq!(changes(&compared(&before, &after)), [("alpha", Change::Changed)]);
+    let mut after = before.clone();
+    after.parts[0].name = "omega".into();
+    assert_eq!(changes(&compared(&before, &after)), [("alpha", Change::Gone), ("omega", Change::New)]);
+    let mut after = before.clone();
+    after.parts.push(Part::new("extra", "__param", Kind::Data, &[1; 8], &[]));
+    let found = compared(&before, &after);
+    assert!(found.obstacles.contains(&Obstacle::UnknownSection { section: "__param.extra".into() }), "{found:?}");
+}
+
+/// A line number is a constant that a known function takes.
+#[test]
+fn line_numbers_are_no_change() {
+    let code = |line: u8, between: &[u8]| {
+        let bytes = [&[0xba, line, 1, 0, 0][..], between, &[0xe8, 0, 0, 0, 0, 0xc3]].concat();
+        (bytes, 6 + between.len())
+    };
+    let source = |callee: &str, line: u8, between: &[u8]| {
+        let (bytes, field) = code(line, between);
+        Source { parts: vec![Part::function("f", &bytes, &[(field, CALL, callee, -4)])], strings: Vec::new() }
+    };
+    let is_same = |callee: &str, between: &[u8]| {
+        changes(&compared(&source(callee, 10, between), &source(callee, 13, between))).is_empty()
+    };
+    assert!(is_same("__ext4_error", &[]) && is_same("__ext4_error", &[0x31, 0xf6]), "xor esi, esi");
+    assert!(!is_same("other", &[]), "its argument is no line");
+    assert!(!is_same("__might_sleep", &[]), "in another register");
+    assert!(!is_same("__ext4_error", &[0x89, 0xd0]), "mov eax, edx");
+    assert!(!is_same("__ext4_error", &[0x74, 0x00]), "je");
+}
+
+/// Static variables are renumbered by a compiler; each stays the one that its users use.
+#[test]
+fn static_variables_keep_their_identity() {
+    let user = |name: &str, of: &str| Part::function(name, &[0x8b, 0x05, 0, 0, 0, 0, 0xc3], &[(2, NEAR, of, -4)]);
+    let once = |name: &str| Part::new(name, ".data", Kind::Data, &[0; 4], &[]);
+    let source = |parts: &[Part]| Source { parts: parts.into(), strings: Vec::new() };
+    let before = source(&[user("a", "once.1"), user("b", "once.2"), once("once.1"), once("once.2")]);
+    let after = source(&[user("a", "once.7"), user("b", "once.8"), once("once.7"), once("once.8")]);
+    let found = compared(&before, &after);
+    assert!(changes(&found).is_empty() && found.obstacles.is_empty(), "{found:?}");
+    let shared = source(&[user("a", "once.7"), user("b", "once.7"), once("once.7"), once("once.8")]);
+    assert_eq!(changes(&compared(&before, &shared))[0], ("b", Change::Changed), "it uses the other's now");
 }

@@ -366,6 +366,14 @@ Examples:
 
 Addresses are those the kernel was linked at.";
 
+const COMPARE_HELP: &str = "\
+Examples:
+  vmm kernel compare before/pipe.o after/pipe.o
+
+Build both with -ffunction-sections -fdata-sections: a function that grew then does not move the others.
+What only has other line numbers is unchanged.
+";
+
 const MATCH_HELP: &str = "\
 Examples:
   vmm kernel match --kernel /boot/vmlinuz kernel/fork.o
@@ -433,6 +441,17 @@ pub enum KernelCommand {
         file: KernelFile,
         /// The object (.o), as the compiler made it.
         object: PathBuf,
+    },
+    /// Compare two objects of one source file, before and after a change of it: which functions and variables differ.
+    #[command(after_help = format!("{COMPARE_HELP}\n{}", exit_status::OF_KERNEL))]
+    Compare {
+        /// The object before the change (.o).
+        before: PathBuf,
+        /// The object after it.
+        after: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 

@@ -55,7 +55,8 @@ pub(super) const OF_EVENTS: &str = "Exit codes: 0 done, 1 no answer.";
 
 /// Help of `vmm kernel`.
 pub(super) const OF_KERNEL: &str = "\
-Exit codes: 0 done, 2 no kernel image or no object, 3 the object does not belong to the kernel.";
+Exit codes: 0 done, 2 no kernel image or no object, 3 the object does not belong to the
+kernel, or more than functions would have to be replaced.";
 
 /// Help of `vmm audit verify`.
 pub(super) const OF_AUDIT: &str = "\

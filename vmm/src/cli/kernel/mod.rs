@@ -4,7 +4,7 @@ use std::path::Path;
 
 use patcher::image::{Contents, KernelImage, StaticCall, StaticKey, unpack};
 use patcher::object::relocatable::MAX_OBJECT;
-use patcher::object::{Object, match_image};
+use patcher::object::{Object, compare, match_image};
 use serde_json::json;
 
 use crate::boot::kernel::MAX_FILE;
@@ -12,11 +12,11 @@ use crate::cli::args::KernelCommand;
 use crate::cli::error::Error;
 use crate::cli::exit_status::ExitStatus;
 use crate::cli::kernel::info::Info;
-use crate::cli::kernel::matching::Report;
 use crate::cli::output;
 use crate::cli::render::page::{Page, plain};
 use crate::host::file;
 
+mod comparing;
 mod info;
 mod matching;
 mod rows;
@@ -95,12 +95,29 @@ fn print(command: &KernelCommand) -> Result<ExitStatus, Error> {
             if file.json { output::print_json(&report)? } else { output::print(&report.page())? }
             return Ok(if report.belongs() { ExitStatus::Done } else { ExitStatus::Refused });
         }
+        KernelCommand::Compare { before, after, json } => {
+            let report = compared(before, after)?;
+            if *json { output::print_json(&report)? } else { output::print(&report.page())? }
+            return Ok(if report.is_replaceable() { ExitStatus::Done } else { ExitStatus::Refused });
+        }
     }
     Ok(ExitStatus::Done)
 }
 
+/// What differs between two objects.
+fn compared(before: &Path, after: &Path) -> Result<comparing::Report, Error> {
+    let (first, second) = (bytes(before, MAX_OBJECT)?, bytes(after, MAX_OBJECT)?);
+    let broken = |path: &Path| {
+        let path = path.to_owned();
+        |source| Error::Object { path, source }
+    };
+    let first = Object::parse(&first).map_err(broken(before))?;
+    let second = Object::parse(&second).map_err(broken(after))?;
+    Ok(comparing::Report::new(&compare(&first, &second).map_err(broken(after))?))
+}
+
 /// What an object has to do with a kernel.
-fn matched(kernel: &Path, object: &Path) -> Result<Report, Error> {
+fn matched(kernel: &Path, object: &Path) -> Result<matching::Report, Error> {
     let of_kernel = |source| Error::Kernel { path: kernel.to_owned(), source };
     let of_object = |source| Error::Object { path: object.to_owned(), source };
     let file = bytes(kernel, MAX_FILE)?;
@@ -110,7 +127,7 @@ fn matched(kernel: &Path, object: &Path) -> Result<Report, Error> {
     let code = bytes(object, MAX_OBJECT)?;
     let code = Object::parse(&code).map_err(of_object)?;
     let found = match_image(&code, &image, &contents).map_err(of_object)?;
-    Ok(Report::new(image.release(), &found))
+    Ok(matching::Report::new(image.release(), &found))
 }
 
 fn bytes(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {

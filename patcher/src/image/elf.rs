@@ -49,8 +49,9 @@ pub(super) struct Piece<'a> {
 pub(super) fn segments(file: &[u8]) -> Result<Vec<Piece<'_>>, Error> {
     let broken = |what: &str| Error::Elf { what: what.into() };
     let (header, endian) = elf_header::check(file)?;
-    let headers =
-        header.program_headers(endian, file).map_err(|e: object::Error| Error::Elf { what: e.to_string() })?;
+    let headers = header
+        .program_headers(endian, file)
+        .map_err(|e: object::Error| Error::Elf { what: e.to_string() })?;
     let loaded = || headers.iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
     if loaded().count() > MOST_SEGMENTS {
         return Err(broken("it has more segments than a kernel"));

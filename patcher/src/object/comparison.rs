@@ -83,12 +83,19 @@ impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::DataChanged { name } => {
-                write!(f, "the initial value or size of {name} changed; the running kernel has its own by now")
+                write!(
+                    f,
+                    "the initial value or size of {name} changed; the running kernel has its own by now"
+                )
             }
             Self::NewPerCpu { name } => write!(f, "{name} is new, and each CPU would need one"),
-            Self::InitChanged { name } => write!(f, "{name} changed, which was executed while the kernel started"),
+            Self::InitChanged { name } => {
+                write!(f, "{name} changed, which was executed while the kernel started")
+            }
             Self::ExportsChanged { section } => write!(f, "{section} changed, which modules are linked with"),
-            Self::UnknownSection { section } => write!(f, "section {section} changed; what it is for is not known"),
+            Self::UnknownSection { section } => {
+                write!(f, "section {section} changed; what it is for is not known")
+            }
             Self::SeveralOfOneName { name } => write!(f, "several functions or variables are named {name}"),
             Self::Tables => write!(f, "a table of code's places is not as its name says"),
         }
@@ -100,7 +107,8 @@ impl fmt::Display for Obstacle {
 /// # Errors
 /// [`Error::TooMuchWork`], of objects that are made for that.
 pub fn compare(before: &Object<'_>, after: &Object<'_>) -> Result<Comparison, Error> {
-    let size = |object: &Object<'_>| object.sections().iter().map(|section| section.bytes.len() as u64).sum::<u64>();
+    let size =
+        |object: &Object<'_>| object.sections().iter().map(|section| section.bytes.len() as u64).sum::<u64>();
     let budget = Budget::new(WORK + WORK_A_BYTE * (size(before) + size(after)));
     let mut comparer = Comparer {
         before: Side::new(before, &budget),
@@ -257,7 +265,8 @@ impl<'a> Comparer<'a, '_> {
                     Change::Changed
                 }
             };
-            let is_init = |side: &Side<'a, '_>| of(side).iter().any(|one| side.purpose(*one) == Purpose::Init);
+            let is_init =
+                |side: &Side<'a, '_>| of(side).iter().any(|one| side.purpose(*one) == Purpose::Init);
             if change != Change::Unchanged && (is_init(&self.before) || is_init(&self.after)) {
                 self.found.obstacles.insert(Obstacle::InitChanged { name: name.to_owned() });
             }
@@ -273,7 +282,9 @@ impl<'a> Comparer<'a, '_> {
         {
             return false;
         }
-        let (Some(first), Some(second)) = (self.before.normal(one), self.after.normal(other)) else { return false };
+        let (Some(first), Some(second)) = (self.before.normal(one), self.after.normal(other)) else {
+            return false;
+        };
         let (Some(before), Some(after)) = (&self.before.entries, &self.after.entries) else { return false };
         let (before, after) = (before.get(&one), after.get(&other));
         let (before, after) = (before.map_or(&[][..], |all| all), after.map_or(&[][..], |all| all));
@@ -298,7 +309,10 @@ impl<'a> Comparer<'a, '_> {
 
     fn same_target(&self, one: &Target<'a>, other: &Target<'a>, pairs: &mut Pairs<'a>) -> bool {
         let (before, after) = match (one, other) {
-            (Target::Symbol { number: before, addend, .. }, Target::Symbol { number: after, addend: also, .. }) => {
+            (
+                Target::Symbol { number: before, addend, .. },
+                Target::Symbol { number: after, addend: also, .. },
+            ) => {
                 if addend != also {
                     return false;
                 }
@@ -365,7 +379,9 @@ impl<'a> Comparer<'a, '_> {
         let (before, after) = (self.before.symbol(one), self.after.symbol(other));
         let is_similar = (before.size, before.global, before.weak) == (after.size, after.global, after.weak)
             && self.before.purpose(one) == self.after.purpose(other);
-        let (Some(first), Some(second)) = (self.before.normal(one), self.after.normal(other)) else { return false };
+        let (Some(first), Some(second)) = (self.before.normal(one), self.after.normal(other)) else {
+            return false;
+        };
         is_similar && self.trying(|this, pairs| this.same_normal(&first, &second, pairs))
     }
 
@@ -384,9 +400,11 @@ impl<'a> Comparer<'a, '_> {
         let (before, after) = (of(&self.before), of(&self.after));
         let names: BTreeSet<&str> = before.keys().chain(after.keys()).copied().collect();
         for name in names {
-            let is_same = self.trying(|this, pairs| match (before.get(name).map(Vec::as_slice), after.get(name).map(Vec::as_slice)) {
-                (Some([Some(one)]), Some([Some(other)])) => this.same_normal(one, other, pairs),
-                _ => false,
+            let is_same = self.trying(|this, pairs| {
+                match (before.get(name).map(Vec::as_slice), after.get(name).map(Vec::as_slice)) {
+                    (Some([Some(one)]), Some([Some(other)])) => this.same_normal(one, other, pairs),
+                    _ => false,
+                }
             });
             if !is_same {
                 let section = name.to_owned();

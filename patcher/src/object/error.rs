@@ -45,7 +45,9 @@ pub enum Error {
         kind: u32,
     },
     /// A symbol that does not lie where it says.
-    #[error("symbol {name:?} is {size:#x} bytes at {offset:#x} of section {section}, which has {bytes:#x} bytes")]
+    #[error(
+        "symbol {name:?} is {size:#x} bytes at {offset:#x} of section {section}, which has {bytes:#x} bytes"
+    )]
     Symbol {
         /// Its name.
         name: String,

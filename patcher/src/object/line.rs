@@ -8,7 +8,7 @@ use crate::object::normal::{Normal, Target};
 
 /// Functions that take a line number, and the register that it is in (ext4's and jbd2's errors and handles,
 /// include/linux/kernel.h, include/linux/lockdep.h, include/linux/rcupdate.h).
-const TAKE_A_LINE: [(&str, Register); 21] = [
+const TAKE_A_LINE: [(&str, Register); 25] = [
     ("__might_sleep", Register::ESI),
     ("__might_resched", Register::ESI),
     ("__might_fault", Register::ESI),
@@ -20,20 +20,25 @@ const TAKE_A_LINE: [(&str, Register); 21] = [
     ("__ext4_warning", Register::EDX),
     ("__ext4_warning_inode", Register::EDX),
     ("__ext4_grp_locked_error", Register::ESI),
+    ("__ext4_journal_start_sb", Register::ESI),
+    // From 6.3 on.
     ("__ext4_journal_start_sb", Register::EDX),
     ("__ext4_journal_start_reserved", Register::ESI),
     ("__ext4_journal_stop", Register::ESI),
     ("__ext4_journal_get_write_access", Register::ESI),
     ("__ext4_journal_get_create_access", Register::ESI),
     ("__ext4_forget", Register::ESI),
+    ("__ext4_mark_inode_dirty", Register::ECX),
+    ("ext4_check_blockref", Register::ESI),
+    ("__xattr_check_inode", Register::R8D),
     ("__ext4_handle_dirty_metadata", Register::ESI),
     ("__ext4_check_dir_entry", Register::ESI),
     ("__ext4_read_dirblock", Register::R8D),
     ("__ext4_iget", Register::R8D),
 ];
 
-/// The greatest line number that counts as one.
-const LAST: u64 = 1 << 17;
+/// The line numbers that count as such: smaller constants may be another argument.
+const LINES: std::ops::Range<u64> = 64..1 << 17;
 
 /// Whether the bytes of two functions are equal but for line numbers, both of one length.
 pub(super) fn equal_but_for_lines(before: &Normal<'_>, after: &Normal<'_>) -> bool {
@@ -57,10 +62,12 @@ pub(super) fn equal_but_for_lines(before: &Normal<'_>, after: &Normal<'_>) -> bo
             let next = before.references.partition_point(|one| one.offset < start);
             let callee = before.references.get(next).filter(|one| one.offset < end);
             let takes = |register: &Register| {
-                let Some(Target::Symbol { name, addend: 0, .. }) = callee.map(|one| &one.target) else { return false };
+                let Some(Target::Symbol { name, addend: 0, .. }) = callee.map(|one| &one.target) else {
+                    return false;
+                };
                 TAKE_A_LINE.contains(&(name, *register))
             };
-            if one.code() == Code::Call_rel32_64 {
+            if matches!(one.code(), Code::Call_rel32_64 | Code::Jmp_rel32_64) {
                 if !pending.iter().all(takes) {
                     return false;
                 }
@@ -79,7 +86,7 @@ fn decoder<'a>(normal: &'a Normal<'_>) -> Decoder<'a> {
 
 /// The register into which an instruction loads a constant that may be a line number.
 fn constant(insn: &Instruction) -> Option<Register> {
-    let loads = insn.code() == Code::Mov_r32_imm32 && (1..LAST).contains(&insn.immediate(1));
+    let loads = insn.code() == Code::Mov_r32_imm32 && LINES.contains(&insn.immediate(1));
     loads.then(|| insn.op0_register())
 }
 

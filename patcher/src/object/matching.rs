@@ -38,7 +38,11 @@ const MOST_CANDIDATES: usize = 256;
 ///
 /// # Errors
 /// [`Error::TooMuchWork`], of an object that is made for that.
-pub fn match_image(object: &Object<'_>, image: &KernelImage, contents: &Contents<'_>) -> Result<Match, Error> {
+pub fn match_image(
+    object: &Object<'_>,
+    image: &KernelImage,
+    contents: &Contents<'_>,
+) -> Result<Match, Error> {
     let size: usize = object.sections().iter().map(|section| section.bytes.len()).sum();
     let budget = Budget::new(WORK + WORK_A_BYTE * size as u64);
     let known = Known::new(object, image);
@@ -300,7 +304,8 @@ fn variables<'a>(pair: &Pair<'a>) -> impl Iterator<Item = Reference<'a>> {
         let Place::Section(section) = symbol.place else { return None };
         let holds = pair.object.section(section);
         let [at] = pair.known.all(symbol.name) else { return None };
-        let counts = symbol.kind == Kind::Data && !symbol.weak && holds.merged.is_none() && !is_discarded(holds);
+        let counts =
+            symbol.kind == Kind::Data && !symbol.weak && holds.merged.is_none() && !is_discarded(holds);
         let at = at.0.wrapping_sub(symbol.offset);
         counts.then_some(Reference { key: Key::Section(section), at, offset: 0 })
     })

@@ -1,9 +1,10 @@
-//! Relocatable objects of the kernel's source, as a compiler makes them: reading one, and proving that it belongs
-//! to a kernel image.
+//! Relocatable objects of the kernel's source, as a compiler makes them: reading one, proving that it belongs to a
+//! kernel image, and what differs between two.
 //!
 //! ```text
 //! a.o ──relocatable──▶ sections, symbols, functions ──matching──▶ where each function is in the image,
 //!                       image, and its contents ────────┘         or how it differs
+//! before.o, after.o ──normal──▶ without addresses ──comparison──▶ functions that changed, obstacles
 //! ```
 
 mod adjacent;

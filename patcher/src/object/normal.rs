@@ -9,6 +9,16 @@ use crate::object::relocatable::{Kind, Merged, Object, Place, Symbol};
 use crate::object::relocation::{Form, Relocation};
 use crate::object::sections::{Purpose, purpose};
 
+/// The section of code that tests features.
+const ALTERNATIVE_TESTS: &str = ".altinstr_aux";
+
+/// Whether a piece is compared for itself, or as what another refers to: then it may refer to no other such piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Nesting {
+    Outside,
+    Inside,
+}
+
 /// A piece without what depends on where things are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Normal<'a> {
@@ -53,7 +63,9 @@ impl<'a, 'o> Names<'a, 'o> {
             .iter()
             .enumerate()
             .filter_map(|(number, symbol)| match (symbol.place, symbol.kind) {
-                (Place::Section(section), Kind::Function | Kind::Data) => Some((section, symbol.offset, number)),
+                (Place::Section(section), Kind::Function | Kind::Data) => {
+                    Some((section, symbol.offset, number))
+                }
                 _ => None,
             })
             .collect();
@@ -75,6 +87,10 @@ impl<'a, 'o> Names<'a, 'o> {
     /// The normal form of a piece. `None` if it is no code that can be decoded, refers to what can't be named, or
     /// the budget is exhausted.
     pub(super) fn normal(&self, piece: &Piece<'a>) -> Option<Normal<'a>> {
+        self.normal_within(piece, Nesting::Outside)
+    }
+
+    fn normal_within(&self, piece: &Piece<'a>, nesting: Nesting) -> Option<Normal<'a>> {
         self.budget.spend(1 + piece.bytes.len())?;
         let section = self.object.section(piece.section);
         let end = piece.offset + piece.bytes.len();
@@ -82,7 +98,8 @@ impl<'a, 'o> Names<'a, 'o> {
         let mut normal = Normal { bytes: piece.bytes.to_vec(), references: Vec::new() };
         if !section.executable {
             for relocation in relocations {
-                normal.add(relocation.offset - piece.offset, relocation.form, self.target(relocation, 0)?)?;
+                let target = self.target(relocation, 0, nesting)?;
+                normal.add(relocation.offset - piece.offset, relocation.form, target)?;
             }
             return Some(normal);
         }
@@ -94,7 +111,8 @@ impl<'a, 'o> Names<'a, 'o> {
             while let Some(relocation) = left.next_if(|relocation| relocation.offset < next) {
                 let bias = (next - relocation.offset) as u64;
                 let bias = if relocation.form == Form::Relative32 { bias } else { 0 };
-                normal.add(relocation.offset - piece.offset, relocation.form, self.target(relocation, bias)?)?;
+                let target = self.target(relocation, bias, nesting)?;
+                normal.add(relocation.offset - piece.offset, relocation.form, target)?;
                 is_relocated = true;
             }
             // A branch to another function of the section, which the assembler needed no relocation for.
@@ -116,7 +134,7 @@ impl<'a, 'o> Names<'a, 'o> {
     }
 
     /// What a relocation refers to. `bias` is how far behind its field a distance is counted from.
-    fn target(&self, relocation: &Relocation, bias: u64) -> Option<Target<'a>> {
+    fn target(&self, relocation: &Relocation, bias: u64, nesting: Nesting) -> Option<Target<'a>> {
         let symbol = self.object.symbol(relocation);
         let Place::Section(section) = symbol.place else {
             let addend = relocation.addend.wrapping_add_unsigned(bias);
@@ -135,6 +153,9 @@ impl<'a, 'o> Names<'a, 'o> {
             self.budget.spend(length)?;
             return Some(Target::Content(&rest[..length]));
         }
+        if holds.name == ALTERNATIVE_TESTS && nesting == Nesting::Outside {
+            return self.test(section, usize::try_from(offset).ok()?);
+        }
         if symbol.kind == Kind::Section || symbol.kind == Kind::Other {
             return self.named(section, offset);
         }
@@ -144,6 +165,11 @@ impl<'a, 'o> Names<'a, 'o> {
     /// A place of a section by the symbol that covers it, or by the section's content.
     fn named(&self, section: usize, offset: u64) -> Option<Target<'a>> {
         if let Some((number, symbol)) = self.covering(section, offset) {
+            let addend = i64::try_from(offset - symbol.offset).ok()?;
+            return Some(Target::Symbol { name: symbol.name, number, addend });
+        }
+        // The end of an array.
+        if let Some((number, symbol)) = offset.checked_sub(1).and_then(|last| self.covering(section, last)) {
             let addend = i64::try_from(offset - symbol.offset).ok()?;
             return Some(Target::Symbol { name: symbol.name, number, addend });
         }
@@ -185,7 +211,7 @@ impl<'a, 'o> Names<'a, 'o> {
                 let length = usize::from(*bytes.last()?);
                 target = Some(self.replacement(field, length)?);
             }
-            let target = target.map_or_else(|| self.target(field, 0), Some)?;
+            let target = target.map_or_else(|| self.target(field, 0, Nesting::Outside), Some)?;
             if let (0, Target::Symbol { number, .. }) = (index, &target) {
                 owner = Some(*number);
             }
@@ -199,6 +225,23 @@ impl<'a, 'o> Names<'a, 'o> {
         Some((owner?, normal))
     }
 
+    /// The code that tests a CPU's feature at run time, until the kernel has put a jump in its place
+    /// (arch/x86/include/asm/cpufeature.h, `_static_cpu_has`): it ends in a jump.
+    fn test(&self, section: usize, offset: usize) -> Option<Target<'a>> {
+        /// Longest such code, in bytes; 6.1 has 19.
+        const LONGEST: usize = 64;
+        let rest = self.object.section(section).bytes.get(offset..)?;
+        let mut length = 0;
+        for insn in insn::decode(&rest[..rest.len().min(LONGEST)], Gva(0)) {
+            length += insn.len;
+            if insn.ends {
+                let piece = Piece { section, offset, bytes: &rest[..length] };
+                return Some(Target::Code(Box::new(self.normal_within(&piece, Nesting::Inside)?)));
+            }
+        }
+        None
+    }
+
     /// The code that an alternative may put in its place.
     fn replacement(&self, field: &Relocation, length: usize) -> Option<Target<'a>> {
         let symbol = self.object.symbol(field);
@@ -207,7 +250,8 @@ impl<'a, 'o> Names<'a, 'o> {
         let bytes = self.object.section(section).bytes.get(offset..offset.checked_add(length)?)?;
         // No loop: what is in a section of replacements is in no table.
         let is_replacement = self.object.section(section).name == ".altinstr_replacement";
-        let code = is_replacement.then(|| self.normal(&Piece { section, offset, bytes }))??;
+        let code = is_replacement
+            .then(|| self.normal_within(&Piece { section, offset, bytes }, Nesting::Inside))??;
         Some(Target::Code(Box::new(code)))
     }
 }

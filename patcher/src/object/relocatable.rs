@@ -4,10 +4,10 @@
 //! The file is not trusted. Sections may not share their bytes, names have a longest, and relocations lie one
 //! behind the other inside their section, or the file is refused.
 
+use object::Endianness;
 use object::elf::{self, FileHeader64};
 use object::read::elf::{FileHeader, SectionHeader, SectionTable, Sym, SymbolTable};
 use object::read::{SectionIndex, SymbolIndex};
-use object::Endianness;
 
 use crate::object::error::Error;
 use crate::object::relocation::{Form, Relocation};
@@ -279,7 +279,8 @@ fn symbols<'a>(
         };
         let (offset, size) = (symbol.st_value(endian), symbol.st_size(endian));
         if let (Place::Section(section), Kind::Function | Kind::Data) = (place, kind) {
-            let section_bytes = if kind == Kind::Function { sections[section].bytes.len() } else { sections[section].size };
+            let section_bytes =
+                if kind == Kind::Function { sections[section].bytes.len() } else { sections[section].size };
             let bytes = section_bytes as u64;
             let is_inside = offset.checked_add(size).is_some_and(|end| end <= bytes);
             if !is_inside || (kind == Kind::Function && size == 0) {

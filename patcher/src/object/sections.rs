@@ -28,14 +28,16 @@ pub(super) fn purpose(name: &str) -> Purpose {
         let rest = name.strip_prefix(*known);
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
     };
-    let any = |names: &[&str]| names.iter().any(|known| is(&known));
+    let any = |names: &[&str]| names.iter().any(is);
     if any(&[".init", ".initcall", ".ref", ".meminit", ".cpuinit"]) || name.starts_with(".initcall") {
         Purpose::Init
     } else if any(&[".exit", ".exitcall", ".discard", ".modinfo", ".comment", ".note"]) {
         Purpose::Discarded
     } else if name.starts_with(".data..percpu") {
         Purpose::PerCpu
-    } else if any(&[".text", ".noinstr", ".sched", ".cpuidle", ".entry", ".kprobes", ".rodata", ".data", ".bss"]) {
+    } else if any(&[
+        ".text", ".noinstr", ".sched", ".cpuidle", ".entry", ".kprobes", ".rodata", ".data", ".bss",
+    ]) {
         Purpose::Resident
     } else if name.starts_with("___ksymtab") || name.starts_with("__ksymtab") || name == ".export_symbol" {
         Purpose::Export
@@ -44,9 +46,18 @@ pub(super) fn purpose(name: &str) -> Purpose {
             "__jump_table" => Purpose::Table(3),
             "__bug_table" | "__ex_table" | ".altinstructions" | ".static_call_sites" => Purpose::Table(2),
             ".parainstructions" => Purpose::Table(1),
-            ".altinstr_replacement" | ".altinstr_aux" | ".smp_locks" | ".retpoline_sites" | ".return_sites"
-            | ".call_sites" | ".ibt_endbr_seal" | "__mcount_loc" | ".orc_unwind" | ".orc_unwind_ip"
-            | ".orc_header" | ".static_call_tramp_key" => Purpose::Derived,
+            ".altinstr_replacement"
+            | ".altinstr_aux"
+            | ".smp_locks"
+            | ".retpoline_sites"
+            | ".return_sites"
+            | ".call_sites"
+            | ".ibt_endbr_seal"
+            | "__mcount_loc"
+            | ".orc_unwind"
+            | ".orc_unwind_ip"
+            | ".orc_header"
+            | ".static_call_tramp_key" => Purpose::Derived,
             _ => Purpose::Unknown,
         }
     }

@@ -1,7 +1,5 @@
 //! Properties that hold for any input, shared by the property tests and the fuzz targets.
 
-use std::sync::LazyLock;
-
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use patcher::addr::Gva;
 use patcher::image::symbols::Symbols;
@@ -11,7 +9,7 @@ use patcher::insn::store::{GeneralRegisters, Store};
 use patcher::insn::written::{Bitness, written};
 use patcher::linux::module_list::read_modules;
 use patcher::linux::{GuestMemory, Kernel, Modules};
-use patcher::object::{Object, Outcome, match_image};
+use patcher::object::{Change, Object, Outcome, compare, match_image};
 use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
 use patcher::resolve::{RunningGuest, resolve};
 
@@ -307,16 +305,19 @@ pub(crate) fn live(image: &KernelImage, input: &[u8]) {
     }
 }
 
-/// Any file is read as an object or refused; what matches the miniature is there, byte by byte, but for fields and
-/// what the build replaces.
-pub(crate) fn object(file: &[u8]) {
-    static MINIATURE: LazyLock<(Vec<u8>, KernelImage)> = LazyLock::new(|| {
-        let file = crate::miniature::vmlinux();
-        let image = KernelImage::parse(&file).expect("a kernel");
-        (file, image)
-    });
+/// Any file is read as an object or refused; compared with itself nothing is new or gone; what matches a kernel is
+/// where a symbol is.
+pub(crate) fn object(file: &[u8], vmlinux: &[u8], image: &KernelImage) {
     let Ok(object) = Object::parse(file) else { return };
-    let (vmlinux, image) = &*MINIATURE;
+    if let Ok(found) = compare(&object, &object) {
+        assert!(
+            found
+                .functions
+                .values()
+                .chain(found.data.values())
+                .all(|change| { matches!(change, Change::Unchanged | Change::Changed) })
+        );
+    }
     let contents = Contents::parse(vmlinux).expect("a kernel");
     let Ok(found) = match_image(&object, image, &contents) else { return };
     assert_eq!(found.functions.len(), object.functions().len());

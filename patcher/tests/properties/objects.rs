@@ -1,5 +1,7 @@
 //! Matching objects with an image: what belongs matches, and nothing else does.
 
+use std::sync::LazyLock;
+
 use patcher::addr::Gva;
 use patcher::image::{Contents, KernelImage};
 use patcher::object::outcome::PieceMatch;
@@ -10,16 +12,24 @@ use proptest::strategy::Strategy as Generator;
 use crate::sources::{ABSOLUTE, CALL, Kind, Linked, NEAR, Part, SIGNED, STRINGS, Source};
 use crate::{checks, miniature};
 
+/// The miniature, and what is read of it; made once.
+static MINIATURE: LazyLock<(Vec<u8>, KernelImage)> = LazyLock::new(|| {
+    let file = miniature::vmlinux();
+    let image = KernelImage::parse(&file).expect("a kernel");
+    (file, image)
+});
+
 const ELSEWHERE: [(&str, u64); 3] =
     [("left", 0xffff_ffff_8200_0000), ("right", 0xffff_ffff_8200_0100), ("per_cpu", 0x1_2340)];
 
 /// A file that refers to everything in every way.
-fn example() -> Source {
+pub(crate) fn example() -> Source {
     Source {
         parts: vec![
             Part::function(
                 "alpha",
-                &[&[0x0f, 0x1f, 0x44, 0, 0, 0xe8][..], &[0; 4], &[0x48, 0xc7, 0xc7], &[0; 4], &[0xc3]].concat(),
+                &[&[0x0f, 0x1f, 0x44, 0, 0, 0xe8][..], &[0; 4], &[0x48, 0xc7, 0xc7], &[0; 4], &[0xc3]]
+                    .concat(),
                 &[(6, CALL, "beta", -4), (13, SIGNED, ".LC1", 0)],
             )
             .global(),
@@ -36,7 +46,13 @@ fn example() -> Source {
                 &[(4, SIGNED, "per_cpu", 0), (9, NEAR, ".text", 0x20 + 6 - 4)],
             ),
             Part::new("counter", ".data", Kind::Data, &[7, 0, 0, 0], &[]),
-            Part::new("table", ".rodata", Kind::Data, &[0; 16], &[(0, ABSOLUTE, "beta", 0), (8, ABSOLUTE, ".LC0", 1)]),
+            Part::new(
+                "table",
+                ".rodata",
+                Kind::Data,
+                &[0; 16],
+                &[(0, ABSOLUTE, "beta", 0), (8, ABSOLUTE, ".LC0", 1)],
+            ),
             Part::new("state", ".bss", Kind::Data, &[0; 32], &[]),
         ],
         strings: ["one".into(), "two".into()].into(),
@@ -58,14 +74,17 @@ fn outcome<'a>(found: &'a Match, name: &str) -> &'a Outcome {
 
 #[test]
 fn an_object_matches_the_image_it_is_linked_into() {
-    let others = Source { parts: vec![Part::function("beta", &[0x90, 0xc3], &[])], strings: vec!["two".into()] };
+    let others =
+        Source { parts: vec![Part::function("beta", &[0x90, 0xc3], &[])], strings: vec!["two".into()] };
     for (source, split) in [(example(), false), (splittable(), false), (splittable(), true)] {
         let linked = Linked::new(&[&others, &source], &ELSEWHERE);
         let found = linked.matched(&source.object(split));
         assert!(found.belongs(), "{found:?}");
         assert!(found.pieces().all(|piece| matches!(piece.outcome, Outcome::Matches { .. })), "{found:?}");
         assert_eq!((found.functions.len(), found.data.len()), (3, 2));
-        let at = |name: &str| found.bindings.iter().find(|binding| binding.name == name).map(|b| (b.at.0, b.known));
+        let at = |name: &str| {
+            found.bindings.iter().find(|binding| binding.name == name).map(|b| (b.at.0, b.known))
+        };
         assert_eq!((at("left"), at("per_cpu")), (Some((ELSEWHERE[0].1, true)), Some((0x1_2340, true))));
     }
 }
@@ -85,13 +104,16 @@ fn every_bit_that_differs_is_found() {
                     assert!(!found.belongs(), "{}+{offset:#x} bit {bit}", part.name);
                     let is_field = |offset: usize| {
                         let length = |form| if form == ABSOLUTE { 8 } else { 4 };
-                        part.fields.iter().any(|one| (one.offset..one.offset + length(one.form)).contains(&offset))
+                        part.fields
+                            .iter()
+                            .any(|one| (one.offset..one.offset + length(one.form)).contains(&offset))
                     };
                     // A last jump that becomes a short one is read as that, and leads elsewhere.
                     let is_jump = linked.bytes[start + offset] == 0xeb;
                     if part.kind == Kind::Function && !is_field(offset) && !is_jump {
                         let told = outcome(&found, &part.name);
-                        let Outcome::Mismatch(Difference::Bytes { offset: from, expected, found, at }) = told else {
+                        let Outcome::Mismatch(Difference::Bytes { offset: from, expected, found, at }) = told
+                        else {
                             panic!("{}+{offset:#x}: {told:?}", part.name);
                         };
                         assert!(*from <= offset && offset - from < expected.len() && expected != found);
@@ -143,15 +165,28 @@ fn references_must_agree() {
 #[test]
 fn static_functions_of_one_name_are_told_apart() {
     let twin = |calls: &str| Part::function("twin", &[0xe8, 0, 0, 0, 0, 0xc3], &[(1, CALL, calls, -4)]);
-    let user = |name: &str, byte: u8| Part::function(name, &[byte, 0xe9, 0, 0, 0, 0], &[(2, CALL, "twin", -4)]);
+    let user =
+        |name: &str, byte: u8| Part::function(name, &[byte, 0xe9, 0, 0, 0, 0], &[(2, CALL, "twin", -4)]);
     let alone = |name: &str, byte: u8| Part::function(name, &[byte, 0xc3], &[]);
     let file = |parts: [Part; 3]| Source { parts: parts.into(), strings: Vec::new() };
     // What differs, the object, and whether nothing would tell if it were not contiguous.
     for (first, second) in [
-        (file([twin("left"), alone("a", 0x90), alone("x", 0x91)]), file([twin("right"), alone("b", 0x92), alone("y", 0x93)])),
-        (file([twin("left"), user("a", 0x90), alone("x", 0x91)]), file([twin("left"), user("b", 0x92), alone("y", 0x93)])),
-        (file([twin("left"), alone("a", 0x90), alone("x", 0x91)]), file([twin("left"), alone("b", 0x92), alone("y", 0x93)])),
-        (file([alone("a", 0x90), alone("x", 0x91), twin("left")]), file([alone("b", 0x92), alone("y", 0x93), twin("left")])),
+        (
+            file([twin("left"), alone("a", 0x90), alone("x", 0x91)]),
+            file([twin("right"), alone("b", 0x92), alone("y", 0x93)]),
+        ),
+        (
+            file([twin("left"), user("a", 0x90), alone("x", 0x91)]),
+            file([twin("left"), user("b", 0x92), alone("y", 0x93)]),
+        ),
+        (
+            file([twin("left"), alone("a", 0x90), alone("x", 0x91)]),
+            file([twin("left"), alone("b", 0x92), alone("y", 0x93)]),
+        ),
+        (
+            file([alone("a", 0x90), alone("x", 0x91), twin("left")]),
+            file([alone("b", 0x92), alone("y", 0x93), twin("left")]),
+        ),
     ] {
         let linked = Linked::new(&[&first, &second], &ELSEWHERE);
         let places: Vec<u64> =
@@ -167,7 +202,9 @@ fn static_functions_of_one_name_are_told_apart() {
     // Alone in its object, nothing tells.
     let only = Source { parts: vec![twin("left")], strings: Vec::new() };
     let found = Linked::new(&[&only, &only], &ELSEWHERE).matched(&only.object(false));
-    assert!(matches!(outcome(&found, "twin"), Outcome::Ambiguous { at } if at.len() == 2) && !found.belongs());
+    assert!(
+        matches!(outcome(&found, "twin"), Outcome::Ambiguous { at } if at.len() == 2) && !found.belongs()
+    );
 }
 
 /// A weak definition that lost has no name in the image, which has another file's instead.
@@ -181,8 +218,10 @@ fn weak_definitions_that_lost_are_told() {
         ],
         strings: Vec::new(),
     };
-    let strong = Source { parts: vec![Part::function("hook", &[0x92, 0xc3], &[]).global()], strings: Vec::new() };
-    let also_weak = Source { parts: vec![Part::function("hook", &[0x92, 0xc3], &[]).weak()], strings: Vec::new() };
+    let strong =
+        Source { parts: vec![Part::function("hook", &[0x92, 0xc3], &[]).global()], strings: Vec::new() };
+    let also_weak =
+        Source { parts: vec![Part::function("hook", &[0x92, 0xc3], &[]).weak()], strings: Vec::new() };
     for other in [&strong, &also_weak] {
         let mut linked = Linked::new(&[other, &source], &ELSEWHERE);
         let at = Gva(miniature::BASE + linked.offset("hook") as u64);
@@ -220,7 +259,8 @@ fn a_short_last_jump_is_the_same_jump() {
 #[test]
 fn what_the_build_replaces_is_compared_by_its_tables() {
     let file = miniature::vmlinux();
-    let (image, contents) = (KernelImage::parse(&file).expect("a kernel"), Contents::parse(&file).expect("a kernel"));
+    let (image, contents) =
+        (KernelImage::parse(&file).expect("a kernel"), Contents::parse(&file).expect("a kernel"));
     let function = image.symbols().only("function").expect("it");
     let bytes = contents.bytes(function, 26).expect("its bytes").to_vec();
     let matched = |start: [u8; 5], fields: &[(usize, u32, &str, i64)]| {
@@ -240,7 +280,11 @@ fn what_the_build_replaces_is_compared_by_its_tables() {
     assert!(matched([0xe8, 0, 0, 0, 0], &[(1, CALL, "__fentry__", -4)]));
     assert!(!matched([0xe8, 0, 0, 0, 0], &[(1, CALL, "other", -4)]));
     // No table has a fentry call at the entry of `pair`.
-    let pair = Part::function("tail", &[&[0x90; 7][..], &[0xe8, 0, 0, 0, 0, 0xc3]].concat(), &[(8, CALL, "__fentry__", -4)]);
+    let pair = Part::function(
+        "tail",
+        &[&[0x90; 7][..], &[0xe8, 0, 0, 0, 0, 0xc3]].concat(),
+        &[(8, CALL, "__fentry__", -4)],
+    );
     let object = Source { parts: vec![pair], strings: Vec::new() }.object(false);
     let object = Object::parse(&object).expect("an object");
     assert!(!match_image(&object, &image, &contents).expect("within the budget").belongs());
@@ -274,7 +318,8 @@ fn what_is_no_object_is_named() {
     // Of the first relocation, its kind: 9 is R_X86_64_GOTPCREL.
     let needle = [6_u64.to_le_bytes(), [4, 0, 0, 0, 3, 0, 0, 0]].concat();
     let at = good.windows(16).position(|window| window == needle);
-    let at = at.or_else(|| good.windows(9).position(|window| window == [6, 0, 0, 0, 0, 0, 0, 0, 4])).expect("it");
+    let at =
+        at.or_else(|| good.windows(9).position(|window| window == [6, 0, 0, 0, 0, 0, 0, 0, 4])).expect("it");
     assert_eq!(
         with(at + 8, 9),
         "section .text+0x6 has a relocation of type 9; R_X86_64_64, PC32, PLT32, 32, 32S and PC64 are known, as a \
@@ -363,7 +408,7 @@ proptest! {
             file[at..at + length].copy_from_slice(&edit.to_le_bytes()[..length]);
         }
         let length = cut.map_or(file.len(), |cut| cut.index(file.len()));
-        checks::object(&file[..length]);
+        checks::object(&file[..length], &MINIATURE.0, &MINIATURE.1);
     }
 }
 
@@ -423,7 +468,10 @@ fn what_differs_between_two_objects_is_told() {
     let mut after = before.clone();
     after.parts.push(Part::new("extra", "__param", Kind::Data, &[1; 8], &[]));
     let found = compared(&before, &after);
-    assert!(found.obstacles.contains(&Obstacle::UnknownSection { section: "__param.extra".into() }), "{found:?}");
+    assert!(
+        found.obstacles.contains(&Obstacle::UnknownSection { section: "__param.extra".into() }),
+        "{found:?}"
+    );
 }
 
 /// A line number is a constant that a known function takes.
@@ -450,7 +498,8 @@ fn line_numbers_are_no_change() {
 /// Static variables are renumbered by a compiler; each stays the one that its users use.
 #[test]
 fn static_variables_keep_their_identity() {
-    let user = |name: &str, of: &str| Part::function(name, &[0x8b, 0x05, 0, 0, 0, 0, 0xc3], &[(2, NEAR, of, -4)]);
+    let user =
+        |name: &str, of: &str| Part::function(name, &[0x8b, 0x05, 0, 0, 0, 0, 0xc3], &[(2, NEAR, of, -4)]);
     let once = |name: &str| Part::new(name, ".data", Kind::Data, &[0; 4], &[]);
     let source = |parts: &[Part]| Source { parts: parts.into(), strings: Vec::new() };
     let before = source(&[user("a", "once.1"), user("b", "once.2"), once("once.1"), once("once.2")]);

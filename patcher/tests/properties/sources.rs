@@ -137,7 +137,8 @@ impl Source {
         for (index, (name, _)) in sections.iter().enumerate() {
             symbols.push((name.clone(), index + 1, 0, 0, 3));
         }
-        let used = sections.iter().flat_map(|(_, section)| &section.relocations).map(|(_, _, to, _)| to.clone());
+        let used =
+            sections.iter().flat_map(|(_, section)| &section.relocations).map(|(_, _, to, _)| to.clone());
         for name in used.collect::<Vec<_>>() {
             if !symbols.iter().any(|(found, ..)| *found == name) {
                 symbols.push((name, 0, 0, 0, 1 << 4));
@@ -204,7 +205,9 @@ fn elf(sections: &[(String, Section)], symbols: &[(String, usize, u64, u64, u8)]
     let mut count = sections.len() + 3;
     for ((index, (_, section)), name) in sections.iter().enumerate().zip(relocation_names) {
         let entries = section.relocations.iter().flat_map(|(offset, form, to, addend)| {
-            [*offset, number(to) << 32 | u64::from(*form), addend.cast_unsigned()].map(u64::to_le_bytes).concat()
+            [*offset, number(to) << 32 | u64::from(*form), addend.cast_unsigned()]
+                .map(u64::to_le_bytes)
+                .concat()
         });
         let entries: Vec<u8> = entries.collect();
         if !entries.is_empty() {
@@ -218,7 +221,8 @@ fn elf(sections: &[(String, Section)], symbols: &[(String, usize, u64, u64, u8)]
     file[20] = 1;
     file[40..48].copy_from_slice(&start.to_le_bytes());
     let low = |value: usize| u16::try_from(value).expect("few").to_le_bytes();
-    file[52..64].copy_from_slice(&[low(64), [0; 2], [0; 2], low(64), low(count), low(sections.len() + 2)].concat());
+    file[52..64]
+        .copy_from_slice(&[low(64), [0; 2], [0; 2], low(64), low(count), low(sections.len() + 2)].concat());
     file.extend(headers);
     file
 }
@@ -250,8 +254,15 @@ impl Linked {
                     let at = miniature::BASE + bytes.len() as u64;
                     fields.extend(part.fields.iter().map(|field| (file, bytes.len(), field)));
                     bytes.extend(&part.bytes);
-                    let (lower, upper) = if part.kind == Kind::Function { (b't', b'T') } else { (b'd', b'D') };
-                    let kind = if part.weak { b'W' } else if part.global { upper } else { lower };
+                    let (lower, upper) =
+                        if part.kind == Kind::Function { (b't', b'T') } else { (b'd', b'D') };
+                    let kind = if part.weak {
+                        b'W'
+                    } else if part.global {
+                        upper
+                    } else {
+                        lower
+                    };
                     own[file].insert(part.name.clone(), at);
                     let is_loser = part.weak && all.contains_key(&part.name);
                     if part.global && !is_loser {
@@ -266,7 +277,8 @@ impl Linked {
             // Merged: each once, the last first.
             for (number, string) in source.strings.iter().enumerate().rev() {
                 let text: Vec<u8> = string.bytes().chain([0]).collect();
-                let start = bytes.windows(text.len()).position(|window| window == text).unwrap_or(bytes.len());
+                let start =
+                    bytes.windows(text.len()).position(|window| window == text).unwrap_or(bytes.len());
                 if start == bytes.len() {
                     bytes.extend(text);
                 }

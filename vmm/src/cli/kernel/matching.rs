@@ -74,7 +74,8 @@ impl Piece {
 impl Report {
     /// What was found in the kernel of this release.
     pub(super) fn new(release: &str, found: &Match) -> Self {
-        let bound = |Binding { name, at, known }: &Binding| Bound { name: name.clone(), at: *at, known: *known };
+        let bound =
+            |Binding { name, at, known }: &Binding| Bound { name: name.clone(), at: *at, known: *known };
         let belongs = found.belongs();
         Self {
             release: release.to_owned(),

@@ -92,12 +92,20 @@ fn print(command: &KernelCommand) -> Result<ExitStatus, Error> {
         }
         KernelCommand::Match { file, object } => {
             let report = matched(&file.kernel, object)?;
-            if file.json { output::print_json(&report)? } else { output::print(&report.page())? }
+            if file.json {
+                output::print_json(&report)?
+            } else {
+                output::print(&report.page())?
+            }
             return Ok(if report.belongs() { ExitStatus::Done } else { ExitStatus::Refused });
         }
         KernelCommand::Compare { before, after, json } => {
             let report = compared(before, after)?;
-            if *json { output::print_json(&report)? } else { output::print(&report.page())? }
+            if *json {
+                output::print_json(&report)?
+            } else {
+                output::print(&report.page())?
+            }
             return Ok(if report.is_replaceable() { ExitStatus::Done } else { ExitStatus::Refused });
         }
     }

@@ -9,7 +9,7 @@ use patcher::object::{Change, Difference, Match, Object, Obstacle, Outcome, matc
 use proptest::prelude::*;
 use proptest::strategy::Strategy as Generator;
 
-use crate::sources::{ABSOLUTE, CALL, Kind, Linked, NEAR, Part, SIGNED, STRINGS, Source};
+use crate::sources::{ABSOLUTE, CALL, FAR, Kind, Linked, NEAR, Part, SIGNED, STRINGS, Source};
 use crate::{checks, miniature};
 
 /// The miniature, and what is read of it; made once.
@@ -508,4 +508,88 @@ fn static_variables_keep_their_identity() {
     assert!(changes(&found).is_empty() && found.obstacles.is_empty(), "{found:?}");
     let shared = source(&[user("a", "once.7"), user("b", "once.7"), once("once.7"), once("once.8")]);
     assert_eq!(changes(&compared(&before, &shared))[0], ("b", Change::Changed), "it uses the other's now");
+}
+
+/// What tables say of a function is a part of it: code that is equal may have another static key.
+#[test]
+fn what_tables_say_of_a_function_counts() {
+    let table = |name: &str, bytes: &[u8], fields: &[(usize, u32, &str, i64)]| {
+        Part::new("entry", name, Kind::Label, bytes, fields)
+    };
+    let source = |change: &dyn Fn(&mut Vec<Part>)| {
+        let near = (0, NEAR, "f", 0);
+        let mut parts = vec![
+            Part::function("f", &[0x0f, 0x1f, 0x44, 0, 0, 0x0f, 0x0b, 0xc3], &[]),
+            Part::function("g", &[0x90, 0xc3], &[]),
+            table("__jump_table", &[0; 16], &[near, (4, NEAR, "f", 7), (8, FAR, "left", 2)]),
+            table(
+                "__bug_table",
+                &[0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 9, 0],
+                &[(0, NEAR, "f", 5), (4, NEAR, ".LC0", 4)],
+            ),
+            table("__ex_table", &[0; 12], &[near, (4, NEAR, "f", 7)]),
+            // The first is of `f`, two bytes long, the second of `g`.
+            table(
+                ".altinstructions",
+                &[0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 2, 2],
+                &[(0, NEAR, "f", 5), (4, NEAR, ".altinstr_replacement", 0)],
+            ),
+            table(
+                ".altinstructions",
+                &[0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 1, 1],
+                &[(0, NEAR, "g", 0), (4, NEAR, ".altinstr_replacement", 2)],
+            ),
+            table(".altinstr_replacement", &[0x66, 0x90, 0x90], &[]),
+        ];
+        change(&mut parts);
+        Source { parts, strings: vec!["file.c".into()] }
+    };
+    let before = source(&|_| {});
+    let changed = |change: &dyn Fn(&mut Vec<Part>)| {
+        let found = compared(&before, &source(change));
+        assert!(found.obstacles.is_empty(), "{found:?}");
+        changes(&found).iter().map(|(name, _)| (*name).to_owned()).collect::<Vec<_>>()
+    };
+    assert!(changed(&|_| {}).is_empty());
+    assert_eq!(changed(&|parts| parts[2].fields[2].to = "right".into()), ["f"], "another key");
+    assert_eq!(changed(&|parts| parts[2].fields[2].addend = 3), ["f"], "another branch");
+    assert!(changed(&|parts| parts[3].bytes[8] = 8).is_empty(), "another line");
+    assert_eq!(changed(&|parts| parts[3].bytes[10] = 8), ["f"], "another kind of warning");
+    assert_eq!(changed(&|parts| parts[4].fields[1].addend = 6), ["f"], "another fixup");
+    assert_eq!(changed(&|parts| _ = parts.remove(4)), ["f"], "no fixup");
+    assert_eq!(changed(&|parts| parts[5].bytes[8] = 4), ["f"], "another feature");
+    assert_eq!(changed(&|parts| parts[7].bytes[2] = 0xc3), ["g"], "another replacement");
+    assert_eq!(changed(&|parts| parts[7].bytes[..2].copy_from_slice(&[0x90, 0x90])), ["f"]);
+    // A jump has three fields.
+    let odd = source(&|parts| _ = parts[2].fields.pop());
+    assert!(compared(&before, &odd).obstacles.contains(&Obstacle::Tables));
+}
+
+/// A compiler writes a place as a distance from the instruction's end, of a section's symbol or of the variable's.
+#[test]
+fn one_place_has_one_name() {
+    let variables = ["w", "x"].map(|name| Part::new(name, ".data", Kind::Data, &[1; 16], &[]));
+    // cmp dword [rip + x], 7; ret
+    let user =
+        |to: &str, addend| Part::function("f", &[0x83, 0x3d, 0, 0, 0, 0, 7, 0xc3], &[(2, NEAR, to, addend)]);
+    let object = |to: &str, addend| {
+        let parts = [&[user(to, addend)][..], &variables].concat();
+        Source { parts, strings: Vec::new() }.object(false)
+    };
+    let is_same = |one: &[u8], other: &[u8]| {
+        let (one, other) = (Object::parse(one).expect("an object"), Object::parse(other).expect("an object"));
+        changes(&patcher::object::compare(&one, &other).expect("within the budget")).is_empty()
+    };
+    assert!(is_same(&object("x", -5), &object(".data", 16 - 5)));
+    assert!(!is_same(&object("x", -5), &object(".data", 16 - 4)));
+    assert!(!is_same(&object("w", -5), &object(".data", 16 - 5)));
+}
+
+#[test]
+fn names_that_are_not_unique_are_an_obstacle() {
+    let twice = Part::function("f", &[0x90, 0xc3], &[]);
+    let source = Source { parts: vec![twice.clone(), twice], strings: Vec::new() };
+    let found = compared(&source, &source);
+    assert_eq!(changes(&found), [("f", Change::Changed)]);
+    assert_eq!(found.obstacles, [Obstacle::SeveralOfOneName { name: "f".into() }].into());
 }

@@ -12,10 +12,13 @@ pub(crate) const ABSOLUTE: u32 = 1;
 pub(crate) const NEAR: u32 = 2;
 pub(crate) const CALL: u32 = 4;
 pub(crate) const SIGNED: u32 = 11;
+pub(crate) const FAR: u32 = 24;
 
 /// What a symbol is: as ELF has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
+    /// Of a table, which has no symbols of its own.
+    Label = 0,
     Data = 1,
     Function = 2,
 }
@@ -103,7 +106,8 @@ struct Section {
 impl Source {
     /// The section that a part is in.
     fn section_of(part: &Part, split: bool) -> String {
-        if split { format!("{}.{}", part.section, part.name) } else { part.section.clone() }
+        let is_split = split && part.kind != Kind::Label;
+        if is_split { format!("{}.{}", part.section, part.name) } else { part.section.clone() }
     }
 
     /// The object; `split` as with `-ffunction-sections -fdata-sections`.
@@ -123,7 +127,9 @@ impl Source {
                 sections.len() - 1
             });
             let section = &mut sections[index].1;
-            section.bytes.resize(section.bytes.len().next_multiple_of(ALIGN), 0xcc);
+            if part.kind != Kind::Label {
+                section.bytes.resize(section.bytes.len().next_multiple_of(ALIGN), 0xcc);
+            }
             let at = section.bytes.len();
             section.bytes.extend(&part.bytes);
             for field in &part.fields {

@@ -557,6 +557,7 @@ fn what_tables_say_of_a_function_counts() {
     assert_eq!(changed(&|parts| parts[3].bytes[10] = 8), ["f"], "another kind of warning");
     assert_eq!(changed(&|parts| parts[4].fields[1].addend = 6), ["f"], "another fixup");
     assert_eq!(changed(&|parts| _ = parts.remove(4)), ["f"], "no fixup");
+    assert_eq!(changed(&|parts| _ = parts.remove(5)), ["f"], "no alternative, the last of its entries");
     assert_eq!(changed(&|parts| parts[5].bytes[8] = 4), ["f"], "another feature");
     assert_eq!(changed(&|parts| parts[7].bytes[2] = 0xc3), ["g"], "another replacement");
     assert_eq!(changed(&|parts| parts[7].bytes[..2].copy_from_slice(&[0x90, 0x90])), ["f"]);

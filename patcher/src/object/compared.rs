@@ -10,6 +10,7 @@ use crate::insn;
 use crate::object::agreement::{Key, Reference};
 use crate::object::known::Known;
 use crate::object::outcome::{Difference, Places};
+use crate::object::piece::Piece;
 use crate::object::relocatable::{Kind, Merged, Object, Place, Section};
 use crate::object::relocation::Relocation;
 use crate::object::rewritten::{self, Jumps, Rewritten};
@@ -26,15 +27,6 @@ pub(super) struct Pair<'a> {
     pub(super) known: &'a Known<'a>,
     pub(super) jumps: &'a Jumps,
     pub(super) budget: &'a Budget,
-}
-
-/// A function, or a section of data.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece<'a> {
-    pub(super) section: usize,
-    /// Where it begins in the section.
-    pub(super) offset: usize,
-    pub(super) bytes: &'a [u8],
 }
 
 /// What is equal, as the image has it.

@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::budget::Budget;
-use crate::object::compared::Piece;
 use crate::object::error::Error;
 use crate::object::line::equal_but_for_lines;
 use crate::object::normal::{Names, Normal, Target};
+use crate::object::piece::Piece;
 use crate::object::relocatable::{Kind, Object, Place, Symbol};
 use crate::object::sections::{Purpose, purpose};
 

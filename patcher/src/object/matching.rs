@@ -15,10 +15,11 @@ use crate::budget::Budget;
 use crate::image::{Contents, KernelImage};
 use crate::object::adjacent::Order;
 use crate::object::agreement::{Agreement, Key, Reference};
-use crate::object::compared::{Equal, Pair, Piece};
+use crate::object::compared::{Equal, Pair};
 use crate::object::error::Error;
 use crate::object::known::Known;
 use crate::object::outcome::{Binding, Difference, Match, Outcome, PieceMatch, Places};
+use crate::object::piece::Piece;
 use crate::object::relocatable::{Kind, Object, Place, Section};
 use crate::object::rewritten::Jumps;
 use crate::object::sections::{Purpose, purpose};
@@ -27,11 +28,9 @@ use crate::object::sections::{Purpose, purpose};
 pub const BUILD_MISMATCH: &str = "build_mismatch";
 
 /// What may be spent on comparing, in units of [`Budget`]: so much for any object, and so much more for each byte
-/// of its sections. Real ones need 2 to 4 a byte.
+/// of its sections.
 const WORK: u64 = 1 << 22;
 const WORK_A_BYTE: u64 = 64;
-/// Most places of a name that are tried.
-const MOST_CANDIDATES: usize = 256;
 
 /// Compares every function of an object, and its initialised data, with an image. `contents` is the
 /// same image's.
@@ -92,7 +91,7 @@ impl<'a> Matcher<'a> {
                 one.outcome = Some(Outcome::Overridden { at });
             } else {
                 one.difference = Some(Difference::Missing);
-                one.compare(&pair, places.iter().take(MOST_CANDIDATES).copied())?;
+                one.compare(&pair, places.iter().copied())?;
             }
             work.push(one);
         }
@@ -121,8 +120,9 @@ impl<'a> Matcher<'a> {
     /// Settles what the references of others tell. Returns whether anything was settled.
     fn by_references(&mut self) -> Option<bool> {
         let mut goes_on = false;
+        self.pair.budget.spend(self.work.len())?;
         for one in self.work.iter_mut().filter(|one| one.outcome.is_none()) {
-            self.pair.budget.spend(1 + one.candidates.len())?;
+            self.pair.budget.spend(one.candidates.len())?;
             let base = self.agreement.at(Key::Section(one.piece.section));
             let at = base.map(|base| Gva(base.wrapping_add(one.piece.offset as u64)));
             if let Some(at) = at.filter(|_| !one.is_function && one.difference.is_none()) {
@@ -140,12 +140,13 @@ impl<'a> Matcher<'a> {
     /// Settles one function that lies right beside another whose place is known: one of several that are equal, or
     /// a weak definition that lost, which is in the image without a name. Returns whether there was one.
     fn by_neighbours(&mut self) -> Option<bool> {
+        self.pair.budget.spend(self.work.len())?;
         for index in 0..self.pair.object.functions().len() {
             let (one, object) = (&self.work[index], self.pair.object);
             if one.outcome.is_some() {
                 continue;
             }
-            self.pair.budget.spend(1 + one.candidates.len())?;
+            self.pair.budget.spend(one.candidates.len())?;
             let place = |other: usize| self.work[other].place;
             let fits = |equal: &Equal<'_>| self.order.fits(object, index, (equal.at, equal.size), place);
             let fitting = one.candidates.iter().filter(|equal| fits(equal)).map(|equal| equal.at);

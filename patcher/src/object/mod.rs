@@ -17,6 +17,7 @@ mod line;
 pub mod matching;
 mod normal;
 pub mod outcome;
+mod piece;
 pub mod relocatable;
 pub mod relocation;
 mod rewritten;

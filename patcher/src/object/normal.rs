@@ -4,7 +4,7 @@
 use crate::addr::Gva;
 use crate::budget::Budget;
 use crate::insn;
-use crate::object::compared::Piece;
+use crate::object::piece::Piece;
 use crate::object::relocatable::{Kind, Merged, Object, Place, Symbol};
 use crate::object::relocation::{Form, Relocation};
 use crate::object::sections::{Purpose, purpose};

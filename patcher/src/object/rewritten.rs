@@ -13,7 +13,7 @@ use crate::addr::Gva;
 use crate::image::KernelImage;
 use crate::image::tables::JumpEntry;
 use crate::insn::nops;
-use crate::object::compared::Piece;
+use crate::object::piece::Piece;
 use crate::object::relocatable::Object;
 use crate::object::relocation::{Form, Relocation};
 

@@ -594,3 +594,28 @@ fn names_that_are_not_unique_are_an_obstacle() {
     assert_eq!(changes(&found), [("f", Change::Changed)]);
     assert_eq!(found.obstacles, [Obstacle::SeveralOfOneName { name: "f".into() }].into());
 }
+
+/// Functions that share all their bytes, and so many that each pair would have to be looked at.
+#[test]
+fn an_object_that_keeps_its_readers_busy_is_refused() {
+    // An image of many functions of one name, and an object of as many, all of which overlap.
+    let code: Vec<u8> = vec![0x90; 4096];
+    let one = Source { parts: vec![Part::function("f", &code, &[])], strings: Vec::new() };
+    let mut file = one.object(false);
+    let entry = file.windows(8).position(|window| window == 4096_u64.to_le_bytes()).expect("its size");
+    assert!(Object::parse(&file).is_ok());
+    // Larger than its section.
+    file[entry] = 1;
+    let error = Object::parse(&file).map(|_| ()).expect_err("it is too large").to_string();
+    assert!(error.contains("0x1001 bytes at 0x0 of section"), "{error}");
+    let many = Source { parts: vec![Part::function("f", &code, &[]); 8], strings: Vec::new() };
+    let file = many.object(false);
+    let object = Object::parse(&file).expect("an object");
+    let linked = Linked::new(
+        &[&Source { parts: vec![Part::function("f", &code, &[]); 2000], strings: Vec::new() }],
+        &[],
+    );
+    let (image, vmlinux) = linked.image();
+    let contents = Contents::parse(&vmlinux).expect("a kernel");
+    assert_eq!(match_image(&object, &image, &contents).err(), Some(patcher::object::Error::TooMuchWork));
+}

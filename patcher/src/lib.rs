@@ -17,6 +17,7 @@
 //! | [`insn`] | decoding, relocating and emulating instructions |
 //! | [`image`] | a kernel image: release, symbols, tables of patch sites, offsets |
 //! | [`plan`] | a plan in JSON, and every reason to refuse one |
+//! | [`object`](mod@object) | an object of the kernel's source, and whether it belongs to an image |
 //! | [`linux`] | a running kernel: live addresses, modules, kprobes, livepatches |
 //! | [`site`] | a range of text with the bytes before and after |
 //! | [`safety`] | where vCPUs and tasks may be; blockers, traps, copies of instructions |
@@ -137,6 +138,7 @@ pub mod budget;
 pub mod image;
 pub mod insn;
 pub mod linux;
+pub mod object;
 pub mod plan;
 pub mod program;
 pub mod resolve;

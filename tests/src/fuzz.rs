@@ -29,12 +29,13 @@ pub struct Options {
 }
 
 /// Crates with targets, and their targets: longest input in bytes.
-const TARGETS: [(&str, &str, u32); 15] = [
+const TARGETS: [(&str, &str, u32); 16] = [
     ("patcher", "plan", 4 << 10),
     ("patcher", "image", 64 << 10),
     ("patcher", "btf", 8 << 10),
     ("patcher", "kallsyms", 64 << 10),
     ("patcher", "compressed", 4 << 10),
+    ("patcher", "object", 16 << 10),
     ("patcher", "live", 20 << 10),
     ("patcher", "resolve", 4 << 10),
     ("patcher", "relocate", 64),

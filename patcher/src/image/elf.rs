@@ -45,6 +45,36 @@ pub(super) struct Piece<'a> {
     executable: bool,
 }
 
+/// What is loaded of a file.
+pub(super) fn segments(file: &[u8]) -> Result<Vec<Piece<'_>>, Error> {
+    let broken = |what: &str| Error::Elf { what: what.into() };
+    let (header, endian) = elf_header::check(file)?;
+    let headers = header
+        .program_headers(endian, file)
+        .map_err(|e: object::Error| Error::Elf { what: e.to_string() })?;
+    let loaded = || headers.iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
+    if loaded().count() > MOST_SEGMENTS {
+        return Err(broken("it has more segments than a kernel"));
+    }
+    let segments = loaded()
+        .map(|segment| {
+            Ok(Piece {
+                at: Gva(segment.p_vaddr(endian)),
+                bytes: segment.data(endian, file).map_err(|()| broken("a segment without bytes"))?,
+                executable: segment.p_flags(endian).0 & PF_X.0 != 0,
+            })
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    let bytes = segments.iter().map(|segment| segment.bytes.len() as u64).sum();
+    if bytes > MOST_LOADED {
+        return Err(Error::TooLarge { bytes, limit: MOST_LOADED });
+    }
+    if bytes > file.len() as u64 {
+        return Err(broken("its segments share their bytes"));
+    }
+    Ok(segments)
+}
+
 impl<'a> Vmlinux<'a> {
     /// `budget` gives what may be spent on reading this, by how many bytes are loaded.
     pub(super) fn parse(file: &'a [u8], budget: &'a Budget) -> Result<Self, Error> {
@@ -52,30 +82,11 @@ impl<'a> Vmlinux<'a> {
         let broken = |what: &str| Error::Elf { what: what.into() };
         let (header, endian) = elf_header::check(file)?;
         let headers = header.program_headers(endian, file).map_err(bad)?;
-        let loaded = || headers.iter().filter(|segment| segment.p_type(endian) == PT_LOAD);
-        if loaded().count() > MOST_SEGMENTS {
-            return Err(broken("it has more segments than a kernel"));
-        }
         let end = |segment: &ProgramHeader64<Endianness>| {
             Gva(segment.p_vaddr(endian).saturating_add(segment.p_memsz(endian)))
         };
-        let ends = loaded().map(end).collect();
-        let segments = loaded()
-            .map(|segment| {
-                Ok(Piece {
-                    at: Gva(segment.p_vaddr(endian)),
-                    bytes: segment.data(endian, file).map_err(|()| broken("a segment without bytes"))?,
-                    executable: segment.p_flags(endian).0 & PF_X.0 != 0,
-                })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
-        let bytes = segments.iter().map(|segment| segment.bytes.len() as u64).sum();
-        if bytes > MOST_LOADED {
-            return Err(Error::TooLarge { bytes, limit: MOST_LOADED });
-        }
-        if bytes > file.len() as u64 {
-            return Err(broken("its segments share their bytes"));
-        }
+        let ends = headers.iter().filter(|segment| segment.p_type(endian) == PT_LOAD).map(end).collect();
+        let segments = segments(file)?;
         let headers = header.sections(endian, file).map_err(bad)?;
         if headers.len() > MOST_SECTIONS {
             return Err(broken("it has more sections than a kernel"));

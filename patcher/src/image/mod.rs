@@ -11,6 +11,7 @@ pub mod btf;
 mod bzimage;
 pub mod call_forms;
 mod compression;
+mod contents;
 mod elf;
 mod elf_header;
 mod error;
@@ -37,6 +38,7 @@ pub mod symbols;
 pub mod tables;
 pub mod task_offsets;
 
+pub use contents::Contents;
 pub use error::Error;
 pub use kernel_image::KernelImage;
 pub use loadable::{KernelFile, LoadSegment, Loadable};

@@ -98,11 +98,15 @@ impl Symbols {
 
     /// The addresses of the symbols of this name, in order.
     fn named<'a>(&'a self, name: &'a str) -> impl DoubleEndedIterator<Item = Gva> {
+        self.entries_named(name).map(|entry| Gva(entry.address))
+    }
+
+    fn entries_named<'a>(&'a self, name: &'a str) -> impl DoubleEndedIterator<Item = &'a Entry> {
         let wanted = Some(hash(name));
         let from = self.by_name.partition_point(|index| self.hash_of(*index) < wanted);
         let length = self.by_name[from..].partition_point(|index| self.hash_of(*index) == wanted);
         let entries = self.by_name[from..from + length].iter().filter_map(|index| self.indexed(*index));
-        entries.filter(move |entry| self.entry_name(entry) == name).map(|entry| Gva(entry.address))
+        entries.filter(move |entry| self.entry_name(entry) == name)
     }
 
     /// Finds a symbol by its exact name, or as `name,N`: the N-th place of this name in the order of
@@ -126,6 +130,11 @@ impl Symbols {
         let canonical = !place.starts_with('0') && place.bytes().all(|byte| byte.is_ascii_digit());
         let place: usize = place.parse().ok().filter(|_| canonical)?;
         self.distinct(name).nth(place.checked_sub(1)?)
+    }
+
+    /// Every symbol of exactly this name: its address and type letter.
+    pub(crate) fn places<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (Gva, u8)> {
+        self.entries_named(name).map(|entry| (Gva(entry.address), entry.kind))
     }
 
     /// The addresses of the symbols of this name, in order, each once.

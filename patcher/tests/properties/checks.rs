@@ -3,12 +3,13 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use patcher::addr::Gva;
 use patcher::image::symbols::Symbols;
-use patcher::image::{KernelFile, KernelImage, Loadable, unpack};
+use patcher::image::{Contents, KernelFile, KernelImage, Loadable, unpack};
 use patcher::insn;
 use patcher::insn::store::{GeneralRegisters, Store};
 use patcher::insn::written::{Bitness, written};
 use patcher::linux::module_list::read_modules;
 use patcher::linux::{GuestMemory, Kernel, Modules};
+use patcher::object::{Change, Object, Outcome, compare, match_image};
 use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
 use patcher::resolve::{RunningGuest, resolve};
 
@@ -301,5 +302,28 @@ pub(crate) fn live(image: &KernelImage, input: &[u8]) {
                 assert!(site.old.len() == site.new.len() && insn::count(&site.new, site.at).is_some());
             }
         }
+    }
+}
+
+/// Any file is read as an object or refused; compared with itself nothing is new or gone; what matches a kernel is
+/// where a symbol is.
+pub(crate) fn object(file: &[u8], vmlinux: &[u8], image: &KernelImage) {
+    let Ok(object) = Object::parse(file) else { return };
+    if let Ok(found) = compare(&object, &object) {
+        assert!(
+            found
+                .functions
+                .values()
+                .chain(found.data.values())
+                .all(|change| { matches!(change, Change::Unchanged | Change::Changed) })
+        );
+    }
+    let contents = Contents::parse(vmlinux).expect("a kernel");
+    let Ok(found) = match_image(&object, image, &contents) else { return };
+    assert_eq!(found.functions.len(), object.functions().len());
+    for (function, found) in object.functions().iter().zip(&found.functions) {
+        let Outcome::Matches { at } = found.outcome else { continue };
+        assert!(contents.bytes(at, found.size).is_some() && found.size <= function.bytes.len());
+        assert!(image.symbols().is_at(at) || function.weak);
     }
 }

@@ -8,8 +8,10 @@ mod files;
 mod hostile;
 mod miniature;
 mod names;
+mod objects;
 mod plan_names;
 mod sites;
+mod sources;
 mod task_lists;
 
 use patcher::addr::Gva;
@@ -265,6 +267,9 @@ fn seeds_for_the_fuzzer_are_kernels() {
             .enumerate()
             .map(|(method, packed)| ("compressed", method.to_string(), packed)),
     );
+    for (name, split) in [("plain", false), ("split", true)] {
+        files.push(("object", name.to_owned(), objects::example().object(split)));
+    }
     files.push(("store", "rep movsb".to_owned(), [&[0xf3, 0xa4][..], &[0; 13], &[7; 160]].concat()));
     if let Some(file) = named("FUZZ_MODULE") {
         let image = KernelImage::parse(&files[1].2).expect("a kernel");

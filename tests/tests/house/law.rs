@@ -12,6 +12,7 @@ pub(crate) const PATCHER: Law = Law(&[
     &["addr", "budget"],
     &["insn"],
     &["image", "plan"],
+    &["object"],
     &["linux", "site"],
     &["safety"],
     &["resolve"],

@@ -408,8 +408,26 @@ Examples:
   vmm kernel info --kernel /boot/vmlinuz
   vmm kernel keys --kernel /boot/vmlinuz sched
   vmm kernel tables --kernel /boot/vmlinuz alternatives --json
+  vmm kernel match --kernel /boot/vmlinuz kernel/fork.o
 
 Addresses are those the kernel was linked at.";
+
+const COMPARE_HELP: &str = "\
+Examples:
+  vmm kernel compare before/pipe.o after/pipe.o
+
+Build both with -ffunction-sections -fdata-sections: a function that grew then does not move the others.
+What only has other line numbers is unchanged.
+";
+
+const MATCH_HELP: &str = "\
+Examples:
+  vmm kernel match --kernel /boot/vmlinuz kernel/fork.o
+  vmm kernel match --kernel /boot/vmlinuz kernel/fork.o --json | jq '.functions[] | select(.outcome != \"matches\")'
+
+Build the object of the kernel's own source package, with its configuration unchanged and its compiler.
+What does not match is listed; --json lists all.
+";
 
 /// `vmm kernel`.
 #[derive(Debug, Subcommand)]
@@ -460,6 +478,26 @@ pub enum KernelCommand {
         file: KernelFile,
         /// List only names that contain this.
         pattern: Option<String>,
+    },
+    /// Compare an object, built of the kernel's source, with the kernel: every function, byte by byte.
+    #[command(after_help = format!("{MATCH_HELP}\n{}", exit_status::OF_KERNEL))]
+    Match {
+        /// The kernel.
+        #[command(flatten)]
+        file: KernelFile,
+        /// The object (.o), as the compiler made it.
+        object: PathBuf,
+    },
+    /// Compare two objects of one source file, before and after a change of it: which functions and variables differ.
+    #[command(after_help = format!("{COMPARE_HELP}\n{}", exit_status::OF_KERNEL))]
+    Compare {
+        /// The object before the change (.o).
+        before: PathBuf,
+        /// The object after it.
+        after: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 

@@ -35,7 +35,7 @@ pub(super) enum Error {
     /// An answer of another version.
     #[error("the answer is not as this version of vmm knows it: {0}; --json prints it as it came")]
     Answer(#[from] serde_json::Error),
-    /// A kernel image can't be read.
+    /// A kernel image or an object can't be read.
     #[error("{path}: {source}")]
     KernelFile {
         /// The file.
@@ -50,6 +50,14 @@ pub(super) enum Error {
         path: PathBuf,
         /// What is wrong.
         source: patcher::image::Error,
+    },
+    /// A file is no object of the kernel's source, or a broken one.
+    #[error("{path}: {source}")]
+    Object {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: patcher::object::Error,
     },
     /// A file can't be the audit log, or can't be read as one.
     #[error("the audit log {path}: {source}")]
@@ -80,6 +88,7 @@ impl Error {
             | Self::Config(_)
             | Self::KernelFile { .. }
             | Self::Kernel { .. }
+            | Self::Object { .. }
             | Self::Plan { .. }
             | Self::Log(_)
             | Self::AuditLog { .. }

@@ -14,7 +14,7 @@ pub enum ExitStatus {
     Failed = 1,
     /// The arguments, a plan or a file are bad.
     BadInput = 2,
-    /// The plan or request was refused; nothing was written.
+    /// The plan or request was refused, and nothing was written; or an object does not belong to a kernel.
     Refused = 3,
     /// The program failed and was rolled back.
     RolledBack = 4,
@@ -54,7 +54,9 @@ rolled back (every byte is as it was), 5 failed and could not be rolled back (th
 pub(super) const OF_EVENTS: &str = "Exit codes: 0 done, 1 no answer.";
 
 /// Help of `vmm kernel`.
-pub(super) const OF_KERNEL: &str = "Exit codes: 0 done, 2 no kernel image.";
+pub(super) const OF_KERNEL: &str = "\
+Exit codes: 0 done, 2 no kernel image or no object, 3 the object does not belong to the
+kernel, or more than functions would have to be replaced.";
 
 /// Help of `vmm audit verify`.
 pub(super) const OF_AUDIT: &str = "\

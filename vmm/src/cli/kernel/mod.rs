@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use patcher::image::{KernelImage, StaticCall, StaticKey};
+use patcher::image::{Contents, KernelImage, StaticCall, StaticKey, unpack};
+use patcher::object::relocatable::MAX_OBJECT;
+use patcher::object::{Object, compare, match_image};
 use serde_json::json;
 
-use crate::boot::kernel;
+use crate::boot::kernel::MAX_FILE;
 use crate::cli::args::KernelCommand;
 use crate::cli::error::Error;
 use crate::cli::exit_status::ExitStatus;
@@ -14,7 +16,9 @@ use crate::cli::output;
 use crate::cli::render::page::{Page, plain};
 use crate::host::file;
 
+mod comparing;
 mod info;
+mod matching;
 mod rows;
 mod tables;
 
@@ -22,11 +26,12 @@ mod tables;
 pub(super) fn run(command: &KernelCommand) -> Result<ExitStatus, Error> {
     match print(command) {
         Err(error) if !error.is_broken_pipe() => Err(error),
-        _ => Ok(ExitStatus::Done),
+        Err(_) => Ok(ExitStatus::Done),
+        Ok(status) => Ok(status),
     }
 }
 
-fn print(command: &KernelCommand) -> Result<(), Error> {
+fn print(command: &KernelCommand) -> Result<ExitStatus, Error> {
     match command {
         KernelCommand::Info { file } => {
             let info = Info::new(&read(&file.kernel)?);
@@ -85,13 +90,60 @@ fn print(command: &KernelCommand) -> Result<(), Error> {
                 |(name, alternatives)| vec![("name", json!(name)), ("alternatives", json!(alternatives))];
             rows::print(file.json, Some(features.map(row).collect()))?;
         }
+        KernelCommand::Match { file, object } => {
+            let report = matched(&file.kernel, object)?;
+            if file.json {
+                output::print_json(&report)?
+            } else {
+                output::print(&report.page())?
+            }
+            return Ok(if report.belongs() { ExitStatus::Done } else { ExitStatus::Refused });
+        }
+        KernelCommand::Compare { before, after, json } => {
+            let report = compared(before, after)?;
+            if *json {
+                output::print_json(&report)?
+            } else {
+                output::print(&report.page())?
+            }
+            return Ok(if report.is_replaceable() { ExitStatus::Done } else { ExitStatus::Refused });
+        }
     }
-    Ok(())
+    Ok(ExitStatus::Done)
+}
+
+/// What differs between two objects.
+fn compared(before: &Path, after: &Path) -> Result<comparing::Report, Error> {
+    let (first, second) = (bytes(before, MAX_OBJECT)?, bytes(after, MAX_OBJECT)?);
+    let broken = |path: &Path| {
+        let path = path.to_owned();
+        |source| Error::Object { path, source }
+    };
+    let first = Object::parse(&first).map_err(broken(before))?;
+    let second = Object::parse(&second).map_err(broken(after))?;
+    Ok(comparing::Report::new(&compare(&first, &second).map_err(broken(after))?))
+}
+
+/// What an object has to do with a kernel.
+fn matched(kernel: &Path, object: &Path) -> Result<matching::Report, Error> {
+    let of_kernel = |source| Error::Kernel { path: kernel.to_owned(), source };
+    let of_object = |source| Error::Object { path: object.to_owned(), source };
+    let file = bytes(kernel, MAX_FILE)?;
+    let vmlinux = unpack(&file).map_err(of_kernel)?;
+    let image = KernelImage::parse(&vmlinux).map_err(of_kernel)?;
+    let contents = Contents::parse(&vmlinux).map_err(of_kernel)?;
+    let code = bytes(object, MAX_OBJECT)?;
+    let code = Object::parse(&code).map_err(of_object)?;
+    let found = match_image(&code, &image, &contents).map_err(of_object)?;
+    Ok(matching::Report::new(image.release(), &found))
+}
+
+fn bytes(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
+    file::read(path, limit).map_err(|source| Error::KernelFile { path: path.to_owned(), source })
 }
 
 fn read(path: &Path) -> Result<KernelImage, Error> {
-    let file = file::read(path, kernel::MAX_FILE)
-        .map_err(|source| Error::KernelFile { path: path.to_owned(), source })?;
+    let file = bytes(path, MAX_FILE)?;
     KernelImage::parse(&file).map_err(|source| Error::Kernel { path: path.to_owned(), source })
 }
 

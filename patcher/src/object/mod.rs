@@ -1,0 +1,30 @@
+//! Relocatable objects of the kernel's source, as a compiler makes them: reading one, proving that it belongs to a
+//! kernel image, and what differs between two.
+//!
+//! ```text
+//! a.o ──relocatable──▶ sections, symbols, functions ──matching──▶ where each function is in the image,
+//!                       image, and its contents ────────┘         or how it differs
+//! before.o, after.o ──normal──▶ without addresses ──comparison──▶ functions that changed, obstacles
+//! ```
+
+mod adjacent;
+mod agreement;
+mod compared;
+pub mod comparison;
+mod error;
+mod known;
+mod line;
+pub mod matching;
+mod normal;
+pub mod outcome;
+mod piece;
+pub mod relocatable;
+pub mod relocation;
+mod rewritten;
+mod sections;
+
+pub use comparison::{Change, Comparison, Obstacle, compare};
+pub use error::Error;
+pub use matching::match_image;
+pub use outcome::{Difference, Match, Outcome};
+pub use relocatable::Object;

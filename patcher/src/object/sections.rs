@@ -1,0 +1,64 @@
+//! What the sections of a kernel's objects are for, by their names (include/asm-generic/vmlinux.lds.h,
+//! arch/x86/kernel/vmlinux.lds.S).
+
+/// What a section is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Code or data that stays while the kernel runs.
+    Resident,
+    /// Code or data that is only used while the kernel starts.
+    Init,
+    /// Not in the kernel's memory.
+    Discarded,
+    /// Data that each CPU has.
+    PerCpu,
+    /// A table whose entries say more of a place in code than its bytes do, with so many fields each that refer to
+    /// something, the place first.
+    Table(usize),
+    /// A table that follows from the code, and code that a table refers to.
+    Derived,
+    /// Symbols for modules.
+    Export,
+    Unknown,
+}
+
+/// What a section is for. `-ffunction-sections` and `-fdata-sections` add a name to its name.
+pub(super) fn purpose(name: &str) -> Purpose {
+    let is = |known: &&str| {
+        let rest = name.strip_prefix(*known);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    let any = |names: &[&str]| names.iter().any(is);
+    if any(&[".init", ".initcall", ".ref", ".meminit", ".cpuinit"]) || name.starts_with(".initcall") {
+        Purpose::Init
+    } else if any(&[".exit", ".exitcall", ".discard", ".modinfo", ".comment", ".note"]) {
+        Purpose::Discarded
+    } else if name.starts_with(".data..percpu") {
+        Purpose::PerCpu
+    } else if any(&[
+        ".text", ".noinstr", ".sched", ".cpuidle", ".entry", ".kprobes", ".rodata", ".data", ".bss",
+    ]) {
+        Purpose::Resident
+    } else if name.starts_with("___ksymtab") || name.starts_with("__ksymtab") || name == ".export_symbol" {
+        Purpose::Export
+    } else {
+        match name {
+            "__jump_table" => Purpose::Table(3),
+            "__bug_table" | "__ex_table" | ".altinstructions" | ".static_call_sites" => Purpose::Table(2),
+            ".parainstructions" => Purpose::Table(1),
+            ".altinstr_replacement"
+            | ".altinstr_aux"
+            | ".smp_locks"
+            | ".retpoline_sites"
+            | ".return_sites"
+            | ".call_sites"
+            | ".ibt_endbr_seal"
+            | "__mcount_loc"
+            | ".orc_unwind"
+            | ".orc_unwind_ip"
+            | ".orc_header"
+            | ".static_call_tramp_key" => Purpose::Derived,
+            _ => Purpose::Unknown,
+        }
+    }
+}

@@ -9,7 +9,7 @@
 //! all entries, is counted from a number that means nothing of the kind in the other. A table that decodes
 //! by neither, or by both, is taken for none.
 //!
-//! The table is not kept, since it has 6 MiB: what unwinds reads it from the guest's memory.
+//! The table is not kept, since it has 3 to 5 MiB: what unwinds reads it from the guest's memory.
 
 use std::mem::offset_of;
 

@@ -89,7 +89,8 @@ impl LinkedList<'_> {
                 Err(Refusal::Unmapped { .. }) => None,
                 other => other?,
             };
-            match member.filter(|_| self.step(at).is_ok_and(|again| again == Some(next))) {
+            // Whether it was one still once it was read, the step from it tells.
+            match member {
                 Some(member) => found.push((next, member)),
                 None => self.retries.again()?,
             }

@@ -3,9 +3,9 @@
 //! `copy_process`; kernel/smpboot.c).
 //!
 //! The guest runs while its lists are read, and nobody in it waits for the reader. So each step is
-//! checked against the link back ([`LinkedList`]), a member is read before its links are checked for the
-//! last time, and a thread must share the `signal` of the process on whose list it is. Memory that was freed and
-//! used again meanwhile passes none of these. What still fails after many attempts is an error.
+//! checked against the link back, before a member is read and after ([`LinkedList`]), and a thread must
+//! share the `signal` of the process on whose list it is. Memory that was freed and used again meanwhile
+//! passes none of these. What still fails after many attempts is an error.
 
 use crate::addr::Gva;
 use crate::image::btf::Scalar;

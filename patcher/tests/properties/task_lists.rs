@@ -227,7 +227,8 @@ fn tasks_that_come_and_go_meanwhile_hide_no_others() {
             if read == moment {
                 let (before, behind) = (task(2) + at.tasks, task(5) + at.tasks);
                 words.extend([(before, behind), (behind + 8, before), (task(4) + at.tasks + 8, 0x122)]);
-                words.extend([(task(4) + at.thread_node + 8, 0x122), (task(4) + at.signal, 0x5a5a)]);
+                // By now it is another's, which is on no list yet.
+                words.insert(task(4) + at.pid.offset, 77 | 77 << 32);
             }
         };
         let guest = Guest { when: &ends, ..Guest::new(&image, &text, &[1, 2, 1, 1]) };
@@ -355,6 +356,11 @@ fn frames_are_those_of_the_table_up_to_where_a_task_began() {
         assert_eq!((trace.frames[1].address.0, trace.frames[1].reliable), (behind_call, false));
     }
     assert!(guest.backtrace(at("schedule") + 1, &[]).broken.is_some(), "it leads out of the stack");
+    // The entry of `schedule` has no frame at all.
+    let entries = image.orc().expect("a table").table.entries.0;
+    guest.set(entries, u64::from_le_bytes([0, 0, 0, 0, 5, 2, 0, 0]));
+    let trace = guest.backtrace(at("schedule") + 1, &[at("kvm_wait") + 2]);
+    assert!(trace.broken.is_some() && reliable(&trace) == ["schedule+0x1/0x10"], "{trace:?}");
 }
 
 #[test]

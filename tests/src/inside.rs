@@ -33,8 +33,6 @@ pub fn is_found(vm: &Vm, thread: &str, function: &str) -> Result<()> {
 /// What hides return addresses of tasks that sleep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hides {
-    /// Nothing.
-    Nothing,
     /// The function graph tracer: those of calls of `schedule`.
     Graph,
     /// A return probe: the same.
@@ -48,7 +46,6 @@ pub enum Hides {
 pub fn hide(vm: &mut Vm, what: Hides) -> Result<()> {
     vm.mount_tracing()?;
     let writes: &[(&str, &str)] = match what {
-        Hides::Nothing => &[],
         Hides::Graph => &[("set_ftrace_filter", "schedule"), ("current_tracer", "function_graph")],
         Hides::Probe => &[("kprobe_events", "r1000:own/back schedule"), ("events/own/back/enable", "1")],
     };

@@ -110,6 +110,7 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         preemptible: false,
         unlocked: false,
         outside: Vec::new(),
+        tasks_outside: Vec::new(),
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
         data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],
         blockers: vec![(Gva(0), OLD[0])],

@@ -47,7 +47,7 @@ pub const MAX_DEADLINE_MS: u64 = 60_000;
 pub const MAX_BUILD_ID: usize = 64;
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 128;
-/// Most functions in `quiesced.outside`.
+/// Most functions in `quiesced.outside`, and in `quiesced.tasks_outside`.
 pub const MAX_OUTSIDE: usize = 64;
 /// Longest site, in bytes.
 pub const MAX_SITE: usize = 4096;
@@ -93,6 +93,8 @@ pub struct Plan {
     pub preemptible: bool,
     /// Functions that no vCPU may be in.
     pub outside: Vec<String>,
+    /// Functions that no task may stand in, asleep or running.
+    pub tasks_outside: Vec<String>,
     /// Names of applied patches; a site may lie inside one of their sites.
     pub over: Vec<String>,
     /// What to do when the guest writes to a site of the applied patch. If set, the sites'
@@ -109,14 +111,19 @@ impl Plan {
     #[must_use]
     pub fn modules(&self) -> BTreeSet<String> {
         let named = self.patches.iter().flat_map(Patch::addresses);
-        named.chain(self.outside.iter().map(String::as_str)).filter_map(module_of).collect()
+        named.chain(self.conditions().map(String::as_str)).filter_map(module_of).collect()
+    }
+
+    /// The functions that must have been left.
+    fn conditions(&self) -> impl Iterator<Item = &String> {
+        self.outside.iter().chain(&self.tasks_outside)
     }
 
     /// Whether resolving it needs the guest's modules, which take time to read.
     #[must_use]
     pub fn concerns_modules(&self) -> bool {
         let elsewhere = |address: &String| address.contains(':') || address.starts_with("0x");
-        self.outside.iter().any(elsewhere)
+        self.conditions().any(elsewhere)
             || self.patches.iter().any(|patch| match patch {
                 Patch::Raw { at, .. } => elsewhere(at),
                 Patch::Redirect { from, to, .. } => elsewhere(from) || elsewhere(to),

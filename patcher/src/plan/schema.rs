@@ -45,6 +45,7 @@ struct RawKernel {
 struct RawQuiesced {
     preemptible: bool,
     outside: Vec<String>,
+    tasks_outside: Vec<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -137,10 +138,13 @@ impl RawPlan {
                 "it changes sites one after another; an atomic plan of several needs hold or inspect".into(),
             );
         }
-        if self.quiesced.outside.len() > MAX_OUTSIDE {
-            refuse("/quiesced/outside", format!("{MAX_OUTSIDE} functions are the limit"));
+        let RawQuiesced { preemptible, outside, tasks_outside } = self.quiesced;
+        for (functions, field) in [(&outside, "outside"), (&tasks_outside, "tasks_outside")] {
+            if functions.len() > MAX_OUTSIDE {
+                refuse(&format!("/quiesced/{field}"), format!("{MAX_OUTSIDE} functions are the limit"));
+            }
         }
-        let conditional = self.quiesced.preemptible || !self.quiesced.outside.is_empty();
+        let conditional = preemptible || !outside.is_empty() || !tasks_outside.is_empty();
         if conditional && !matches!(self.strategy, Strategy::Auto | Strategy::Inspect) {
             refuse(
                 "/strategy",
@@ -169,8 +173,9 @@ impl RawPlan {
             deadline_ms,
             strategy: self.strategy,
             atomic: self.atomic,
-            preemptible: self.quiesced.preemptible,
-            outside: self.quiesced.outside,
+            preemptible,
+            outside,
+            tasks_outside,
             over: self.over,
             on_guest_write: self.on_guest_write,
             pending: self.pending,

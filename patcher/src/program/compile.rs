@@ -63,7 +63,8 @@ pub struct Host {
 /// #     old: vec![0x0f, 0x1f, 0x44, 0, 0], new: vec![0xe9, 1, 2, 3, 4],
 /// #     old_inside: vec![], new_inside: vec![], may_fault: false };
 /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Auto, atomic: false,
-/// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![], sites: vec![site],
+/// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![],
+/// #     tasks_outside: vec![], sites: vec![site],
 /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
 /// // `plan` has one site: a five-byte NOP at 0x1000 becomes a jump.
 /// let mut arena = Arena::new(Gva(0x8000), 4096);
@@ -165,6 +166,7 @@ fn condition(plan: &ResolvedPlan) -> Condition {
     Condition {
         inside: several.map(|site| Gva(site.at.0 + 1)..site.end()).collect(),
         outside: plan.outside.clone(),
+        tasks_outside: plan.tasks_outside.clone(),
         preemptible: plan.preemptible,
         unlocked: plan.unlocked,
     }

@@ -75,7 +75,8 @@ impl<'p> Session<'p> {
     /// # let site = Site { pointer: Pointer::patch(0), at: Gva(0x1000), symbol: "f".into(),
     /// #     old: vec![0x90], new: vec![0xc3], old_inside: vec![], new_inside: vec![], may_fault: false };
     /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Hold, atomic: false,
-    /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![], sites: vec![site],
+    /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![],
+    /// #     tasks_outside: vec![], sites: vec![site],
     /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
     /// # let host = Host { stores_are_whole: false };
     /// # let program = compile(&plan, host, &mut Arena::new(Gva(0x8000), 4096)).expect("it fits");

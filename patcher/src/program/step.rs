@@ -138,6 +138,12 @@ pub enum StepError {
         /// Which part of the condition failed.
         why: &'static str,
     },
+    /// A task stood in one of the condition's functions whenever it was looked, until the deadline.
+    #[error("until the deadline {who}")]
+    Occupied {
+        /// Which task, and where.
+        who: String,
+    },
     /// The guest is about to write to a site; the writing vCPU waits for the program to end.
     #[error("the guest is about to write to a site")]
     Contended,

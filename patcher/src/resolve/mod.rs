@@ -26,6 +26,7 @@ use crate::resolve::check::{SiteChecker, unprobed};
 use crate::resolve::expand::{Datum, Expansion, Needs};
 use crate::safety::blockers::{self, Patchers};
 use crate::safety::interior::{PREEMPTED, preempts};
+use crate::safety::old_code::Place;
 use crate::site::{OWN, Site, overlaps};
 
 /// A running guest, as far as plans are concerned.
@@ -151,6 +152,13 @@ fn resolve_within<'t>(
             Err(refusal) => refused.push(refusal.at(Pointer::new(&format!("/quiesced/outside/{i}")))),
         }
     }
+    let mut tasks_outside = Vec::new();
+    for (i, name) in plan.tasks_outside.iter().enumerate() {
+        match Place::find(&kernel, name) {
+            Ok(place) => tasks_outside.push(place),
+            Err(refusal) => refused.push(refusal.at(Pointer::new(&format!("/quiesced/tasks_outside/{i}")))),
+        }
+    }
     let patchers = match required::patched_by_the_guest(kernel.image.profile()) {
         Ok(()) => Patchers::of(&kernel, text, &sites),
         // Of patches that need the locks anyway, none has come so far.
@@ -175,6 +183,7 @@ fn resolve_within<'t>(
         preemptible: plan.preemptible,
         unlocked,
         outside,
+        tasks_outside,
         blockers: if unlocked { blockers::unlocked(&kernel, text, &sites) } else { Vec::new() },
         patchers,
         sites,
@@ -301,6 +310,7 @@ mod tests {
             preemptible: false,
             unlocked,
             outside: Vec::new(),
+            tasks_outside: Vec::new(),
             sites: vec![Site {
                 pointer: Pointer::patch(0),
                 at: Gva(0x1000),

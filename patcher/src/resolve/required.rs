@@ -94,6 +94,9 @@ pub(crate) fn plan(profile: &Profile, plan: &Plan) -> Vec<Refused> {
         (plan.preemptible, "/quiesced/preemptible", Have(Capability::PerCpu)),
         (plan.preemptible, "/quiesced/preemptible", Have(Capability::PreemptCount)),
         (!plan.outside.is_empty(), "/quiesced/outside", Have(Capability::PerCpu)),
+        (!plan.tasks_outside.is_empty(), "/quiesced/tasks_outside", Have(Capability::PerCpu)),
+        (!plan.tasks_outside.is_empty(), "/quiesced/tasks_outside", Have(Capability::Tasks)),
+        (!plan.tasks_outside.is_empty(), "/quiesced/tasks_outside", Have(Capability::StackCheck)),
         (plan.on_guest_write.is_some(), "/on_guest_write", Know(Capability::PatchingLocks)),
         // The kernel's own patcher, whose writes are not dropped, is told by its task.
         (plan.on_guest_write == Some(Policy::Deny), "/on_guest_write", Have(Capability::PerCpu)),

@@ -7,6 +7,7 @@ use crate::plan::Strategy;
 use crate::plan::write_policy::Policy;
 use crate::resolve::expand::Datum;
 use crate::safety::blockers::{Blocker, Patchers};
+use crate::safety::old_code::Place;
 use crate::site::Site;
 
 /// A plan that fits the guest.
@@ -26,6 +27,8 @@ pub struct ResolvedPlan {
     pub unlocked: bool,
     /// Functions that no vCPU may be in.
     pub outside: Vec<Range<Gva>>,
+    /// Functions that no task may stand in, asleep or running.
+    pub tasks_outside: Vec<Place>,
     /// The sites, in the plan's order.
     pub sites: Vec<Site>,
     /// The kernel's own data that goes with them.
@@ -52,6 +55,7 @@ impl ResolvedPlan {
             sites,
             data,
             outside: self.outside.clone(),
+            tasks_outside: self.tasks_outside.clone(),
             blockers: self.blockers.clone(),
             patchers: self.patchers.clone(),
             ..*self
@@ -73,6 +77,6 @@ impl ResolvedPlan {
     /// Whether it sets conditions on the position of the vCPUs.
     #[must_use]
     pub fn is_conditional(&self) -> bool {
-        self.preemptible || self.unlocked || !self.outside.is_empty()
+        self.preemptible || self.unlocked || !self.outside.is_empty() || !self.tasks_outside.is_empty()
     }
 }

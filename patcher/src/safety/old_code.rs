@@ -14,7 +14,7 @@ use crate::safety::stack_check::OldCode;
 const PIECES: [&str; 2] = [".cold", ".part"];
 
 /// A function with its pieces.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Place {
     /// As it was asked for.
     pub name: String,

@@ -10,6 +10,7 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::addr::{Gva, VcpuId};
+use crate::safety::old_code::Place;
 
 /// Bits of the preempt count (Linux include/linux/preempt.h; 5.9 to 6.14 at least).
 const SERVING_SOFTIRQ: u32 = 0x0000_0100;
@@ -56,6 +57,9 @@ pub struct Condition {
     pub inside: Vec<Range<Gva>>,
     /// Functions that no vCPU may be in.
     pub outside: Vec<Range<Gva>>,
+    /// Functions that no task may stand in, asleep or running: told by all stacks, not by the vCPUs alone
+    /// ([`crate::safety::stack_check`]).
+    pub tasks_outside: Vec<Place>,
     /// Every vCPU is in user mode, idle, or has a preempt count of zero: it holds no spinlock.
     pub preemptible: bool,
     /// As `preemptible`, and interrupts are enabled: it holds no `arch_spin_lock` either, which does
@@ -78,7 +82,11 @@ impl Condition {
     /// Whether it asks for anything.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.inside.is_empty() && self.outside.is_empty() && !self.preemptible && !self.unlocked
+        self.inside.is_empty()
+            && self.outside.is_empty()
+            && self.tasks_outside.is_empty()
+            && !self.preemptible
+            && !self.unlocked
     }
 
     /// Checks one vCPU.
@@ -137,6 +145,14 @@ impl fmt::Display for Condition {
             }
             for range in ranges {
                 write!(f, ", none {what} {} to {}", range.start, range.end)?;
+            }
+        }
+        match &self.tasks_outside[..] {
+            [] => {}
+            places if places.len() > LISTED => write!(f, ", no task in any of {} functions", places.len())?,
+            places => {
+                let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
+                write!(f, ", no task in {}", names.join(" or "))?;
             }
         }
         f.write_str(if self.preemptible { ", each is preemptible" } else { "" })?;
@@ -205,6 +221,7 @@ mod tests {
         let all = Condition {
             inside: vec![Gva(11)..Gva(15)],
             outside: vec![Gva(20)..Gva(30)],
+            tasks_outside: vec![],
             preemptible: true,
             unlocked: true,
         };

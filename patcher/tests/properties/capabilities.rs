@@ -20,7 +20,7 @@ use Capability::{
 };
 
 /// Plans that the miniature accepts, and what each needs.
-const PLANS: [(&str, &[Capability]); 12] = [
+const PLANS: [(&str, &[Capability]); 13] = [
     (r#""patches":[{"at":"f1","expect":"c3","replace":"90"}]"#, &[Kprobes, Livepatches, PatchingLocks]),
     (r#""patches":[{"redirect":"function","to":"f0"}]"#, &[Kprobes, Livepatches, PatchingLocks]),
     (
@@ -78,6 +78,10 @@ const PLANS: [(&str, &[Capability]); 12] = [
     (
         r#""quiesced":{"outside":["f2"]},"patches":[{"at":"f1","expect":"c3","replace":"90"}]"#,
         &[Kprobes, Livepatches, PatchingLocks, PerCpu],
+    ),
+    (
+        r#""quiesced":{"tasks_outside":["f2"]},"patches":[{"at":"f1","expect":"c3","replace":"90"}]"#,
+        &[Kprobes, Livepatches, PatchingLocks, PerCpu, Tasks, StackCheck],
     ),
     (
         r#""on_guest_write":"deny","patches":[{"at":"f1","expect":"c3","replace":"90"}]"#,

@@ -93,6 +93,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         preemptible: false,
         unlocked: false,
         outside: Vec::new(),
+        tasks_outside: Vec::new(),
         sites: resolved,
         data: Vec::new(),
         blockers: Vec::new(),

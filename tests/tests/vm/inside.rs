@@ -1,9 +1,10 @@
 //! Promise: whoever stands in a function of the guest's kernel is found, asleep or running, whatever tracer has
-//! its return address; and of a function that nobody is in, nobody is named.
+//! its return address; and of a function that nobody is in, nobody is named. A plan can wait until all have left.
 
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use tests::inside::{Hides, hide, inside, is_found};
 use tests::lab::Lab;
 use tests::targets::all_kernels;
@@ -72,6 +73,34 @@ fn sleepers(lab: &Lab, kernel: usize, hides: Hides) -> Result<()> {
         Command::new(&lab.vmm).args(["vm", "inside", "fifo_open", "--socket"]).arg(vm.socket()).output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success() && text.contains("in-open: fifo_open+0x"), "{text}{output:?}");
+    switched_when_all_have_left(&mut vm)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
+}
+
+/// Applies a plan that waits until a task has left a function, which it does not, and then does.
+fn switched_when_all_have_left(vm: &mut Vm) -> Result<()> {
+    let plan = |strategy: &str, function: &str| {
+        json!({ "version": 1, "name": "whole", "deadline_ms": 1000, "strategy": strategy,
+            "quiesced": { "tasks_outside": [function] },
+            "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }] })
+    };
+    for (strategy, function, code) in
+        [("hold", "fifo_open", "plan_malformed"), ("auto", "nobody", "unknown_symbol")]
+    {
+        vm.refused(code, &plan(strategy, function))?;
+    }
+    let waits = plan("auto", "fifo_open");
+    let (status, report) = vm.request(Method::POST, "/patches", waits.to_string().as_bytes())?;
+    let failure = report["failure"].as_str().unwrap_or_default();
+    ensure!(status == 500 && report["state"] == "rolled_back", "{status}: {report:#}");
+    ensure!(failure.contains("in-open (") && failure.contains("stood in fifo_open+0x"), "{failure}");
+    vm.expect_all(false)?;
+    // The reader that waited for a writer goes on, and has closed the pipe before the text comes.
+    let _ = vm.ask("write /tmp/fifo text");
+    let report = vm.apply(&waits)?;
+    ensure!(report["strategy"] == "inspect", "{report:#}");
+    vm.expect_all(true)?;
+    vm.revert("whole")?;
+    vm.expect_all(false)
 }

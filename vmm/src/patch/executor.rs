@@ -6,13 +6,16 @@ use std::time::{Duration, Instant};
 use patcher::addr::VcpuId;
 use patcher::program::step::{Step, StepError};
 use patcher::program::target::Target;
+use patcher::safety::guest_stacks::Unread;
 use patcher::safety::quiesce::Condition;
 
 use crate::guest::cached_translations::CachedTranslations;
+use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::per_cpu;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::patch::kernel_locks::await_free;
+use crate::patch::task_search::{FoundTask, search};
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
@@ -59,7 +62,7 @@ impl<'m> Executor<'m> {
     /// A vCPU that does stays held, and the others go on until they do, too: a task that waits for
     /// a lock gets it sooner when nothing else wants it. One of them may wait for a vCPU that is
     /// held, so from time to time all go on for a while, longer each time.
-    fn inspect(&mut self, condition: &Condition) -> Result<(), StepError> {
+    fn inspect_vcpus(&mut self, condition: &Condition) -> Result<(), StepError> {
         const SHORTEST: Duration = Duration::from_micros(50);
         const LONGEST: Duration = Duration::from_millis(10);
         /// Longest time to hold some vCPUs while others go on.
@@ -98,6 +101,41 @@ impl<'m> Executor<'m> {
         }
     }
 
+    /// Holds all vCPUs once they and all tasks stand where the condition allows. The tasks are looked at while
+    /// the guest runs, and those that moved once more when the vCPUs are held.
+    fn inspect(&mut self, condition: &Condition) -> Result<(), StepError> {
+        const SHORTEST: Duration = Duration::from_millis(1);
+        const LONGEST: Duration = Duration::from_millis(50);
+        if condition.tasks_outside.is_empty() {
+            return self.inspect_vcpus(condition);
+        }
+        let kernel = self.kernel;
+        let introspection = Introspection::new(kernel);
+        let mut pause = SHORTEST;
+        loop {
+            let found = search(kernel, &introspection, &condition.tasks_outside, || {
+                self.inspect_vcpus(condition)?;
+                let all = self.rendezvous.vcpus();
+                self.synchronize(|rendezvous, patience| rendezvous.inspect(&all, patience))
+            })?;
+            let who = match found {
+                Ok(found) if found.tasks.is_empty() => return Ok(()),
+                Ok(found) => told(&found.tasks),
+                Err(Unread::Unsettled(what)) => what,
+                Err(Unread::Refused(refusal)) => return Err(StepError::Host { what: refusal.to_string() }),
+            };
+            self.rendezvous.release();
+            if self.guard.is_some_and(Guard::has_waiting_vcpu) {
+                return Err(StepError::Contended);
+            }
+            if self.is_late() {
+                return Err(StepError::Occupied { who });
+            }
+            std::thread::sleep(pause);
+            pause = LONGEST.min(pause * 2);
+        }
+    }
+
     /// Whether the guest still has the kernel that the program is for. vCPUs are held.
     fn confirm_kernel(&mut self) -> Result<(), StepError> {
         let replaced =
@@ -126,6 +164,21 @@ impl<'m> Executor<'m> {
         let patience = self.until.saturating_duration_since(Instant::now()).max(PATIENCE);
         fence(self.rendezvous, patience).map_err(|error| StepError::Host { what: error.to_string() })
     }
+}
+
+/// Who stood inside, and where, for a report.
+fn told(tasks: &[FoundTask]) -> String {
+    /// More are only counted.
+    const TOLD: usize = 4;
+    let told = tasks.iter().take(TOLD).map(|FoundTask { pid, comm, address, symbol, .. }| {
+        let place = symbol.clone().unwrap_or_else(|| address.to_string());
+        format!("{comm} ({pid}) stood in {place}")
+    });
+    let mut told: Vec<String> = told.collect();
+    if let Some(more) = tasks.len().checked_sub(TOLD).filter(|more| *more > 0) {
+        told.push(format!("{more} more did"));
+    }
+    told.join(", ")
 }
 
 /// Whether all vCPUs run this kernel.

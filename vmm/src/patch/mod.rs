@@ -38,4 +38,5 @@ mod reconcile;
 mod remove_arena;
 mod replaced;
 mod revert;
+mod task_search;
 mod tasks;

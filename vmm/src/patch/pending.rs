@@ -79,7 +79,9 @@ impl Engine {
             let path = refused.pointer.as_str();
             match path.strip_prefix("/patches/").and_then(|rest| rest.split('/').next()?.parse().ok()) {
                 Some(index) => waits(index),
-                None => path.starts_with("/quiesced/outside/"),
+                None => {
+                    path.starts_with("/quiesced/outside/") || path.starts_with("/quiesced/tasks_outside/")
+                }
             }
         };
         let mut refused = self.prepare(plan).err().unwrap_or_default();

@@ -64,6 +64,7 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
         preemptible: false,
         unlocked: false,
         outside: Vec::new(),
+        tasks_outside: Vec::new(),
         sites: changes.iter().map(site).collect(),
         data: Vec::new(),
         blockers: Vec::new(),

@@ -1,0 +1,102 @@
+//! Searches all tasks of the guest for those that stand in functions: while it runs, and then, of those that
+//! moved, while all vCPUs are held.
+
+use patcher::addr::{Gva, VcpuId};
+use patcher::linux::Bounded;
+use patcher::linux::tasks::{TaskReader, WORK};
+use patcher::safety::guest_stacks::{GuestStacks, Position, Unread};
+use patcher::safety::old_code::Place;
+use patcher::safety::stack_check::{Occupant, OldCode, StackCheck, Stacks, Why};
+
+use crate::guest::cached_translations::CachedTranslations;
+use crate::guest::introspect::Introspection;
+use crate::guest::kernel::GuestKernel;
+use crate::guest::vcpu_state::{Activity, VcpuRegisters};
+
+/// What was found.
+pub(super) struct Found {
+    /// Who stands inside, or may.
+    pub(super) tasks: Vec<FoundTask>,
+    /// How many tasks the guest has.
+    pub(super) looked_at: usize,
+    /// How many of them were looked at again while all vCPUs were held.
+    pub(super) again: usize,
+}
+
+/// A task that stands inside, or may.
+pub(super) struct FoundTask {
+    pub(super) pid: u32,
+    pub(super) comm: String,
+    /// What tells it.
+    pub(super) address: Gva,
+    /// The same as `function+0xoffset`.
+    pub(super) symbol: Option<String>,
+    pub(super) why: Why,
+}
+
+/// Searches. `hold` holds all vCPUs and returns where they stand; they stay held, so release them.
+///
+/// # Errors
+/// What `hold` returned. Inside: why nothing is known, perhaps only now.
+pub(super) fn search<E>(
+    kernel: &GuestKernel,
+    introspection: &Introspection,
+    places: &[Place],
+    hold: impl FnOnce() -> Result<Vec<(VcpuId, VcpuRegisters)>, E>,
+) -> Result<Result<Found, Unread>, E> {
+    let view = kernel.kernel();
+    let memory = CachedTranslations::of(kernel);
+    let memory = Bounded::new(&memory, WORK);
+    let code = || OldCode::of(&view, &memory, places);
+    let reader = match TaskReader::new(&view, &memory) {
+        Ok(reader) => reader,
+        Err(refusal) => return Ok(Err(refusal.into())),
+    };
+    let mut stacks = GuestStacks::new(reader);
+    let before = code().map_err(Unread::from).and_then(|code| look(StackCheck::new(code), &mut stacks));
+    let (check, looked_at) = match before {
+        Ok(before) => before,
+        Err(unread) => return Ok(Err(unread)),
+    };
+    let vcpus = hold()?;
+    stacks.held(vcpus.iter().map(|(vcpu, registers)| (*vcpu, position(introspection, registers))).collect());
+    // Kprobes may have come meanwhile, and copies of instructions with them.
+    let unchanged = code().map_err(Unread::from).map(|now| check.is_of(&now));
+    let occupants = unchanged.and_then(|unchanged| match unchanged {
+        true => check.occupants(&mut stacks),
+        false => Err(Unread::Unsettled("the guest's kprobes change".to_owned())),
+    });
+    let found = |occupant: &Occupant| {
+        let Occupant { task, word, why } = *occupant;
+        let (pid, comm) = stacks.task(task).map(|task| (task.pid, task.comm.clone())).unwrap_or_default();
+        FoundTask { pid, comm, address: word, symbol: view.identify(word), why }
+    };
+    Ok(occupants.map(|occupants| Found {
+        tasks: occupants.iter().map(found).collect(),
+        looked_at,
+        again: stacks.stacks_read,
+    }))
+}
+
+/// Looks at all tasks while the guest runs; how many there are.
+fn look(mut check: StackCheck, stacks: &mut GuestStacks<'_>) -> Result<(StackCheck, usize), Unread> {
+    let tasks = stacks.tasks()?;
+    for task in &tasks {
+        match check.look(stacks, *task) {
+            // It is looked at again when all vCPUs are held.
+            Ok(()) | Err(Unread::Unsettled(_)) => {}
+            Err(refused) => return Err(refused),
+        }
+    }
+    Ok((check, tasks.len()))
+}
+
+fn position(introspection: &Introspection, registers: &VcpuRegisters) -> Position {
+    match registers.activity() {
+        Activity::NotStarted => Position::NotStarted,
+        _ if !registers.in_kernel() => Position::User,
+        _ => {
+            Position::Kernel { rip: registers.rip(), rsp: registers.rsp(), cpu: introspection.cpu(registers) }
+        }
+    }
+}

@@ -16,7 +16,8 @@ use crate::miniature::{self, Name};
 
 use Capability::{
     Alternatives, CpuFeatures, ExceptionTable, InitSections, Kprobes, Livepatches, LockPrefixes, Modules,
-    PatchingLocks, PerCpu, PreemptCount, PreemptModel, ReturnThunks, Spinlocks, StaticCalls, StaticKeys,
+    PatchingLocks, PerCpu, PreemptCount, PreemptModel, ReturnThunks, Spinlocks, StackCheck, StaticCalls,
+    StaticKeys, Tasks,
 };
 
 /// Plans that the miniature accepts, and what each needs.

@@ -18,7 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// Fewest stacks that are compared in a guest.
-const FEWEST: usize = 1000;
+const FEWEST: usize = 30;
 
 fn stacks(lab: &Lab, kernel: usize) -> Result<()> {
     let setup = &all_kernels(lab, 2)[kernel];

@@ -15,6 +15,7 @@ use super::Test;
 pub(crate) const TESTS: &[Test] = &[
     ("inside::sleepers_are_found_behind_the_graph_tracer", |lab| sleepers(lab, 0, Hides::Graph)),
     ("inside::sleepers_are_found_behind_the_newer_graph_tracer", |lab| sleepers(lab, 1, Hides::Graph)),
+    ("inside::a_plan_waits_until_all_tasks_have_left", switched),
     ("inside::sleepers_are_found_behind_a_return_probe", |lab| sleepers(lab, 2, Hides::Probe)),
 ];
 
@@ -73,24 +74,26 @@ fn sleepers(lab: &Lab, kernel: usize, hides: Hides) -> Result<()> {
         Command::new(&lab.vmm).args(["vm", "inside", "fifo_open", "--socket"]).arg(vm.socket()).output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success() && text.contains("in-open: fifo_open+0x"), "{text}{output:?}");
-    switched_when_all_have_left(&mut vm)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
 }
 
 /// Applies a plan that waits until a task has left a function, which it does not, and then does.
-fn switched_when_all_have_left(vm: &mut Vm) -> Result<()> {
-    let plan = |strategy: &str, function: &str| {
-        json!({ "version": 1, "name": "whole", "deadline_ms": 1000, "strategy": strategy,
+fn switched(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &all_kernels(lab, 4)[1])?;
+    vm.ask("sleepers")?;
+    vm.hammer("getppid", 0, 1)?;
+    let plan = |strategy: &str, function: &str, deadline_ms: u32| {
+        json!({ "version": 1, "name": "whole", "deadline_ms": deadline_ms, "strategy": strategy,
             "quiesced": { "tasks_outside": [function] },
             "patches": [{ "redirect": "__x64_sys_getppid", "to": "__x64_sys_getpid" }] })
     };
     for (strategy, function, code) in
         [("hold", "fifo_open", "plan_malformed"), ("auto", "nobody", "unknown_symbol")]
     {
-        vm.refused(code, &plan(strategy, function))?;
+        vm.refused(code, &plan(strategy, function, 1000))?;
     }
-    let waits = plan("auto", "fifo_open");
+    let waits = plan("auto", "fifo_open", 1000);
     let (status, report) = vm.request(Method::POST, "/patches", waits.to_string().as_bytes())?;
     let failure = report["failure"].as_str().unwrap_or_default();
     ensure!(status == 500 && report["state"] == "rolled_back", "{status}: {report:#}");
@@ -98,9 +101,11 @@ fn switched_when_all_have_left(vm: &mut Vm) -> Result<()> {
     vm.expect_all(false)?;
     // The reader that waited for a writer goes on, and has closed the pipe before the text comes.
     let _ = vm.ask("write /tmp/fifo text");
-    let report = vm.apply(&waits)?;
+    let report = vm.apply(&plan("auto", "fifo_open", 20_000))?;
     ensure!(report["strategy"] == "inspect", "{report:#}");
     vm.expect_all(true)?;
     vm.revert("whole")?;
-    vm.expect_all(false)
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
 }

@@ -111,25 +111,33 @@ impl<'m> Executor<'m> {
         }
         let kernel = self.kernel;
         let introspection = Introspection::new(kernel);
-        let mut pause = SHORTEST;
+        let (mut pause, mut occupied) = (SHORTEST, None);
         loop {
             let found = search(kernel, &introspection, &condition.tasks_outside, || {
                 self.inspect_vcpus(condition)?;
                 let all = self.rendezvous.vcpus();
                 self.synchronize(|rendezvous, patience| rendezvous.inspect(&all, patience))
-            })?;
-            let who = match found {
-                Ok(found) if found.tasks.is_empty() => return Ok(()),
-                Ok(found) => told(&found.tasks),
-                Err(Unread::Unsettled(what)) => what,
-                Err(Unread::Refused(refusal)) => return Err(StepError::Host { what: refusal.to_string() }),
+            });
+            let unsettled = match found {
+                Ok(Ok(found)) if found.tasks.is_empty() => return Ok(()),
+                Ok(Ok(found)) => {
+                    occupied = Some(StepError::Occupied { who: told(&found.tasks) });
+                    None
+                }
+                Ok(Err(Unread::Unsettled(who))) => Some(StepError::Occupied { who }),
+                Ok(Err(Unread::Refused(refusal))) => {
+                    return Err(StepError::Host { what: refusal.to_string() });
+                }
+                // A task that stood inside at every moment before says more.
+                Err(late @ StepError::NotQuiesced { .. }) => return Err(occupied.unwrap_or(late)),
+                Err(other) => return Err(other),
             };
             self.rendezvous.release();
             if self.guard.is_some_and(Guard::has_waiting_vcpu) {
                 return Err(StepError::Contended);
             }
             if self.is_late() {
-                return Err(StepError::Occupied { who });
+                return Err(occupied.or(unsettled).unwrap_or(StepError::Deadline));
             }
             std::thread::sleep(pause);
             pause = LONGEST.min(pause * 2);

@@ -9,6 +9,7 @@ mod hostile;
 mod miniature;
 mod names;
 mod objects;
+mod occupants;
 mod plan_names;
 mod sites;
 mod sources;

@@ -19,13 +19,13 @@ use crate::miniature::{self, BASE};
 /// Where the task of a number is, what its process shares, and its stack.
 const TASKS: u64 = 0xffff_8880_0010_0000;
 const SIGNALS: u64 = 0xffff_8880_0020_0000;
-const STACKS: u64 = 0xffff_c900_0000_0000;
-const PER_CPU: u64 = 0xffff_8880_0030_0000;
-const STACK: u64 = 0x4000;
+pub(crate) const STACKS: u64 = 0xffff_c900_0000_0000;
+pub(crate) const PER_CPU: u64 = 0xffff_8880_0030_0000;
+pub(crate) const STACK: u64 = 0x4000;
 static NO_MODULES: Modules = Modules::NONE;
 
 /// The miniature's image, and words over it. `when` is called with the number of the read.
-struct Guest<'a> {
+pub(crate) struct Guest<'a> {
     image: &'a KernelImage,
     text: Vec<u8>,
     words: RefCell<BTreeMap<u64, u64>>,
@@ -51,28 +51,28 @@ impl GuestMemory for Guest<'_> {
     }
 }
 
-fn image() -> (KernelImage, Vec<u8>) {
+pub(crate) fn image() -> (KernelImage, Vec<u8>) {
     let file = miniature::vmlinux();
     (KernelImage::parse(&file).expect("a kernel"), file[64 + 56..].to_vec())
 }
 
 fn never(_: u64, _: &mut BTreeMap<u64, u64>) {}
 
-fn symbol(image: &KernelImage, name: &str) -> u64 {
+pub(crate) fn symbol(image: &KernelImage, name: &str) -> u64 {
     image.symbols().only(name).expect("a symbol").0
 }
 
-fn offsets(image: &KernelImage) -> TaskOffsets {
+pub(crate) fn offsets(image: &KernelImage) -> TaskOffsets {
     image.offsets().task.expect("the offsets")
 }
 
-fn task(number: u64) -> u64 {
+pub(crate) fn task(number: u64) -> u64 {
     TASKS + 0x100 * number
 }
 
 impl<'a> Guest<'a> {
     /// Of two CPUs, with processes of so many threads each, the first of which is 1.
-    fn new(image: &'a KernelImage, text: &[u8], processes: &[u64]) -> Self {
+    pub(crate) fn new(image: &'a KernelImage, text: &[u8], processes: &[u64]) -> Self {
         let guest =
             Self { image, text: text.to_vec(), words: RefCell::default(), reads: Cell::new(0), when: &never };
         let at = offsets(image);
@@ -104,13 +104,13 @@ impl<'a> Guest<'a> {
         guest
     }
 
-    fn set(&self, at: u64, word: u64) {
+    pub(crate) fn set(&self, at: u64, word: u64) {
         assert_eq!(at % 8, 0, "{at:#x}");
         self.words.borrow_mut().insert(at, word);
     }
 
     /// Links a list; the first is its head.
-    fn link(&self, nodes: &[u64]) {
+    pub(crate) fn link(&self, nodes: &[u64]) {
         for (index, node) in nodes.iter().enumerate() {
             self.set(*node, nodes[(index + 1) % nodes.len()]);
             self.set(node + 8, nodes[(index + nodes.len() - 1) % nodes.len()]);
@@ -129,7 +129,7 @@ impl<'a> Guest<'a> {
         self.set(task + at.sp, STACKS + STACK * pid + STACK - 0x100);
     }
 
-    fn kernel(&self) -> Kernel<'_> {
+    pub(crate) fn kernel(&self) -> Kernel<'_> {
         Kernel { image: self.image, slide: 0, modules: &NO_MODULES }
     }
 

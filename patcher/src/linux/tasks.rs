@@ -3,7 +3,7 @@
 //! `copy_process`; kernel/smpboot.c).
 //!
 //! The guest runs while its lists are read, and nobody in it waits for the reader. So each step is
-//! checked against the link back, before a member is read and after ([`LinkedList`]), and a thread must
+//! checked against the link back, before a member is read and after (`linked_list`), and a thread must
 //! share the `signal` of the process on whose list it is. Memory that was freed and used again meanwhile
 //! passes none of these. What still fails after many attempts is an error.
 

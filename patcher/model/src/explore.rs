@@ -26,6 +26,28 @@ pub struct Transition<S> {
     pub result: Result<S, Violation>,
 }
 
+/// The transitions out of a state, as they are found.
+pub(crate) struct Transitions<S> {
+    describe: bool,
+    list: Vec<Transition<S>>,
+}
+
+impl<S> Transitions<S> {
+    /// None yet. Descriptions are made only if `describe` is set.
+    pub(crate) fn new(describe: bool) -> Self {
+        Self { describe, list: Vec::new() }
+    }
+
+    pub(crate) fn add(&mut self, description: impl FnOnce() -> String, result: Result<S, Violation>) {
+        let description = if self.describe { description() } else { String::new() };
+        self.list.push(Transition { description, result });
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<Transition<S>> {
+        self.list
+    }
+}
+
 /// An invariant that was broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation(pub String);

@@ -19,6 +19,11 @@ impl<'p> System for Scenario<'p> {
         for index in 0..state.vcpus.len() {
             vcpu::transitions(self, state, index, &mut out);
         }
-        out.into_vec()
+        let mut all = out.into_vec();
+        // vCPUs are interchangeable, so states that differ only in their order are one state.
+        for state in all.iter_mut().filter_map(|transition| transition.result.as_mut().ok()) {
+            state.vcpus.sort();
+        }
+        all
     }
 }

@@ -9,7 +9,6 @@ use patcher::addr::Gva;
 use patcher::program::session::Session;
 
 use crate::code::Version;
-use crate::explore::{Transition, Violation};
 use crate::scenario::{GuestActivity, Scenario};
 
 /// What a vCPU is executing, or was executing when it was interrupted.
@@ -178,28 +177,4 @@ impl<'p> State<'p> {
 }
 
 /// The transitions out of a state.
-pub(crate) struct Transitions<'p> {
-    describe: bool,
-    list: Vec<Transition<State<'p>>>,
-}
-
-impl<'p> Transitions<'p> {
-    /// None yet. Descriptions are made only if `describe` is set.
-    pub(crate) fn new(describe: bool) -> Self {
-        Self { describe, list: Vec::new() }
-    }
-
-    pub(crate) fn add(&mut self, description: impl FnOnce() -> String, result: Result<State<'p>, Violation>) {
-        let description = if self.describe { description() } else { String::new() };
-        // vCPUs are interchangeable, so states that differ only in their order are one state.
-        let result = result.map(|mut state| {
-            state.vcpus.sort();
-            state
-        });
-        self.list.push(Transition { description, result });
-    }
-
-    pub(crate) fn into_vec(self) -> Vec<Transition<State<'p>>> {
-        self.list
-    }
-}
+pub(crate) type Transitions<'p> = crate::explore::Transitions<State<'p>>;

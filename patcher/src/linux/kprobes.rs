@@ -7,7 +7,8 @@ use crate::addr::Gva;
 use crate::image::offsets::ProbeOffsets;
 use crate::image::profile::Capability;
 use crate::linux::linked_list::{LinkedList, Retries};
-use crate::linux::memory::{GuestMemory, read, read_u64};
+use crate::linux::memory::{GuestMemory, read_u64, read_words};
+use crate::linux::tracers::scan_offsets;
 use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
@@ -27,9 +28,9 @@ pub fn probes(kernel: &Kernel<'_>, text: &dyn GuestMemory) -> Result<Vec<Gva>, R
     let table = kernel.live(table);
     let ProbeOffsets { node, address } = offsets;
     let mut found = Vec::new();
-    for bucket in read(text, table, 8 * BUCKETS)?.as_chunks().0 {
+    for bucket in read_words(text, table, 8 * BUCKETS)? {
         // `struct hlist_head` and `struct hlist_node` both begin with the pointer to the next.
-        let mut next = u64::from_le_bytes(*bucket);
+        let mut next = bucket;
         while next != 0 {
             if found.len() == MOST_PROBES {
                 return Err(Refusal::BadProbes);
@@ -55,9 +56,7 @@ const PAGE: u64 = 1 << 12;
 /// [`Refusal::MissingCapability`]; [`Refusal::Unmapped`]; [`Refusal::BadProbes`] when the lists are inconsistent or do
 /// not end.
 pub fn slots(kernel: &Kernel<'_>, memory: &dyn GuestMemory) -> Result<Vec<Range<Gva>>, Refusal> {
-    kernel.image.profile().require(Capability::StackCheck).map_err(missing)?;
-    let offsets =
-        kernel.image.offsets().scan.ok_or(Refusal::UnknownLayout { what: "struct kprobe_insn_page" })?;
+    let offsets = scan_offsets(kernel)?;
     let mut found = Vec::new();
     for cache in ["kprobe_insn_slots", "kprobe_optinsn_slots"] {
         let head = Gva(kernel.symbol(cache)?.0.wrapping_add(offsets.slot_pages));

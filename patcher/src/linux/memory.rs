@@ -32,6 +32,15 @@ pub fn read(text: &dyn GuestMemory, at: Gva, size: usize) -> Result<Vec<u8>, Ref
     Ok(bytes)
 }
 
+/// Reads as many words of eight bytes as `size` bytes have.
+///
+/// # Errors
+/// [`Refusal::Unmapped`], [`Refusal::TooMuchToRead`].
+pub fn read_words(text: &dyn GuestMemory, at: Gva, size: usize) -> Result<Vec<u64>, Refusal> {
+    let bytes = read(text, at, size)?;
+    Ok(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
+}
+
 /// Reads a word of eight bytes.
 ///
 /// # Errors

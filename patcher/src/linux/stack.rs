@@ -127,8 +127,10 @@ impl TaskReader<'_> {
     /// # Errors
     /// As [`stack_base`](Self::stack_base).
     pub fn switches(&self, task: Gva) -> Result<(Gva, u64), Refusal> {
-        let Position { switches: [nvcsw, nivcsw], sp, .. } = self.position(task)?;
-        Ok((sp, nvcsw.wrapping_add(nivcsw)))
+        let offsets = self.offsets();
+        let count = |field| self.number(task, field);
+        let switches = count(offsets.nvcsw)?.wrapping_add(count(offsets.nivcsw)?);
+        Ok((Gva(self.word(task, offsets.sp)?), switches))
     }
 
     /// When it began.

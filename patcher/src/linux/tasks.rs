@@ -23,7 +23,7 @@ pub const MOST_TASKS: usize = 1 << 16;
 /// some 20 units, its stack some 100.
 pub const WORK: u64 = 1 << 23;
 /// No more CPUs than a word has bits are looked for in `__cpu_possible_mask`; the monitor's guests have no more.
-const MOST_CPUS: u64 = 64;
+const MOST_CPUS: u32 = 64;
 /// `TASK_COMM_LEN` (include/linux/sched.h).
 const COMM: usize = 16;
 /// `PF_KTHREAD` (include/linux/sched.h).
@@ -123,16 +123,24 @@ impl<'a> TaskReader<'a> {
         }
     }
 
-    /// The idle tasks, those of CPUs that are switched off included.
-    fn idle(&self) -> Result<Vec<Task>, Refusal> {
+    /// Where a per-CPU variable is, of each CPU that may be there, with the CPU's number.
+    pub(super) fn per_cpu(&self, name: &str) -> Result<Vec<(u32, Gva)>, Refusal> {
         let possible = read_u64(self.memory, self.kernel.symbol("__cpu_possible_mask")?)?;
         let bases = self.kernel.symbol("__per_cpu_offset")?;
-        let place = self.kernel.per_cpu("idle_threads");
-        let place = place.ok_or(Refusal::UnknownLayout { what: "per-CPU data" })?;
+        let place = self.kernel.per_cpu(name).ok_or(Refusal::UnknownLayout { what: "per-CPU data" })?;
+        let cpus = (0..MOST_CPUS).filter(|cpu| possible >> cpu & 1 == 1);
+        let at = |cpu: u32| {
+            let base = read_u64(self.memory, Gva(bases.0.wrapping_add(8 * u64::from(cpu))))?;
+            Ok((cpu, Gva(base.wrapping_add(place))))
+        };
+        cpus.map(at).collect()
+    }
+
+    /// The idle tasks, those of CPUs that are switched off included.
+    fn idle(&self) -> Result<Vec<Task>, Refusal> {
         let mut tasks = Vec::new();
-        for cpu in (0..MOST_CPUS).filter(|cpu| possible >> cpu & 1 == 1) {
-            let base = read_u64(self.memory, Gva(bases.0.wrapping_add(8 * cpu)))?;
-            let at = Gva(read_u64(self.memory, Gva(base.wrapping_add(place)))?);
+        for (_, place) in self.per_cpu("idle_threads")? {
+            let at = Gva(read_u64(self.memory, place)?);
             // Early in boot other CPUs have none.
             if at != Gva(0) {
                 let task = self.task(at)?;

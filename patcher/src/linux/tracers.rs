@@ -5,13 +5,16 @@ use std::ops::Range;
 use crate::addr::Gva;
 use crate::image::profile::Capability;
 use crate::image::scan_offsets::ScanOffsets;
-use crate::linux::memory::{read, read_u64};
+use crate::linux::memory::{read_u64, read_words};
 use crate::linux::tasks::TaskReader;
 use crate::linux::view::{Kernel, missing};
 use crate::plan::refusal::Refusal;
 
-/// The trampolines of return probes, by their names since 5.18 and before.
-const HOOKS: [&str; 2] = ["arch_rethook_trampoline", "__kretprobe_trampoline"];
+/// The trampoline of the function graph tracer.
+pub(super) const GRAPH: &str = "return_to_handler";
+/// Those of return probes, by their names since 5.18, since 5.15, and before.
+pub(super) const HOOKS: [&str; 3] =
+    ["arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"];
 /// The memory of `ret_stack`: a page since 6.11, and less before (kernel/trace/fgraph.c, `SHADOW_STACK_SIZE`,
 /// `FTRACE_RETFUNC_DEPTH`).
 const RET_STACK: u64 = 1 << 12;
@@ -41,7 +44,7 @@ pub fn trampolines(kernel: &Kernel<'_>) -> Result<Vec<Range<Gva>>, Refusal> {
         let function = kernel.function_at(at).filter(|function| function.start == at);
         function.map(|function| function.start..function.end).ok_or(Refusal::NotText { at })
     };
-    [kernel.symbol("return_to_handler")?].into_iter().chain(found).map(range).collect()
+    [kernel.symbol(GRAPH)?].into_iter().chain(found).map(range).collect()
 }
 
 impl TaskReader<'_> {
@@ -58,8 +61,7 @@ impl TaskReader<'_> {
         let used = self.number(task, offsets.curr_ret_stack)?.saturating_add(1).saturating_mul(ENTRY);
         let used = RET_STACK.min(used);
         if ret_stack != 0 {
-            let bytes = read(self.memory(), Gva(ret_stack), usize::try_from(used).unwrap_or(0))?;
-            found.extend(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)));
+            found = read_words(self.memory(), Gva(ret_stack), usize::try_from(used).unwrap_or(0))?;
         }
         // `struct llist_head` and `struct llist_node` both begin with the pointer to the next.
         let mut node = self.word(task, offsets.hooks)?;

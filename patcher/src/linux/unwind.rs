@@ -10,6 +10,7 @@ use crate::insn::ends_in_call;
 use crate::linux::memory::{GuestMemory, read};
 use crate::linux::orc::OrcEntries;
 use crate::linux::stack::Stack;
+use crate::linux::tracers::{GRAPH, HOOKS};
 use crate::linux::view::Kernel;
 use crate::plan::refusal::Refusal;
 
@@ -72,10 +73,6 @@ mod regs {
 
 /// The privilege level in a code selector; that of user space is 3.
 const LEVEL: u64 = 3;
-/// Functions that stand on the stack in place of the real return address: of the function graph tracer
-/// (`return_to_handler`), and of return probes, by their names since 5.18, since 5.15, and before.
-const TRAMPOLINES: [&str; 4] =
-    ["return_to_handler", "arch_rethook_trampoline", "__kretprobe_trampoline", "kretprobe_trampoline"];
 /// Where a task begins that has not run yet; the latter since 6.6.
 const NEW: [&str; 2] = ["ret_from_fork", "ret_from_fork_asm"];
 /// The longest instruction that calls, in bytes; with prefixes that compilers add.
@@ -159,7 +156,8 @@ impl<'a> Unwinder<'a> {
 
     /// The frame where unwinding stands; `Err` if that is no code of the kernel's.
     fn frame(&self, cursor: &Cursor) -> Result<Frame, &'static str> {
-        if self.begins(cursor.ip, &TRAMPOLINES) {
+        // They stand on the stack in place of the real return address.
+        if self.begins(cursor.ip, &[GRAPH]) || self.begins(cursor.ip, &HOOKS) {
             return Err("a tracer keeps the return address elsewhere");
         }
         let Cursor { ip, interrupted, .. } = *cursor;

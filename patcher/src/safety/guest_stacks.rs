@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::addr::{Gva, VcpuId};
-use crate::linux::memory::read;
+use crate::linux::memory::read_words;
 use crate::linux::stack::{Copied, stack_size};
 use crate::linux::tasks::{MOST_TASKS, Task, TaskReader};
 use crate::plan::refusal::Refusal;
@@ -74,27 +74,16 @@ impl<'a> GuestStacks<'a> {
     }
 
     /// All tasks. While the vCPUs are held they are listed once.
-    fn list(&mut self) -> Result<Vec<Task>, Unread> {
+    fn list(&mut self) -> Result<(), Unread> {
         if self.vcpus.is_empty() || self.tasks.is_empty() {
             let tasks = self.reader.all(MOST_TASKS)?;
             self.tasks = tasks.into_iter().map(|task| (TaskId(task.at), task)).collect();
         }
-        Ok(self.tasks.values().cloned().collect())
-    }
-
-    /// The words from an address up to the end of the stack that it is in.
-    fn words(&self, from: Gva, end: Gva) -> Result<Vec<u64>, Refusal> {
-        let bytes = read(self.reader.memory(), from, end.offset_from(from).unwrap_or(0))?;
-        Ok(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
+        Ok(())
     }
 
     /// The tasks of vCPUs in user mode. Each runs on a CPU that no vCPU in the kernel is.
-    fn in_user_mode(
-        &self,
-        tasks: &[Task],
-        in_kernel: &[Running],
-        cpus: &[usize],
-    ) -> Result<Vec<Running>, Unread> {
+    fn in_user_mode(&self, in_kernel: &[Running], cpus: &[usize]) -> Result<Vec<Running>, Unread> {
         let is_free = |task: &&Task| {
             let is_elsewhere = usize::try_from(task.cpu).is_ok_and(|cpu| !cpus.contains(&cpu));
             task.is_running
@@ -102,8 +91,11 @@ impl<'a> GuestStacks<'a> {
                 && is_elsewhere
                 && in_kernel.iter().all(|other| other.task.0 != task.at)
         };
-        let found =
-            tasks.iter().filter(is_free).map(|task| Running { task: TaskId(task.at), words: Vec::new() });
+        let found = self
+            .tasks
+            .values()
+            .filter(is_free)
+            .map(|task| Running { task: TaskId(task.at), words: Vec::new() });
         let found: Vec<Running> = found.collect();
         let expected = self.vcpus.iter().filter(|(_, position)| *position == Position::User).count();
         if found.len() == expected {
@@ -118,12 +110,12 @@ impl Stacks for GuestStacks<'_> {
     type Error = Unread;
 
     fn tasks(&mut self) -> Result<Vec<TaskId>, Unread> {
-        let tasks = self.list()?;
-        if !self.vcpus.is_empty() && !self.reader.run_queues_are_known(&tasks)? {
+        self.list()?;
+        if !self.vcpus.is_empty() && !self.reader.run_queues_are_known(self.tasks.values())? {
             let what = "a run queue has tasks that are not on the list, or are throttled";
             return Err(Unread::Unsettled(what.to_owned()));
         }
-        Ok(tasks.iter().map(|task| TaskId(task.at)).collect())
+        Ok(self.tasks.keys().copied().collect())
     }
 
     fn mark(&mut self, task: TaskId) -> Result<Mark, Unread> {
@@ -146,11 +138,11 @@ impl Stacks for GuestStacks<'_> {
     }
 
     fn vcpus(&mut self) -> Result<Vec<Running>, Unread> {
-        let tasks = self.list()?;
+        self.list()?;
         let size = stack_size(self.reader.kernel())?;
         let mut stacks = BTreeMap::new();
-        for task in &tasks {
-            stacks.insert(self.reader.stack_base(task.at)?, TaskId(task.at));
+        for task in self.tasks.keys() {
+            stacks.insert(self.reader.stack_base(task.0)?, *task);
         }
         let (mut running, mut cpus) = (Vec::new(), Vec::new());
         for (vcpu, position) in &self.vcpus {
@@ -163,11 +155,12 @@ impl Stacks for GuestStacks<'_> {
                 let what = format!("vCPU {} serves an interrupt, or enters or leaves the kernel", vcpu.0);
                 return Err(Unread::Unsettled(what));
             };
-            let words = self.words(*rsp, end(base))?;
+            let left = end(base).offset_from(*rsp).unwrap_or(0);
+            let words = read_words(self.reader.memory(), *rsp, left)?;
             running.push(Running { task: *task, words: [vec![rip.0], words].concat() });
             cpus.push(*cpu);
         }
-        let others = self.in_user_mode(&tasks, &running, &cpus)?;
+        let others = self.in_user_mode(&running, &cpus)?;
         running.extend(others);
         Ok(running)
     }

@@ -1,11 +1,9 @@
 //! Who stands in functions of the guest's kernel, as it goes over the control socket, and what a client can ask for.
 
-use std::fmt::Write;
-
 use patcher::addr::Gva;
 use serde::{Deserialize, Serialize};
 
-use crate::api::tasks::decoded;
+use crate::api::percent::{decoded, encoded};
 
 /// Most functions of one request.
 pub const MOST_FUNCTIONS: usize = 64;
@@ -47,8 +45,7 @@ impl InsideQuery {
         let mut uri = "/tasks/inside".to_owned();
         for (index, name) in self.functions.iter().enumerate() {
             uri += if index == 0 { "?function=" } else { "&function=" };
-            // Writing to a string does not fail.
-            name.bytes().for_each(|byte| _ = write!(uri, "%{byte:02x}"));
+            uri += &encoded(name);
         }
         uri
     }

@@ -13,6 +13,7 @@ pub mod command;
 mod connections;
 mod event_stream;
 pub mod inside;
+mod percent;
 mod reply;
 mod routes;
 pub mod server;

@@ -5,6 +5,8 @@ use std::fmt::Write;
 use patcher::addr::Gva;
 use serde::{Deserialize, Serialize};
 
+use crate::api::percent::{decoded, encoded};
+
 /// Which tasks to list: the query of `GET /tasks`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TaskQuery {
@@ -47,26 +49,10 @@ impl TaskQuery {
         }
         if let Some(name) = &self.name {
             uri += "&name=";
-            name.bytes().for_each(|byte| _ = write!(uri, "%{byte:02x}"));
+            uri += &encoded(name);
         }
         uri
     }
-}
-
-/// Text with bytes as `%41` (RFC 3986, section 2.1); `None` if it is not written so, or no UTF-8.
-pub(crate) fn decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::new();
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(if byte == b'%' {
-            let digits = [rest.next()?, rest.next()?];
-            let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-            digit(digits[0])? << 4 | digit(digits[1])?
-        } else {
-            byte
-        });
-    }
-    String::from_utf8(bytes).ok()
 }
 
 /// `GET /tasks`.

@@ -27,7 +27,6 @@ use crate::host::priority;
 use crate::host::thread::Thread;
 use crate::patch::engine::{Engine, PAUSE_PATIENCE, refused};
 use crate::patch::init_gate::{AtInit, InitGate};
-use crate::patch::inside::Unanswered;
 use crate::patch::last_info::LastInfo;
 use crate::patch::reconcile::INTERVAL;
 use crate::text_guard;
@@ -358,8 +357,7 @@ fn obey(engine: &mut Engine, command: Command, given_at: Instant) -> Answer {
         },
         Command::Inside(query) => match engine.inside(&query) {
             Ok(inside) => Answer::Inside(Box::new(inside)),
-            Err(Unanswered::Refused(refusal)) => refused(refusal),
-            Err(Unanswered::Failed(what)) => Answer::Failed(what),
+            Err(answer) => answer,
         },
         Command::List => {
             engine.count_livepatched();

@@ -10,7 +10,6 @@ use patcher::safety::guest_stacks::Unread;
 use patcher::safety::quiesce::Condition;
 
 use crate::guest::cached_translations::CachedTranslations;
-use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::per_cpu;
 use crate::guest::vcpu_state::VcpuRegisters;
@@ -110,10 +109,9 @@ impl<'m> Executor<'m> {
             return self.inspect_vcpus(condition);
         }
         let kernel = self.kernel;
-        let introspection = Introspection::new(kernel);
         let (mut pause, mut occupied) = (SHORTEST, None);
         loop {
-            let found = search(kernel, &introspection, &condition.tasks_outside, || {
+            let found = search(kernel, &condition.tasks_outside, || {
                 self.inspect_vcpus(condition)?;
                 let all = self.rendezvous.vcpus();
                 self.synchronize(|rendezvous, patience| rendezvous.inspect(&all, patience))

@@ -2,15 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use patcher::plan::refusal::Refusal;
 use patcher::safety::guest_stacks::Unread;
 use patcher::safety::old_code::Place;
 use patcher::safety::stack_check::Why;
 
+use crate::api::command::Answer;
 use crate::api::inside::{Inside, InsideFunction, InsideQuery, InsideTask, InsideWhy};
 use crate::api::wire::us;
-use crate::guest::introspect::Introspection;
-use crate::patch::engine::Engine;
+use crate::patch::engine::{Engine, refused};
 use crate::patch::task_search::{FoundTask, search};
 
 /// How long a moment is waited for at which it can be told who stands inside.
@@ -21,35 +20,23 @@ const LONGEST: Duration = Duration::from_millis(20);
 /// Longest time for vCPUs to report where they stand.
 const REPORTS: Duration = Duration::from_secs(1);
 
-/// Why there is no answer. The guest runs on.
-pub(super) enum Unanswered {
-    /// It was refused.
-    Refused(Refusal),
-    /// The host failed.
-    Failed(String),
-}
-
-impl From<Refusal> for Unanswered {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refused(refusal)
-    }
-}
-
 impl Engine {
     /// Searches until there is a moment at which it can be told.
-    pub(super) fn inside(&mut self, query: &InsideQuery) -> Result<Inside, Unanswered> {
-        self.not_held()?;
+    ///
+    /// # Errors
+    /// The answer that says why it can't. The guest runs on.
+    pub(super) fn inside(&mut self, query: &InsideQuery) -> Result<Inside, Answer> {
+        self.not_held().map_err(refused)?;
         let complete = self.gate.complete.clone();
-        let kernel = self.kernel()?.with_modules(&complete);
-        let introspection = Introspection::new(&kernel);
+        let kernel = self.kernel().map_err(refused)?.with_modules(&complete);
         let places = query.functions.iter().map(|name| Place::find(&kernel.kernel(), name));
-        let places: Vec<Place> = places.collect::<Result<_, _>>()?;
+        let places: Vec<Place> = places.collect::<Result<_, _>>().map_err(refused)?;
         let until = Instant::now() + PATIENCE;
         let (mut attempts, mut pause) = (0, SHORTEST);
         loop {
             attempts += 1;
             let mut held = None;
-            let found = search(&kernel, &introspection, &places, || {
+            let found = search(&kernel, &places, || {
                 held = Some(Instant::now());
                 self.rendezvous.inspect(&self.rendezvous.vcpus(), REPORTS)
             });
@@ -57,7 +44,7 @@ impl Engine {
                 self.rendezvous.release();
             }
             let held = held.map_or(Duration::ZERO, |held| held.elapsed());
-            match found.map_err(|error| Unanswered::Failed(error.to_string()))? {
+            match found.map_err(|error| Answer::Failed(error.to_string()))? {
                 Ok(found) => {
                     return Ok(Inside {
                         functions: places.iter().map(function).collect(),
@@ -68,11 +55,11 @@ impl Engine {
                         held_us: us(held),
                     });
                 }
-                Err(Unread::Refused(refusal)) => return Err(refusal.into()),
+                Err(Unread::Refused(refusal)) => return Err(refused(refusal)),
                 Err(Unread::Unsettled(what)) if Instant::now() > until => {
                     let why =
                         format!("no moment was found within {PATIENCE:?} at which it can be told: {what}");
-                    return Err(Unanswered::Failed(why));
+                    return Err(Answer::Failed(why));
                 }
                 Err(Unread::Unsettled(_)) => std::thread::sleep(pause),
             }

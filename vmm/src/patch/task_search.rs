@@ -9,8 +9,8 @@ use patcher::safety::old_code::Place;
 use patcher::safety::stack_check::{Occupant, OldCode, StackCheck, Stacks, Why};
 
 use crate::guest::cached_translations::CachedTranslations;
-use crate::guest::introspect::Introspection;
 use crate::guest::kernel::GuestKernel;
+use crate::guest::per_cpu::PerCpu;
 use crate::guest::vcpu_state::{Activity, VcpuRegisters};
 
 /// What was found.
@@ -40,11 +40,12 @@ pub(super) struct FoundTask {
 /// What `hold` returned. Inside: why nothing is known, perhaps only now.
 pub(super) fn search<E>(
     kernel: &GuestKernel,
-    introspection: &Introspection,
     places: &[Place],
     hold: impl FnOnce() -> Result<Vec<(VcpuId, VcpuRegisters)>, E>,
 ) -> Result<Result<Found, Unread>, E> {
     let view = kernel.kernel();
+    // Without it no vCPU's CPU is known.
+    let per_cpu = PerCpu::find(kernel).ok();
     let memory = CachedTranslations::of(kernel);
     let memory = Bounded::new(&memory, WORK);
     let code = || OldCode::of(&view, &memory, places);
@@ -59,7 +60,8 @@ pub(super) fn search<E>(
         Err(unread) => return Ok(Err(unread)),
     };
     let vcpus = hold()?;
-    stacks.held(vcpus.iter().map(|(vcpu, registers)| (*vcpu, position(introspection, registers))).collect());
+    stacks
+        .held(vcpus.iter().map(|(vcpu, registers)| (*vcpu, position(per_cpu.as_ref(), registers))).collect());
     // Kprobes may have come meanwhile, and copies of instructions with them.
     let unchanged = code().map_err(Unread::from).map(|now| check.is_of(&now));
     let occupants = unchanged.and_then(|unchanged| match unchanged {
@@ -91,12 +93,14 @@ fn look(mut check: StackCheck, stacks: &mut GuestStacks<'_>) -> Result<(StackChe
     Ok((check, tasks.len()))
 }
 
-fn position(introspection: &Introspection, registers: &VcpuRegisters) -> Position {
+fn position(per_cpu: Option<&PerCpu>, registers: &VcpuRegisters) -> Position {
     match registers.activity() {
         Activity::NotStarted => Position::NotStarted,
         _ if !registers.in_kernel() => Position::User,
-        _ => {
-            Position::Kernel { rip: registers.rip(), rsp: registers.rsp(), cpu: introspection.cpu(registers) }
-        }
+        _ => Position::Kernel {
+            rip: registers.rip(),
+            rsp: registers.rsp(),
+            cpu: per_cpu.and_then(|data| data.cpu(registers)),
+        },
     }
 }

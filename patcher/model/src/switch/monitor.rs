@@ -16,7 +16,7 @@ pub(super) fn transitions(scenario: &Scenario, state: &State, out: &mut Transiti
     match &state.next {
         Next::List => {
             let mut next = state.clone();
-            next.listed = read(rules, state, |reader| reader.tasks());
+            next.listed = infallible(Reader { rules, state, listed: None, blank: false }.tasks());
             next.check = StackCheck::new(code(rules, state.reverts));
             next.next = look(next.listed.clone());
             out.add(|| "the monitor lists the tasks".into(), Ok(next));
@@ -39,10 +39,11 @@ pub(super) fn transitions(scenario: &Scenario, state: &State, out: &mut Transiti
             match mark {
                 None => {
                     let mark = infallible(reader.mark(task));
-                    let mut check = state.check.clone();
-                    let before = check.clone();
-                    infallible(check.look_since(&mut reader, task, mark));
-                    let seen_outside = !rules.mark_first && check != before;
+                    let seen_outside = !rules.mark_first && {
+                        let mut check = state.check.clone();
+                        infallible(check.look_since(&mut reader, task, mark));
+                        check != state.check
+                    };
                     next.next = Next::Look { tasks: tasks.clone(), mark: Some(mark), seen_outside };
                     out.add(|| format!("the monitor reads the mark of task {number}"), Ok(next));
                 }
@@ -132,10 +133,6 @@ fn code(rules: Rules, reverts: bool) -> OldCode {
         (false, _) => {}
     }
     OldCode { functions, pieces, slots, trampolines }
-}
-
-fn read<T>(rules: Rules, state: &State, what: impl FnOnce(&mut Reader<'_>) -> Result<T, Infallible>) -> T {
-    infallible(what(&mut Reader { rules, state, listed: None, blank: false }))
 }
 
 fn infallible<T>(result: Result<T, Infallible>) -> T {

@@ -5,7 +5,6 @@ use patcher::safety::stack_check::{Mark, OldCode, StackCheck, TaskId};
 
 use super::place::Place;
 use super::scenario::{End, Scenario};
-use crate::explore::{Transition, Violation};
 
 /// A flow of control with a stack: a task's, or that of an interrupt's handler.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -184,22 +183,4 @@ pub(super) fn index(task: TaskId) -> usize {
 }
 
 /// The transitions out of a state.
-pub(super) struct Transitions {
-    describe: bool,
-    list: Vec<Transition<State>>,
-}
-
-impl Transitions {
-    pub(super) fn new(describe: bool) -> Self {
-        Self { describe, list: Vec::new() }
-    }
-
-    pub(super) fn add(&mut self, description: impl FnOnce() -> String, result: Result<State, Violation>) {
-        let description = if self.describe { description() } else { String::new() };
-        self.list.push(Transition { description, result });
-    }
-
-    pub(super) fn into_vec(self) -> Vec<Transition<State>> {
-        self.list
-    }
-}
+pub(super) type Transitions = crate::explore::Transitions<State>;

@@ -1,28 +1,15 @@
 //! Every strategy keeps the invariants in every run.
 
-use std::io::Write;
-
-use model::explore::explore;
 use model::scenario::{Fetch, GuestActivity, Scenario};
 use patcher::addr::Gva;
 use patcher::plan::Strategy;
 use patcher::program::step::Program;
 
+use super::holds;
 use super::scenarios::{
     CALL, Change, FLAG, KEY, SEVERAL, TEXT, ZERO, among_busy_patchers, patches_itself, program, reversed,
     scenario, self_patching, with_blocker,
 };
-
-/// Explores, and prints the size of the state space past the test harness, which captures output.
-fn holds(name: &str, scenario: &Scenario<'_>) {
-    match explore(scenario) {
-        Ok(explored) => {
-            let line = format!("{name}: {} states, {} transitions\n", explored.states, explored.transitions);
-            std::io::stderr().write_all(line.as_bytes()).expect("standard error");
-        }
-        Err(found) => panic!("{name}:\n{found}"),
-    }
-}
 
 /// Explores a change and its reversal.
 fn both_ways(name: &str, strategy: Strategy, changes: &[Change], adjust: impl Fn(&mut Scenario<'_>)) {

@@ -1,10 +1,11 @@
 //! A switch of a function for all tasks at once: no rule of the search can be taken out.
 
 use std::collections::BTreeSet;
-use std::io::Write;
 
 use model::explore::explore;
 use model::switch::scenario::{End, Guest, Rules, Scenario};
+
+use super::holds;
 
 const QUIET: Guest = Guest {
     others_call: false,
@@ -31,25 +32,14 @@ const GUESTS: &[(&str, Guest)] = &[
     ("an optimised kprobe", Guest { preempts: true, slot: true, ..QUIET }),
 ];
 
-fn holds(name: &str, scenario: &Scenario) {
-    match explore(scenario) {
-        Ok(explored) => {
-            let line =
-                format!("switch, {name}: {} states, {} transitions\n", explored.states, explored.transitions);
-            std::io::stderr().write_all(line.as_bytes()).expect("standard error");
-        }
-        Err(found) => panic!("{name}:\n{found}"),
-    }
-}
-
 #[test]
 fn a_switch_never_happens_while_somebody_is_inside() {
     for (name, guest) in GUESTS {
-        holds(name, &Scenario::new(*guest));
+        holds(&format!("switch, {name}"), &Scenario::new(*guest));
     }
-    holds("two CPUs", &Scenario { cpus: 2, ..Scenario::new(QUIET) });
-    holds("two attempts", &Scenario { attempts: 2, switches: 2, ..Scenario::new(QUIET) });
-    holds("three tasks", &Scenario { tasks: 3, ..Scenario::new(QUIET) });
+    holds("switch, two CPUs", &Scenario { cpus: 2, ..Scenario::new(QUIET) });
+    holds("switch, two attempts", &Scenario { attempts: 2, switches: 2, ..Scenario::new(QUIET) });
+    holds("switch, three tasks", &Scenario { tasks: 3, ..Scenario::new(QUIET) });
 }
 
 #[test]

@@ -72,21 +72,15 @@ impl Vm {
         // A redirect leaves the mark of an indirect branch's target alone.
         let site = self.redirected(function, false)?;
         let at = site["at"].as_str().and_then(|text| u64::from_str_radix(&text[2..], 16).ok());
-        let offset = site["symbol"].as_str().map_or(Some(0), |symbol| match symbol.rsplit_once("+0x") {
-            Some((_, offset)) => u64::from_str_radix(offset, 16).ok(),
-            None => Some(0),
-        });
-        at.zip(offset).map(|(at, offset)| at - offset).with_context(|| format!("{site:#}"))
+        Ok(at.with_context(|| format!("{site:#}"))? - offset(&site)?)
     }
 
-    /// How far behind a function's start the place for the tracer ends.
+    /// How far behind a function's start the place for the tracer ends: 0 if it has none, as `siphash_4u64` of 6.1.
     ///
     /// # Errors
     /// When there is none of this name.
     pub fn behind_the_tracer(&self, function: &str) -> Result<u64> {
-        let site = self.redirected(function, true)?;
-        let symbol = site["symbol"].as_str().with_context(|| format!("{site:#}"))?;
-        Ok(u64::from_str_radix(symbol.rsplit_once("+0x").context("an offset")?.1, 16)?)
+        offset(&self.redirected(function, true)?)
     }
 
     /// The site that a redirect of a function would change.
@@ -106,5 +100,13 @@ impl Vm {
         let refusal = &answer["refusals"][0];
         ensure!(refusal["code"] == code, "{answer:#}");
         refusal["message"].as_str().map(str::to_owned).context("a refusal without a message")
+    }
+}
+
+/// How far behind the start of its function a site is.
+fn offset(site: &Value) -> Result<u64> {
+    match site["symbol"].as_str().with_context(|| format!("{site:#}"))?.rsplit_once("+0x") {
+        Some((_, offset)) => Ok(u64::from_str_radix(offset, 16)?),
+        None => Ok(0),
     }
 }

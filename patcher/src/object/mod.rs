@@ -21,6 +21,7 @@ mod piece;
 pub mod relocatable;
 pub mod relocation;
 mod rewritten;
+mod room;
 mod sections;
 
 pub use comparison::{Change, Comparison, Obstacle, compare};
@@ -28,3 +29,4 @@ pub use error::Error;
 pub use matching::match_image;
 pub use outcome::{Difference, Match, Outcome};
 pub use relocatable::Object;
+pub use room::Room;

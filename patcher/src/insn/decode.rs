@@ -9,7 +9,7 @@ use crate::addr::Gva;
 /// `int3`, one byte (SDM volume 2, INT n/INTO/INT3/INT1).
 pub const INT3: u8 = 0xcc;
 /// `endbr64`: indirect branches may lead here (SDM volume 2).
-const ENDBR64: [u8; MARKER] = [0xf3, 0x0f, 0x1e, 0xfa];
+pub(crate) const ENDBR64: [u8; MARKER] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// Length of `endbr64`, in bytes.
 pub(crate) const MARKER: usize = 4;
 /// Length of the fentry call, or of the NOP in its place, in bytes.

@@ -9,7 +9,7 @@ mod relocate;
 pub mod store;
 pub mod written;
 
-pub(crate) use decode::{FENTRY, MARKER, branch, marker};
+pub(crate) use decode::{ENDBR64, FENTRY, MARKER, branch, marker};
 pub use decode::{INT3, Insn, MAX_LENGTH, count, decode, disassemble, ends_in_call};
 pub use effect::{Effect, effect};
 pub(crate) use encode::CALL;

@@ -32,12 +32,15 @@ pub enum Change {
 }
 
 /// What differs between two objects.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Comparison {
     /// All functions of both, by name.
     pub functions: BTreeMap<String, Change>,
     /// All variables of both, by name. Constants are compared where they are used, too.
     pub data: BTreeMap<String, Change>,
+    /// Static variables whose names differ, because compilers number those of one name (`once.7`): that after the
+    /// change, and the same before it.
+    pub renamed: BTreeMap<String, String>,
     /// What makes it impossible to replace only functions.
     pub obstacles: BTreeSet<Obstacle>,
 }
@@ -114,12 +117,15 @@ pub fn compare(before: &Object<'_>, after: &Object<'_>) -> Result<Comparison, Er
         before: Side::new(before, &budget),
         after: Side::new(after, &budget),
         pairs: Pairs::default(),
-        found: Comparison { functions: BTreeMap::new(), data: BTreeMap::new(), obstacles: BTreeSet::new() },
+        found: Comparison::default(),
     };
     comparer.functions();
     comparer.data();
     comparer.sections();
-    let found = comparer.found;
+    let is_renamed = |(after, before): &(&&str, &&str)| after != before;
+    let renamed = comparer.pairs.before.iter().filter(is_renamed);
+    let renamed = renamed.map(|(after, before)| ((*after).to_owned(), (*before).to_owned())).collect();
+    let found = Comparison { renamed, ..comparer.found };
     if budget.is_exhausted() { Err(Error::TooMuchWork) } else { Ok(found) }
 }
 

@@ -9,6 +9,7 @@
 
 mod adjacent;
 mod agreement;
+pub mod building;
 mod compared;
 pub mod comparison;
 mod error;
@@ -20,13 +21,16 @@ pub mod outcome;
 mod piece;
 pub mod relocatable;
 pub mod relocation;
+pub mod replacement;
 mod rewritten;
 mod room;
 mod sections;
 
+pub use building::{Unfit, build};
 pub use comparison::{Change, Comparison, Obstacle, compare};
 pub use error::Error;
 pub use matching::match_image;
 pub use outcome::{Difference, Match, Outcome};
 pub use relocatable::Object;
+pub use replacement::Replacement;
 pub use room::Room;

@@ -54,6 +54,22 @@ impl Form {
             Self::Relative64 => wide()?.wrapping_add(at.0),
         })
     }
+
+    /// Writes the address `to` into a field at `at`. `None` if the field's length is not the form's, or it can't hold
+    /// the address; it is unchanged then.
+    #[must_use]
+    pub(super) fn write(self, field: &mut [u8], at: Gva, to: u64) -> Option<()> {
+        let distance = to.wrapping_sub(at.0).cast_signed();
+        let narrow = |value: i64| i32::try_from(value).ok().map(i32::to_le_bytes);
+        let bytes: &[u8] = match self {
+            Self::Absolute64 => &to.to_le_bytes(),
+            Self::Relative64 => &distance.to_le_bytes(),
+            Self::Absolute32 => &u32::try_from(to).ok()?.to_le_bytes(),
+            Self::Signed32 => &narrow(to.cast_signed())?,
+            Self::Relative32 => &narrow(distance)?,
+        };
+        (field.len() == bytes.len()).then(|| field.copy_from_slice(bytes))
+    }
 }
 
 /// A relocation: a field that gets the address of a symbol, plus the addend.
@@ -74,5 +90,32 @@ impl Relocation {
     #[must_use]
     pub fn end(&self) -> usize {
         self.offset + self.form.length()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FORMS: [Form; 5] =
+        [Form::Absolute64, Form::Absolute32, Form::Signed32, Form::Relative32, Form::Relative64];
+
+    #[test]
+    fn what_is_written_is_read_again_and_what_does_not_fit_is_not_written() {
+        let at = Gva(0xffff_ffff_fee0_0000);
+        for form in FORMS {
+            for to in [0, 0x1f_bc00, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff_8100_0000, at.0, 1 << 40] {
+                let mut field = vec![0xaa; form.length()];
+                match form.write(&mut field, at, to) {
+                    Some(()) => assert_eq!(form.read(&field, at), Some(to), "{form:?} {to:#x}"),
+                    None => assert!(field.iter().all(|byte| *byte == 0xaa), "{form:?} {to:#x}"),
+                }
+            }
+        }
+        let fits = |form: Form, to: u64| form.write(&mut vec![0; form.length()], at, to).is_some();
+        assert!(fits(Form::Absolute32, 0xffff_ffff) && !fits(Form::Absolute32, 0xffff_ffff_8100_0000));
+        assert!(fits(Form::Signed32, 0xffff_ffff_8000_0000) && !fits(Form::Signed32, 0x8000_0000));
+        assert!(fits(Form::Relative32, 0xffff_ffff_8100_0000) && fits(Form::Relative32, 0x1f_bc00));
+        assert!(!fits(Form::Relative32, 0xffff_ffff_7000_0000));
     }
 }

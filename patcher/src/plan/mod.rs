@@ -13,15 +13,20 @@
 //!     { "static_call": "cond_resched", "target": "__static_call_return0" },
 //!     { "alternatives": "popcnt", "enable": false },
 //!     { "smp_locks": false, "force": false },
-//!     { "paravirt": "spinlocks", "to": "kvm" } ] }
+//!     { "paravirt": "spinlocks", "to": "kvm" },
+//!     { "object": { "before": { "base64": "f0VMRgIB..." }, "after": { "base64": "f0VMRgIB..." } } } ] }
 //! ```
 //!
 //! A redirect replaces the function's fentry call by a jump. The jump is put behind the fentry call
 //! if tracing is in use there or the plan says `"keep_fentry": true`. A static call with the target
 //! `none` calls nothing.
 //!
+//! An object brings new code: two relocatable objects of one source file, before and after a change of it. `vmm patch`
+//! takes the names of files instead, counted from the plan's folder, and puts their contents in.
+//!
 //! The types are here; `schema` reads them from JSON.
 
+mod object_file;
 pub mod pointer;
 pub mod refusal;
 mod schema;
@@ -31,12 +36,14 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::plan::object_file::ObjectFile;
 use crate::plan::write_policy::Policy;
 
 /// The only version there is.
 pub const VERSION: u32 = 1;
-/// Longest plan, in bytes of JSON.
-pub const MAX_BYTES: usize = 1 << 20;
+/// Longest plan, in bytes of JSON, the objects that it brings included. Objects of the kernel's source without debug
+/// information have less than 1 MiB, and 4 bytes of JSON are 3 bytes of an object.
+pub const MAX_BYTES: usize = 8 << 20;
 /// Most patches in a plan.
 pub const MAX_PATCHES: usize = 4096;
 /// Time a program may take when the plan does not say, in milliseconds.
@@ -127,6 +134,8 @@ impl Plan {
             || self.patches.iter().any(|patch| match patch {
                 Patch::Raw { at, .. } => elsewhere(at),
                 Patch::Redirect { from, to, .. } => elsewhere(from) || elsewhere(to),
+                // Objects are matched with the kernel's own text only.
+                Patch::Object { .. } => false,
                 _ => true,
             })
     }
@@ -187,6 +196,13 @@ pub enum Patch {
         /// Which implementation to use.
         to: Spinlocks,
     },
+    /// Replace the functions that differ between two objects.
+    Object {
+        /// As the kernel was built with.
+        before: ObjectFile,
+        /// With the change.
+        after: ObjectFile,
+    },
 }
 
 /// The module in `module:symbol`. Its name may be written with dashes, as that of its file.
@@ -208,7 +224,10 @@ impl Patch {
             Self::Redirect { from, to, .. } => vec![from, to],
             Self::StaticKey { static_key, .. } => vec![static_key],
             Self::StaticCall { static_call, target } => vec![static_call, target],
-            Self::Alternatives { .. } | Self::SmpLocks { .. } | Self::Paravirt { .. } => Vec::new(),
+            Self::Alternatives { .. }
+            | Self::SmpLocks { .. }
+            | Self::Paravirt { .. }
+            | Self::Object { .. } => Vec::new(),
         }
     }
 

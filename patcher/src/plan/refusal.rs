@@ -349,6 +349,38 @@ pub enum Refusal {
         /// How long they may be together.
         most_bytes: usize,
     },
+    /// An object can't be read.
+    #[error("the object {which} the change can't be used: {why}")]
+    ObjectMalformed {
+        /// `before` or `after`.
+        which: &'static str,
+        /// Why.
+        why: String,
+    },
+    /// An object was not built from the source, with the configuration and the compiler of this kernel.
+    #[error("{what}")]
+    BuildMismatch {
+        /// What differs.
+        what: String,
+    },
+    /// What an object brings can't be brought into a running kernel.
+    #[error("{what}")]
+    NotReplaceable {
+        /// What, and why.
+        what: String,
+    },
+    /// What new code refers to is at no place that is known.
+    #[error("{what}")]
+    Unresolved {
+        /// What refers to it, and why its place is not known.
+        what: String,
+    },
+    /// The arena has no room for new code or data.
+    #[error("the arena can't hold the new code: {why}")]
+    NoRoom {
+        /// Why.
+        why: String,
+    },
     /// The guest's kernel has not started far enough, or is not the one that was given.
     #[error("the guest's kernel can't be patched: {why}")]
     GuestNotReady {
@@ -420,6 +452,11 @@ impl Refusal {
             Self::Covered { .. } => "covered",
             Self::ModulesUnseen { .. } => "modules_unseen",
             Self::PendingFull { .. } => "pending_full",
+            Self::ObjectMalformed { .. } => "object_malformed",
+            Self::BuildMismatch { .. } => "build_mismatch",
+            Self::NotReplaceable { .. } => "not_replaceable",
+            Self::Unresolved { .. } => "unresolved",
+            Self::NoRoom { .. } => "no_room",
             Self::GuestNotReady { .. } => "guest_not_ready",
             Self::AuditUnwritable { .. } => "audit_unwritable",
             Self::GuestHeld { .. } => "guest_held",

@@ -7,7 +7,7 @@ use crate::plan::refusal::{Refusal, Refused};
 use crate::plan::write_policy::Policy;
 use crate::plan::{
     DEFAULT_DEADLINE_MS, MAX_BUILD_ID, MAX_BYTES, MAX_DEADLINE_MS, MAX_NAME, MAX_OUTSIDE, MAX_PATCHES,
-    MAX_SITE, Patch, Plan, Spinlocks, Strategy, VERSION,
+    MAX_SITE, ObjectFile, Patch, Plan, Spinlocks, Strategy, VERSION,
 };
 
 // Every field of `RawPatch` is optional: a missing field is then reported by the kind of patch that
@@ -65,6 +65,14 @@ struct RawPatch {
     force: Option<bool>,
     paravirt: Option<String>,
     keep_fentry: Option<bool>,
+    object: Option<RawObject>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawObject {
+    before: ObjectFile,
+    after: ObjectFile,
 }
 
 impl Plan {
@@ -196,7 +204,7 @@ fn is_name_char(c: char) -> bool {
 /// The kinds of patches: the field that selects each, and the fields that go with it.
 const KINDS: &str = "a patch has \"at\" with \"expect\" and \"replace\", \"redirect\" with \"to\", \
     \"static_key\" with \"enable\", \"static_call\" with \"target\", \"alternatives\" with \"enable\", \
-    \"smp_locks\", or \"paravirt\" with \"to\"";
+    \"smp_locks\", \"paravirt\" with \"to\", or \"object\" with \"before\" and \"after\"";
 
 impl RawPatch {
     fn check(mut self) -> Result<Patch, (&'static str, String)> {
@@ -243,6 +251,9 @@ impl RawPatch {
             };
             return Ok(Patch::Paravirt { to });
         }
+        if let Some(RawObject { before, after }) = self.object.take() {
+            return Ok(Patch::Object { before, after });
+        }
         Err(missing())
     }
 
@@ -262,6 +273,7 @@ impl RawPatch {
             ("/force", self.force.is_some()),
             ("/paravirt", self.paravirt.is_some()),
             ("/keep_fentry", self.keep_fentry.is_some()),
+            ("/object", self.object.is_some()),
         ];
         fields.into_iter().find(|(_, there)| *there).map(|(field, _)| field)
     }
@@ -361,6 +373,11 @@ mod tests {
         );
         assert_eq!(patch(r#"{"smp_locks":true}"#), Patch::SmpLocks { smp_locks: true, force: false });
         assert_eq!(patch(r#"{"paravirt":"spinlocks","to":"kvm"}"#), Patch::Paravirt { to: Spinlocks::Kvm });
+        let (before, after) = (ObjectFile(b"a.o".to_vec()), ObjectFile(vec![0xff; 2]));
+        assert_eq!(
+            patch(r#"{"object":{"before":{"base64":"YS5v"},"after":{"base64":"//8="}}}"#),
+            Patch::Object { before, after }
+        );
     }
 
     #[test]
@@ -416,6 +433,15 @@ mod tests {
             refused(r#"{"version":1,"name":"a","patches":[{"paravirt":"spinlocks","to":"xen"}]}"#),
             malformed("/patches/0/to")
         );
+        for (bad, at) in [
+            (r#""a.o""#, "/patches/0/object/before"),
+            (r#"{"base64":"YS5"}"#, "/patches/0/object/before"),
+            (r#"{"base64":"YS5v","x":1}"#, "/patches/0/object/before"),
+        ] {
+            let object = format!(r#"{{"object":{{"before":{bad},"after":{{"base64":""}}}}}}"#);
+            let plan = format!(r#"{{"version":1,"name":"a","patches":[{object}]}}"#);
+            assert_eq!(refused(&plan), malformed(at), "{bad}");
+        }
         assert_eq!(refused(&" ".repeat(MAX_BYTES + 1)), [(String::new(), "plan_too_large")]);
     }
 }

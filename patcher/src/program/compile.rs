@@ -21,6 +21,8 @@
 //! If an earlier attempt found one of the guest's locks taken, all vCPUs are held at a moment when
 //! the locks are free, and the blockers are placed under that hold.
 //!
+//! New code and data come before all of that: every piece: write, check.
+//!
 //! The kernel's own data is checked before the first write to a site and replaced when all sites hold
 //! the new code. The blockers of `inspect` are placed before it in the same way, and removed before
 //! its last fence.
@@ -33,6 +35,7 @@ use std::sync::Arc;
 
 use crate::addr::Gva;
 use crate::insn::{self, INT3};
+use crate::object::replacement::PlacedPiece;
 use crate::plan::Strategy;
 use crate::plan::refusal::{Refusal, Refused};
 use crate::program::step::{Program, Reversible, Step};
@@ -64,7 +67,7 @@ pub struct Host {
 /// #     old_inside: vec![], new_inside: vec![], may_fault: false };
 /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Auto, atomic: false,
 /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![],
-/// #     tasks_outside: vec![], sites: vec![site],
+/// #     tasks_outside: vec![], old: vec![], new: vec![], brings: vec![], left: None, sites: vec![site],
 /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
 /// // `plan` has one site: a five-byte NOP at 0x1000 becomes a jump.
 /// let mut arena = Arena::new(Gva(0x8000), 4096);
@@ -95,7 +98,9 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
         Strategy::Hold => stopped(Step::Hold, plan, &[]),
         Strategy::Inspect => {
             blockers.clone_from(&plan.blockers);
-            behind_blockers(&blockers, stopped(Step::Inspect(condition(plan)), plan, &blockers))
+            let stopped = stopped(Step::Inspect(condition(plan)), plan, &blockers);
+            let brought = plan.brings.iter().flat_map(bring);
+            brought.chain(behind_blockers(&blockers, stopped)).collect()
         }
         Strategy::Store => store(plan),
         Strategy::Bypass | Strategy::Breakpoint | Strategy::Auto => {
@@ -133,6 +138,9 @@ fn choose(plan: &ResolvedPlan, wanted: Strategy, host: Host, inside: Inside) -> 
         Strategy::Auto if several => {
             (Strategy::Inspect, "a vCPU may stand inside a site of several instructions")
         }
+        Strategy::Auto if !plan.old.is_empty() => {
+            (Strategy::Inspect, "functions are replaced as a whole, which no task may stand in")
+        }
         Strategy::Auto if plan.is_conditional() => {
             (Strategy::Inspect, "the plan says where the vCPUs may not stand")
         }
@@ -163,13 +171,20 @@ fn misfit(plan: &ResolvedPlan, strategy: Strategy, site: &Site, inside: Inside) 
 
 fn condition(plan: &ResolvedPlan) -> Condition {
     let several = plan.sites.iter().filter(|site| !site.old_inside.is_empty());
+    let tasks_outside = plan.tasks_outside.iter().chain(&plan.old).cloned().collect();
     Condition {
         inside: several.map(|site| Gva(site.at.0 + 1)..site.end()).collect(),
         outside: plan.outside.clone(),
-        tasks_outside: plan.tasks_outside.clone(),
+        tasks_outside,
         preemptible: plan.preemptible,
         unlocked: plan.unlocked,
     }
+}
+
+/// Puts new code or data in its place. Nothing leads there yet, so it needs no undo.
+fn bring(piece: &PlacedPiece) -> [Reversible; 2] {
+    let write = Step::Write { at: piece.at, bytes: piece.bytes.as_slice().into() };
+    [step(write, []), step(check(piece.at, &piece.bytes), [])]
 }
 
 fn step(step: Step, undo: impl IntoIterator<Item = Step>) -> Reversible {

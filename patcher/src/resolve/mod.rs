@@ -12,18 +12,21 @@ pub mod expand;
 mod required;
 mod resolved_plan;
 mod shape;
+mod supplies;
 pub mod targets;
 
 pub use resolved_plan::ResolvedPlan;
+pub use supplies::Supplies;
 
 use crate::image::KernelImage;
 use crate::insn;
 use crate::linux::kprobes::probes;
 use crate::linux::{Bounded, GuestMemory, Kernel};
+use crate::object::{Replacement, Room};
 use crate::plan::refusal::{Pointer, Refusal, Refused};
 use crate::plan::{Patch, Plan, Strategy};
 use crate::resolve::check::{SiteChecker, unprobed};
-use crate::resolve::expand::{Datum, Expansion, Needs};
+use crate::resolve::expand::{Brought, Datum, Expansion, Needs};
 use crate::safety::blockers::{self, Patchers};
 use crate::safety::interior::{PREEMPTED, preempts};
 use crate::safety::old_code::Place;
@@ -96,14 +99,28 @@ pub fn resolve<'t>(
     guest: RunningGuest<'_>,
     taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
 ) -> Result<ResolvedPlan, Vec<Refused>> {
+    resolve_with(plan, &Supplies::default(), guest, taken)
+}
+
+/// The same for a plan that brings objects, which `supplies` holds.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_with<'t>(
+    plan: &Plan,
+    supplies: &Supplies,
+    guest: RunningGuest<'_>,
+    taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
+) -> Result<ResolvedPlan, Vec<Refused>> {
     let bounded = guest.bounded();
-    let resolved = resolve_within(plan, RunningGuest { text: &bounded, ..guest }, taken);
+    let resolved = resolve_within(plan, supplies, RunningGuest { text: &bounded, ..guest }, taken);
     // What was found with an exhausted budget may lack anything.
     if bounded.is_exhausted() { Err(vec![Refusal::TooMuchToRead.at_root()]) } else { resolved }
 }
 
 fn resolve_within<'t>(
     plan: &Plan,
+    supplies: &Supplies,
     guest: RunningGuest<'_>,
     taken: impl IntoIterator<Item = (&'t str, &'t Site)>,
 ) -> Result<ResolvedPlan, Vec<Refused>> {
@@ -125,9 +142,11 @@ fn resolve_within<'t>(
     let checker = SiteChecker::new(kernel, text, bypass).map_err(|refusal| vec![refusal.at_root()])?;
     let mut sites: Vec<Site> = Vec::new();
     let (mut data, mut needs) = (Vec::new(), Needs::Nothing);
+    let (mut room, mut brings, mut old) = (supplies.room.clone(), Vec::new(), Vec::new());
     for (i, patch) in plan.patches.iter().enumerate() {
         let pointer = Pointer::patch(i);
-        let expansion = match expanded(guest, patch, plan.strategy, &checker) {
+        let brought = supplies.replacements.get(&i).zip(room.as_ref());
+        let expansion = match expanded(guest, patch, brought, plan.strategy, &checker) {
             Ok(expansion) => expansion,
             Err(refusal) => {
                 refused.push(refusal.at(pointer));
@@ -136,6 +155,11 @@ fn resolve_within<'t>(
         };
         needs = needs.max(expansion.needs);
         data.extend(expansion.data);
+        if let Some(Brought { pieces, old: places, left }) = expansion.brought {
+            brings.extend(pieces);
+            old.extend(places);
+            room = Some(left);
+        }
         for code in expansion.code {
             match checker.site(&pointer, patch.function(), code, expansion.needs) {
                 Ok(site) => sites.push(site),
@@ -184,6 +208,10 @@ fn resolve_within<'t>(
         unlocked,
         outside,
         tasks_outside,
+        new: brings.iter().filter(|piece| piece.is_code).map(Place::of_new_code).collect(),
+        old,
+        brings,
+        left: room,
         blockers: if unlocked { blockers::unlocked(&kernel, text, &sites) } else { Vec::new() },
         patchers,
         sites,
@@ -213,20 +241,21 @@ fn other_kernel(plan: &Plan, image: &KernelImage) -> Vec<Refused> {
 fn expanded(
     RunningGuest { kernel, text, vcpus }: RunningGuest<'_>,
     patch: &Patch,
+    brings: Option<(&Replacement, &Room)>,
     strategy: Strategy,
     checker: &SiteChecker<'_>,
 ) -> Result<Expansion, Refusal> {
-    let expansion = expand::expand(&kernel, text, vcpus, patch)?;
+    let expansion = expand::expand(&kernel, text, vcpus, patch, brings)?;
     // A livepatch has static keys and static calls of its own.
-    if matches!(patch, Patch::Raw { .. } | Patch::Redirect { .. }) {
+    if matches!(patch, Patch::Raw { .. } | Patch::Redirect { .. } | Patch::Object { .. }) {
         expansion.code.iter().try_for_each(|code| checker.chosen(code))?;
     }
     let needed = match (expansion.needs, strategy) {
         (Needs::Nothing, _)
         | (Needs::Group, Strategy::Auto | Strategy::Hold | Strategy::Inspect)
-        | (Needs::Unlocked, Strategy::Auto | Strategy::Inspect) => return Ok(expansion),
+        | (Needs::Left | Needs::Unlocked, Strategy::Auto | Strategy::Inspect) => return Ok(expansion),
         (Needs::Group, Strategy::Store | Strategy::Breakpoint | Strategy::Bypass) => "hold or inspect",
-        (Needs::Unlocked, _) => "inspect",
+        (Needs::Left | Needs::Unlocked, _) => "inspect",
     };
     Err(Refusal::NeedsGroup { needed })
 }
@@ -311,6 +340,10 @@ mod tests {
             unlocked,
             outside: Vec::new(),
             tasks_outside: Vec::new(),
+            old: Vec::new(),
+            new: Vec::new(),
+            brings: Vec::new(),
+            left: None,
             sites: vec![Site {
                 pointer: Pointer::patch(0),
                 at: Gva(0x1000),

@@ -33,6 +33,14 @@ fn of_patch(patch: &Patch) -> &'static [Need] {
         Patch::Raw { .. } | Patch::Redirect { .. } => {
             &[Know(Capability::Kprobes), Know(Capability::Livepatches)]
         }
+        Patch::Object { .. } => &[
+            Have(Capability::Tasks),
+            Have(Capability::StackCheck),
+            Have(Capability::PerCpu),
+            Know(Capability::ReturnThunks),
+            Know(Capability::Kprobes),
+            Know(Capability::Livepatches),
+        ],
         Patch::StaticKey { .. } => &[
             Have(Capability::StaticKeys),
             Have(Capability::InitSections),

@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
+use crate::object::Room;
+use crate::object::replacement::PlacedPiece;
 use crate::plan::Strategy;
 use crate::plan::write_policy::Policy;
 use crate::resolve::expand::Datum;
@@ -29,6 +31,14 @@ pub struct ResolvedPlan {
     pub outside: Vec<Range<Gva>>,
     /// Functions that no task may stand in, asleep or running.
     pub tasks_outside: Vec<Place>,
+    /// Functions that are replaced as a whole: no task may stand in one when the sites change.
+    pub old: Vec<Place>,
+    /// The code that takes their place. No task may stand in it when the plan is reverted.
+    pub new: Vec<Place>,
+    /// Code and data that nothing in the guest leads to before the sites change.
+    pub brings: Vec<PlacedPiece>,
+    /// The room that is left for others.
+    pub left: Option<Room>,
     /// The sites, in the plan's order.
     pub sites: Vec<Site>,
     /// The kernel's own data that goes with them.
@@ -56,6 +66,10 @@ impl ResolvedPlan {
             data,
             outside: self.outside.clone(),
             tasks_outside: self.tasks_outside.clone(),
+            old: self.new.clone(),
+            new: self.old.clone(),
+            brings: Vec::new(),
+            left: None,
             blockers: self.blockers.clone(),
             patchers: self.patchers.clone(),
             ..*self
@@ -77,6 +91,10 @@ impl ResolvedPlan {
     /// Whether it sets conditions on the position of the vCPUs.
     #[must_use]
     pub fn is_conditional(&self) -> bool {
-        self.preemptible || self.unlocked || !self.outside.is_empty() || !self.tasks_outside.is_empty()
+        self.preemptible
+            || self.unlocked
+            || !self.outside.is_empty()
+            || !self.tasks_outside.is_empty()
+            || !self.old.is_empty()
     }
 }

@@ -6,6 +6,7 @@ use crate::addr::Gva;
 use crate::image::Symbols;
 use crate::linux::memory::GuestMemory;
 use crate::linux::{Kernel, kprobes, tracers};
+use crate::object::replacement::PlacedPiece;
 use crate::plan::refusal::Refusal;
 use crate::safety::stack_check::OldCode;
 
@@ -30,7 +31,14 @@ impl Place {
     /// # Errors
     /// As [`Kernel::symbol`]; [`Refusal::NotText`] if a symbol is no function.
     pub fn find(kernel: &Kernel<'_>, name: &str) -> Result<Self, Refusal> {
-        let at = kernel.symbol(name)?;
+        Self::of(kernel, kernel.symbol(name)?, name)
+    }
+
+    /// The function that begins at an address.
+    ///
+    /// # Errors
+    /// [`Refusal::NotText`] if none does.
+    pub(crate) fn of(kernel: &Kernel<'_>, at: Gva, name: &str) -> Result<Self, Refusal> {
         let function = kernel.function_at(at).filter(|function| function.start == at);
         let function = function.ok_or(Refusal::NotText { at })?;
         let code = function.start..function.end;
@@ -43,6 +51,15 @@ impl Place {
         let range = |at: Gva| kernel.function_at(live(at)).map(|piece| live(at)..piece.end);
         let pieces = pieces(symbols, function.name).filter_map(range).collect();
         Ok(Self { name: name.to_owned(), code, pieces })
+    }
+}
+
+impl Place {
+    /// Code of the monitor's that no symbol covers. A task that is about to execute its first instruction is inside:
+    /// nothing leads it away from there.
+    pub(crate) fn of_new_code(piece: &PlacedPiece) -> Self {
+        let end = piece.at.plus(piece.bytes.len()).unwrap_or(piece.at);
+        Self { name: format!("{} (new)", piece.name), code: piece.at..piece.at, pieces: vec![piece.at..end] }
     }
 }
 

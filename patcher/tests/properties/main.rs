@@ -11,6 +11,7 @@ mod names;
 mod objects;
 mod occupants;
 mod plan_names;
+mod replacements;
 mod sites;
 mod sources;
 mod task_lists;
@@ -95,6 +96,10 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         unlocked: false,
         outside: Vec::new(),
         tasks_outside: Vec::new(),
+        old: Vec::new(),
+        new: Vec::new(),
+        brings: Vec::new(),
+        left: None,
         sites: resolved,
         data: Vec::new(),
         blockers: Vec::new(),

@@ -238,6 +238,27 @@ pub struct SocketArgs {
     pub json: bool,
 }
 
+/// A plan, or the objects that one is made of.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// Plan (JSON); - reads standard input. Objects in it are named by their files, counted from the plan's folder.
+    #[arg(required_unless_present = "before", conflicts_with = "before")]
+    pub plan: Option<PathBuf>,
+    /// Replace the functions that differ between two objects of one source file: this one, as the kernel was built
+    /// with (-ffunction-sections -fdata-sections) ...
+    #[arg(long, value_name = "OBJECT", requires = "after")]
+    pub before: Option<PathBuf>,
+    /// ... and this one, with the change.
+    #[arg(long, value_name = "OBJECT", requires = "before")]
+    pub after: Option<PathBuf>,
+    /// Name of the patch; that of the second object's file, if absent.
+    #[arg(long, requires = "before")]
+    pub name: Option<String>,
+    /// Time until which no task may stand in the functions any more, in milliseconds.
+    #[arg(long, requires = "before")]
+    pub deadline_ms: Option<u64>,
+}
+
 /// `vmm patch`.
 #[derive(Debug, Subcommand)]
 #[command(after_help = exit_status::OF_A_REQUEST)]
@@ -248,8 +269,9 @@ pub enum PatchCommand {
         /// The VM.
         #[command(flatten)]
         at: SocketArgs,
-        /// Plan (JSON); - reads standard input.
-        plan: PathBuf,
+        /// What to apply.
+        #[command(flatten)]
+        plan: PlanArgs,
     },
     /// Check a plan against the running guest and show what it would change; nothing is written.
     #[command(after_help = exit_status::OF_A_REQUEST)]
@@ -257,8 +279,9 @@ pub enum PatchCommand {
         /// The VM.
         #[command(flatten)]
         at: SocketArgs,
-        /// Plan (JSON); - reads standard input.
-        plan: PathBuf,
+        /// What to apply.
+        #[command(flatten)]
+        plan: PlanArgs,
     },
     /// Show every step that applying a plan would take; nothing is written.
     #[command(after_help = exit_status::OF_A_REQUEST)]
@@ -266,8 +289,9 @@ pub enum PatchCommand {
         /// The VM.
         #[command(flatten)]
         at: SocketArgs,
-        /// Plan (JSON); - reads standard input.
-        plan: PathBuf,
+        /// What to apply.
+        #[command(flatten)]
+        plan: PlanArgs,
     },
     /// List the static keys, static calls, alternatives and spinlocks that a plan can name, with
     /// their present state.

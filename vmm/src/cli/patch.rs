@@ -13,12 +13,10 @@ use crate::cli::plan;
 /// Sends one request and prints the answer.
 pub(super) fn run(command: &PatchCommand) -> Result<ExitStatus, Error> {
     match command {
-        PatchCommand::Apply { at, plan } => ask::<Report>(at, Method::POST, "/patches", plan::read(plan)?),
-        PatchCommand::Check { at, plan } => {
-            ask::<Fits>(at, Method::POST, "/patches/check", plan::read(plan)?)
-        }
+        PatchCommand::Apply { at, plan } => ask::<Report>(at, Method::POST, "/patches", plan::of(plan)?),
+        PatchCommand::Check { at, plan } => ask::<Fits>(at, Method::POST, "/patches/check", plan::of(plan)?),
         PatchCommand::Explain { at, plan } => {
-            ask::<Program>(at, Method::POST, "/patches/explain", plan::read(plan)?)
+            ask::<Program>(at, Method::POST, "/patches/explain", plan::of(plan)?)
         }
         PatchCommand::ListTargets { at, pattern: None } => {
             ask::<Targets>(at, Method::GET, "/targets", Vec::new())

@@ -147,7 +147,8 @@ pub fn run(options: Options) -> Result<Ending, Error> {
     }
     let needs_image = at_init.is_some() || socket.is_some() || config.guard;
     // Its memory is given back if nobody will ask.
-    let image = Arc::new(Image::new(if needs_image { file } else { Vec::new() }, hooks.image_limit));
+    let image = Image::new(if needs_image { file } else { Vec::new() }, hooks.image_limit);
+    let image = Arc::new(if needs_image { image.of(&config.kernel) } else { image });
     let engine = Engine::new(config, &machine, image.clone(), hooks.driver, audit);
     let shutdown = Arc::new(Shutdown::new()?);
     let stop = shutdown.clone();

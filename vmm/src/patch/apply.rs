@@ -7,7 +7,7 @@ use patcher::plan::refusal::{Refusal, Refused};
 use patcher::plan::{Plan, Strategy};
 use patcher::program::compile::compile;
 use patcher::program::step::Program;
-use patcher::resolve::{ResolvedPlan, RunningGuest, resolve};
+use patcher::resolve::{ResolvedPlan, RunningGuest, Supplies, resolve_with};
 use patcher::safety::blockers;
 use patcher::safety::slots::Arena;
 use patcher::site::Site;
@@ -62,6 +62,7 @@ impl Engine {
         let report = self.execute(&prepared.plan, prepared.program, given_at).map_err(at_root)?;
         self.emit_patch_event(&report);
         if report.state == PatchState::Applied {
+            self.keep_what_was_brought(&mut prepared.plan);
             self.watch(&prepared.plan);
             self.patches.add(prepared.plan, report.clone());
         }
@@ -98,9 +99,10 @@ impl Engine {
 
     /// Resolves and compiles a plan. Nothing is written.
     pub(super) fn prepare(&mut self, plan: &Plan) -> Result<Prepared, Vec<Refused>> {
+        let supplies = self.supplies(plan)?;
         let until = Instant::now() + RESOLVE_PATIENCE;
         let (resolved, concerns_modules) = loop {
-            match self.resolve(plan) {
+            match self.resolve(plan, &supplies) {
                 // What was read may have been the middle of a change.
                 Err(_) if self.guest_was_patching(until) => {}
                 resolved => break resolved?,
@@ -110,7 +112,7 @@ impl Engine {
         Ok(Prepared { plan: resolved, program, concerns_modules })
     }
 
-    fn resolve(&mut self, plan: &Plan) -> Result<(ResolvedPlan, bool), Vec<Refused>> {
+    fn resolve(&mut self, plan: &Plan, supplies: &Supplies) -> Result<(ResolvedPlan, bool), Vec<Refused>> {
         self.not_held().map_err(at_root)?;
         let complete = self.gate.complete.clone();
         let kernel = self.kernel().map_err(at_root)?;
@@ -120,7 +122,7 @@ impl Engine {
         let guest = RunningGuest { text: &text, ..self.guest(&memory) };
         let doors = self.gate.sites();
         let doors = doors.iter().map(|(whose, site)| (*whose, site));
-        let resolved = resolve(plan, guest, self.patches.taken_sites().chain(doors))?;
+        let resolved = resolve_with(plan, supplies, guest, self.patches.taken_sites().chain(doors))?;
         let in_module = |site: &Site| {
             let modules = kernel.kernel().modules.known();
             modules.iter().any(|module| module.text.contains(&site.at))

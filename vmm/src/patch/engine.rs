@@ -30,7 +30,7 @@ use crate::patch::arena::GuestArena;
 use crate::patch::audit::Audit;
 use crate::patch::doors::Gate;
 use crate::patch::driver::Driver;
-use crate::patch::image::{Image, Unread};
+use crate::patch::image::{Image, Unpacked, Unread};
 use crate::patch::patch_set::PatchSet;
 use crate::patch::pending_set::PendingSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
@@ -206,6 +206,11 @@ impl Engine {
     /// What is known of the image.
     pub(super) fn image(&self) -> Result<Arc<KernelImage>, Unread> {
         self.image.read()
+    }
+
+    /// The content of the kernel's sections, which takes a second to read.
+    pub(super) fn unpack_image(&self) -> Result<Unpacked, String> {
+        self.image.unpack()
     }
 
     /// Whether the image is being read still. Until then nothing that needs the kernel is begun.

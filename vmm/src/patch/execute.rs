@@ -52,6 +52,9 @@ impl Engine {
             if !program.copies.is_empty() {
                 self.map_arena(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
             }
+            if !plan.brings.is_empty() {
+                self.map_code_pages(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
+            }
             let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);
             let end = self.driver.drive(&program, &mut target);
             let total = given_at.elapsed();

@@ -38,5 +38,6 @@ mod reconcile;
 mod remove_arena;
 mod replaced;
 mod revert;
+mod supplies;
 mod task_search;
 mod tasks;

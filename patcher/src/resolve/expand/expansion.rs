@@ -2,7 +2,10 @@
 
 use crate::addr::Gva;
 use crate::linux::memory::{GuestMemory, read};
+use crate::object::Room;
+use crate::object::replacement::PlacedPiece;
 use crate::plan::refusal::Refusal;
+use crate::safety::old_code::Place;
 
 /// What a patch changes.
 #[derive(Debug, Default)]
@@ -10,6 +13,18 @@ pub(crate) struct Expansion {
     pub(crate) code: Vec<Code>,
     pub(crate) data: Vec<Datum>,
     pub(crate) needs: Needs,
+    pub(crate) brought: Option<Brought>,
+}
+
+/// What a patch brings.
+#[derive(Debug)]
+pub(crate) struct Brought {
+    /// New code and data, at their places.
+    pub(crate) pieces: Vec<PlacedPiece>,
+    /// The functions that are replaced.
+    pub(crate) old: Vec<Place>,
+    /// The room that is left.
+    pub(crate) left: Room,
 }
 
 impl Expansion {
@@ -54,6 +69,8 @@ pub(crate) enum Needs {
     Nothing,
     /// All sites at once: no vCPU may execute some old and others new.
     Group,
+    /// As [`Needs::Group`], while no task stands in the functions that are replaced.
+    Left,
     /// As [`Needs::Group`], while no vCPU holds a spinlock or waits for one.
     Unlocked,
 }

@@ -123,7 +123,7 @@ pub(crate) fn expand(
         }
     }
     data.extend(feature_words(kernel, text, &after)?);
-    Ok(Expansion { code, data, needs: Needs::Unlocked })
+    Ok(Expansion { code, data, needs: Needs::Unlocked, ..Expansion::default() })
 }
 
 /// A module that calls one of the targets itself. On preemptible kernels modules call

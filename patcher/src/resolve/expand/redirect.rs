@@ -23,6 +23,17 @@ pub(crate) fn expand(
     keep_fentry: bool,
 ) -> Result<Expansion, Refusal> {
     let (from, to) = (kernel.address(from)?, kernel.address(to)?);
+    Ok(Expansion::of(jump(kernel, text, from, to, keep_fentry)?))
+}
+
+/// The jump to `to` at the entry of the function at `from`.
+pub(super) fn jump(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    from: Gva,
+    to: Gva,
+    keep_fentry: bool,
+) -> Result<Code, Refusal> {
     let entry = read(text, from, insn::MARKER + insn::FENTRY + JMP_REL32 + insn::MAX_LENGTH)?;
     let mut skip = insn::marker(&entry);
     let in_use = entry[skip] == insn::CALL;
@@ -42,7 +53,7 @@ pub(crate) fn expand(
     let old = entry[skip..].get(..length.max(JMP_REL32)).unwrap_or(&entry[skip..]).to_vec();
     let mut new = jump.to_vec();
     new.extend(insn::nops(old.len().saturating_sub(JMP_REL32)));
-    Ok(Expansion::of(Code { at, old, new }))
+    Ok(Code { at, old, new })
 }
 
 /// What the fentry call of a function that is traced goes to, if it is not a trampoline of its own (Linux

@@ -43,5 +43,5 @@ pub(crate) fn expand(
     if code.is_empty() {
         return Err(Refusal::NothingToDo { at: start });
     }
-    Ok(Expansion { code, data: Vec::new(), needs: Needs::Group })
+    Ok(Expansion { code, needs: Needs::Group, ..Expansion::default() })
 }

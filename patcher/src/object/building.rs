@@ -1,0 +1,649 @@
+//! Makes a [`Replacement`] of two objects: which functions go, which code and data take their place, and what all of
+//! it refers to.
+//!
+//! ```text
+//! changed functions ──references──▶ new functions, strings, new variables: they go along
+//!                                  ──▶ all else: where the image has it, as matching read it off
+//! ```
+//!
+//! What a kernel would have to learn of new code, so that it works, is refused: `told`.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::addr::Gva;
+use crate::budget::Budget;
+use crate::image::{Contents, KernelImage};
+use crate::insn;
+use crate::object::comparison::{Change, Comparison, Obstacle, compare};
+use crate::object::error::Error;
+use crate::object::matching::match_image;
+use crate::object::normal::Names;
+use crate::object::outcome::{Match, Outcome};
+use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
+use crate::object::relocation::{Form, Relocation};
+use crate::object::replacement::{Field, NewPiece, Part, RETURN, Replaced, Replacement, Target};
+use crate::object::sections::{Purpose, purpose};
+
+/// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
+const WORK: u64 = 1 << 22;
+const WORK_A_BYTE: u64 = 64;
+/// Most places where it is looked how the kernel returns.
+const MOST_RETURNS: usize = 64;
+/// Variables that each CPU has lie below this, as far as KASLR does not move them.
+const MOST_PER_CPU: u64 = 16 << 20;
+/// What the compiler's calls at the entry of a function lead to.
+const FENTRY: &str = "__fentry__";
+/// Where functions return to, if not by themselves (Linux arch/x86/include/asm/linkage.h, `RET`).
+const RETURN_THUNK: &str = "__x86_return_thunk";
+/// Thunks for indirect branches begin so (Linux arch/x86/include/asm/asm-prototypes.h).
+const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
+/// What the compiler calls a piece of a function that is seldom executed: behind the function's name comes this.
+const COLD: &str = ".cold";
+/// Tables that the kernel looks into while it runs, by the code's address.
+const TOLD: [(&str, &str); 4] = [
+    ("__bug_table", "warns or stops the kernel (WARN, BUG)"),
+    ("__ex_table", "handles faults (exception table)"),
+    ("__jump_table", "has a static key or tracepoint"),
+    (".altinstructions", "has alternatives by CPU feature"),
+];
+/// Sections whose code is entered where nothing else may run.
+const NOT_LEFT: [&str; 3] = [".noinstr", ".entry", ".cpuidle"];
+
+/// Why two objects make no replacement.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// An object takes too much work.
+    #[error("{0}")]
+    TooMuchWork(String),
+    /// The object before the change is not of this kernel.
+    #[error("{name} of the object before the change is not what the kernel has: {why}")]
+    BuildMismatch {
+        /// The function, or the section of data.
+        name: String,
+        /// The difference.
+        why: String,
+    },
+    /// The objects are the same, as far as functions go.
+    #[error("the objects have the same functions, so there is nothing to replace")]
+    Unchanged,
+    /// Something changed that can't be replaced in a running kernel.
+    #[error("{0}")]
+    Obstacle(Obstacle),
+    /// The kernel would have to learn of new code.
+    #[error("{function} {what}, which the guest's kernel would have to be told of; that is not done yet")]
+    Told {
+        /// The function.
+        function: String,
+        /// What it does.
+        what: &'static str,
+    },
+    /// A function that may not be left by a jump.
+    #[error("{function} lies in section {section}, which no jump may leave")]
+    NotLeft {
+        /// The function.
+        function: String,
+        /// Its section.
+        section: String,
+    },
+    /// A function whose code can't be taken by itself.
+    #[error(
+        "{function} can't be taken out of its section: build both objects with -ffunction-sections -fdata-sections"
+    )]
+    Shared {
+        /// The function.
+        function: String,
+    },
+    /// Something that new code refers to, and that is at no place that is known.
+    #[error("{from} refers to {symbol}, {why}")]
+    Unresolved {
+        /// The function or variable that refers to it.
+        from: String,
+        /// What it refers to.
+        symbol: String,
+        /// What is known of that.
+        why: &'static str,
+    },
+}
+
+/// Compares two objects with each other and with a kernel, and makes a replacement of what differs.
+///
+/// # Errors
+/// Every reason why not.
+pub fn build(
+    before: &Object<'_>,
+    after: &Object<'_>,
+    image: &KernelImage,
+    contents: &Contents<'_>,
+) -> Result<Replacement, Vec<Unfit>> {
+    let too_much = |error: Error| vec![Unfit::TooMuchWork(error.to_string())];
+    let found = match_image(before, image, contents).map_err(too_much)?;
+    let mismatches: Vec<Unfit> = found.pieces().filter_map(mismatch).collect();
+    if !mismatches.is_empty() {
+        return Err(mismatches);
+    }
+    let comparison = compare(before, after).map_err(too_much)?;
+    let size: usize = after.sections().iter().map(|section| section.bytes.len()).sum();
+    let budget = Budget::new(WORK + WORK_A_BYTE * size as u64);
+    let builder = Builder::new(before, after, image, (&found, &comparison), &budget);
+    let built = builder.build(contents);
+    if budget.is_exhausted() { Err(too_much(Error::TooMuchWork)) } else { built }
+}
+
+/// Why a piece of the object before the change is not the kernel's.
+fn mismatch(piece: &crate::object::outcome::PieceMatch) -> Option<Unfit> {
+    let why = match &piece.outcome {
+        Outcome::Mismatch(difference) => difference.to_string(),
+        Outcome::Ambiguous { .. } => "it is at several places, and nothing tells which is its".to_owned(),
+        _ => return None,
+    };
+    Some(Unfit::BuildMismatch { name: piece.name.clone(), why })
+}
+
+/// What goes along, as a symbol's number, or as a section's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Item {
+    Symbol(usize),
+    Section(usize),
+}
+
+/// A branch, or what else refers to something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Branch,
+    Address,
+}
+
+struct Builder<'a, 'o> {
+    before: &'o Object<'a>,
+    after: &'o Object<'a>,
+    image: &'o KernelImage,
+    comparison: &'o Comparison,
+    names: Names<'a, 'o>,
+    budget: &'o Budget,
+    /// Where the image has the functions, sections and outside symbols of the object before the change.
+    functions: BTreeMap<&'o str, &'o Outcome>,
+    sections: BTreeMap<&'o str, Option<Gva>>,
+    outside: BTreeMap<&'o str, Gva>,
+    /// Pieces of the old kernel's that are replaced, by the name of the function.
+    replaced: BTreeSet<&'a str>,
+    items: BTreeMap<Item, usize>,
+    waiting: VecDeque<Item>,
+    taken: BTreeSet<Gva>,
+    is_indirect: bool,
+    wrong: Vec<Unfit>,
+}
+
+impl<'a, 'o> Builder<'a, 'o> {
+    fn new(
+        before: &'o Object<'a>,
+        after: &'o Object<'a>,
+        image: &'o KernelImage,
+        (found, comparison): (&'o Match, &'o Comparison),
+        budget: &'o Budget,
+    ) -> Self {
+        let mut sections: BTreeMap<&str, Option<Gva>> = BTreeMap::new();
+        let mut outside = BTreeMap::new();
+        let mut is_at = |name: &'o str, at: Gva| {
+            // Of several sections of one name it is not known which is meant.
+            sections
+                .entry(name)
+                .and_modify(|known| *known = known.filter(|known| *known == at))
+                .or_insert(Some(at));
+        };
+        let names: BTreeSet<&str> = before.sections().iter().map(|section| section.name).collect();
+        for binding in &found.bindings {
+            if names.contains(binding.name.as_str()) {
+                is_at(&binding.name, binding.at);
+            } else {
+                outside.insert(binding.name.as_str(), binding.at);
+            }
+        }
+        for data in &found.data {
+            if let Outcome::Matches { at } = data.outcome {
+                is_at(&data.section, at);
+            }
+        }
+        let functions = found.functions.iter().map(|one| (one.name.as_str(), &one.outcome)).collect();
+        Self {
+            before,
+            after,
+            image,
+            comparison,
+            names: Names::new(after, budget),
+            budget,
+            functions,
+            sections,
+            outside,
+            replaced: BTreeSet::new(),
+            items: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            taken: BTreeSet::new(),
+            is_indirect: false,
+            wrong: Vec::new(),
+        }
+    }
+
+    fn build(mut self, contents: &Contents<'_>) -> Result<Replacement, Vec<Unfit>> {
+        self.wrong.extend(self.comparison.obstacles.iter().cloned().map(Unfit::Obstacle));
+        let functions = self.changed();
+        if functions.is_empty() && self.wrong.is_empty() {
+            return Err(vec![Unfit::Unchanged]);
+        }
+        let mut by_place: BTreeMap<Gva, (usize, &str)> = BTreeMap::new();
+        for (number, at) in &functions {
+            let (piece, name) = (self.item(Item::Symbol(*number)), self.after.symbols()[*number].name);
+            // A function may have several names.
+            if by_place.entry(*at).or_insert((piece, name)).0 != piece {
+                self.unresolved(
+                    name,
+                    name,
+                    "one of several names of a function that are several functions by now",
+                );
+            }
+        }
+        let mut pieces = Vec::new();
+        while let Some(item) = self.waiting.pop_front() {
+            let piece = match item {
+                Item::Symbol(number) => self.symbol(number),
+                Item::Section(number) => Some(self.whole(number)),
+            };
+            if self.budget.is_exhausted() {
+                return Err(self.wrong);
+            }
+            pieces.extend(piece);
+        }
+        self.told();
+        if !self.wrong.is_empty() {
+            return Err(self.wrong);
+        }
+        let replaced =
+            |(at, (piece, name)): (Gva, (usize, &str))| Replaced { name: name.to_owned(), at, piece };
+        let functions = by_place.into_iter().map(replaced).collect();
+        let is_entered = |at: &Gva| insn::marker(contents.bytes(*at, insn::MARKER).unwrap_or_default()) != 0;
+        let taken = self.taken.iter().copied().filter(is_entered).collect();
+        let is_indirect = self.is_indirect;
+        Ok(Replacement { functions, pieces, returns: self.returns(), taken, is_indirect })
+    }
+
+    /// The functions that are replaced, by their number after the change, and where the image has them.
+    fn changed(&mut self) -> Vec<(usize, Gva)> {
+        let changed = self.comparison.functions.iter().filter(|(_, change)| **change == Change::Changed);
+        // A piece that was split off is entered by its function only.
+        let names: BTreeSet<&str> =
+            changed.map(|(name, _)| name.split(COLD).next().unwrap_or(name)).collect();
+        let mut functions = Vec::new();
+        for (number, symbol) in self.after.symbols().iter().enumerate() {
+            if !is_function(symbol) || !names.contains(symbol.name) {
+                continue;
+            }
+            match self.functions.get(symbol.name) {
+                Some(Outcome::Matches { at }) => {
+                    self.replaced.insert(symbol.name);
+                    functions.push((number, *at));
+                }
+                outcome => {
+                    let why = match outcome {
+                        Some(Outcome::Overridden { .. }) => "whose weak definition the kernel does not use",
+                        Some(Outcome::Discarded) => "which is not in the kernel's memory",
+                        _ => "which the object before the change does not have",
+                    };
+                    self.unresolved(symbol.name, symbol.name, why);
+                }
+            }
+        }
+        functions
+    }
+
+    fn unresolved(&mut self, from: &str, symbol: &str, why: &'static str) {
+        self.wrong.push(Unfit::Unresolved { from: from.to_owned(), symbol: symbol.to_owned(), why });
+    }
+
+    /// The index of a piece, which goes along from now on.
+    fn item(&mut self, item: Item) -> usize {
+        let item = self.first(item);
+        let next = self.items.len();
+        *self.items.entry(item).or_insert_with(|| {
+            self.waiting.push_back(item);
+            next
+        })
+    }
+
+    /// Of several symbols of one place, the first.
+    fn first(&self, item: Item) -> Item {
+        let Item::Symbol(number) = item else { return item };
+        let symbol = &self.after.symbols()[number];
+        let Place::Section(section) = symbol.place else { return item };
+        let first = self.names.covering(section, symbol.offset);
+        first
+            .filter(|(_, first)| first.offset == symbol.offset)
+            .map_or(item, |(first, _)| Item::Symbol(first))
+    }
+
+    /// A section of constants.
+    fn whole(&self, number: usize) -> NewPiece {
+        let section = &self.after.sections()[number];
+        NewPiece {
+            name: section.name.to_owned(),
+            part: Part::Constants,
+            align: section.align,
+            bytes: section.bytes.to_vec(),
+            fields: Vec::new(),
+            returns: Vec::new(),
+        }
+    }
+
+    /// A function or a variable.
+    fn symbol(&mut self, number: usize) -> Option<NewPiece> {
+        let symbol = self.after.symbols()[number];
+        let Place::Section(place) = symbol.place else { return None };
+        let section = &self.after.sections()[place];
+        let function =
+            self.after.functions().iter().find(|one| {
+                is_function(&symbol) && (one.section, one.offset as u64) == (place, symbol.offset)
+            });
+        match function {
+            Some(function) => self.function(number, function, section),
+            None => self.variable(number, &symbol, section),
+        }
+    }
+
+    fn variable(&mut self, number: usize, symbol: &Symbol<'a>, section: &'o Section<'a>) -> Option<NewPiece> {
+        let (offset, size) = (usize::try_from(symbol.offset).ok()?, usize::try_from(symbol.size).ok()?);
+        self.budget.spend(1 + size)?;
+        if purpose(section.name) != Purpose::Resident {
+            self.unresolved(symbol.name, section.name, "a section that new variables can't be in");
+            return None;
+        }
+        let mut piece = NewPiece {
+            name: symbol.name.to_owned(),
+            part: if section.writable { Part::Data } else { Part::Constants },
+            align: section.align.max(8),
+            bytes: section.bytes.get(offset..offset + size).map_or_else(|| vec![0; size], <[u8]>::to_vec),
+            fields: Vec::new(),
+            returns: Vec::new(),
+        };
+        for relocation in section.relocations_in(offset, offset + size) {
+            let field = self.field(relocation, 0, Use::Address, (number, symbol.name), offset);
+            piece.fields.extend(field);
+        }
+        Some(piece)
+    }
+
+    fn function(
+        &mut self,
+        number: usize,
+        function: &Function<'a>,
+        section: &'o Section<'a>,
+    ) -> Option<NewPiece> {
+        let Function { name, offset, bytes, .. } = *function;
+        self.budget.spend(1 + bytes.len())?;
+        if NOT_LEFT.iter().any(|prefix| section.name.starts_with(prefix)) {
+            self.wrong.push(Unfit::NotLeft { function: name.to_owned(), section: section.name.to_owned() });
+            return None;
+        }
+        if purpose(section.name) != Purpose::Resident {
+            self.unresolved(name, section.name, "a section that new code can't be in");
+            return None;
+        }
+        let mut piece = NewPiece {
+            name: name.to_owned(),
+            part: Part::Code,
+            align: section.align.max(16),
+            bytes: bytes.to_vec(),
+            fields: Vec::new(),
+            returns: Vec::new(),
+        };
+        let end = offset + bytes.len();
+        let mut left = section.relocations_in(offset, end).iter().peekable();
+        let mut at = 0;
+        for insn in insn::decode(bytes, Gva(offset as u64)) {
+            let next = at + insn.len;
+            let (mut is_relocated, how) =
+                (false, if insn.branch.is_some() { Use::Branch } else { Use::Address });
+            while let Some(relocation) = left.next_if(|relocation| relocation.offset < offset + next) {
+                is_relocated = true;
+                let of = self.after.symbol(relocation).name;
+                let field = relocation.offset - offset;
+                let is_whole = field == at + 1 && insn.len == 5 && relocation.form == Form::Relative32;
+                match of {
+                    FENTRY if is_whole && bytes[at] == insn::CALL && at == insn::marker(bytes) => {
+                        piece.bytes[at..next].copy_from_slice(&insn::nops(insn::FENTRY));
+                    }
+                    RETURN_THUNK if is_whole && bytes[at] == 0xe9 => piece.returns.push(at),
+                    FENTRY | RETURN_THUNK => {
+                        self.unresolved(name, of, "and by another instruction than that of any compiler");
+                    }
+                    _ => {
+                        let bias = if relocation.form == Form::Relative32 { next - field } else { 0 };
+                        piece.fields.extend(self.field(relocation, bias, how, (number, name), offset));
+                    }
+                }
+            }
+            let outside = insn.branch.filter(|to| !(offset as u64..end as u64).contains(&to.0));
+            if outside.is_some() && !is_relocated {
+                self.wrong.push(Unfit::Shared { function: name.to_owned() });
+                return None;
+            }
+            at = next;
+        }
+        if at != bytes.len() || left.next().is_some() {
+            self.unresolved(name, name, "whose code can't be decoded");
+        }
+        Some(piece)
+    }
+
+    /// A field of a piece that begins at `start` of its section. `bias` is how far behind its field a distance is
+    /// counted from.
+    fn field(
+        &mut self,
+        relocation: &Relocation,
+        bias: usize,
+        how: Use,
+        from: (usize, &'a str),
+        start: usize,
+    ) -> Option<Field> {
+        let (target, addend) = self.target(relocation, bias as i64, how, from)?;
+        let (offset, form) = (relocation.offset - start, relocation.form);
+        Some(Field { offset, form, target, addend: addend.wrapping_sub(bias as i64) })
+    }
+
+    /// What a relocation refers to, and how far behind its first byte.
+    fn target(
+        &mut self,
+        relocation: &Relocation,
+        bias: i64,
+        how: Use,
+        (number, from): (usize, &'a str),
+    ) -> Option<(Target, i64)> {
+        self.budget.spend(1)?;
+        let symbol = *self.after.symbol(relocation);
+        let addend = relocation.addend.wrapping_add(bias);
+        let section = match symbol.place {
+            Place::Absolute => return Some((Target::Fixed(symbol.offset), addend)),
+            Place::Undefined => return Some((self.elsewhere(symbol.name, from)?, addend)),
+            Place::Section(section) => section,
+        };
+        let holds = &self.after.sections()[section];
+        let offset = symbol.offset.wrapping_add(addend.cast_unsigned());
+        let is_plain = holds.relocations.is_empty() && !holds.writable && !holds.executable;
+        if holds.merged.is_some() && is_plain {
+            return Some((Target::Piece(self.item(Item::Section(section))), offset.cast_signed()));
+        }
+        let covering = if matches!(symbol.kind, Kind::Function | Kind::Data) {
+            Some((relocation.symbol, addend))
+        } else {
+            let last = offset.checked_sub(1);
+            let found = self.names.covering(section, offset);
+            // The end of an array has no symbol of its own.
+            let found = found.or_else(|| self.names.covering(section, last?));
+            found.map(|(number, symbol)| (number, offset.wrapping_sub(symbol.offset).cast_signed()))
+        };
+        let Some((to, behind)) = covering else {
+            if is_plain && purpose(holds.name) == Purpose::Resident && !holds.bytes.is_empty() {
+                return Some((Target::Piece(self.item(Item::Section(section))), offset.cast_signed()));
+            }
+            self.unresolved(from, holds.name, "at a place of it that no symbol covers");
+            return None;
+        };
+        let target = if is_function(&self.after.symbols()[to]) {
+            self.to_function(to, behind, how, (number, from))
+        } else {
+            self.to_variable(to, from)
+        };
+        Some((target?, behind))
+    }
+
+    fn to_function(
+        &mut self,
+        to: usize,
+        behind: i64,
+        how: Use,
+        (number, from): (usize, &'a str),
+    ) -> Option<Target> {
+        let name = self.after.symbols()[to].name;
+        // A branch to the inside of a function comes from a piece of it.
+        let is_own = to == number || name.contains(COLD) || behind != 0;
+        let change = self.comparison.functions.get(name);
+        let is_new = change == Some(&Change::New);
+        // An address that is taken outlives the patch, so it is the old function's, which leads to the new one.
+        if is_own || is_new || (how == Use::Branch && self.replaced.contains(name)) {
+            return Some(Target::Piece(self.item(Item::Symbol(to))));
+        }
+        match self.functions.get(name) {
+            Some(Outcome::Matches { at } | Outcome::Overridden { at }) => {
+                if how == Use::Address {
+                    self.taken.insert(*at);
+                }
+                Some(Target::Kernel(*at))
+            }
+            _ => {
+                self.unresolved(from, name, "which the kernel does not have in its memory");
+                None
+            }
+        }
+    }
+
+    fn to_variable(&mut self, to: usize, from: &str) -> Option<Target> {
+        let symbol = self.after.symbols()[to];
+        let before = self.comparison.renamed.get(symbol.name).map_or(symbol.name, String::as_str);
+        let change = self.comparison.data.get(before).copied();
+        if matches!(change, Some(Change::New) | None) && before == symbol.name {
+            return Some(Target::Piece(self.item(Item::Symbol(to))));
+        }
+        let is_copyable = self.is_copyable(&symbol);
+        if change == Some(Change::Changed) && is_copyable {
+            return Some(Target::Piece(self.item(Item::Symbol(to))));
+        }
+        if let Some(at) = self.variable_of_image(before) {
+            return self.of_image(at, from, symbol.name);
+        }
+        if is_copyable {
+            return Some(Target::Piece(self.item(Item::Symbol(to))));
+        }
+        self.unresolved(
+            from,
+            symbol.name,
+            "which was not found in the kernel: nothing that matched refers to it",
+        );
+        None
+    }
+
+    /// Whether a copy of a variable is as good as the variable: a constant of this object alone that refers to nothing.
+    fn is_copyable(&self, symbol: &Symbol<'_>) -> bool {
+        let Place::Section(section) = symbol.place else { return false };
+        let holds = &self.after.sections()[section];
+        let start = usize::try_from(symbol.offset).unwrap_or(usize::MAX);
+        let end = start.saturating_add(usize::try_from(symbol.size).unwrap_or(usize::MAX));
+        let is_constant = !holds.writable && !holds.executable && !holds.bytes.is_empty();
+        is_constant && !symbol.global && holds.relocations_in(start, end).is_empty()
+    }
+
+    /// Where the image has a variable of the object before the change.
+    fn variable_of_image(&self, name: &str) -> Option<Gva> {
+        let is_it = |symbol: &&Symbol<'_>| symbol.name == name && symbol.kind == Kind::Data;
+        let symbol = self.before.symbols().iter().find(is_it)?;
+        let Place::Section(section) = symbol.place else { return None };
+        let base = self.sections.get(self.before.sections()[section].name).copied().flatten();
+        base.map(|base| Gva(base.0.wrapping_add(symbol.offset))).or_else(|| self.image.symbols().only(name))
+    }
+
+    /// What is in another object.
+    fn elsewhere(&mut self, name: &str, from: &str) -> Option<Target> {
+        self.is_indirect |= name.starts_with(INDIRECT_THUNK);
+        let at = match self.outside.get(name) {
+            Some(at) => *at,
+            None => {
+                let places = self.image.symbols().places(name);
+                let mut places: Vec<Gva> =
+                    places.filter(|(_, kind)| kind.is_ascii_uppercase()).map(|(at, _)| at).collect();
+                places.sort_unstable();
+                places.dedup();
+                let [at] = places[..] else {
+                    let why = if places.is_empty() {
+                        "which the kernel has no symbol of that other objects see (modules are not looked into)"
+                    } else {
+                        "which the kernel has several of"
+                    };
+                    self.unresolved(from, name, why);
+                    return None;
+                };
+                at
+            }
+        };
+        self.of_image(at, from, name)
+    }
+
+    /// An address of the image, which KASLR moves, or a number that it does not.
+    fn of_image(&mut self, at: Gva, from: &str, name: &str) -> Option<Target> {
+        if (self.image.text_base()..self.image.end()).contains(&at) {
+            return Some(Target::Kernel(at));
+        }
+        if at.0 < MOST_PER_CPU {
+            return Some(Target::Fixed(at.0));
+        }
+        self.unresolved(from, name, "at an address that is not the kernel's");
+        None
+    }
+
+    /// Refuses functions that tables say more of.
+    fn told(&mut self) {
+        for section in self.after.sections() {
+            let Purpose::Table(fields) = purpose(section.name) else { continue };
+            let Some((_, what)) = TOLD.iter().find(|(table, _)| *table == section.name) else { continue };
+            for fields in section.relocations.chunks(fields) {
+                let symbol = self.after.symbol(&fields[0]);
+                let Place::Section(place) = symbol.place else { continue };
+                let offset = symbol.offset.wrapping_add(fields[0].addend.cast_unsigned());
+                let Some((number, function)) = self.names.covering(place, offset) else { continue };
+                if self.items.contains_key(&self.first(Item::Symbol(number))) {
+                    let function = function.name.to_owned();
+                    self.wrong.push(Unfit::Told { function, what });
+                }
+            }
+        }
+        self.wrong.dedup();
+    }
+
+    /// Where the image has returns of functions of the object before the change.
+    fn returns(&self) -> Vec<Gva> {
+        let functions = self.before.functions().iter();
+        let all = functions.flat_map(|function| {
+            let Some(Outcome::Matches { at }) = self.functions.get(function.name) else { return Vec::new() };
+            let section = &self.before.sections()[function.section];
+            let end = function.offset + function.bytes.len();
+            let fields = section.relocations_in(function.offset, end).iter();
+            let returns = fields.filter(|field| self.before.symbol(field).name == RETURN_THUNK);
+            // The field is behind the first byte of the jump.
+            let places =
+                returns.filter_map(|field| at.plus((field.offset - function.offset).checked_sub(1)?));
+            places.collect::<Vec<_>>()
+        });
+        all.take(MOST_RETURNS).collect()
+    }
+}
+
+fn is_function(symbol: &Symbol<'_>) -> bool {
+    symbol.kind == Kind::Function && matches!(symbol.place, Place::Section(_))
+}
+
+const _: () = assert!(RETURN == insn::FENTRY);

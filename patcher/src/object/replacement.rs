@@ -1,0 +1,343 @@
+//! New code for functions of a kernel, as it is before it has a place: pieces, and what their fields refer to.
+
+use crate::addr::Gva;
+use crate::insn::{self, INT3};
+use crate::object::relocation::Form;
+use crate::object::room::Room;
+
+/// Functions of a kernel that are to be replaced, and all that takes their place. Addresses of the kernel are
+/// link-time addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replacement {
+    /// The functions that go.
+    pub functions: Vec<Replaced>,
+    pub(super) pieces: Vec<NewPiece>,
+    /// Where functions of the kernel's own return that belong to the object, as the kernel's file has it.
+    pub(super) returns: Vec<Gva>,
+    /// Functions of the kernel that begin with `endbr64` and whose addresses the new code takes.
+    pub(super) taken: Vec<Gva>,
+    /// Whether new code goes to where a register says.
+    pub(super) is_indirect: bool,
+}
+
+/// A function that is to be replaced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replaced {
+    /// Its name.
+    pub name: String,
+    /// Where it begins.
+    pub at: Gva,
+    /// Its new code, as its index in the list of pieces.
+    pub(super) piece: usize,
+}
+
+/// Where a piece goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Code,
+    Constants,
+    Data,
+}
+
+/// Code or data that is placed as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NewPiece {
+    pub(super) name: String,
+    pub(super) part: Part,
+    pub(super) align: u64,
+    pub(super) bytes: Vec<u8>,
+    pub(super) fields: Vec<Field>,
+    /// Where jumps of five bytes to the kernel's thunk for returns are.
+    pub(super) returns: Vec<usize>,
+}
+
+/// A field that gets an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Field {
+    pub(super) offset: usize,
+    pub(super) form: Form,
+    pub(super) target: Target,
+    pub(super) addend: i64,
+}
+
+/// What a field refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Target {
+    /// An address of the kernel, which KASLR moves.
+    Kernel(Gva),
+    /// A number that KASLR leaves alone, such as the offset of a variable that each CPU has.
+    Fixed(u64),
+    /// A piece, by its index.
+    Piece(usize),
+}
+
+/// How functions of a running kernel return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Return {
+    /// `ret`, and `int3` in the four bytes behind it.
+    Plain,
+    /// A jump to a thunk at this address.
+    Thunk(Gva),
+}
+
+/// Length of a jump to the thunk for returns, in bytes.
+pub const RETURN: usize = 5;
+
+impl Return {
+    /// How the five bytes at `at` return. `None` if they do not.
+    #[must_use]
+    pub fn read(code: [u8; RETURN], at: Gva) -> Option<Self> {
+        const RET: u8 = 0xc3;
+        if code == [RET, INT3, INT3, INT3, INT3] {
+            return Some(Self::Plain);
+        }
+        let insn = insn::decode(&code, at).next()?;
+        insn.branch.filter(|_| code[0] == 0xe9).map(Self::Thunk)
+    }
+
+    /// The five bytes at `at` that return so.
+    fn code(self, at: Gva) -> Option<[u8; RETURN]> {
+        match self {
+            Self::Plain => Some([0xc3, INT3, INT3, INT3, INT3]),
+            Self::Thunk(to) => insn::jmp_rel32(at, to),
+        }
+    }
+}
+
+/// A running kernel, as far as placing code needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Running {
+    /// How far KASLR has moved it.
+    pub slide: u64,
+    /// How its functions return; `None` if the object does not tell.
+    pub returns: Option<Return>,
+}
+
+/// Code and data at their places.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// What goes where.
+    pub pieces: Vec<PlacedPiece>,
+    /// The functions that go, with the address of each and that of its new code, in the running kernel.
+    pub functions: Vec<(String, Gva, Gva)>,
+    /// The room that is left.
+    pub left: Room,
+}
+
+/// A piece at its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlacedPiece {
+    /// The function, variable or section that it is.
+    pub name: String,
+    /// Where it begins.
+    pub at: Gva,
+    /// What is to be there.
+    pub bytes: Vec<u8>,
+    /// Whether it is code.
+    pub is_code: bool,
+}
+
+/// Why a replacement can't be placed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unplaceable {
+    /// There is not enough room.
+    #[error("there is no room for the {bytes} bytes of {name}")]
+    NoRoom {
+        /// The piece.
+        name: String,
+        /// How many bytes it has.
+        bytes: usize,
+    },
+    /// A field can't hold its address.
+    #[error("{name}+{offset:#x} can't refer to {to:#x}: the field is too narrow")]
+    OutOfRange {
+        /// The piece.
+        name: String,
+        /// Where in it.
+        offset: usize,
+        /// What it refers to.
+        to: u64,
+    },
+    /// It is not known how functions of the running kernel return.
+    #[error("{name} returns by a thunk, and no function of the object tells how the guest's kernel has that")]
+    NoReturn {
+        /// The piece.
+        name: String,
+    },
+}
+
+impl Replacement {
+    /// Where functions of the kernel return that belong to the object; each has [`RETURN`] bytes there.
+    #[must_use]
+    pub fn returns(&self) -> &[Gva] {
+        &self.returns
+    }
+
+    /// Functions of the kernel that begin with `endbr64` in its file, and whose addresses the new code takes.
+    #[must_use]
+    pub fn taken(&self) -> &[Gva] {
+        &self.taken
+    }
+
+    /// Whether new code calls or jumps by the kernel's thunks for indirect branches.
+    #[must_use]
+    pub fn is_indirect(&self) -> bool {
+        self.is_indirect
+    }
+
+    /// Gives each piece its place, and each field its address. Nothing is written.
+    ///
+    /// # Errors
+    /// [`Unplaceable`].
+    pub fn place(&self, room: &Room, running: Running) -> Result<Placed, Unplaceable> {
+        let mut left = room.clone();
+        let mut places = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let part = match piece.part {
+                Part::Code => &mut left.code,
+                Part::Constants => &mut left.constants,
+                Part::Data => &mut left.data,
+            };
+            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes: piece.bytes.len() };
+            let at = part.start.0.checked_next_multiple_of(piece.align.max(1)).map(Gva);
+            let end = at.and_then(|at| at.plus(piece.bytes.len()));
+            let (Some(at), Some(end)) = (at, end.filter(|end| *end <= part.end)) else {
+                return Err(no_room());
+            };
+            part.start = end;
+            places.push(at);
+        }
+        let filled = self.pieces.iter().zip(&places);
+        let pieces = filled.map(|(piece, at)| piece.fill(*at, &places, running)).collect::<Result<_, _>>()?;
+        let live = |at: Gva| Gva(at.0.wrapping_add(running.slide));
+        let functions = self.functions.iter();
+        let functions = functions.map(|one| (one.name.clone(), live(one.at), places[one.piece])).collect();
+        Ok(Placed { pieces, functions, left })
+    }
+}
+
+impl NewPiece {
+    fn fill(&self, at: Gva, places: &[Gva], running: Running) -> Result<PlacedPiece, Unplaceable> {
+        let mut bytes = self.bytes.clone();
+        for field in &self.fields {
+            let to = match field.target {
+                Target::Kernel(at) => at.0.wrapping_add(running.slide),
+                Target::Fixed(number) => number,
+                Target::Piece(index) => places[index].0,
+            };
+            let to = to.wrapping_add(field.addend.cast_unsigned());
+            let place = Gva(at.0.wrapping_add(field.offset as u64));
+            let into = bytes.get_mut(field.offset..field.offset + field.form.length());
+            if into.and_then(|into| field.form.write(into, place, to)).is_none() {
+                return Err(Unplaceable::OutOfRange { name: self.name.clone(), offset: field.offset, to });
+            }
+        }
+        for offset in &self.returns {
+            let unknown = || Unplaceable::NoReturn { name: self.name.clone() };
+            let returns = running.returns.ok_or_else(unknown)?;
+            let place = Gva(at.0.wrapping_add(*offset as u64));
+            let code = returns.code(place).zip(bytes.get_mut(*offset..offset + RETURN));
+            let (code, into) = code.ok_or_else(unknown)?;
+            into.copy_from_slice(&code);
+        }
+        Ok(PlacedPiece { name: self.name.clone(), at, bytes, is_code: self.part == Part::Code })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: u64 = 0xffff_ffff_8100_0000;
+    const SLIDE: u64 = 0x20_0000;
+    const CODE: u64 = 0xffff_ffff_fee0_0000;
+
+    fn room(code: u64) -> Room {
+        let range = |start: u64, size| Gva(start)..Gva(start + size);
+        Room {
+            code: range(CODE, code),
+            constants: range(CODE + 0x1000, 0x100),
+            data: range(CODE + 0x2000, 0x100),
+        }
+    }
+
+    fn piece(part: Part, bytes: &[u8], fields: Vec<Field>) -> NewPiece {
+        NewPiece { name: "f".into(), part, align: 16, bytes: bytes.to_vec(), fields, returns: Vec::new() }
+    }
+
+    fn field(offset: usize, form: Form, target: Target, addend: i64) -> Field {
+        Field { offset, form, target, addend }
+    }
+
+    /// A call of the kernel, a reference to a string, and a return.
+    fn replacement() -> Replacement {
+        let mut code = vec![0xe8, 0, 0, 0, 0, 0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0];
+        code.resize(17, 0x90);
+        let fields = vec![
+            field(1, Form::Relative32, Target::Kernel(Gva(TEXT + 0x40)), -4),
+            field(8, Form::Signed32, Target::Piece(1), 2),
+        ];
+        let mut function = piece(Part::Code, &code, fields);
+        function.returns = vec![12];
+        let pointer = field(0, Form::Absolute64, Target::Piece(0), 0);
+        Replacement {
+            functions: vec![Replaced { name: "f".into(), at: Gva(TEXT + 0x80), piece: 0 }],
+            pieces: vec![
+                function,
+                piece(Part::Constants, b"\0\0hello\0", Vec::new()),
+                piece(Part::Data, &[0; 8], vec![pointer]),
+            ],
+            returns: Vec::new(),
+            taken: Vec::new(),
+            is_indirect: false,
+        }
+    }
+
+    #[test]
+    fn fields_get_the_addresses_of_a_running_kernel() {
+        let running = Running { slide: SLIDE, returns: Some(Return::Plain) };
+        let placed = replacement().place(&room(0x1000), running).expect("room");
+        let [function, string, pointer] = &placed.pieces[..] else { panic!("three pieces") };
+        let branches: Vec<_> = insn::decode(&function.bytes, function.at).map(|insn| insn.branch).collect();
+        assert_eq!(branches[0], Some(Gva(TEXT + SLIDE + 0x40)));
+        let said = Form::Signed32.read(&function.bytes[8..12], function.at);
+        assert_eq!(said, Some(string.at.0 + 2));
+        assert_eq!(function.bytes[12..], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
+        assert_eq!(pointer.bytes, function.at.0.to_le_bytes());
+        assert_eq!(placed.functions, [("f".to_owned(), Gva(TEXT + SLIDE + 0x80), function.at)]);
+        assert_eq!((function.is_code, string.is_code, pointer.is_code), (true, false, false));
+        let next = replacement().place(&placed.left, running).expect("room");
+        for (one, other) in placed.pieces.iter().zip(&next.pieces) {
+            assert!(other.at >= one.at.plus(one.bytes.len()).expect("an address"), "{one:?} {other:?}");
+            assert!(other.at.0.is_multiple_of(16));
+        }
+    }
+
+    #[test]
+    fn a_return_is_that_of_the_running_kernel() {
+        let thunk = Gva(TEXT + 0x1000);
+        let running = Running { slide: 0, returns: Some(Return::Thunk(thunk)) };
+        let placed = replacement().place(&room(0x1000), running).expect("room");
+        let at = placed.pieces[0].at.plus(12).expect("an address");
+        let code: [u8; RETURN] = placed.pieces[0].bytes[12..].try_into().expect("five bytes");
+        assert_eq!(Return::read(code, at), Some(Return::Thunk(thunk)));
+        assert_eq!(Return::read([0xc3, 0xcc, 0xcc, 0xcc, 0xcc], at), Some(Return::Plain));
+        for other in [[0xc3, 0x90, 0xcc, 0xcc, 0xcc], [0xe8, 0, 0, 0, 0], [0xeb, 0, 0, 0, 0]] {
+            assert_eq!(Return::read(other, at), None, "{other:x?}");
+        }
+        let unknown = Running { returns: None, ..running };
+        let error = replacement().place(&room(0x1000), unknown).expect_err("it returns by a thunk");
+        assert!(matches!(error, Unplaceable::NoReturn { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let running = Running { slide: 0, returns: Some(Return::Plain) };
+        let error = replacement().place(&room(16), running).expect_err("17 bytes");
+        assert!(matches!(error, Unplaceable::NoRoom { bytes: 17, .. }), "{error}");
+        // Its jump would reach farther than 2 GiB.
+        let far = Running { slide: 0x4000_0000_0000, ..running };
+        let error = replacement().place(&room(0x1000), far).expect_err("it is far away");
+        assert!(matches!(error, Unplaceable::OutOfRange { offset: 1, .. }), "{error}");
+    }
+}

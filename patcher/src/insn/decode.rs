@@ -1,5 +1,7 @@
 //! Decoding: where instructions begin, where they branch to, how they read.
 
+use std::ops::Range;
+
 use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic, OpKind,
 };
@@ -55,6 +57,28 @@ pub fn ends_in_call(code: &[u8]) -> bool {
         let calls = matches!(insn.flow_control(), FlowControl::Call | FlowControl::IndirectCall);
         calls && !insn.is_invalid() && decoder.position() == code.len() - from
     })
+}
+
+/// Whether a range of bytes is the displacement, or an immediate operand, of the first instruction of `code`.
+///
+/// ```
+/// use patcher::insn::is_field;
+///
+/// let call = [0xe8, 1, 2, 3, 4];
+/// assert!(is_field(&call, 1..5) && !is_field(&call, 0..4) && !is_field(&call, 2..5));
+/// // mov dword [rip+1], 2
+/// let mov = [0xc7, 0x05, 1, 0, 0, 0, 2, 0, 0, 0];
+/// assert!(is_field(&mov, 2..6) && is_field(&mov, 6..10));
+/// ```
+#[must_use]
+pub fn is_field(code: &[u8], field: Range<usize>) -> bool {
+    let mut decoder = Decoder::new(64, code, DecoderOptions::NONE);
+    let insn = decoder.decode();
+    let offsets = decoder.get_constant_offsets(&insn);
+    let displacement =
+        offsets.displacement_offset()..offsets.displacement_offset() + offsets.displacement_size();
+    let immediate = offsets.immediate_offset()..offsets.immediate_offset() + offsets.immediate_size();
+    !insn.is_invalid() && (field == displacement || field == immediate)
 }
 
 /// Decodes `code`, which lies at `at`, up to its end or the first byte that is not an instruction.

@@ -10,7 +10,7 @@ pub mod store;
 pub mod written;
 
 pub(crate) use decode::{ENDBR64, FENTRY, MARKER, branch, marker};
-pub use decode::{INT3, Insn, MAX_LENGTH, count, decode, disassemble, ends_in_call};
+pub use decode::{INT3, Insn, MAX_LENGTH, count, decode, disassemble, ends_in_call, is_field};
 pub use effect::{Effect, effect};
 pub(crate) use encode::CALL;
 pub use encode::{call_rel32, jcc_rel32, jmp_rel8, jmp_rel32, nops};

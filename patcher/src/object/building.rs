@@ -404,6 +404,10 @@ impl<'a, 'o> Builder<'a, 'o> {
                 is_relocated = true;
                 let of = self.after.symbol(relocation).name;
                 let field = relocation.offset - offset;
+                if !insn::is_field(&bytes[at..], field - at..field - at + relocation.form.length()) {
+                    self.unresolved(name, of, "in the middle of an instruction");
+                    continue;
+                }
                 let is_whole = field == at + 1 && insn.len == 5 && relocation.form == Form::Relative32;
                 match of {
                     FENTRY if is_whole && bytes[at] == insn::CALL && at == insn::marker(bytes) => {

@@ -41,9 +41,9 @@ use crate::plan::write_policy::Policy;
 
 /// The only version there is.
 pub const VERSION: u32 = 1;
-/// Longest plan, in bytes of JSON, the objects that it brings included. Objects of the kernel's source without debug
-/// information have less than 1 MiB, and 4 bytes of JSON are 3 bytes of an object.
-pub const MAX_BYTES: usize = 8 << 20;
+/// Longest plan, in bytes of JSON, the objects that it brings included. Those of the kernel's source have some MiB with
+/// their debug information, and 4 bytes of JSON are 3 bytes of an object.
+pub const MAX_BYTES: usize = 32 << 20;
 /// Most patches in a plan.
 pub const MAX_PATCHES: usize = 4096;
 /// Time a program may take when the plan does not say, in milliseconds.

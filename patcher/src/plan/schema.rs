@@ -189,6 +189,12 @@ impl RawPlan {
             pending: self.pending,
             patches,
         };
+        let brings = plan.patches.iter().position(|patch| matches!(patch, Patch::Object { .. }));
+        if let Some(i) = brings.filter(|_| plan.pending) {
+            let what =
+                "an object concerns no module, so nothing is to be waited for; make it a plan of its own";
+            wrong.push(Refusal::PlanMalformed { what: what.into() }.at(Pointer::patch(i)));
+        }
         if plan.pending && wrong.is_empty() && plan.modules().is_empty() {
             let what = "it names no module that it could wait for: a module's symbol is module:symbol";
             wrong.push(Refusal::PlanMalformed { what: what.into() }.at(Pointer::new("/pending")));
@@ -393,6 +399,11 @@ mod tests {
         let first = plan.patches.iter().map(|patch| patch.modules().pop_first()).collect::<Vec<_>>();
         let names = [Some("kvm_intel"), Some("b"), None, Some("a"), None];
         assert_eq!(first, names.map(|name| name.map(str::to_owned)));
+        let object = r#"{"object":{"before":{"base64":""},"after":{"base64":""}}}"#;
+        let brings = format!(
+            r#"{{"version":1,"name":"a","pending":true,"patches":[{{"redirect":"m:f","to":"g"}},{object}]}}"#
+        );
+        assert_eq!(refused(&brings), [("/patches/1".to_owned(), "plan_malformed")]);
         let none = r#"{"version":1,"name":"a","pending":true,"patches":[{"redirect":"f","to":"g"}]}"#;
         assert_eq!(refused(none), [("/pending".to_owned(), "plan_malformed")]);
     }

@@ -262,6 +262,7 @@ fn what_can_not_be_replaced_is_refused() {
     let mut shared = before.clone();
     shared.parts[0].bytes[6..10].copy_from_slice(&[0x16, 0, 0, 0]);
     shared.parts[0].fields.remove(0);
+    shared.parts[0].bytes[10] = 0x03;
     let (image, file) = linked.image();
     let unfit =
         built_in(&before.object(true), &shared.object(false), &image, &file).expect_err("it is shared");

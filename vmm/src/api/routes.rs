@@ -1,5 +1,7 @@
 //! The routing table: which request is which command.
 
+use std::error::Error;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -7,7 +9,7 @@ use hyper::body::Incoming;
 use hyper::header::EXPECT;
 use hyper::{Method, Request, StatusCode};
 use patcher::plan::MAX_BYTES;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
 use crate::api::access::Role;
@@ -27,6 +29,10 @@ use crate::patch::controller::{Client, Controls, NotGiven};
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// Time it has for what is left of a body that nobody needs.
 const REST_TIME: Duration = Duration::from_secs(1);
+
+/// Plans up to this length, in bytes, are read whenever they come: as many wait as requests may. Of longer ones, which bring
+/// objects, there is one at a time.
+const SHORT: usize = 1 << 20;
 
 /// How long `GET /vm` waits for a controller that is busy, before it is answered with what that knew last.
 const FRESH: Duration = Duration::from_millis(20);
@@ -82,6 +88,14 @@ pub(super) struct ApiState {
     pub(super) events: EventStream,
     /// Looks up the programs of clients, if somebody wants to know.
     pub(super) namer: Option<Namer>,
+    /// Held by the one long plan there may be at a time ([`SHORT`]).
+    pub(super) long_plan: Arc<Semaphore>,
+}
+
+impl ApiState {
+    pub(super) fn new(controls: Controls, events: EventStream, namer: Option<Namer>) -> Self {
+        Self { controls, events, namer, long_plan: Arc::new(Semaphore::new(1)) }
+    }
 }
 
 /// Answers a request.
@@ -101,11 +115,15 @@ pub(super) async fn handle(
         let what = format!("{} {path} is for the VM's owner; you may only read", request.method());
         return reply::error(StatusCode::FORBIDDEN, &what);
     }
+    let mut long = None;
     let command = match action {
         Action::Command(command) => command(),
         Action::Patch(command) => command(name.to_owned()),
-        Action::Plan(command) => match body(request).await {
-            Ok(plan) => command(plan),
+        Action::Plan(command) => match body(request, &state.long_plan).await {
+            Ok((plan, permit)) => {
+                long = permit;
+                command(plan)
+            }
             Err(reply) => return reply,
         },
         Action::Pause => match request.uri().query() {
@@ -137,7 +155,7 @@ pub(super) async fn handle(
     let (sender, receiver) = oneshot::channel();
     // The receiver is dropped with this future when the client hangs up. What a client asked for that has
     // gone is not done, unless it was begun.
-    let given = state.controls.give(command, Waiting(peer, sender));
+    let given = state.controls.give(command, Waiting { peer, sender, _long: long });
     match given {
         Ok(()) => answered(receiver.await.ok()),
         Err(NotGiven::Ended) => answered(None),
@@ -151,7 +169,7 @@ async fn info(peer: Peer, controls: &Controls) -> Reply {
     let (sender, receiver) = oneshot::channel();
     let last = controls.last_info();
     // Nothing is left with a controller that does not come to it soon.
-    let given = (last.busy_for() < FRESH).then(|| controls.give(Command::Info, Waiting(peer, sender)));
+    let given = (last.busy_for() < FRESH).then(|| controls.give(Command::Info, Waiting { peer, sender, _long: None }));
     match given {
         Some(Err(NotGiven::Ended)) => return answered(None),
         Some(Ok(())) => {
@@ -176,20 +194,25 @@ fn unavailable(what: &str) -> Reply {
 }
 
 /// A client that waits for an answer.
-struct Waiting(Peer, oneshot::Sender<Answer>);
+struct Waiting {
+    peer: Peer,
+    sender: oneshot::Sender<Answer>,
+    /// Its plan is long. The plan may wait for the controller when the client has gone.
+    _long: Option<OwnedSemaphorePermit>,
+}
 
 impl Client for Waiting {
     fn is_waiting(&self) -> bool {
-        !self.1.is_closed()
+        !self.sender.is_closed()
     }
 
     fn who(&self) -> Who {
-        Who::Client(self.0.clone())
+        Who::Client(self.peer.clone())
     }
 
     fn answer(self: Box<Self>, answer: Answer) {
         // It may have hung up meanwhile.
-        let _ = self.1.send(answer);
+        let _ = self.sender.send(answer);
     }
 }
 
@@ -252,13 +275,29 @@ pub(super) async fn read_rest(request: &mut Request<Incoming>) {
     }
 }
 
-async fn body(request: &mut Request<Incoming>) -> Result<Vec<u8>, Reply> {
-    let body = Limited::new(request.body_mut(), MAX_BYTES).collect();
-    match timeout(BODY_TIME, body).await {
-        Ok(Ok(body)) => Ok(body.to_bytes().to_vec()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+/// A request's body, and the permit for a long one, for which it waits.
+async fn body(
+    request: &mut Request<Incoming>,
+    long_plan: &Arc<Semaphore>,
+) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), Reply> {
+    let mut rest = Limited::new(request.body_mut(), MAX_BYTES);
+    let mut permit = None;
+    let all = async {
+        let mut body = Vec::new();
+        while let Some(frame) = rest.frame().await {
+            let Ok(data) = frame?.into_data() else { continue };
+            if permit.is_none() && body.len() + data.len() > SHORT {
+                permit = long_plan.clone().acquire_owned().await.ok();
+            }
+            body.extend_from_slice(&data);
+        }
+        Ok(body)
+    };
+    match timeout(BODY_TIME, all).await {
+        Ok(Ok(body)) => Ok((body, permit)),
+        Ok(Err(error)) if Box::<dyn Error + Send + Sync>::is::<LengthLimitError>(&error) => {
             // The plan's own refusal has a code; it needs to see that the plan is too long.
-            Ok(vec![b' '; MAX_BYTES + 1])
+            Ok((vec![b' '; MAX_BYTES + 1], permit))
         }
         Ok(Err(error)) => Err(reply::error(StatusCode::BAD_REQUEST, &format!("reading the plan: {error}"))),
         Err(_) => Err(reply::error(StatusCode::REQUEST_TIMEOUT, "the plan did not arrive in time")),

@@ -66,7 +66,7 @@ pub fn start(
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let listener = listener.try_clone()?;
-    let state = ApiState { controls, events: EventStream::new(events), namer };
+    let state = ApiState::new(controls, EventStream::new(events), namer);
     thread::Builder::new().name("api".into()).spawn(move || {
         // Without the permission it keeps the usual priority.
         let _ = priority::raise();
@@ -230,7 +230,7 @@ mod tests {
     fn a_plan_that_is_refused_unread_gets_its_answer() {
         let connections = Connections::default();
         let events = EventStream::new(Arc::new(Events::default()));
-        let state = ApiState { controls: Controls::of_none(), events, namer: None };
+        let state = ApiState::new(Controls::of_none(), events, None);
         let peer = Peer { uid: 1, gid: 1, pid: 1, executable: None };
         let (_folder, path) = serving(move |stream| {
             let place = Arc::new(connections.place(Role::Reader).expect("room"));

@@ -71,13 +71,21 @@ pub(super) fn search<E>(
     let found = |occupant: &Occupant| {
         let Occupant { task, word, why } = *occupant;
         let (pid, comm) = stacks.task(task).map(|task| (task.pid, task.comm.clone())).unwrap_or_default();
-        FoundTask { pid, comm, address: word, symbol: view.identify(word), why }
+        let symbol = view.identify(word).or_else(|| in_new_code(places, word));
+        FoundTask { pid, comm, address: word, symbol, why }
     };
     Ok(occupants.map(|occupants| Found {
         tasks: occupants.iter().map(found).collect(),
         looked_at,
         again: stacks.stacks_read,
     }))
+}
+
+/// An address in code of the monitor's, as `function+0xoffset`.
+fn in_new_code(places: &[Place], at: Gva) -> Option<String> {
+    let is_in = |place: &&Place| place.pieces.iter().any(|piece| piece.start <= at && at <= piece.end);
+    let place = places.iter().find(is_in)?;
+    Some(format!("{}+{:#x}", place.name, at.offset_from(place.code.start)?))
 }
 
 /// Looks at all tasks while the guest runs; how many there are.

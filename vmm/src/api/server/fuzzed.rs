@@ -44,7 +44,7 @@ pub fn client(input: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let events = EventStream::new(Arc::new(Events::default()));
-        let state = ApiState { controls: Controls::of_none(), events, namer: None };
+        let state = ApiState::new(Controls::of_none(), events, None);
         let connections = Connections::default();
         let answer = sent(&connections, &state, role, bytes.chunks(piece)).await;
         if !answer.is_empty() {

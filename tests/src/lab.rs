@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use guest::provision::binaries::{self, Binaries, Monitor};
 use guest::provision::initramfs::Initramfs;
 use guest::provision::kernel::Kernel;
+use guest::provision::objects::{self, Pair};
 use guest::provision::{cache, livepatch};
 use guest::rig::qemu;
 use guest::rig::wire::Request;
@@ -27,6 +28,8 @@ const IN_RIG: &str = "LAB_IN_RIG";
 const SLOW: &str = "LAB_SLOW";
 /// Which rig is wanted: `bochs`, or the usual one.
 const RIG: &str = "GUEST_RIG";
+/// Where the objects are in an emulated host.
+const OBJECTS: &str = "guest/objects";
 /// How much longer everything may take in Bochs.
 const BOCHS_SLOWNESS: u32 = 20;
 
@@ -61,6 +64,20 @@ impl Lab {
         let slow = std::env::var(SLOW).ok().and_then(|value| value.parse().ok()).unwrap_or(1);
         let (vmm, vmm_lab, initrd) = (path(VMM)?, path(VMM_LAB)?, path(INITRD)?);
         Some(Self { vmm, vmm_lab, kernel, later_kernel, current_kernel, initrd, in_rig, slow })
+    }
+
+    /// Two objects of the source of `kernel`, before and after the change of that name.
+    ///
+    /// # Errors
+    /// When they can't be built, or this is a host that was prepared without them.
+    pub fn objects(&self, name: &str) -> Result<Pair> {
+        if !self.in_rig {
+            return Ok(objects::pair(&Kernel::debian()?, name)?);
+        }
+        let folder = Path::new("/").join(OBJECTS).join(name);
+        let pair = Pair { before: folder.join("before.o"), after: folder.join("after.o") };
+        ensure!(pair.after.exists(), "{name}: this host was prepared without such objects");
+        Ok(pair)
     }
 
     fn environment(&self) -> Vec<(String, String)> {
@@ -101,7 +118,21 @@ pub fn prepare(monitor: Monitor) -> Result<Place> {
     prepare_with(monitor, &[])
 }
 
-/// The same with more files in the host if that is emulated: their names there, without a leading slash,
+/// The same with what [`Lab::objects`] gives: objects take two minutes when they are built for the first time.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn prepare_with_objects(monitor: Monitor) -> Result<Place> {
+    let pairs = objects::pairs(&Kernel::debian()?)?;
+    let named = pairs.into_iter().flat_map(|(name, Pair { before, after })| {
+        [(format!("{OBJECTS}/{name}/before.o"), before), (format!("{OBJECTS}/{name}/after.o"), after)]
+    });
+    let named: Vec<(String, PathBuf)> = named.collect();
+    let files: Vec<_> = named.iter().map(|(name, path)| (name.as_str(), path.as_path())).collect();
+    prepare_with(monitor, &files)
+}
+
+/// The same as [`prepare`] with more files in the host if that is emulated: their names there, without a leading slash,
 /// and where they are here.
 ///
 /// # Errors

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use guest::provision::binaries::{self, Monitor};
 use guest::provision::kernel::Kernel;
+use guest::provision::objects;
 use serde_json::Value;
 
 /// The exit code of `vmm kernel`, and all that it says.
@@ -77,5 +78,39 @@ fn kernel_commands_tell_what_an_image_has() -> Result<()> {
     // What is no object of the kernel's source.
     let (code, text) = ask(&["match", &vmm.display().to_string()])?;
     ensure!(code == 2 && text.contains("vmm"), "{code}: {text}");
+    Ok(())
+}
+
+#[test]
+fn objects_of_the_kernels_own_source_belong_to_it_and_their_changes_are_found() -> Result<()> {
+    const CHANGED: [(&str, &[&str]); 8] = [
+        ("getppid", &["__do_sys_getppid", "__ia32_sys_getppid", "__x64_sys_getppid"]),
+        ("cmdline", &["cmdline_proc_show", "replaced_line"]),
+        ("version", &["version_proc_show"]),
+        ("pair", &["__do_sys_setpriority", "set_one_prio"]),
+        ("warn", &["version_proc_show"]),
+        ("data", &[]),
+        ("key", &["loadavg_proc_show"]),
+        ("keyed", &["uptime_proc_show"]),
+    ];
+    /// Those that nothing is in the way of.
+    const REPLACEABLE: [&str; 4] = ["getppid", "cmdline", "version", "pair"];
+    let vmm = binaries::build(Monitor::Checked)?.vmm;
+    let kernel = Kernel::debian()?;
+    let image = kernel.bzimage.display().to_string();
+    let pairs = objects::pairs(&kernel)?;
+    ensure!(pairs.iter().map(|(name, _)| *name).eq(CHANGED.map(|(name, _)| name)), "{pairs:?}");
+    for ((name, pair), (_, changed)) in pairs.into_iter().zip(CHANGED) {
+        let (before, after) = (pair.before.display().to_string(), pair.after.display().to_string());
+        let (code, text) = run(&vmm, &["match", "--kernel", &image, &before])?;
+        ensure!(code == 0 && text.contains("the object belongs to"), "{name}: {code}: {text}");
+        let (code, text) = run(&vmm, &["compare", &before, &after, "--json"])?;
+        let told: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+        let functions = told["functions"].as_object().with_context(|| text.clone())?;
+        let named =
+            functions.iter().filter(|(_, change)| *change != "unchanged").map(|(name, _)| name.as_str());
+        ensure!(named.eq(changed.iter().copied()), "{name}: {text}");
+        ensure!(!REPLACEABLE.contains(&name) || code == 0 && told["replaceable"] == true, "{name}: {text}");
+    }
     Ok(())
 }

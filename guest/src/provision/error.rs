@@ -46,6 +46,9 @@ pub enum Error {
     /// The distribution's archive does not offer what was looked for.
     #[error("{0}")]
     Archive(String),
+    /// The kernel's source or its configuration is not what a change is meant for.
+    #[error("{0}")]
+    Source(String),
     /// A program of this workspace was not built as it must be.
     #[error("{0}")]
     Build(String),

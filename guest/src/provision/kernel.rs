@@ -13,7 +13,7 @@ use crate::provision::progress::Step;
 
 /// The kernels that the tests use, by the suite that has them: Linux 6.1, 6.12, and the newest that
 /// Debian offers for its stable release (7.x).
-const SUITES: [&str; 3] = ["bookworm", "bookworm-backports", "trixie-backports"];
+pub(super) const SUITES: [&str; 3] = ["bookworm", "bookworm-backports", "trixie-backports"];
 /// Part of the cache key: raise it when an entry has something else in it.
 const CONTENT: u32 = 2;
 /// Where in an entry the packages with the headers are.
@@ -82,6 +82,23 @@ impl Kernel {
         packages_in(&self.headers)
     }
 
+    /// The configuration that it was built with, if the image's package has it.
+    pub fn config(&self) -> PathBuf {
+        self.bzimage.with_file_name(format!("config-{}", self.release))
+    }
+
+    /// The version of the source package that it was built of, which its banner has after its distribution's
+    /// name.
+    ///
+    /// # Errors
+    /// When the image can't be read or has no such banner.
+    pub fn version(&self) -> Result<String, Error> {
+        let image = fs::read(&self.bzimage).at(&self.bzimage)?;
+        source_version(&image).map(str::to_owned).ok_or_else(|| {
+            Error::Archive(format!("{}: its banner tells no version of a package", self.bzimage.display()))
+        })
+    }
+
     /// The file of a kernel module, by its path below `kernel/` without `.ko`. The kernel
     /// itself unpacks those that end with `.xz`.
     pub fn module(&self, path: &str) -> PathBuf {
@@ -89,6 +106,14 @@ impl Kernel {
         let packed = self.modules.join(format!("{path}.ko.xz"));
         if packed.exists() { packed } else { plain }
     }
+}
+
+/// What follows the distribution's name in the banner, whose place is in the header (`kernel_version` in
+/// the kernel's `boot.rst`).
+fn source_version(image: &[u8]) -> Option<&str> {
+    let place = image.get(0x20e..0x210)?.try_into().ok().map(u16::from_le_bytes)?;
+    let banner = image.get(0x200 + usize::from(place)..)?.split(|byte| *byte == 0).next()?;
+    std::str::from_utf8(banner).ok()?.split(" Debian ").nth(1)?.split_whitespace().next()
 }
 
 /// The release and the image of an unpacked package: `boot/vmlinuz-RELEASE`, and since 7.0
@@ -164,4 +189,20 @@ fn only<T>(mut found: Vec<T>, what: &str) -> Result<T, Error> {
     let count = found.len();
     let last = found.pop().filter(|_| count == 1);
     last.ok_or_else(|| Error::Archive(format!("{what}: {count} packages of the kernel instead of one")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_banner_tells_the_version_of_the_source() {
+        let mut image = vec![0; 0x300];
+        assert_eq!(source_version(&image), None);
+        image[0x20e] = 0x10;
+        image.extend_from_slice(b"\0#1 SMP Debian 7.0-1");
+        image[0x210..][..37].copy_from_slice(b"6.1.0-1 (a@b) #1 SMP Debian 6.1.9-2 (");
+        assert_eq!(source_version(&image), Some("6.1.9-2"));
+        assert_eq!(source_version(&image[..0x20f]), None);
+    }
 }

@@ -10,6 +10,7 @@ pub mod error;
 pub mod initramfs;
 pub mod kernel;
 pub mod livepatch;
+pub mod objects;
 pub mod packages;
 pub mod progress;
 pub mod readers;

@@ -18,6 +18,7 @@ mod hotplug;
 mod inside;
 mod kernel;
 mod monitor;
+mod objects;
 mod pause;
 mod pending;
 mod refusals;
@@ -40,7 +41,7 @@ use tests::lab::{self, Lab, Place, Rigged};
 use tests::skip;
 use tests::suite::{self, Costs};
 
-use self::rigs::Rigs;
+use self::rigs::{Prepare, Rigs};
 
 /// A test: a name and what it does in a lab.
 type Test = (&'static str, fn(&Lab) -> anyhow::Result<()>);
@@ -52,6 +53,9 @@ const RIG_ONLY: [&str; 4] = [
     "sandbox::every_rule_is_used",
     "socket::a_group_may_read_and_others_nothing",
 ];
+
+/// What the names of those tests begin with that use objects of the kernel's source.
+const WITH_OBJECTS: [&str; 1] = ["objects::"];
 
 /// Longest time for one test.
 const DEADLINE: Duration = Duration::from_secs(360);
@@ -73,6 +77,7 @@ fn all() -> Vec<Test> {
         inside::TESTS,
         kernel::TESTS,
         monitor::TESTS,
+        objects::TESTS,
         pause::TESTS,
         pending::TESTS,
         refusals::TESTS,
@@ -95,6 +100,12 @@ fn main() -> ExitCode {
         Some(filter) => name.contains(filter.as_str()),
         None => true,
     };
+    let with_objects = |name: &str| WITH_OBJECTS.iter().any(|prefix| name.starts_with(prefix));
+    let prepare: Prepare = if all().iter().filter(|test| wanted(test)).any(|(name, _)| with_objects(name)) {
+        lab::prepare_with_objects
+    } else {
+        lab::prepare
+    };
     let costs = Arc::new(Costs::default());
     let inherited = Lab::inherited();
     let trials = if arguments.list || !all().iter().any(wanted) {
@@ -103,11 +114,11 @@ fn main() -> ExitCode {
     } else if let Some(lab) = &inherited {
         here(lab, &costs)
     } else {
-        match lab::prepare(Monitor::Checked) {
+        match prepare(Monitor::Checked) {
             Ok(Place::Here(lab)) => here(&lab, &costs),
             Ok(Place::Rig(rigged)) => {
                 arguments.test_threads = Some(rigs::at_once());
-                there(rigged, &costs)
+                there(rigged, prepare, &costs)
             }
             Err(error) => {
                 eprintln!("the lab can't be provided: {error:#}");
@@ -148,8 +159,8 @@ fn here(lab: &Lab, costs: &Arc<Costs>) -> Vec<Trial> {
 }
 
 /// Tests that run in the rig's host, each in a process of its own.
-fn there(rigged: Rigged, costs: &Arc<Costs>) -> Vec<Trial> {
-    let idle = Arc::new(Rigs::of(rigged));
+fn there(rigged: Rigged, prepare: Prepare, costs: &Arc<Costs>) -> Vec<Trial> {
+    let idle = Arc::new(Rigs::of(rigged, prepare));
     let trial = |(name, _): Test| {
         let (idle, costs) = (idle.clone(), costs.clone());
         Trial::test(name, move || {

@@ -6,7 +6,7 @@ use std::{fs, thread};
 
 use anyhow::{Result, bail};
 use guest::provision::binaries::Monitor;
-use tests::lab::{self, Place, Rigged};
+use tests::lab::{Place, Rigged};
 
 /// Most rigs at once.
 const MOST: usize = 4;
@@ -25,21 +25,27 @@ pub(crate) fn at_once() -> usize {
     MOST.min(cpus / CPUS).min(available / MEMORY_KIB).max(1)
 }
 
+/// Provides a place to run guests.
+pub(crate) type Prepare = fn(Monitor) -> Result<Place>;
+
 /// Rigs that run no test now.
-pub(crate) struct Rigs(Mutex<Vec<Rigged>>);
+pub(crate) struct Rigs {
+    idle: Mutex<Vec<Rigged>>,
+    prepare: Prepare,
+}
 
 impl Rigs {
-    /// One rig; the others are started when they are needed.
-    pub(crate) fn of(rigged: Rigged) -> Self {
-        Self(Mutex::new(vec![rigged]))
+    /// One rig; the others are started when they are needed, as it was.
+    pub(crate) fn of(rigged: Rigged, prepare: Prepare) -> Self {
+        Self { idle: Mutex::new(vec![rigged]), prepare }
     }
 
     /// A rig that runs no test: a new one, if there is none.
     pub(crate) fn take(&self) -> Result<Rigged> {
-        if let Some(rigged) = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+        if let Some(rigged) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() {
             return Ok(rigged);
         }
-        match lab::prepare(Monitor::Checked)? {
+        match (self.prepare)(Monitor::Checked)? {
             Place::Rig(rigged) => Ok(rigged),
             Place::Here(_) => bail!("there was a rig before"),
         }
@@ -47,6 +53,6 @@ impl Rigs {
 
     /// Keeps a rig, which answered to its last test, for another.
     pub(crate) fn put_back(&self, rigged: Rigged) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(rigged);
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(rigged);
     }
 }

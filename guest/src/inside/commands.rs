@@ -26,6 +26,7 @@
 //! mount KIND PATH    mounts a file system without a device
 //! load PATH          loads a module
 //! unload NAME        unloads it
+//! open PATH          starts a thread that opens a file, however long that takes
 //! sleepers           starts threads and a process that sleep in different system calls
 //! tasks              every thread with its stack, as /proc has it
 //! kallsyms           how many symbols the kernel itself has, and their digest
@@ -263,6 +264,7 @@ impl Init {
             }
             ["load", path] => load(path).map(|()| String::new()),
             ["unload", name] => unload(name).map(|()| String::new()),
+            ["open", path] => tasks::start_opening(path).map(|()| String::new()),
             ["sleepers"] => Ok(format!("count={}", tasks::start_sleepers()?)),
             ["tasks"] => {
                 for line in tasks::list()? {

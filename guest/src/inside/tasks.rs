@@ -64,6 +64,17 @@ pub fn start_sleepers() -> io::Result<usize> {
     Ok(count)
 }
 
+/// Starts a thread that opens a file, and gives it half a second.
+///
+/// # Errors
+/// When the system has no thread left.
+pub fn start_opening(path: &str) -> io::Result<()> {
+    let path = path.to_owned();
+    thread::Builder::new().name("opens".to_owned()).spawn(move || File::open(path).map(drop))?;
+    thread::sleep(Duration::from_millis(500));
+    Ok(())
+}
+
 /// What the process with [`ARGUMENT`] does.
 pub fn sleep() -> ! {
     let _ = thread::Builder::new().name("second".to_owned()).spawn(thread::park);

@@ -22,7 +22,7 @@ type Call = (&'static str, fn() -> i64);
 
 /// What to choose from: cheap, without side effects, and with a known result. All but one are
 /// system calls.
-const CALLS: [Call; 9] = [
+const CALLS: [Call; 10] = [
     ("getpid", || i64::from(process::getpid().as_raw_nonzero().get())),
     ("getppid", || process::getppid().map_or(0, |pid| i64::from(pid.as_raw_nonzero().get()))),
     ("getuid", || i64::from(process::getuid().as_raw())),
@@ -35,9 +35,18 @@ const CALLS: [Call; 9] = [
         rustix::thread::sched_yield();
         0
     }),
+    // Two functions of the kernel hand on what it sets.
+    ("setpriority", || {
+        let set =
+            process::setpriority_process(None, PRIORITY).and_then(|()| process::getpriority_process(None));
+        set.map_or(i64::MIN, i64::from)
+    }),
     // Allocates memory, so it goes by `might_resched` and `cond_resched`.
     ("getcwd", || process::getcwd("").map_or(-1, |path| i64::try_from(path.as_bytes().len()).unwrap_or(-2))),
 ];
+
+/// What `setpriority` sets.
+const PRIORITY: i32 = 6;
 
 /// A function to put breakpoints on: its first instruction is a multiplication by this.
 #[inline(never)]

@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 
 use crate::image::{Contents, KernelImage};
-use crate::object::{Error, Object, Replacement, Room, Unfit, build};
+use crate::object::layouts::LayoutChange;
+use crate::object::{Layouts, Object, Replacement, Room, Unfit, build};
 use crate::plan::refusal::{Pointer, Refusal, Refused};
 use crate::plan::{ObjectFile, Patch, Plan};
+
+/// Most types whose layouts differ that are told of an object.
+const MOST_LAYOUTS: usize = 16;
 
 /// What the objects of a plan bring, and the room that the guest has for it.
 #[derive(Debug, Clone, Default)]
@@ -46,11 +50,22 @@ fn replacement(
     image: &KernelImage,
     contents: &Contents<'_>,
 ) -> Result<Replacement, Vec<Refusal>> {
-    let malformed =
-        |which| move |error: Error| vec![Refusal::ObjectMalformed { which, why: error.to_string() }];
-    let before = Object::parse(&before.0).map_err(malformed("before"))?;
-    let after = Object::parse(&after.0).map_err(malformed("after"))?;
-    build(&before, &after, image, contents).map_err(|unfit| unfit.into_iter().map(refusal).collect())
+    let first = read(before, "before")?;
+    let second = read(after, "after")?;
+    let changes = layouts(before, "before")?.changes(&layouts(after, "after")?);
+    if !changes.is_empty() {
+        let refusal = |change: &LayoutChange| Refusal::NotReplaceable { what: change.to_string() };
+        return Err(changes.iter().take(MOST_LAYOUTS).map(refusal).collect());
+    }
+    build(&first, &second, image, contents).map_err(|unfit| unfit.into_iter().map(refusal).collect())
+}
+
+fn read<'f>(file: &'f ObjectFile, which: &'static str) -> Result<Object<'f>, Vec<Refusal>> {
+    Object::parse(&file.0).map_err(|error| vec![Refusal::ObjectMalformed { which, why: error.to_string() }])
+}
+
+fn layouts(file: &ObjectFile, which: &'static str) -> Result<Layouts, Vec<Refusal>> {
+    Layouts::read(&file.0).map_err(|error| vec![Refusal::ObjectMalformed { which, why: error.to_string() }])
 }
 
 fn refusal(unfit: Unfit) -> Refusal {

@@ -76,15 +76,21 @@ fn is_piece(symbol: &str, name: &str) -> bool {
 }
 
 impl OldCode {
-    /// These functions, and what hides in this guest that a task stands in them.
+    /// These functions, and what hides in this guest that a task stands in them: `copies` is where the monitor has
+    /// copies of instructions.
     ///
     /// # Errors
     /// [`Refusal::MissingCapability`], and what reading the guest's lists of kprobes returns.
-    pub fn of(kernel: &Kernel<'_>, memory: &dyn GuestMemory, places: &[Place]) -> Result<Self, Refusal> {
+    pub fn of(
+        kernel: &Kernel<'_>,
+        memory: &dyn GuestMemory,
+        places: &[Place],
+        copies: Option<Range<Gva>>,
+    ) -> Result<Self, Refusal> {
         Ok(Self {
             functions: places.iter().map(|place| place.code.clone()).collect(),
             pieces: places.iter().flat_map(|place| place.pieces.clone()).collect(),
-            slots: kprobes::slots(kernel, memory)?,
+            slots: kprobes::slots(kernel, memory)?.into_iter().chain(copies).collect(),
             trampolines: tracers::trampolines(kernel)?,
         })
     }

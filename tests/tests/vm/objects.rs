@@ -1,19 +1,194 @@
-//! Promise: what an object's function is replaced by is known before anything is done to a guest.
+//! Promise: a plan that brings an object replaces functions by new code, for all tasks at one moment, and back; an object
+//! that does not belong to the guest's kernel, or brings what is not done, is refused, and nothing is written.
 
-use anyhow::{Result, ensure};
 use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use patcher::plan::ObjectFile;
+use serde_json::{Value, json};
 use tests::lab::Lab;
+use tests::vm::{Method, Setup, Vm};
 
-use crate::Test;
+use super::Test;
 
-pub(crate) const TESTS: &[Test] =
-    &[("objects::of_the_kernels_source_are_where_guests_run", of_the_kernels_source_are_where_guests_run)];
+pub(crate) const TESTS: &[Test] = &[
+    ("objects::functions_are_replaced_by_new_code", replaced),
+    ("objects::two_functions_change_as_one", as_one),
+    ("objects::nobody_is_left_inside", left),
+    ("objects::what_does_not_belong_is_refused", refused),
+];
 
-fn of_the_kernels_source_are_where_guests_run(lab: &Lab) -> Result<()> {
-    let pair = lab.objects("version")?;
-    let told = Command::new(&lab.vmm).args(["kernel", "compare"]).args([pair.before, pair.after]).output()?;
-    let text = String::from_utf8_lossy(&told.stdout);
-    ensure!(told.status.success() && text.contains("version_proc_show"), "{told:?}");
-    ensure!(lab.objects("none").is_err(), "there is no such pair");
-    Ok(())
+/// How often a patch is applied and reverted.
+const ROUNDS: usize = 20;
+const FIFO: &str = "/tmp/fifo";
+
+/// A plan that brings two objects.
+fn bring(name: &str, before: Vec<u8>, after: Vec<u8>, deadline_ms: u32) -> Value {
+    let object = json!({ "before": ObjectFile(before), "after": ObjectFile(after) });
+    json!({ "version": 1, "name": name, "deadline_ms": deadline_ms, "patches": [{ "object": object }] })
+}
+
+/// The same of a pair that the lab has.
+fn plan(lab: &Lab, name: &str) -> Result<Value> {
+    let (before, after) = files(lab, name)?;
+    Ok(bring(name, before, after, 60_000))
+}
+
+fn files(lab: &Lab, name: &str) -> Result<(Vec<u8>, Vec<u8>)> {
+    let pair = lab.objects(name)?;
+    let read = |path| std::fs::read(&path).with_context(|| format!("{path:?}"));
+    Ok((read(pair.before)?, read(pair.after)?))
+}
+
+fn cat(vm: &mut Vm, path: &str) -> Result<String> {
+    Ok(vm.ask(&format!("cat {path}"))?.0.concat())
+}
+
+fn replaced(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    let own = cat(&mut vm, "/proc/cmdline")?;
+    vm.hammer("getppid", 0, 1)?;
+    let getppid = plan(lab, "getppid")?;
+    for _ in 0..ROUNDS {
+        let report = vm.apply(&getppid)?;
+        ensure!(report["strategy"] == "inspect", "{report:#}");
+        vm.expect_all(true)?;
+        vm.revert("getppid")?;
+        vm.expect_all(false)?;
+    }
+    // New strings, a table of their addresses, a pointer into it and a counter.
+    let cmdline = plan(lab, "cmdline")?;
+    for _ in 0..2 {
+        vm.apply(&cmdline)?;
+        for expected in ["even", "odd", "even"] {
+            let line = cat(&mut vm, "/proc/cmdline")?;
+            ensure!(line.trim() == format!("replaced: {expected}"), "{line}");
+        }
+        vm.revert("cmdline")?;
+        ensure!(cat(&mut vm, "/proc/cmdline")? == own, "it is the kernel's own again");
+    }
+    // Several at a time; one function, one patch.
+    vm.apply(&getppid)?;
+    vm.apply(&plan(lab, "version")?)?;
+    let mut again = getppid.clone();
+    again["name"] = json!("again");
+    vm.refused("overlapping_sites", &again)?;
+    let version = cat(&mut vm, "/proc/version")?;
+    ensure!(version.starts_with("replaced Linux 6.1"), "{version}");
+    vm.expect_all(true)?;
+    vm.revert("getppid")?;
+    vm.expect_all(false)?;
+    ensure!(cat(&mut vm, "/proc/version")?.starts_with("replaced"), "the other one stays");
+    vm.revert("version")?;
+    ensure!(cat(&mut vm, "/proc/version")?.starts_with("Linux"), "it is the kernel's own again");
+    by_the_command_line(lab, &mut vm)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+fn by_the_command_line(lab: &Lab, vm: &mut Vm) -> Result<()> {
+    let pair = lab.objects("cmdline")?;
+    let folder = pair.after.parent().context("a folder")?;
+    let run = |what: &[&str]| {
+        let output =
+            Command::new(&lab.vmm).arg("patch").args(what).arg("--socket").arg(vm.socket()).output()?;
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        Ok::<_, anyhow::Error>((output.status.code(), text))
+    };
+    let (before, after) = (pair.before.display().to_string(), pair.after.display().to_string());
+    let objects = ["--before", before.as_str(), "--after", after.as_str()];
+    let (code, text) = run(&[&["check"][..], &objects].concat())?;
+    ensure!(code == Some(0) && text.contains("cmdline_proc_show"), "{code:?}: {text}");
+    let (code, text) =
+        run(&[&["apply", "--name", "named", "--deadline-ms", "20000"][..], &objects].concat())?;
+    ensure!(code == Some(0) && text.contains("named"), "{code:?}: {text}");
+    let (code, text) = run(&["revert", "named"])?;
+    ensure!(code == Some(0), "{code:?}: {text}");
+    // A plan names the files, counted from its own folder.
+    let file = std::env::temp_dir().join("objects.json");
+    let relative = |name: &str| json!(folder.join(name).display().to_string());
+    let object = json!({ "before": relative("before.o"), "after": relative("after.o") });
+    let plan = json!({ "version": 1, "name": "filed", "patches": [{ "object": object }] });
+    std::fs::write(&file, plan.to_string())?;
+    let (code, text) = run(&["apply", &file.display().to_string()])?;
+    ensure!(code == Some(0) && text.contains("filed"), "{code:?}: {text}");
+    ensure!(cat(vm, "/proc/cmdline")?.starts_with("replaced: even"), "it is applied");
+    vm.revert("filed").map(drop)
+}
+
+/// A caller and what it calls change the order of two arguments: whoever meets one of them only sets another priority.
+fn as_one(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup { command_line: "preempt=full".into(), ..Setup::cpus(4) })?;
+    vm.hammer("setpriority", 6, 7)?;
+    let pair = plan(lab, "pair")?;
+    for _ in 0..ROUNDS {
+        let report = vm.apply(&pair)?;
+        ensure!(report["sites"].as_array().is_some_and(|sites| sites.len() == 2), "{report:#}");
+        vm.expect_all(true)?;
+        vm.revert("pair")?;
+        vm.expect_all(false)?;
+    }
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+/// Neither the old code is left behind a task that sleeps in it, nor the new.
+fn left(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    vm.ask("sleepers")?;
+    let (before, after) = files(lab, "fifo")?;
+    let (hurried, patient) = (bring("fifo", before.clone(), after.clone(), 1000), plan(lab, "fifo")?);
+    let (status, report) = vm.request(Method::POST, "/patches", hurried.to_string().as_bytes())?;
+    let failure = report["failure"].as_str().unwrap_or_default();
+    ensure!(status == 500 && report["state"] == "rolled_back", "{status}: {report:#}");
+    ensure!(failure.contains("in-open (") && failure.contains("stood in fifo_open+0x"), "{failure}");
+    // The reader that waited for a writer goes on, and has closed the pipe before the text comes.
+    let _ = vm.ask(&format!("write {FIFO} text"));
+    let mut short = patient.clone();
+    short["deadline_ms"] = json!(5000);
+    vm.apply(&short)?;
+    vm.ask(&format!("open {FIFO}"))?;
+    let (status, report) = vm.request(Method::POST, "/patches/fifo/revert", b"")?;
+    let failure = report["failure"].as_str().unwrap_or_default();
+    ensure!(status == 500 && report["state"] == "rolled_back", "{status}: {report:#}");
+    ensure!(failure.contains("opens (") && failure.contains("stood in fifo_open (new)+0x"), "{failure}");
+    let _ = vm.ask(&format!("write {FIFO} text"));
+    vm.revert("fifo")?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+fn refused(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    vm.hammer("getppid", 0, 1)?;
+    for (name, says) in [
+        ("warn", "version_proc_show warns or stops the kernel"),
+        ("key", "loadavg_proc_show has a static key"),
+        ("keyed", "uptime_proc_show has a static key"),
+        ("data", "the initial value or size of overflowuid changed"),
+        ("layout", "the layout of struct eventpoll differs"),
+    ] {
+        let message = vm.refused("not_replaceable", &plan(lab, name)?)?;
+        ensure!(message.contains(says), "{name}: {message}");
+    }
+    let (before, after) = files(lab, "getppid")?;
+    let message = vm.refused("build_mismatch", &bring("swapped", after.clone(), before.clone(), 1000))?;
+    ensure!(message.contains("getppid"), "{message}");
+    vm.refused("not_replaceable", &bring("same", before.clone(), before.clone(), 1000))?;
+    vm.refused("object_malformed", &bring("none", b"#!/bin/sh".to_vec(), after.clone(), 1000))?;
+    let mut cut = after.clone();
+    cut.truncate(after.len() / 2);
+    vm.refused("object_malformed", &bring("cut", before.clone(), cut, 1000))?;
+    let mut forced = bring("forced", before.clone(), after.clone(), 1000);
+    forced["strategy"] = json!("hold");
+    vm.refused("needs_group", &forced)?;
+    let mut waiting = bring("waiting", before, after, 1000);
+    waiting["pending"] = json!(true);
+    vm.refused("plan_malformed", &waiting)?;
+    let named = json!({ "version": 1, "name": "named", "patches": [{ "object": { "before": "a.o", "after": "b.o" } }] });
+    let message = vm.refused("plan_malformed", &named)?;
+    ensure!(message.contains("the monitor opens no files"), "{message}");
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
 }

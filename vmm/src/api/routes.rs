@@ -169,7 +169,8 @@ async fn info(peer: Peer, controls: &Controls) -> Reply {
     let (sender, receiver) = oneshot::channel();
     let last = controls.last_info();
     // Nothing is left with a controller that does not come to it soon.
-    let given = (last.busy_for() < FRESH).then(|| controls.give(Command::Info, Waiting { peer, sender, _long: None }));
+    let given = (last.busy_for() < FRESH)
+        .then(|| controls.give(Command::Info, Waiting { peer, sender, _long: None }));
     match given {
         Some(Err(NotGiven::Ended)) => return answered(None),
         Some(Ok(())) => {

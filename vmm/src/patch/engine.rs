@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use patcher::addr::{Gpa, VcpuId};
+use patcher::addr::{Gpa, Gva, VcpuId};
 use patcher::image::KernelImage;
 use patcher::plan::refusal::{Refusal, Refused};
 use patcher::program::compile::Host;
@@ -211,6 +211,11 @@ impl Engine {
     /// The content of the kernel's sections, which takes a second to read.
     pub(super) fn unpack_image(&self) -> Result<Unpacked, String> {
         self.image.unpack()
+    }
+
+    /// Where copies of instructions are, if the guest can execute any.
+    pub(super) fn copies(&self) -> Option<Range<Gva>> {
+        self.arena.as_ref().filter(|arena| arena.is_mapped()).map(|arena| arena.slots.range())
     }
 
     /// Whether the image is being read still. Until then nothing that needs the kernel is begun.

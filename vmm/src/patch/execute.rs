@@ -55,7 +55,9 @@ impl Engine {
             if !plan.brings.is_empty() {
                 self.map_code_pages(&kernel).map_err(|why| Refusal::GuestNotReady { why })?;
             }
-            let mut target = Executor::new(&kernel, &self.rendezvous, until).yielding_to(&self.guard);
+            let mut target = Executor::new(&kernel, &self.rendezvous, until)
+                .yielding_to(&self.guard)
+                .with_copies(self.copies());
             let end = self.driver.drive(&program, &mut target);
             let total = given_at.elapsed();
             // The change is in force. Unprotecting its pages may take its time.

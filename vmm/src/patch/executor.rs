@@ -1,9 +1,10 @@
 //! Executes the steps of a program on a running VM.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use patcher::addr::VcpuId;
+use patcher::addr::{Gva, VcpuId};
 use patcher::program::step::{Step, StepError};
 use patcher::program::target::Target;
 use patcher::safety::guest_stacks::Unread;
@@ -32,6 +33,8 @@ pub struct Executor<'m> {
     calls: Cell<u32>,
     /// Where vCPUs wait that are about to write to the sites.
     guard: Option<&'m Guard>,
+    /// Where the monitor has copies of instructions: whoever stands there may stand in any function.
+    copies: Option<Range<Gva>>,
 }
 
 impl<'m> Executor<'m> {
@@ -46,6 +49,7 @@ impl<'m> Executor<'m> {
             until,
             calls: Cell::new(0),
             guard: None,
+            copies: None,
         }
     }
 
@@ -54,6 +58,12 @@ impl<'m> Executor<'m> {
     #[must_use]
     pub fn yielding_to(self, guard: &'m Guard) -> Self {
         Self { guard: Some(guard), ..self }
+    }
+
+    /// The same with copies of instructions in these places.
+    #[must_use]
+    pub(super) fn with_copies(self, copies: Option<Range<Gva>>) -> Self {
+        Self { copies, ..self }
     }
 
     /// Holds all vCPUs once each stands where the condition allows.
@@ -108,10 +118,10 @@ impl<'m> Executor<'m> {
         if condition.tasks_outside.is_empty() {
             return self.inspect_vcpus(condition);
         }
-        let kernel = self.kernel;
+        let (kernel, copies) = (self.kernel, self.copies.clone());
         let (mut pause, mut occupied) = (SHORTEST, None);
         loop {
-            let found = search(kernel, &condition.tasks_outside, || {
+            let found = search(kernel, &condition.tasks_outside, copies.as_ref(), || {
                 self.inspect_vcpus(condition)?;
                 let all = self.rendezvous.vcpus();
                 self.synchronize(|rendezvous, patience| rendezvous.inspect(&all, patience))

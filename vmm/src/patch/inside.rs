@@ -31,12 +31,13 @@ impl Engine {
         let kernel = self.kernel().map_err(refused)?.with_modules(&complete);
         let places = query.functions.iter().map(|name| Place::find(&kernel.kernel(), name));
         let places: Vec<Place> = places.collect::<Result<_, _>>().map_err(refused)?;
+        let copies = self.copies();
         let until = Instant::now() + PATIENCE;
         let (mut attempts, mut pause) = (0, SHORTEST);
         loop {
             attempts += 1;
             let mut held = None;
-            let found = search(&kernel, &places, || {
+            let found = search(&kernel, &places, copies.as_ref(), || {
                 held = Some(Instant::now());
                 self.rendezvous.inspect(&self.rendezvous.vcpus(), REPORTS)
             });

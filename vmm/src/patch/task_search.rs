@@ -1,6 +1,8 @@
 //! Searches all tasks of the guest for those that stand in functions: while it runs, and then, of those that
 //! moved, while all vCPUs are held.
 
+use std::ops::Range;
+
 use patcher::addr::{Gva, VcpuId};
 use patcher::linux::Bounded;
 use patcher::linux::tasks::{TaskReader, WORK};
@@ -34,13 +36,14 @@ pub(super) struct FoundTask {
     pub(super) why: Why,
 }
 
-/// Searches. `hold` holds all vCPUs and returns where they stand; they stay held, so release them.
+/// Searches. `copies` is where the monitor has copies of instructions. `hold` holds all vCPUs and returns where they stand; they stay held, so release them.
 ///
 /// # Errors
 /// What `hold` returned. Inside: why nothing is known, perhaps only now.
 pub(super) fn search<E>(
     kernel: &GuestKernel,
     places: &[Place],
+    copies: Option<&Range<Gva>>,
     hold: impl FnOnce() -> Result<Vec<(VcpuId, VcpuRegisters)>, E>,
 ) -> Result<Result<Found, Unread>, E> {
     let view = kernel.kernel();
@@ -48,7 +51,7 @@ pub(super) fn search<E>(
     let per_cpu = PerCpu::find(kernel).ok();
     let memory = CachedTranslations::of(kernel);
     let memory = Bounded::new(&memory, WORK);
-    let code = || OldCode::of(&view, &memory, places);
+    let code = || OldCode::of(&view, &memory, places, copies.cloned());
     let reader = match TaskReader::new(&view, &memory) {
         Ok(reader) => reader,
         Err(refusal) => return Ok(Err(refusal.into())),

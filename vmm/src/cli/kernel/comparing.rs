@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use patcher::object::{Change, Comparison};
+use patcher::object::layouts::Unknown;
+use patcher::object::{Change, Comparison, Layouts};
 use serde::Serialize;
 
 use crate::cli::render::page::{Page, bold, green, plain, red};
@@ -14,6 +15,8 @@ pub(super) struct Report {
     functions: BTreeMap<String, &'static str>,
     data: BTreeMap<String, &'static str>,
     obstacles: Vec<String>,
+    /// Whether the structures of both could be compared: an object may have no debug information.
+    layouts_compared: bool,
 }
 
 fn word(change: Change) -> &'static str {
@@ -26,15 +29,21 @@ fn word(change: Change) -> &'static str {
 }
 
 impl Report {
-    pub(super) fn new(found: &Comparison) -> Self {
+    pub(super) fn new(found: &Comparison, layouts: Result<(Layouts, Layouts), Unknown>) -> Self {
+        let mut obstacles: Vec<String> = found.obstacles.iter().map(ToString::to_string).collect();
+        let layouts_compared = layouts.is_ok();
+        if let Ok((before, after)) = layouts {
+            obstacles.extend(before.changes(&after).iter().map(ToString::to_string));
+        }
         let words = |all: &BTreeMap<String, Change>| {
             all.iter().map(|(name, change)| (name.clone(), word(*change))).collect()
         };
         Self {
-            replaceable: found.obstacles.is_empty(),
+            replaceable: obstacles.is_empty(),
             functions: words(&found.functions),
             data: words(&found.data),
-            obstacles: found.obstacles.iter().map(ToString::to_string).collect(),
+            obstacles,
+            layouts_compared,
         }
     }
 
@@ -58,6 +67,11 @@ impl Report {
         page.line([plain(format_args!("{same} of {} functions are unchanged", self.functions.len()))]);
         for obstacle in &self.obstacles {
             page.line([red(obstacle)]);
+        }
+        if !self.layouts_compared {
+            page.line([red(
+                "the layouts of structures were not compared: an object has no debug information",
+            )]);
         }
         if self.replaceable {
             page.line([green("nothing but functions needs to be replaced")]);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use patcher::image::{Contents, KernelImage, StaticCall, StaticKey, unpack};
 use patcher::object::relocatable::MAX_OBJECT;
-use patcher::object::{Object, compare, match_image};
+use patcher::object::{Layouts, Object, compare, match_image};
 use serde_json::json;
 
 use crate::boot::kernel::MAX_FILE;
@@ -115,13 +115,14 @@ fn print(command: &KernelCommand) -> Result<ExitStatus, Error> {
 /// What differs between two objects.
 fn compared(before: &Path, after: &Path) -> Result<comparing::Report, Error> {
     let (first, second) = (bytes(before, MAX_OBJECT)?, bytes(after, MAX_OBJECT)?);
+    let layouts = Layouts::read(&first).and_then(|one| Ok((one, Layouts::read(&second)?)));
     let broken = |path: &Path| {
         let path = path.to_owned();
         |source| Error::Object { path, source }
     };
     let first = Object::parse(&first).map_err(broken(before))?;
     let second = Object::parse(&second).map_err(broken(after))?;
-    Ok(comparing::Report::new(&compare(&first, &second).map_err(broken(after))?))
+    Ok(comparing::Report::new(&compare(&first, &second).map_err(broken(after))?, layouts))
 }
 
 /// What an object has to do with a kernel.

@@ -16,6 +16,8 @@ use crate::task_lists::{Guest, PER_CPU, STACK, STACKS, image, offsets, symbol, t
 /// Where the pages of kprobes' copies are described, and such a page.
 const PAGES: u64 = 0xffff_8880_0040_0000;
 const COPIES: u64 = 0xffff_ffff_c100_0000;
+/// Where the monitor has its own.
+const OWN_COPIES: Gva = Gva(0xffff_ffff_c200_0000);
 /// Where a tracer keeps return addresses.
 const KEPT: u64 = 0xffff_8880_0050_0000;
 /// What no function is at.
@@ -205,7 +207,7 @@ fn a_task_is_found_by_each_thing_that_shows_it() {
     let inside = symbol(&image, "schedule") + 3;
     let trampoline = symbol(&image, "return_to_handler");
     type Shows = (&'static str, u64, Why, fn(&Guest<'_>, u64, u64));
-    let shown: [Shows; 5] = [
+    let shown: [Shows; 6] = [
         ("a word of a sleeper", 3, Why::Function(0), |guest, inside, _| guest.set(stack_of(3, 1), inside)),
         ("a word of who runs", 1, Why::Function(0), |guest, inside, _| guest.set(stack_of(1, 1), inside)),
         ("within a trampoline", 3, Why::Trampoline, |guest, _, trampoline| {
@@ -216,6 +218,7 @@ fn a_task_is_found_by_each_thing_that_shows_it() {
             guest.set(KEPT, inside);
         }),
         ("a copy", 3, Why::Slot, |guest, _, _| guest.set(stack_of(3, 2), COPIES + 5)),
+        ("a copy of the monitor's", 3, Why::Slot, |guest, _, _| guest.set(stack_of(3, 2), OWN_COPIES.0 + 5)),
     ];
     for (what, number, why, show) in shown {
         for moved in [false, true] {
@@ -225,7 +228,8 @@ fn a_task_is_found_by_each_thing_that_shows_it() {
             guest.set(PAGES + own.slot_page, COPIES);
             guest.set(task(3) + own.ret_stack, KEPT);
             let place = Place::find(&kernel, "schedule").expect("a function");
-            let code = OldCode::of(&kernel, &guest, &[place]).expect("it is read");
+            let code = OldCode::of(&kernel, &guest, &[place], Some(OWN_COPIES..Gva(OWN_COPIES.0 + 0x100)))
+                .expect("it is read");
             let mut check = StackCheck::new(code);
             let mut stacks = GuestStacks::new(TaskReader::new(&kernel, &guest).expect("a reader"));
             if !moved {

@@ -292,11 +292,11 @@ async fn body(
             }
             body.extend_from_slice(&data);
         }
-        Ok(body)
+        Ok::<_, Box<dyn Error + Send + Sync>>(body)
     };
     match timeout(BODY_TIME, all).await {
         Ok(Ok(body)) => Ok((body, permit)),
-        Ok(Err(error)) if Box::<dyn Error + Send + Sync>::is::<LengthLimitError>(&error) => {
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
             // The plan's own refusal has a code; it needs to see that the plan is too long.
             Ok((vec![b' '; MAX_BYTES + 1], permit))
         }

@@ -7,6 +7,7 @@ use tests::bare::{
     Bare, CODE, KERNEL_STACK, Outcome, PAGE, PRESENT, Ring, TABLE, USER, USER_STACK, WRITABLE, handler,
 };
 use tests::lab::Lab;
+use vmm::memory::layout::{ARENA, CODE_PAGES, CONSTANT_PAGES, DATA_PAGES};
 
 use super::Test;
 
@@ -198,21 +199,37 @@ fn frame(bare: &Bare) -> Result<[u64; 5]> {
     Ok(words)
 }
 
-/// Writes to the arena have no effect, and the guest goes on or takes an exception.
+/// Writes to the arena, to new code and to its constants have no effect, and the guest goes on or takes an
+/// exception. Those to its data have theirs.
 fn arena(lab: &Lab) -> Result<()> {
-    const ARENA: u64 = vmm::memory::layout::ARENA;
-    // mov [rdi], rax; and movq [rdi], xmm0, which Linux 6.1's KVM does not emulate: #UD.
-    for code in [STORE, &[0x66, 0x0f, 0xd6, 0x07]] {
+    // mov [rdi], rax; movq [rdi], xmm0, which Linux 6.1's KVM does not emulate: #UD; and mov dx, 0x5000; insb,
+    // which it does, up to the write.
+    let codes: [&[u8]; 3] = [STORE, &[0x66, 0x0f, 0xd6, 0x07], &[0x66, 0xba, 0, 0x50, 0x6c]];
+    for (part, code) in
+        [ARENA, CODE_PAGES, CONSTANT_PAGES].into_iter().flat_map(|part| codes.map(|code| (part, code)))
+    {
         let bare = Bare::new(lab, Ring::Kernel, code)?.registers([VALUE, 0, 0, FIRST * PAGE]);
-        bare.map(FIRST, ARENA | PRESENT | WRITABLE)?;
-        bare.ram.write(Gpa(ARENA), &[0x55; 8])?;
-        let found = bare.run().with_context(|| format!("{code:02x?}"))?;
-        let is_ud = code != STORE && matches!(found, Outcome::Exception { vector: 6, .. });
-        let there: [u8; 8] = bare.read(ARENA)?;
+        bare.map(FIRST, part | PRESENT | WRITABLE)?;
+        bare.ram.write(Gpa(part), &[0x55; 8])?;
+        let found = bare.run().with_context(|| format!("{part:x}: {code:02x?}"))?;
+        let is_ud = code == codes[1] && matches!(found, Outcome::Exception { vector: 6, .. });
+        let there: [u8; 8] = bare.read(part)?;
         ensure!(
             (found == Outcome::End || is_ud) && there == [0x55; 8],
-            "{code:02x?}: {found:x?}, {there:x?}"
+            "{part:x}: {code:02x?}: {found:x?}, {there:x?}"
         );
+    }
+    // Across two pages, the first of which is guarded.
+    for (part, is_written) in
+        [(ARENA, false), (CODE_PAGES, false), (CONSTANT_PAGES, false), (DATA_PAGES, true)]
+    {
+        let bare = Bare::new(lab, Ring::Kernel, STORE)?.registers([VALUE, 0, 0, STRADDLE]);
+        bare.map(SECOND, part | PRESENT | WRITABLE)?;
+        bare.ram.write(Gpa(part), &[0x55; 8])?;
+        bare.protect(FIRST)?;
+        let (found, there) = (bare.run().with_context(|| format!("{part:x}"))?, bare.word(part)?);
+        let expected = if is_written { 0x5555_1122_3344_5566 } else { 0x5555_5555_5555_5555 };
+        ensure!(found == Outcome::End && there == expected, "{part:x}: {found:x?}, {there:x}");
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ use tests::vm::{Method, Setup, Vm, audit_log};
 use vmm::host::kick_signal::KICK;
 use vmm::host::sandbox::calls::{self, EVERY_THREAD, Group, When};
 use vmm::host::thread::Thread;
-use vmm::memory::layout::ARENA_SIZE;
+use vmm::memory::layout::MONITORS;
 
 use super::Test;
 
@@ -111,9 +111,12 @@ fn confined(lab: &Lab) -> Result<()> {
             _ => {}
         }
     }
-    // RAM and the arena, mapped twice, in however many pieces: the system joins neighbours.
+    // RAM and the monitor's memory, mapped twice, in however many pieces: the system joins neighbours.
     let ram = info["memory_mib"].as_u64().context("its memory")? << 10;
-    ensure!(kib == 2 * (ram + (ARENA_SIZE >> 10)), "{kib} KiB of guest memory are mapped");
+    ensure!(
+        kib == 2 * (ram + ((MONITORS.end - MONITORS.start) >> 10)),
+        "{kib} KiB of guest memory are mapped"
+    );
     ensure!(guest.iter().all(|flags| flags.split(' ').any(|flag| flag == "dd")), "dumped: {guest:?}");
     let limits = fs::read_to_string(format!("/proc/{}/limits", vm.pid()))?;
     let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;

@@ -216,6 +216,13 @@ impl GuestKernel {
         Some((entry, load(entry)?))
     }
 
+    /// Whether a page can be mapped without being executable: the kernel has mapped its read-only data so
+    /// (Linux arch/x86/mm/init_64.c, `mark_rodata_ro`), which it does only with EFER.NXE set.
+    #[must_use]
+    pub fn maps_no_execute(&self) -> bool {
+        self.tables.is_marked_no_execute(self.banner.0, |entry| self.ram.load_u64(entry).ok())
+    }
+
     /// Sets a page-table entry that has the value `old`.
     ///
     /// # Errors
@@ -227,7 +234,7 @@ impl GuestKernel {
     }
 
     /// The guest's RAM.
-    pub(super) fn ram(&self) -> &GuestRam {
+    pub(crate) fn ram(&self) -> &GuestRam {
         &self.ram
     }
 

@@ -17,7 +17,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::memory::GuestRam;
-use crate::memory::layout::{ARENA, KVM_IDENTITY_MAP, KVM_TSS};
+use crate::memory::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
 /// Why KVM or a VM of it can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -153,12 +153,12 @@ impl Vm {
     }
 }
 
-/// The arena is the monitor's: the guest only reads and executes it. A write has no effect, as one to ROM
-/// (KVM API 4.35, `KVM_MEM_READONLY`; [`crate::kvm::exit::Exit::MemoryOut`]).
+/// The arena, new code and its constants are the monitor's: the guest only reads and executes them. A write
+/// has no effect, as one to ROM (KVM API 4.35, `KVM_MEM_READONLY`; [`crate::kvm::exit::Exit::MemoryOut`]).
 fn regions(ram: &GuestRam) -> impl Iterator<Item = kvm_userspace_memory_region> {
     (0..).zip(ram.slots()).map(|(slot, part)| kvm_userspace_memory_region {
         slot,
-        flags: if part.guest == ARENA { KVM_MEM_READONLY } else { 0 },
+        flags: if part.read_only { KVM_MEM_READONLY } else { 0 },
         guest_phys_addr: part.guest,
         memory_size: part.bytes,
         userspace_addr: part.host,

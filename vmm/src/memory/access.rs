@@ -10,7 +10,7 @@ use patcher::addr::{Gpa, Gva};
 use smallvec::SmallVec;
 
 use crate::memory::GuestRam;
-use crate::memory::paging::{Entry, Mapping, PageTables, Piece};
+use crate::memory::paging::{Entry, Mapping, NO_EXECUTE, PageTables, Piece};
 
 // CR0 (SDM volume 3, 2.5).
 const CR0_WP: u64 = 1 << 16;
@@ -37,7 +37,6 @@ const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
-const NO_EXECUTE: u64 = 1 << 63;
 /// The lowest address bit of an entry that maps a large page: bit 12 is PAT.
 const LARGE_BASE: u64 = 13;
 
@@ -185,7 +184,7 @@ impl Rules {
             || large && (entry.level > 2 || entry.value & low != 0)
     }
 
-    /// Walks to all pages of a range. Each must be RAM.
+    /// Walks to all pages of a range. Each must be RAM, for a write RAM that the guest may write to.
     ///
     /// # Errors
     /// What the processor would not do.
@@ -202,7 +201,11 @@ impl Rules {
             let here = at.plus(done).ok_or(Denied { at, error_code: None })?;
             let reached = self.reach(here, kind, mode, |entry| ram.load_u64(entry).ok())?;
             let place = reached.mapping.at;
-            if !ram.contains(place) {
+            let is_there = match kind {
+                Kind::Write => ram.takes_guest_writes(place),
+                Kind::Read | Kind::Fetch => ram.contains(place),
+            };
+            if !is_there {
                 return Err(Denied { at: here, error_code: None });
             }
             let size = usize::try_from(reached.mapping.left).unwrap_or(usize::MAX).min(length - done);
@@ -250,6 +253,7 @@ impl Range {
             let (old, new) = (entry.value.to_le_bytes(), marked.to_le_bytes());
             // Two pages have their upper entries in common.
             may_write(entry.at)
+                && ram.takes_guest_writes(entry.at)
                 && matches!(ram.exchange(entry.at, &old, &new), Ok(Ok(())) | Ok(Err(_)))
                 && ram.load_u64(entry.at).is_ok_and(|now| now == marked)
         })
@@ -260,6 +264,7 @@ impl Range {
 mod tests {
     use super::*;
     use crate::memory::PAGE;
+    use crate::memory::layout::{ARENA, CODE_PAGES, CONSTANT_PAGES, DATA_PAGES};
 
     const PML4: u64 = 0x1000;
     const PDPT: u64 = 0x2000;
@@ -421,5 +426,29 @@ mod tests {
         guest.page(12, ALL);
         let beyond = rules.range(&guest.ram, Gva(13 * PAGE - 1), 2, Kind::Write, Mode::User).err();
         assert_eq!(beyond.map(|denied| denied.at), Some(Gva(13 * PAGE)));
+    }
+
+    #[test]
+    fn what_the_guest_can_not_write_to_is_not_written_for_it() {
+        let guest = Guest::new(ALL);
+        guest.page(10, ALL);
+        let map = |to: u64| guest.ram.write(Gpa(TABLE + 8 * 11), &(to | ALL).to_le_bytes()).expect("RAM");
+        let rules = Rules::of(&guest.sregs, 0).expect("64-bit paging");
+        let range = |kind| rules.range(&guest.ram, Gva(11 * PAGE - 2), 4, kind, Mode::User);
+        for part in [ARENA, CODE_PAGES, CONSTANT_PAGES] {
+            map(part);
+            let denied = range(Kind::Write).err();
+            assert_eq!(denied, Some(Denied { at: Gva(11 * PAGE), error_code: None }), "{part:#x}");
+            assert!(range(Kind::Read).is_ok() && range(Kind::Fetch).is_ok(), "{part:#x}");
+        }
+        map(DATA_PAGES);
+        assert!(range(Kind::Write).is_ok());
+        // A page table in constants, that maps their page to RAM.
+        let entry = (10 * PAGE) | ALL;
+        guest.ram.write(Gpa(CONSTANT_PAGES), &entry.to_le_bytes()).expect("RAM");
+        guest.ram.write(Gpa(DIRECTORY), &(CONSTANT_PAGES | ALL).to_le_bytes()).expect("RAM");
+        let range = rules.range(&guest.ram, Gva(0), 4, Kind::Write, Mode::User).expect("RAM");
+        assert!(!range.mark(&guest.ram, |_| true));
+        assert_eq!(guest.ram.load_u64(Gpa(CONSTANT_PAGES)).expect("RAM"), entry);
     }
 }

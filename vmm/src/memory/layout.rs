@@ -5,9 +5,13 @@
 //! 0x0000_6000  PVH start info           0x0010_0000  bzImage (its protected-mode part)
 //! 0x0000_7000  zero page                0x0100_0000  vmlinux, usually
 //! 0x0000_9000  page tables              ...          initrd, at the top of low RAM
-//! 0x0002_0000  command line             0xc000_0000  gap for devices, up to 4 GiB; the arena
-//! 0x0009_fc00  end of base memory       0x1_0000_0000  rest of RAM
+//! 0x0002_0000  command line             0xc000_0000  gap for devices, up to 4 GiB; in it, the monitor's:
+//! 0x0009_fc00  end of base memory         0xd000_0000  arena
+//!                                         0xd020_0000  pages for new code, constants and data
+//!                                       0x1_0000_0000  rest of RAM
 //! ```
+
+use std::ops::Range;
 
 /// Boot GDT.
 pub const GDT: u64 = 0x500;
@@ -42,6 +46,18 @@ pub const DEVICE_GAP_END: u64 = 1 << 32;
 pub const ARENA: u64 = 0xd000_0000;
 /// Size of the arena in bytes: one large page.
 pub const ARENA_SIZE: u64 = 2 << 20;
+/// Pages for new code, behind the arena (see [`crate::patch::code_pages`]).
+pub const CODE_PAGES: u64 = ARENA + ARENA_SIZE;
+/// Pages for its constants.
+pub const CONSTANT_PAGES: u64 = CODE_PAGES + PAGES_SIZE;
+/// Pages for its data: of the monitor's memory, the part that the guest may write to.
+pub const DATA_PAGES: u64 = CONSTANT_PAGES + PAGES_SIZE;
+/// Size of each of the three in bytes: one large page.
+pub const PAGES_SIZE: u64 = 2 << 20;
+/// The monitor's memory in the guest: what the guest's memory map does not list.
+pub const MONITORS: Range<u64> = ARENA..DATA_PAGES + PAGES_SIZE;
+/// The part of it that the guest can't write to.
+pub const READ_ONLY: Range<u64> = ARENA..DATA_PAGES;
 /// I/O APIC of KVM's in-kernel irqchip: the PC's usual address (Linux arch/x86/kvm/ioapic.h,
 /// `IOAPIC_DEFAULT_BASE_ADDRESS`).
 pub const IO_APIC: u32 = 0xfec0_0000;

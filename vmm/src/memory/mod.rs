@@ -31,7 +31,9 @@ use vm_memory::{
     GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory,
 };
 
-use crate::memory::layout::{ARENA, ARENA_SIZE, DEVICE_GAP, DEVICE_GAP_END};
+use crate::memory::layout::{
+    ARENA, ARENA_SIZE, CODE_PAGES, DATA_PAGES, DEVICE_GAP, DEVICE_GAP_END, MONITORS, PAGES_SIZE, READ_ONLY,
+};
 
 /// Size of a page, in bytes.
 pub const PAGE: u64 = 4096;
@@ -85,6 +87,8 @@ pub struct Slot {
     pub bytes: u64,
     /// Start in the guest view.
     pub host: u64,
+    /// Whether the guest can't write to it.
+    pub read_only: bool,
 }
 
 /// A guest-physical range and where its content is in the file.
@@ -103,17 +107,25 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Creates `bytes` of zeroed RAM, split around the device gap below 4 GiB, and the arena.
+    /// Creates `bytes` of zeroed RAM, split around the device gap below 4 GiB, and the monitor's
+    /// memory.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::Map`] or [`Error::Arrange`].
     pub fn new(bytes: u64) -> Result<Self, Error> {
-        let size = bytes + ARENA_SIZE;
+        let size = bytes + (MONITORS.end - MONITORS.start);
         let (file, _) = ram_file::zeroed(size).map_err(|source| Error::File { bytes: size, source })?;
         let low = bytes.min(DEVICE_GAP);
         let mut parts = vec![
             Backing { guest: 0, file_offset: 0, bytes: low },
             Backing { guest: ARENA, file_offset: bytes, bytes: ARENA_SIZE },
+            // Not with the arena, whose slot is remade.
+            Backing {
+                guest: CODE_PAGES,
+                file_offset: bytes + (CODE_PAGES - ARENA),
+                bytes: DATA_PAGES - CODE_PAGES,
+            },
+            Backing { guest: DATA_PAGES, file_offset: bytes + (DATA_PAGES - ARENA), bytes: PAGES_SIZE },
         ];
         if bytes > low {
             parts.push(Backing { guest: DEVICE_GAP_END, file_offset: low, bytes: bytes - low });
@@ -121,7 +133,7 @@ impl GuestRam {
         Ok(Self { guest_view: map(&file, &parts)?, monitor_view: map(&file, &parts)? })
     }
 
-    /// The memory slots for KVM: RAM and the arena.
+    /// The memory slots for KVM: RAM and the monitor's memory.
     pub fn slots(&self) -> Vec<Slot> {
         self.guest_view
             .iter()
@@ -129,15 +141,16 @@ impl GuestRam {
                 guest: region.start_addr().0,
                 bytes: region.len(),
                 host: region.as_ptr() as u64,
+                read_only: READ_ONLY.contains(&region.start_addr().0),
             })
             .collect()
     }
 
-    /// The RAM that the guest's memory map lists, so without the arena: start and size in bytes of
-    /// each region.
+    /// The RAM that the guest's memory map lists, so without the monitor's: start and size in bytes
+    /// of each region.
     pub fn usable_ram(&self) -> impl Iterator<Item = (u64, u64)> {
         let regions = self.monitor_view.iter().map(|region| (region.start_addr().0, region.len()));
-        regions.filter(|(start, _)| *start != ARENA)
+        regions.filter(|(start, _)| !MONITORS.contains(start))
     }
 
     /// The monitor's view, for loaders.
@@ -270,10 +283,16 @@ impl GuestRam {
         done.map_err(|error| Error::Protect { at, source: error.into() })
     }
 
-    /// Whether a byte is RAM or arena.
+    /// Whether a byte is RAM or the monitor's.
     #[must_use]
     pub fn contains(&self, at: Gpa) -> bool {
         self.monitor_view.address_in_range(GuestAddress(at.0))
+    }
+
+    /// Whether the guest may write there: to RAM, and of the monitor's memory to the pages for data.
+    #[must_use]
+    pub fn takes_guest_writes(&self, at: Gpa) -> bool {
+        self.contains(at) && !READ_ONLY.contains(&at.0)
     }
 }
 
@@ -300,15 +319,21 @@ fn map(file: &File, parts: &[Backing]) -> Result<GuestMemoryMmap, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::layout::CONSTANT_PAGES;
 
     #[test]
     fn ram_is_split_around_the_device_gap_and_both_ends_work() {
         let ram = GuestRam::new(DEVICE_GAP + 2 * PAGE).expect("RAM");
         let slots = ram.slots();
-        assert_eq!(slots.len(), 3);
-        assert_eq!((slots[0].guest, slots[0].bytes), (0, DEVICE_GAP));
-        assert_eq!((slots[1].guest, slots[1].bytes), (ARENA, ARENA_SIZE));
-        assert_eq!((slots[2].guest, slots[2].bytes), (DEVICE_GAP_END, 2 * PAGE));
+        let found: Vec<_> = slots.iter().map(|slot| (slot.guest, slot.bytes, slot.read_only)).collect();
+        let expected = [
+            (0, DEVICE_GAP, false),
+            (ARENA, ARENA_SIZE, true),
+            (CODE_PAGES, 2 * PAGES_SIZE, true),
+            (DATA_PAGES, PAGES_SIZE, false),
+            (DEVICE_GAP_END, 2 * PAGE, false),
+        ];
+        assert_eq!(found, expected);
         let usable: Vec<_> = ram.usable_ram().collect();
         assert_eq!(usable, [(0, DEVICE_GAP), (DEVICE_GAP_END, 2 * PAGE)]);
         let last = Gpa(DEVICE_GAP_END + 2 * PAGE - 8);
@@ -316,6 +341,33 @@ mod tests {
         assert_eq!(ram.load_u64(last).expect("read"), 0x1122_3344_5566_7788);
         assert!(matches!(ram.write(Gpa(DEVICE_GAP), &[0]), Err(Error::Access { .. })));
         assert!(matches!(ram.write(Gpa(DEVICE_GAP_END + 2 * PAGE - 1), &[0, 0]), Err(Error::Access { .. })));
+    }
+
+    #[test]
+    fn no_two_regions_share_memory() {
+        let ram = GuestRam::new(DEVICE_GAP + 2 * PAGE).expect("RAM");
+        let ends = |slot: &Slot| [slot.guest, slot.guest + slot.bytes - 8];
+        let words: Vec<u64> = ram.slots().iter().flat_map(ends).collect();
+        for at in &words {
+            ram.write(Gpa(*at), &at.to_le_bytes()).expect("written");
+        }
+        for at in words {
+            assert_eq!(ram.load_u64(Gpa(at)).expect("read"), at);
+        }
+    }
+
+    #[test]
+    fn the_guest_writes_to_ram_and_to_pages_for_data() {
+        let ram = GuestRam::new(16 * PAGE).expect("RAM");
+        for may in [0, 16 * PAGE - 1, DATA_PAGES, MONITORS.end - 1] {
+            assert!(ram.takes_guest_writes(Gpa(may)), "{may:#x}");
+        }
+        for not in [ARENA, CODE_PAGES - 1, CODE_PAGES, CONSTANT_PAGES - 1, CONSTANT_PAGES, DATA_PAGES - 1] {
+            assert!(ram.contains(Gpa(not)) && !ram.takes_guest_writes(Gpa(not)), "{not:#x}");
+        }
+        for nowhere in [16 * PAGE, ARENA - 1, MONITORS.end, DEVICE_GAP_END] {
+            assert!(!ram.takes_guest_writes(Gpa(nowhere)), "{nowhere:#x}");
+        }
     }
 
     /// The flags are those of `/proc/self/smaps` (proc_pid_smaps(5), `VmFlags`).

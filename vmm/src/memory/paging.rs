@@ -17,6 +17,8 @@ const CR4_LA57: u64 = 1 << 12;
 const PRESENT: u64 = 1;
 /// PS: the entry maps a page of 2 MiB or 1 GiB (SDM volume 3, tables 4-16 and 4-18).
 const LARGE: u64 = 1 << 7;
+/// XD: no instruction is fetched from there, if EFER.NXE is set; else it is reserved (SDM volume 3, 4.6).
+pub(crate) const NO_EXECUTE: u64 = 1 << 63;
 /// Bits 12 to 51 hold the address: MAXPHYADDR is at most 52 (SDM volume 3, 4.1.4).
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -132,6 +134,16 @@ impl PageTables {
             table = value & ADDRESS;
         }
         None
+    }
+
+    /// Whether an address is mapped, and an entry on the way there says that it holds no code.
+    pub fn is_marked_no_execute(self, address: Gva, load: impl Fn(Gpa) -> Option<u64>) -> bool {
+        let mut marked = false;
+        let mapping = self.walk(address, load, |entry| {
+            marked |= entry.value & NO_EXECUTE != 0;
+            true
+        });
+        mapping.is_some() && marked
     }
 
     /// Whether the upper bits of an address are copies of the highest one that is translated.
@@ -333,6 +345,22 @@ mod tests {
         assert_eq!(entry(KERNEL), Some(Gpa(0x3000 + 8 * 9)));
         assert_eq!(entry(KERNEL - (1 << 30)), None, "a large page");
         assert_eq!(entry(KERNEL - (2 << 30)), None, "nothing there");
+    }
+
+    #[test]
+    fn a_page_without_code_is_marked_at_any_level() {
+        let marked = |at: usize, present: u64| {
+            let mut entries =
+                [(0x1000 + 8 * 511, 0x2003), (0x2000 + 8 * 510, 0x3003), (0x3000 + 8 * 9, 0x0060_0082)];
+            entries[2].1 |= present;
+            if let Some(entry) = entries.get_mut(at) {
+                entry.1 |= NO_EXECUTE;
+            }
+            let memory: HashMap<u64, u64> = entries.into();
+            FOUR.is_marked_no_execute(Gva(KERNEL), |at| memory.get(&at.0).copied())
+        };
+        assert_eq!([0, 1, 2, 3].map(|at| marked(at, PRESENT)), [true, true, true, false]);
+        assert!(!marked(2, 0), "it is not mapped");
     }
 
     #[test]

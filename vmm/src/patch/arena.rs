@@ -18,7 +18,7 @@ use crate::memory::layout::{ARENA, ARENA_SIZE};
 
 /// Present, accessed, dirty, large; neither writable nor for user space, and executable
 /// (SDM volume 3, table 4-18).
-const READ_EXECUTE: u64 = 1 | 1 << 5 | 1 << 6 | 1 << 7;
+pub(super) const READ_EXECUTE: u64 = 1 | 1 << 5 | 1 << 6 | 1 << 7;
 /// The most that the kernel's own gigabyte has.
 const ENTRIES: u64 = 512;
 

@@ -28,6 +28,7 @@ use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::patch::arena::GuestArena;
 use crate::patch::audit::Audit;
+use crate::patch::code_pages::CodePages;
 use crate::patch::doors::Gate;
 use crate::patch::driver::Driver;
 use crate::patch::image::{Image, Unread};
@@ -54,6 +55,8 @@ pub struct Engine {
     pub(super) driver: Box<dyn Driver>,
     /// Copies of instructions; mapped into the guest when first needed.
     pub(super) arena: Option<GuestArena>,
+    /// New code, and what belongs to it.
+    pub(super) code_pages: Option<CodePages>,
     image: Arc<Image>,
     /// Where the kernel was found, while the vCPU that found it waits.
     located: Option<Located>,
@@ -99,6 +102,7 @@ impl Engine {
             host: machine.host(),
             driver,
             arena: None,
+            code_pages: None,
             image,
             located: None,
             has_syscalls: false,
@@ -215,7 +219,8 @@ impl Engine {
 
     /// Forgets the guest's kernel, and what the monitor has in its memory: the guest runs another.
     pub(super) fn forget_kernel(&mut self) {
-        (self.kernel, self.arena, self.must_reconcile, self.looks) = (None, None, false, LOOKS);
+        (self.kernel, self.arena, self.code_pages) = (None, None, None);
+        (self.must_reconcile, self.looks) = (false, LOOKS);
     }
 
     /// The guest's kernel, once it has set up system calls.

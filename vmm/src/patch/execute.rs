@@ -17,7 +17,8 @@ use crate::patch::engine::Engine;
 use crate::patch::executor::{Executor, PATIENCE};
 use crate::patch::kernel_locks::wait_while_taken;
 use crate::patch::outcome::change_by;
-use crate::text_guard::split_at_pages;
+use crate::sync::rendezvous::Rendezvous;
+use crate::text_guard::{Guard, split_at_pages};
 
 impl Engine {
     /// Runs the program of a resolved plan that was given at `given_at`.
@@ -94,14 +95,17 @@ impl Engine {
         })
     }
 
-    /// Maps the arena, if it is not mapped yet. vCPUs are held meanwhile: the guest's page tables are not
-    /// protected as its text is, and must be those of the kernel that was found.
+    /// Maps the arena, if it is not mapped yet.
     fn map_arena(&mut self, kernel: &GuestKernel) -> Result<(), String> {
         let Some(arena) = self.arena.as_mut().filter(|arena| !arena.is_mapped()) else { return Ok(()) };
-        let held = self.rendezvous.hold(PATIENCE).map_err(|error| error.to_string());
-        let mapped = held.and_then(|()| self.guard.check(kernel)).and_then(|()| arena.map(kernel));
-        self.rendezvous.release();
-        mapped
+        map_held(&self.rendezvous, &self.guard, kernel, || arena.map(kernel))
+    }
+
+    /// Maps the pages for new code, if they are not mapped yet.
+    #[expect(dead_code)]
+    pub(super) fn map_code_pages(&mut self, kernel: &GuestKernel) -> Result<(), String> {
+        let Some(pages) = self.code_pages.as_mut().filter(|pages| !pages.is_mapped()) else { return Ok(()) };
+        map_held(&self.rendezvous, &self.guard, kernel, || pages.map(kernel))
     }
 
     /// Emits an event that says what became of a program.
@@ -117,6 +121,20 @@ impl Engine {
             Details { who: None, patch: Some(report.name.clone()), what }
         });
     }
+}
+
+/// Changes the guest's page tables. vCPUs are held meanwhile: the tables are not protected as text is, and must
+/// be those of the kernel that was found.
+fn map_held(
+    rendezvous: &Rendezvous,
+    guard: &Guard,
+    kernel: &GuestKernel,
+    map: impl FnOnce() -> Result<(), String>,
+) -> Result<(), String> {
+    let held = rendezvous.hold(PATIENCE).map_err(|error| error.to_string());
+    let mapped = held.and_then(|()| guard.check(kernel)).and_then(|()| map());
+    rendezvous.release();
+    mapped
 }
 
 /// What a report says of a program's end.

@@ -18,6 +18,7 @@ mod apply;
 pub mod arena;
 mod audit;
 mod audited;
+pub mod code_pages;
 pub mod controller;
 mod doors;
 pub mod driver;

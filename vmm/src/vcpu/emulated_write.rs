@@ -5,16 +5,15 @@
 use patcher::addr::Gpa;
 
 use crate::guest::vcpu_state::VcpuRegisters;
-use crate::memory::layout::{ARENA, ARENA_SIZE};
 use crate::text_guard::{Attempt, Write, split_at_pages};
 use crate::vcpu::Vcpu;
 
 impl Vcpu {
-    /// Does a write of KVM's to RAM. One to where no RAM is, and one to the arena, has no effect.
+    /// Does a write of KVM's to RAM. One to where no RAM is, and one to what of the monitor's
+    /// memory is read-only, has no effect.
     pub(super) fn emulated_write(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), String> {
         let pieces = split_at_pages([(at, bytes.len())]);
-        let is_guests = |at: Gpa| self.vm.ram().contains(at) && !(ARENA..ARENA + ARENA_SIZE).contains(&at.0);
-        if !pieces.iter().all(|(at, _)| is_guests(*at)) {
+        if !pieces.iter().all(|(at, _)| self.vm.ram().takes_guest_writes(*at)) {
             return Ok(());
         }
         if pieces.iter().any(|(at, _)| self.guard.is_init_gate(*at)) {

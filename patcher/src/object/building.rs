@@ -634,6 +634,10 @@ impl<'a, 'o> Builder<'a, 'o> {
         let all = functions.flat_map(|function| {
             let Some(Outcome::Matches { at }) = self.functions.get(function.name) else { return Vec::new() };
             let section = &self.before.sections()[function.section];
+            // Init code is gone by now.
+            if purpose(section.name) != Purpose::Resident {
+                return Vec::new();
+            }
             let end = function.offset + function.bytes.len();
             let fields = section.relocations_in(function.offset, end).iter();
             let returns = fields.filter(|field| self.before.symbol(field).name == RETURN_THUNK);

@@ -47,6 +47,14 @@ fn before() -> Source {
             ),
             Part::function("user", &code(&[&[0xe8, 0, 0, 0, 0], &[0xc3]]), &[(1, CALL, "main", -4)]).global(),
             Part::new("counter", ".data", Kind::Data, &[7, 0, 0, 0], &[]),
+            // It is freed once the kernel is up, and something else is there then.
+            Part::new(
+                "start",
+                ".init.text",
+                Kind::Function,
+                &[0xe9, 0, 0, 0, 0],
+                &[(1, CALL, "__x86_return_thunk", -4)],
+            ),
             Part::new("table", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, "helper", 0)]),
         ],
         strings: vec!["old".into()],
@@ -95,7 +103,7 @@ fn after() -> Source {
         Part::new("state", ".bss", Kind::Data, &[0; 16], &[]),
         Part::new("names", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, ".LC1", 0)]),
     ]);
-    source.parts[5].fields[0].to = "right".into();
+    source.parts[6].fields[0].to = "right".into();
     source.strings.push("new".into());
     source
 }
@@ -179,8 +187,8 @@ fn new_code_refers_to_the_same_things_as_its_object() {
 #[test]
 fn the_address_of_a_replaced_function_is_the_old_one() {
     let (before, mut after) = (before(), after());
-    after.parts[6].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
-    after.parts[6].fields = Part::function("", &[], &[(3, SIGNED, "main", 0)]).fields;
+    after.parts[7].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+    after.parts[7].fields = Part::function("", &[], &[(3, SIGNED, "main", 0)]).fields;
     let linked = Linked::new(&[&before], &ELSEWHERE);
     let placed = placed(&built(&before, &after, &linked).expect("it can be replaced"));
     let expected = miniature::BASE + linked.offset("main") as u64 + SLIDE;
@@ -191,7 +199,7 @@ fn the_address_of_a_replaced_function_is_the_old_one() {
 fn a_function_whose_cold_piece_changes_is_replaced() {
     let before = after();
     let mut changed = before.clone();
-    changed.parts[5].fields[0].to = "left".into();
+    changed.parts[6].fields[0].to = "left".into();
     let linked = Linked::new(&[&before], &ELSEWHERE);
     let placed = placed(&built(&before, &changed, &linked).expect("it can be replaced"));
     assert_eq!(placed.functions.len(), 1);
@@ -213,7 +221,7 @@ fn what_can_not_be_replaced_is_refused() {
     };
     refused(
         "a symbol that the kernel does not have",
-        |after| after.parts[5].fields[0].to = "nowhere".into(),
+        |after| after.parts[6].fields[0].to = "nowhere".into(),
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "nowhere"),
     );
     refused(
@@ -237,12 +245,12 @@ fn what_can_not_be_replaced_is_refused() {
     );
     refused(
         "code where nothing may leave",
-        |after| after.parts[6].section = ".noinstr.text".into(),
+        |after| after.parts[7].section = ".noinstr.text".into(),
         |unfit| matches!(unfit, Unfit::NotLeft { function, .. } if function == "fresh"),
     );
     refused(
         "code for the start",
-        |after| after.parts[6].section = ".init.text".into(),
+        |after| after.parts[7].section = ".init.text".into(),
         |unfit| matches!(unfit, Unfit::Obstacle(Obstacle::InitChanged { name }) if name == "fresh"),
     );
     refused(

@@ -107,14 +107,21 @@ impl<'a> SiteChecker<'a> {
         if old == new {
             return Err(Refusal::NothingToDo { at });
         }
-        let (old_inside, new_inside) = (boundaries(&old, at), boundaries(&new, at));
+        // No task stands in the old function, its entry included, when the site changes: all stacks are searched. Behind the
+        // jump to the new one nothing is reached.
+        let (old_inside, new_inside) = match needs {
+            Needs::Left => (Vec::new(), Vec::new()),
+            _ => (boundaries(&old, at), boundaries(&new, at)),
+        };
         if !old_inside.is_empty() || !new_inside.is_empty() {
             required::several_instructions(self.kernel.image.profile())?;
         }
         // Where spinlocks are taken and released no task sleeps or is preempted (`expand::paravirt`).
         let may_leave = needs != Needs::Unlocked;
-        self.sleepers.keep_out(&old, at, &old_inside, may_leave)?;
-        self.sleepers.keep_out(&new, at, &new_inside, may_leave)?;
+        if needs != Needs::Left {
+            self.sleepers.keep_out(&old, at, &old_inside, may_leave)?;
+            self.sleepers.keep_out(&new, at, &new_inside, may_leave)?;
+        }
         let may_fault = self.bypass && self.kernel.may_fault(at);
         let offset = at.offset_from(function.start).unwrap_or(0);
         // Of several names of a function, report the one that the plan uses.

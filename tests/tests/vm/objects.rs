@@ -164,7 +164,6 @@ fn refused(lab: &Lab) -> Result<()> {
     for (name, says) in [
         ("warn", "version_proc_show warns or stops the kernel"),
         ("key", "loadavg_proc_show has a static key"),
-        ("keyed", "uptime_proc_show has a static key"),
         ("data", "the initial value or size of overflowuid changed"),
         ("layout", "the layout of struct eventpoll differs"),
     ] {

@@ -74,7 +74,7 @@ pub(super) fn search<E>(
     let found = |occupant: &Occupant| {
         let Occupant { task, word, why } = *occupant;
         let (pid, comm) = stacks.task(task).map(|task| (task.pid, task.comm.clone())).unwrap_or_default();
-        let symbol = view.identify(word).or_else(|| in_new_code(places, word));
+        let symbol = in_new_code(places, word).or_else(|| view.identify(word));
         FoundTask { pid, comm, address: word, symbol, why }
     };
     Ok(occupants.map(|occupants| Found {
@@ -86,7 +86,10 @@ pub(super) fn search<E>(
 
 /// An address in code of the monitor's, as `function+0xoffset`.
 fn in_new_code(places: &[Place], at: Gva) -> Option<String> {
-    let is_in = |place: &&Place| place.pieces.iter().any(|piece| piece.start <= at && at <= piece.end);
+    let is_in = |place: &&Place| {
+        // It has no entry that leads elsewhere.
+        place.code.is_empty() && place.pieces.iter().any(|piece| piece.start <= at && at <= piece.end)
+    };
     let place = places.iter().find(is_in)?;
     Some(format!("{}+{:#x}", place.name, at.offset_from(place.code.start)?))
 }

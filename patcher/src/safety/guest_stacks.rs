@@ -49,6 +49,10 @@ pub struct GuestStacks<'a> {
     vcpus: Vec<(VcpuId, Position)>,
     /// The tasks when they were last listed.
     tasks: BTreeMap<TaskId, Task>,
+    /// On whose stacks the vCPUs in the kernel stand.
+    on_stacks: BTreeMap<TaskId, VcpuId>,
+    /// The vCPU that stands where nothing can be told, when it was last looked.
+    unsettled: Option<VcpuId>,
     /// How many stacks were read.
     pub stacks_read: usize,
 }
@@ -57,14 +61,35 @@ impl<'a> GuestStacks<'a> {
     /// Of a guest that runs.
     #[must_use]
     pub fn new(reader: TaskReader<'a>) -> Self {
-        Self { reader, vcpus: Vec::new(), tasks: BTreeMap::new(), stacks_read: 0 }
+        Self {
+            reader,
+            vcpus: Vec::new(),
+            tasks: BTreeMap::new(),
+            on_stacks: BTreeMap::new(),
+            unsettled: None,
+            stacks_read: 0,
+        }
     }
 
     /// From now on all vCPUs are held, and stand there.
     pub fn held(&mut self, vcpus: Vec<(VcpuId, Position)>) {
         self.vcpus = vcpus;
         self.tasks.clear();
+        self.on_stacks.clear();
+        self.unsettled = None;
         self.stacks_read = 0;
+    }
+
+    /// The vCPU in the kernel that stands on a task's stack, when it was last looked.
+    #[must_use]
+    pub fn on_stack_of(&self, task: TaskId) -> Option<VcpuId> {
+        self.on_stacks.get(&task).copied()
+    }
+
+    /// The vCPU because of which nothing could be told, if it was one.
+    #[must_use]
+    pub fn unsettled(&self) -> Option<VcpuId> {
+        self.unsettled
     }
 
     /// A task that was listed.
@@ -152,12 +177,14 @@ impl Stacks for GuestStacks<'_> {
             let own =
                 below.filter(|(base, _)| **base != Gva(0) && *rsp < end(base) && rsp.0.is_multiple_of(8));
             let (Some((base, task)), Some(cpu)) = (own, cpu) else {
+                self.unsettled = Some(*vcpu);
                 let what = format!("vCPU {} serves an interrupt, or enters or leaves the kernel", vcpu.0);
                 return Err(Unread::Unsettled(what));
             };
             let left = end(base).offset_from(*rsp).unwrap_or(0);
             let words = read_words(self.reader.memory(), *rsp, left)?;
             running.push(Running { task: *task, words: [vec![rip.0], words].concat() });
+            self.on_stacks.insert(*task, *vcpu);
             cpus.push(*cpu);
         }
         let others = self.in_user_mode(&running, &cpus)?;

@@ -15,13 +15,19 @@ use crate::guest::kernel::GuestKernel;
 use crate::guest::per_cpu;
 use crate::guest::vcpu_state::VcpuRegisters;
 use crate::patch::kernel_locks::await_free;
-use crate::patch::task_search::{FoundTask, search};
+use crate::patch::task_search::{FoundTask, Holder, search};
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
 /// Least time to wait for vCPUs that leave the guest slowly: a rollback must be able to fence after
 /// the deadline.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long vCPUs that stand wrong go on at first, until it is looked again.
+const SLICE: Duration = Duration::from_micros(50);
+const LONGEST_SLICE: Duration = Duration::from_millis(10);
+/// Longest time to hold some vCPUs while others go on.
+const ROUND: Duration = Duration::from_millis(200);
 
 /// A running guest as the target of one program.
 pub struct Executor<'m> {
@@ -72,15 +78,11 @@ impl<'m> Executor<'m> {
     /// a lock gets it sooner when nothing else wants it. One of them may wait for a vCPU that is
     /// held, so from time to time all go on for a while, longer each time.
     fn inspect_vcpus(&mut self, condition: &Condition) -> Result<(), StepError> {
-        const SHORTEST: Duration = Duration::from_micros(50);
-        const LONGEST: Duration = Duration::from_millis(10);
-        /// Longest time to hold some vCPUs while others go on.
-        const ROUND: Duration = Duration::from_millis(200);
-        let mut pause = SHORTEST;
+        let mut pause = SLICE;
         loop {
             let began = Instant::now();
             let mut inspected = self.rendezvous.vcpus();
-            let mut slice = SHORTEST;
+            let mut slice = SLICE;
             let offender = loop {
                 let vcpus = self.synchronize(|r, patience| r.inspect(&inspected, patience))?;
                 let offenders = per_cpu::offenders(condition, self.kernel, &vcpus)
@@ -95,7 +97,7 @@ impl<'m> Executor<'m> {
                 inspected = offenders.into_iter().map(|offender| offender.vcpu).collect();
                 self.rendezvous.excuse(&inspected);
                 std::thread::sleep(slice);
-                slice = LONGEST.min(slice * 2);
+                slice = LONGEST_SLICE.min(slice * 2);
             };
             self.rendezvous.release();
             if self.is_late() {
@@ -106,7 +108,7 @@ impl<'m> Executor<'m> {
                 return Err(StepError::NotQuiesced { vcpu: offender.vcpu, place, why: offender.why });
             }
             std::thread::sleep(pause);
-            pause = LONGEST.min(pause * 2);
+            pause = LONGEST_SLICE.min(pause * 2);
         }
     }
 
@@ -121,11 +123,8 @@ impl<'m> Executor<'m> {
         let (kernel, copies) = (self.kernel, self.copies.clone());
         let (mut pause, mut occupied) = (SHORTEST, None);
         loop {
-            let found = search(kernel, &condition.tasks_outside, copies.as_ref(), || {
-                self.inspect_vcpus(condition)?;
-                let all = self.rendezvous.vcpus();
-                self.synchronize(|rendezvous, patience| rendezvous.inspect(&all, patience))
-            });
+            let mut rounds = Rounds { executor: self, condition, began: Instant::now(), slice: SLICE };
+            let found = search(kernel, &condition.tasks_outside, copies.as_ref(), &mut rounds);
             let unsettled = match found {
                 Ok(Ok(found)) if found.tasks.is_empty() => return Ok(()),
                 Ok(Ok(found)) => {
@@ -179,6 +178,41 @@ impl<'m> Executor<'m> {
         self.calls.set(0);
         let patience = self.until.saturating_duration_since(Instant::now()).max(PATIENCE);
         fence(self.rendezvous, patience).map_err(|error| StepError::Host { what: error.to_string() })
+    }
+}
+
+/// Holds all vCPUs once each stands where the condition allows, and has those go on, for one round, whose tasks stand
+/// where none may.
+struct Rounds<'e, 'm> {
+    executor: &'e mut Executor<'m>,
+    condition: &'e Condition,
+    began: Instant,
+    slice: Duration,
+}
+
+impl Holder for Rounds<'_, '_> {
+    type Error = StepError;
+
+    fn hold(&mut self) -> Result<Vec<(VcpuId, VcpuRegisters)>, StepError> {
+        self.executor.inspect_vcpus(self.condition)?;
+        self.began = Instant::now();
+        let all = self.executor.rendezvous.vcpus();
+        self.executor.synchronize(|rendezvous, patience| rendezvous.inspect(&all, patience))
+    }
+
+    fn let_on(&mut self, vcpus: &[VcpuId]) -> Result<Option<Vec<(VcpuId, VcpuRegisters)>>, StepError> {
+        let executor = &mut *self.executor;
+        let is_wanted = executor.guard.is_some_and(Guard::has_waiting_vcpu);
+        if is_wanted || self.began.elapsed() > ROUND || executor.is_late() {
+            return Ok(None);
+        }
+        executor.rendezvous.excuse(vcpus);
+        std::thread::sleep(self.slice);
+        self.slice = LONGEST_SLICE.min(self.slice * 2);
+        let moved = executor.synchronize(|rendezvous, patience| rendezvous.inspect(vcpus, patience))?;
+        let offenders = per_cpu::offenders(self.condition, executor.kernel, &moved);
+        let offenders = offenders.map_err(|what| StepError::Host { what })?;
+        Ok(offenders.is_empty().then_some(moved))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use patcher::addr::VcpuId;
 use patcher::safety::guest_stacks::Unread;
 use patcher::safety::old_code::Place;
 use patcher::safety::stack_check::Why;
@@ -9,8 +10,10 @@ use patcher::safety::stack_check::Why;
 use crate::api::command::Answer;
 use crate::api::inside::{Inside, InsideFunction, InsideQuery, InsideTask, InsideWhy};
 use crate::api::wire::us;
+use crate::guest::vcpu_state::VcpuRegisters;
 use crate::patch::engine::{Engine, refused};
-use crate::patch::task_search::{FoundTask, search};
+use crate::patch::task_search::{FoundTask, Holder, search};
+use crate::sync::rendezvous::{FenceError, Rendezvous};
 
 /// How long a moment is waited for at which it can be told who stands inside.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -19,6 +22,25 @@ const SHORTEST: Duration = Duration::from_micros(200);
 const LONGEST: Duration = Duration::from_millis(20);
 /// Longest time for vCPUs to report where they stand.
 const REPORTS: Duration = Duration::from_secs(1);
+
+/// Holds the vCPUs for one look: who stands inside is asked for, and nobody is waited for.
+struct Once<'e> {
+    rendezvous: &'e Rendezvous,
+    held: Option<Instant>,
+}
+
+impl Holder for Once<'_> {
+    type Error = FenceError;
+
+    fn hold(&mut self) -> Result<Vec<(VcpuId, VcpuRegisters)>, FenceError> {
+        self.held = Some(Instant::now());
+        self.rendezvous.inspect(&self.rendezvous.vcpus(), REPORTS)
+    }
+
+    fn let_on(&mut self, _: &[VcpuId]) -> Result<Option<Vec<(VcpuId, VcpuRegisters)>>, FenceError> {
+        Ok(None)
+    }
+}
 
 impl Engine {
     /// Searches until there is a moment at which it can be told.
@@ -36,11 +58,9 @@ impl Engine {
         let (mut attempts, mut pause) = (0, SHORTEST);
         loop {
             attempts += 1;
-            let mut held = None;
-            let found = search(&kernel, &places, copies.as_ref(), || {
-                held = Some(Instant::now());
-                self.rendezvous.inspect(&self.rendezvous.vcpus(), REPORTS)
-            });
+            let mut once = Once { rendezvous: &self.rendezvous, held: None };
+            let found = search(&kernel, &places, copies.as_ref(), &mut once);
+            let held = once.held;
             if held.is_some() {
                 self.rendezvous.release();
             }

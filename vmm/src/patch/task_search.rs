@@ -1,6 +1,7 @@
 //! Searches all tasks of the guest for those that stand in functions: while it runs, and then, of those that
 //! moved, while all vCPUs are held.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use patcher::addr::{Gva, VcpuId};
@@ -36,21 +37,42 @@ pub(super) struct FoundTask {
     pub(super) why: Why,
 }
 
-/// Searches. `copies` is where the monitor has copies of instructions. `hold` holds all vCPUs and returns where they stand; they stay held, so release them.
+/// Holds all vCPUs, or lets some of those that are held go on for a moment and holds them again.
+pub(super) trait Holder {
+    /// What keeps it from that.
+    type Error;
+
+    /// Holds all vCPUs and returns where they stand. They stay held, so release them.
+    ///
+    /// # Errors
+    /// What keeps it from that.
+    fn hold(&mut self) -> Result<Vec<(VcpuId, VcpuRegisters)>, Self::Error>;
+
+    /// Lets these vCPUs go on for a moment, and returns where they stand then. `None` if that is not to be done any more.
+    ///
+    /// # Errors
+    /// As [`Holder::hold`].
+    fn let_on(&mut self, vcpus: &[VcpuId]) -> Result<Option<Vec<(VcpuId, VcpuRegisters)>>, Self::Error>;
+}
+
+/// Searches. `copies` is where the monitor has copies of instructions. All vCPUs are held afterwards, so release them.
+///
+/// A vCPU that stands outside stays held while those inside go on: of several that are inside half of their time, all
+/// are seldom outside at the same time.
 ///
 /// # Errors
-/// What `hold` returned. Inside: why nothing is known, perhaps only now.
-pub(super) fn search<E>(
+/// What `holder` returned. Inside: why nothing is known, perhaps only now.
+pub(super) fn search<H: Holder>(
     kernel: &GuestKernel,
     places: &[Place],
     copies: Option<&Range<Gva>>,
-    hold: impl FnOnce() -> Result<Vec<(VcpuId, VcpuRegisters)>, E>,
-) -> Result<Result<Found, Unread>, E> {
+    holder: &mut H,
+) -> Result<Result<Found, Unread>, H::Error> {
     let view = kernel.kernel();
     // Without it no vCPU's CPU is known.
     let per_cpu = PerCpu::find(kernel).ok();
-    let memory = CachedTranslations::of(kernel);
-    let memory = Bounded::new(&memory, WORK);
+    let translations = CachedTranslations::of(kernel);
+    let memory = Bounded::new(&translations, WORK);
     let code = || OldCode::of(&view, &memory, places, copies.cloned());
     let reader = match TaskReader::new(&view, &memory) {
         Ok(reader) => reader,
@@ -62,15 +84,29 @@ pub(super) fn search<E>(
         Ok(before) => before,
         Err(unread) => return Ok(Err(unread)),
     };
-    let vcpus = hold()?;
-    stacks
-        .held(vcpus.iter().map(|(vcpu, registers)| (*vcpu, position(per_cpu.as_ref(), registers))).collect());
-    // Kprobes may have come meanwhile, and copies of instructions with them.
-    let unchanged = code().map_err(Unread::from).map(|now| check.is_of(&now));
-    let occupants = unchanged.and_then(|unchanged| match unchanged {
-        true => check.occupants(&mut stacks),
-        false => Err(Unread::Unsettled("the guest's kprobes change".to_owned())),
-    });
+    let mut positions: BTreeMap<VcpuId, Position> = BTreeMap::new();
+    let mut news = holder.hold()?;
+    let occupants = loop {
+        let moved = news.iter().map(|(vcpu, registers)| (*vcpu, position(per_cpu.as_ref(), registers)));
+        positions.extend(moved);
+        translations.forget();
+        stacks.held(positions.iter().map(|(vcpu, position)| (*vcpu, *position)).collect());
+        // Kprobes may have come meanwhile, and copies of instructions with them.
+        let unchanged = code().map_err(Unread::from).map(|now| check.is_of(&now));
+        let occupants = unchanged.and_then(|unchanged| match unchanged {
+            true => check.occupants(&mut stacks),
+            false => Err(Unread::Unsettled("the guest's kprobes change".to_owned())),
+        });
+        let inside = who_goes_on(&occupants, &stacks);
+        // What is left must do for another look.
+        if inside.is_empty() || memory.left() < WORK / 2 {
+            break occupants;
+        }
+        match holder.let_on(&inside)? {
+            Some(moved) => news = moved,
+            None => break occupants,
+        }
+    };
     let found = |occupant: &Occupant| {
         let Occupant { task, word, why } = *occupant;
         let (pid, comm) = stacks.task(task).map(|task| (task.pid, task.comm.clone())).unwrap_or_default();
@@ -82,6 +118,19 @@ pub(super) fn search<E>(
         looked_at,
         again: stacks.stacks_read,
     }))
+}
+
+/// The vCPUs that stand inside, or where nothing can be told; none if a task that does not run stands inside, which
+/// may need any vCPU to come out.
+fn who_goes_on(occupants: &Result<Vec<Occupant>, Unread>, stacks: &GuestStacks<'_>) -> Vec<VcpuId> {
+    match occupants {
+        Ok(occupants) => {
+            let vcpus = occupants.iter().map(|occupant| stacks.on_stack_of(occupant.task));
+            vcpus.collect::<Option<_>>().unwrap_or_default()
+        }
+        Err(Unread::Unsettled(_)) => stacks.unsettled().into_iter().collect(),
+        Err(Unread::Refused(_)) => Vec::new(),
+    }
 }
 
 /// An address in code of the monitor's, as `function+0xoffset`.

@@ -446,22 +446,22 @@ impl<'a, 'o> Builder<'a, 'o> {
         from: (usize, &'a str),
         start: usize,
     ) -> Option<Field> {
-        let (target, addend) = self.target(relocation, bias as i64, how, from)?;
+        let (target, addend) = self.target(relocation, bias as u64, how, from)?;
         let (offset, form) = (relocation.offset - start, relocation.form);
-        Some(Field { offset, form, target, addend: addend.wrapping_sub(bias as i64) })
+        Some(Field { offset, form, target, addend: addend.wrapping_sub_unsigned(bias as u64) })
     }
 
     /// What a relocation refers to, and how far behind its first byte.
     fn target(
         &mut self,
         relocation: &Relocation,
-        bias: i64,
+        bias: u64,
         how: Use,
         (number, from): (usize, &'a str),
     ) -> Option<(Target, i64)> {
         self.budget.spend(1)?;
         let symbol = *self.after.symbol(relocation);
-        let addend = relocation.addend.wrapping_add(bias);
+        let addend = relocation.addend.wrapping_add_unsigned(bias);
         let section = match symbol.place {
             Place::Absolute => return Some((Target::Fixed(symbol.offset), addend)),
             Place::Undefined => return Some((self.elsewhere(symbol.name, from)?, addend)),
@@ -490,14 +490,14 @@ impl<'a, 'o> Builder<'a, 'o> {
             return None;
         };
         let target = if is_function(&self.after.symbols()[to]) {
-            self.to_function(to, behind, how, (number, from))
+            self.function_target(to, behind, how, (number, from))
         } else {
-            self.to_variable(to, from)
+            self.variable_target(to, from)
         };
         Some((target?, behind))
     }
 
-    fn to_function(
+    fn function_target(
         &mut self,
         to: usize,
         behind: i64,
@@ -527,7 +527,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
     }
 
-    fn to_variable(&mut self, to: usize, from: &str) -> Option<Target> {
+    fn variable_target(&mut self, to: usize, from: &str) -> Option<Target> {
         let symbol = self.after.symbols()[to];
         let before = self.comparison.renamed.get(symbol.name).map_or(symbol.name, String::as_str);
         let change = self.comparison.data.get(before).copied();

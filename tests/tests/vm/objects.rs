@@ -7,13 +7,14 @@ use anyhow::{Context, Result, ensure};
 use patcher::plan::ObjectFile;
 use serde_json::{Value, json};
 use tests::lab::Lab;
-use tests::vm::{Method, Setup, Vm};
+use tests::vm::{Method, Setup, TRACING, Vm};
 
 use super::Test;
 
 pub(crate) const TESTS: &[Test] = &[
     ("objects::functions_are_replaced_by_new_code", replaced),
     ("objects::two_functions_change_as_one", as_one),
+    ("objects::a_traced_function_is_replaced", traced),
     ("objects::nobody_is_left_inside", left),
     ("objects::what_does_not_belong_is_refused", refused),
 ];
@@ -127,6 +128,40 @@ fn as_one(lab: &Lab) -> Result<()> {
         vm.expect_all(true)?;
         vm.revert("pair")?;
         vm.expect_all(false)?;
+    }
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+/// The guest's tracer is switched on and off before, meanwhile and after: it has its place at the old function's entry.
+fn traced(lab: &Lab) -> Result<()> {
+    const FUNCTION: &str = "cmdline_proc_show";
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    vm.mount_tracing()?;
+    vm.ask(&format!("write {TRACING}/set_ftrace_filter {FUNCTION}"))?;
+    let own = cat(&mut vm, "/proc/cmdline")?;
+    let plan = plan(lab, "cmdline")?;
+    let trace =
+        |vm: &mut Vm, tracer: &str| vm.ask(&format!("write {TRACING}/current_tracer {tracer}")).map(drop);
+    let is_traced = |vm: &mut Vm, expected: &str| -> Result<()> {
+        let line = cat(vm, "/proc/cmdline")?;
+        ensure!(line.contains(expected), "{line}, not {expected}");
+        ensure!(cat(vm, &format!("{TRACING}/trace"))?.contains(FUNCTION), "it is not traced");
+        vm.ask(&format!("write {TRACING}/trace x")).map(drop)
+    };
+    for tracer in ["function", "function_graph"] {
+        trace(&mut vm, tracer)?;
+        is_traced(&mut vm, own.trim())?;
+        let report = vm.apply(&plan)?;
+        ensure!(report["sites"][0]["symbol"] == format!("{FUNCTION}+0x5"), "{report:#}");
+        is_traced(&mut vm, "replaced: even")?;
+        trace(&mut vm, "nop")?;
+        ensure!(cat(&mut vm, "/proc/cmdline")?.starts_with("replaced: odd"), "it stays");
+        trace(&mut vm, tracer)?;
+        is_traced(&mut vm, "replaced: even")?;
+        vm.revert("cmdline")?;
+        is_traced(&mut vm, own.trim())?;
+        trace(&mut vm, "nop")?;
     }
     vm.expect_no_kernel_errors()?;
     vm.power_off()

@@ -11,7 +11,7 @@ use crate::object::Room;
 use crate::object::replacement::{RETURN, Replacement, Return, Running};
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::call_thunk::thunk;
-use crate::resolve::expand::expansion::{Brought, Expansion, Needs};
+use crate::resolve::expand::expansion::{Brought, Code, Expansion, Needs};
 use crate::resolve::expand::redirect::jump;
 use crate::safety::old_code::Place;
 
@@ -57,11 +57,40 @@ pub(crate) fn expand(
                 "the guest's kernel counts the depth of its calls (retbleed=stuff); that is not done for new code yet",
             );
         }
-        expansion.code.push(jump(kernel, text, *from, *to, false)?);
+        expansion.code.push(entry(kernel, text, name, *from, *to)?);
         old.push(Place::of(kernel, *from, name)?);
     }
     expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left });
     Ok(expansion)
+}
+
+/// The jump at the entry of an old function. It goes behind the place for the tracer, so that the guest's tracer, its
+/// BPF programs and its kprobes there go on, come and go; a BPF program calls what is behind that place. Nobody is
+/// inside when it is written, so it may take the place of several instructions.
+fn entry(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    name: &str,
+    from: Gva,
+    to: Gva,
+) -> Result<Code, Refusal> {
+    let is_switched = |code: &Code| {
+        let end = code.at.plus(code.old.len()).unwrap_or(code.at);
+        kernel.image.tables().is_patched_from(kernel.linked(code.at), kernel.linked(end))
+    };
+    let behind = jump(kernel, text, from, to, true)?;
+    if !is_switched(&behind) {
+        return Ok(behind);
+    }
+    let first = jump(kernel, text, from, to, false)?;
+    if kernel.is_fentry(first.at) {
+        return Ok(first);
+    }
+    Err(Refusal::NotReplaceable {
+        what: format!(
+            "{name} begins with code that the guest's kernel changes itself, so a jump can't stay there"
+        ),
+    })
 }
 
 /// How functions of the object return in the running kernel.

@@ -1,5 +1,7 @@
 //! New code for functions of a kernel, as it is before it has a place: pieces, and what their fields refer to.
 
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
 use crate::addr::Gva;
 use crate::insn::{self, INT3};
 use crate::object::relocation::Form;
@@ -135,6 +137,19 @@ pub struct PlacedPiece {
     pub bytes: Vec<u8>,
     /// Whether it is code.
     pub is_code: bool,
+}
+
+impl Serialize for PlacedPiece {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let code = if self.is_code { insn::disassemble(&self.bytes, self.at) } else { Vec::new() };
+        let mut fields = serializer.serialize_struct("PlacedPiece", 5)?;
+        fields.serialize_field("name", &self.name)?;
+        fields.serialize_field("at", &self.at)?;
+        fields.serialize_field("kind", if self.is_code { "code" } else { "data" })?;
+        fields.serialize_field("bytes", &self.bytes.len())?;
+        fields.serialize_field("code", &code)?;
+        fields.end()
+    }
 }
 
 /// Why a replacement can't be placed.

@@ -112,8 +112,8 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
             }
         }
     };
-    let locks = plan.patchers.locks.clone();
-    Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, blockers, locks, steps })
+    let (locks, brings) = (plan.patchers.locks.clone(), plan.brings.clone());
+    Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, brings, blockers, locks, steps })
 }
 
 /// Selects the reachable boundaries inside a site, before or after the change.

@@ -100,6 +100,12 @@ fn by_the_command_line(lab: &Lab, vm: &mut Vm) -> Result<()> {
     let objects = ["--before", before.as_str(), "--after", after.as_str()];
     let (code, text) = run(&[&["check"][..], &objects].concat())?;
     ensure!(code == Some(0) && text.contains("cmdline_proc_show"), "{code:?}: {text}");
+    let (code, text) = run(&[&["explain"][..], &objects].concat())?;
+    for told in
+        ["replaced_line at 0x", "(code, ", "replaced_next at 0x", "(data, 8 bytes)", "release all vCPUs"]
+    {
+        ensure!(code == Some(0) && text.contains(told), "{told}: {code:?}: {text}");
+    }
     let (code, text) =
         run(&[&["apply", "--name", "named", "--deadline-ms", "20000"][..], &objects].concat())?;
     ensure!(code == Some(0) && text.contains("named"), "{code:?}: {text}");

@@ -195,6 +195,7 @@ mod tests {
             reason: "",
             sites: Vec::new(),
             copies: Vec::new(),
+            brings: Vec::new(),
             blockers: Vec::new(),
             locks: vec![LOCK],
             steps: Vec::new(),

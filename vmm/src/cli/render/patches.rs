@@ -80,6 +80,13 @@ impl Render for Fits {
 impl Render for Program {
     fn render(&self, page: &mut Page) {
         sites(page, &self.sites);
+        for piece in &self.brings {
+            let what = format_args!(" ({}, {} bytes)", piece.kind, piece.bytes);
+            page.line([plain("  "), bold(&piece.name), plain(format_args!(" at {}", piece.at)), plain(what)]);
+            for line in &piece.code {
+                page.line([plain("      "), green(line)]);
+            }
+        }
         let fences = plain(format_args!(", {} fences", self.fences));
         page.line([plain("  "), how(self.strategy, &self.reason), fences]);
         for (number, step) in (1..).zip(&self.steps) {

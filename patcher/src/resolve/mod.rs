@@ -9,12 +9,14 @@
 
 mod check;
 pub mod expand;
+mod replaced;
 mod required;
 mod resolved_plan;
 mod shape;
 mod supplies;
 pub mod targets;
 
+pub use replaced::in_replaced;
 pub use resolved_plan::ResolvedPlan;
 pub use supplies::Supplies;
 

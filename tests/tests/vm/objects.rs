@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use patcher::plan::ObjectFile;
 use serde_json::{Value, json};
 use tests::lab::Lab;
+use tests::patches::redirect_plan;
 use tests::vm::{Method, Setup, TRACING, Vm};
 
 use super::Test;
@@ -15,6 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("objects::functions_are_replaced_by_new_code", replaced),
     ("objects::two_functions_change_as_one", as_one),
     ("objects::a_traced_function_is_replaced", traced),
+    ("objects::a_staged_plan_is_committed", staged),
     ("objects::nobody_is_left_inside", left),
     ("objects::what_does_not_belong_is_refused", refused),
 ];
@@ -82,6 +84,25 @@ fn replaced(lab: &Lab) -> Result<()> {
     ensure!(cat(&mut vm, "/proc/version")?.starts_with("replaced"), "the other one stays");
     vm.revert("version")?;
     ensure!(cat(&mut vm, "/proc/version")?.starts_with("Linux"), "it is the kernel's own again");
+    // Newer code over new code: it leads to the newer, and back to the new.
+    vm.apply(&cmdline)?;
+    let line = |vm: &mut Vm, expected: &str| -> Result<()> {
+        let line = cat(vm, "/proc/cmdline")?;
+        ensure!(line.trim() == format!("replaced: {expected}"), "{line}, not {expected}");
+        Ok(())
+    };
+    line(&mut vm, "even")?;
+    let mut newer = cmdline.clone();
+    newer["name"] = json!("newer");
+    vm.refused("overlapping_sites", &newer)?;
+    newer["over"] = json!(["cmdline"]);
+    vm.apply(&newer)?;
+    line(&mut vm, "even")?;
+    let (status, answer) = vm.request(Method::POST, "/patches/cmdline/revert", b"")?;
+    ensure!(status == 409 && answer["refusals"][0]["code"] == "covered", "{status}: {answer:#}");
+    vm.revert("newer")?;
+    line(&mut vm, "odd")?;
+    vm.revert("cmdline")?;
     by_the_command_line(lab, &mut vm)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
@@ -169,6 +190,65 @@ fn traced(lab: &Lab) -> Result<()> {
         is_traced(&mut vm, own.trim())?;
         trace(&mut vm, "nop")?;
     }
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+/// What is staged is checked once more, and committed, dropped or kept.
+fn staged(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    vm.hammer("getppid", 0, 1)?;
+    let post = |vm: &Vm, path: &str, body: &str| vm.request(Method::POST, path, body.as_bytes());
+    let state = |vm: &Vm, name: &str| -> Result<Value> {
+        let (_, patches) = vm.request(Method::GET, "/patches", b"")?;
+        let found = patches.as_array().into_iter().flatten().find(|patch| patch["name"] == name);
+        Ok(found.map_or(Value::Null, |patch| patch["state"].clone()))
+    };
+    // One that brings an object and one that does not, for the same function.
+    let (new, other) = (plan(lab, "getppid")?, redirect_plan("other", Some("breakpoint")));
+    for plan in [&new, &other] {
+        let (status, report) = post(&vm, "/patches/stage", &plan.to_string())?;
+        ensure!(status == 200 && report["state"] == "staged", "{status}: {report:#}");
+        ensure!(report["sites"].as_array().is_some_and(|sites| sites.len() == 1), "{report:#}");
+        let name = plan["name"].as_str().context("a name")?;
+        ensure!(state(&vm, name)? == "staged", "{name}");
+        let (status, answer) = post(&vm, "/patches", &plan.to_string())?;
+        ensure!(status == 409 && answer["refusals"][0]["code"] == "name_taken", "{status}: {answer:#}");
+    }
+    vm.expect_all(false)?;
+    for _ in 0..3 {
+        let (status, report) = post(&vm, "/patches/getppid/commit", "")?;
+        ensure!(status == 200 && report["state"] == "applied", "{status}: {report:#}");
+        println!("committed: {}", report["timing"]);
+        vm.expect_all(true)?;
+        // It stood on the old code when it was staged.
+        let (status, answer) = post(&vm, "/patches/other/commit", "")?;
+        ensure!(status == 409, "{status}: {answer:#}");
+        ensure!(state(&vm, "other")? == "staged", "it is kept");
+        vm.revert("getppid")?;
+        vm.expect_all(false)?;
+        let (status, report) = post(&vm, "/patches/stage", &new.to_string())?;
+        ensure!(status == 200, "its name is free again: {status}: {report:#}");
+    }
+    let (status, report) = post(&vm, "/patches/other/commit", "")?;
+    ensure!(status == 200 && report["state"] == "applied", "{status}: {report:#}");
+    println!("committed: {}", report["timing"]);
+    vm.expect_all(true)?;
+    vm.revert("other")?;
+    let (status, answer) = post(&vm, "/patches/getppid/drop", "")?;
+    ensure!(status == 200, "{status}: {answer:#}");
+    for verb in ["commit", "drop"] {
+        let (status, answer) = post(&vm, &format!("/patches/getppid/{verb}"), "")?;
+        ensure!(status == 404 && answer["refusals"][0]["code"] == "not_staged", "{status}: {answer:#}");
+    }
+    let waiting = json!({ "version": 1, "name": "waiting", "pending": true,
+        "patches": [{ "redirect": "nothing:f", "to": "__x64_sys_getpid" }] });
+    let (status, answer) = post(&vm, "/patches/stage", &waiting.to_string())?;
+    ensure!(status == 400 && answer["refusals"][0]["code"] == "plan_malformed", "{status}: {answer:#}");
+    let (before, after) = files(lab, "getppid")?;
+    let (status, answer) = post(&vm, "/patches/stage", &bring("swapped", after, before, 1000).to_string())?;
+    ensure!(status == 409 && answer["refusals"][0]["code"] == "build_mismatch", "{status}: {answer:#}");
+    vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
 }

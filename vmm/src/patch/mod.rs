@@ -39,6 +39,8 @@ mod reconcile;
 mod remove_arena;
 mod replaced;
 mod revert;
+mod staged;
+mod staged_set;
 mod supplies;
 mod task_search;
 mod tasks;

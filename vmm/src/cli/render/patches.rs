@@ -53,6 +53,9 @@ impl Render for Report {
             ))]);
         }
         sites(page, &self.sites);
+        if self.state == PatchState::Staged {
+            return page.line([plain("  "), how(self.strategy, &self.reason)]);
+        }
         if matches!(self.state, PatchState::Pending | PatchState::Refused) {
             return page.line([plain(format_args!("  {}, to be applied before its init runs", self.reason))]);
         }
@@ -126,6 +129,7 @@ fn state(state: PatchState) -> Span {
         PatchState::RolledBack => red("rolled_back"),
         PatchState::Held => red("held"),
         PatchState::Pending => bold("pending"),
+        PatchState::Staged => bold("staged"),
         PatchState::Refused => red("refused"),
     }
 }

@@ -3,7 +3,7 @@
 use crate::linux::Kernel;
 use crate::plan::refusal::{Pointer, Refusal, Refused};
 use crate::plan::{Patch, Plan};
-use crate::resolve::ResolvedPlan;
+use crate::resolve::resolved_plan::ResolvedPlan;
 use crate::site::{OWN, Site};
 
 /// Refuses sites, in functions that this plan or an applied one replaces, whose places were chosen by a plan: not by

@@ -22,6 +22,7 @@ use crate::object::outcome::{Match, Outcome};
 use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
 use crate::object::relocation::{Form, Relocation};
 use crate::object::replacement::{Field, NewPiece, Part, RETURN, Replaced, Replacement, Target};
+use crate::object::room::BUG_ENTRY;
 use crate::object::sections::{Purpose, purpose};
 
 /// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
@@ -40,12 +41,13 @@ const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
 /// What the compiler calls a piece of a function that is seldom executed: behind the function's name comes this.
 const COLD: &str = ".cold";
 /// Tables that the kernel looks into while it runs, by the code's address.
-const TOLD: [(&str, &str); 4] = [
-    ("__bug_table", "warns or stops the kernel (WARN, BUG)"),
+const TOLD: [(&str, &str); 3] = [
     ("__ex_table", "handles faults (exception table)"),
     ("__jump_table", "has a static key or tracepoint"),
     (".altinstructions", "has alternatives by CPU feature"),
 ];
+/// The table of what the kernel says where code warns or stops it.
+const BUGS: &str = "__bug_table";
 /// Sections whose code is entered where nothing else may run.
 const NOT_LEFT: [&str; 3] = [".noinstr", ".entry", ".cpuidle"];
 
@@ -242,16 +244,14 @@ impl<'a, 'o> Builder<'a, 'o> {
             }
         }
         let mut pieces = Vec::new();
-        while let Some(item) = self.waiting.pop_front() {
-            let piece = match item {
-                Item::Symbol(number) => self.symbol(number),
-                Item::Section(number) => Some(self.whole(number)),
-            };
-            if self.budget.is_exhausted() {
-                return Err(self.wrong);
-            }
-            pieces.extend(piece);
+        self.take_along(&mut pieces);
+        let bugs = self.bugs();
+        // The names of the files that it is in.
+        self.take_along(&mut pieces);
+        if self.budget.is_exhausted() {
+            return Err(self.wrong);
         }
+        pieces.extend(bugs);
         self.told();
         if !self.wrong.is_empty() {
             return Err(self.wrong);
@@ -263,6 +263,63 @@ impl<'a, 'o> Builder<'a, 'o> {
         let taken = self.taken.iter().copied().filter(is_entered).collect();
         let is_indirect = self.is_indirect;
         Ok(Replacement { functions, pieces, returns: self.returns(), taken, is_indirect })
+    }
+
+    /// Makes pieces of all that waits, and of what that refers to.
+    fn take_along(&mut self, pieces: &mut Vec<NewPiece>) {
+        while let Some(item) = self.waiting.pop_front().filter(|_| !self.budget.is_exhausted()) {
+            pieces.extend(match item {
+                Item::Symbol(number) => self.symbol(number),
+                Item::Section(number) => Some(self.whole(number)),
+            });
+        }
+    }
+
+    /// The entries of the table of bugs that are of code that goes along.
+    fn bugs(&mut self) -> Option<NewPiece> {
+        let mut piece = NewPiece {
+            name: BUGS.to_owned(),
+            part: Part::Bugs,
+            align: 1,
+            bytes: Vec::new(),
+            fields: Vec::new(),
+            returns: Vec::new(),
+        };
+        let after = self.after;
+        for section in after.sections().iter().filter(|section| section.name == BUGS) {
+            for (entry, fields) in section.bytes.chunks(BUG_ENTRY).zip(section.relocations.chunks(2)) {
+                let (code, file) = (fields.first()?, fields.get(1));
+                let symbol = after.symbol(code);
+                let Place::Section(place) = symbol.place else { continue };
+                let offset = symbol.offset.wrapping_add(code.addend.cast_unsigned());
+                let Some((number, function)) = self.names.covering(place, offset) else { continue };
+                let (behind, name) = (offset.wrapping_sub(function.offset).cast_signed(), function.name);
+                let Some(index) = self.items.get(&self.first(Item::Symbol(number))).copied() else {
+                    continue;
+                };
+                let start = piece.bytes.len();
+                let is_entry = |field: &Relocation, at: usize| {
+                    field.offset % BUG_ENTRY == at && field.form == Form::Relative32
+                };
+                let file =
+                    file.filter(|file| is_entry(file, 4) && is_entry(code, 0) && entry.len() == BUG_ENTRY);
+                let Some(file) = file else {
+                    self.unresolved(name, BUGS, "whose entries are not of a layout that is known");
+                    return None;
+                };
+                let code = Field {
+                    offset: start,
+                    form: Form::Relative32,
+                    target: Target::Piece(index),
+                    addend: behind,
+                };
+                let (target, addend) = self.target(file, 0, Use::Address, (number, name))?;
+                let file = Field { offset: start + 4, form: Form::Relative32, target, addend };
+                piece.fields.extend([code, file]);
+                piece.bytes.extend_from_slice(entry);
+            }
+        }
+        Some(piece).filter(|piece| !piece.bytes.is_empty())
     }
 
     /// The functions that are replaced, by their number after the change, and where the image has them.

@@ -39,6 +39,8 @@ pub(super) enum Part {
     Code,
     Constants,
     Data,
+    /// At the end of the guest's table of bugs.
+    Bugs,
 }
 
 /// Code or data that is placed as a whole.
@@ -124,6 +126,8 @@ pub struct Placed {
     pub functions: Vec<(String, Gva, Gva)>,
     /// The room that is left.
     pub left: Room,
+    /// How many entries the guest's table of bugs gets more: the word that says it, before and after.
+    pub bugs: Option<(Gva, u32, u32)>,
 }
 
 /// A piece at its place.
@@ -194,6 +198,12 @@ impl Replacement {
         &self.taken
     }
 
+    /// Whether new code warns or stops the kernel.
+    #[must_use]
+    pub fn has_bugs(&self) -> bool {
+        self.pieces.iter().any(|piece| piece.part == Part::Bugs)
+    }
+
     /// Whether new code calls or jumps by the kernel's thunks for indirect branches.
     #[must_use]
     pub fn is_indirect(&self) -> bool {
@@ -208,12 +218,18 @@ impl Replacement {
         let mut left = room.clone();
         let mut places = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
+            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes: piece.bytes.len() };
             let part = match piece.part {
                 Part::Code => &mut left.code,
                 Part::Constants => &mut left.constants,
                 Part::Data => &mut left.data,
+                Part::Bugs => {
+                    places.push(
+                        left.bugs.as_mut().and_then(|bugs| bugs.take(&piece.bytes)).ok_or_else(no_room)?,
+                    );
+                    continue;
+                }
             };
-            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes: piece.bytes.len() };
             let at = part.start.0.checked_next_multiple_of(piece.align.max(1)).map(Gva);
             let end = at.and_then(|at| at.plus(piece.bytes.len()));
             let (Some(at), Some(end)) = (at, end.filter(|end| *end <= part.end)) else {
@@ -227,7 +243,10 @@ impl Replacement {
         let live = |at: Gva| Gva(at.0.wrapping_add(running.slide));
         let functions = self.functions.iter();
         let functions = functions.map(|one| (one.name.clone(), live(one.at), places[one.piece])).collect();
-        Ok(Placed { pieces, functions, left })
+        let count = |room: &Room| room.bugs.as_ref().map(|bugs| (bugs.count, bugs.used));
+        let bugs = count(room).zip(count(&left)).map(|((at, before), (_, after))| (at, before, after));
+        let bugs = bugs.filter(|(_, before, after)| before != after);
+        Ok(Placed { pieces, functions, left, bugs })
     }
 }
 
@@ -273,6 +292,7 @@ mod tests {
             code: range(CODE, code),
             constants: range(CODE + 0x1000, 0x100),
             data: range(CODE + 0x2000, 0x100),
+            bugs: None,
         }
     }
 

@@ -75,6 +75,7 @@ mod tests {
             old: if replaces { vec![place] } else { Vec::new() },
             new: Vec::new(),
             brings: Vec::new(),
+            counts: Vec::new(),
             left: None,
             sites: vec![Site {
                 pointer: Pointer::patch(0),

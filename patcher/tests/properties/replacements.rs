@@ -5,11 +5,11 @@ use patcher::addr::Gva;
 use patcher::image::{Contents, KernelImage};
 use patcher::insn;
 use patcher::object::replacement::{Placed, PlacedPiece, Return, Running};
-use patcher::object::{Object, Obstacle, Replacement, Room, Unfit, build};
+use patcher::object::{BUG_ENTRY, BugTable, Object, Obstacle, Replacement, Room, Unfit, build};
 use proptest::prelude::*;
 
 use crate::miniature;
-use crate::sources::{ABSOLUTE, CALL, Kind, Linked, NEAR, Part, SIGNED, Source};
+use crate::sources::{ABSOLUTE, CALL, FAR, Kind, Linked, NEAR, Part, SIGNED, Source};
 
 const SLIDE: u64 = 0x20_0000;
 const PAGES: u64 = 0xffff_ffff_fee0_0000;
@@ -110,7 +110,8 @@ fn after() -> Source {
 
 fn room() -> Room {
     let part = |number: u64| Gva(PAGES + number * 0x1000)..Gva(PAGES + (number + 1) * 0x1000);
-    Room { code: part(0), constants: part(1), data: part(2) }
+    let bugs = BugTable { at: Gva(PAGES + 0x3000), count: Gva(PAGES + 0x4000), used: 3, most: 5 };
+    Room { code: part(0), constants: part(1), data: part(2), bugs: Some(bugs) }
 }
 
 fn built(before: &Source, after: &Source, linked: &Linked) -> Result<Replacement, Vec<Unfit>> {
@@ -225,18 +226,20 @@ fn what_can_not_be_replaced_is_refused() {
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "nowhere"),
     );
     refused(
-        "a WARN",
+        "a static key",
         |after| {
-            let entry = Part::new(
-                "",
-                "__bug_table",
-                Kind::Label,
-                &[0; 12],
-                &[(0, NEAR, "main", 11), (4, NEAR, ".LC1", 0)],
-            );
-            after.parts.push(entry);
+            let fields = [(0, NEAR, "main", 11), (4, NEAR, "main", 21), (8, FAR, "counter", 0)];
+            after.parts.push(Part::new("", "__jump_table", Kind::Label, &[0; 16], &fields));
         },
         |unfit| matches!(unfit, Unfit::Told { function, .. } if function == "main"),
+    );
+    refused(
+        "a table of bugs of another layout",
+        |after| {
+            let fields = [(0, NEAR, "main", 11), (8, NEAR, ".LC1", 0)];
+            after.parts.push(Part::new("", "__bug_table", Kind::Label, &[0; 12], &fields));
+        },
+        |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "__bug_table"),
     );
     refused(
         "an initial value",
@@ -277,6 +280,39 @@ fn what_can_not_be_replaced_is_refused() {
     assert!(unfit.iter().any(|unfit| matches!(unfit, Unfit::Shared { .. })), "{unfit:?}");
 }
 
+/// A WARN in new code, one in code that stays, and one in a new function.
+#[test]
+fn warnings_of_new_code_are_added_to_the_guests_table() {
+    let entry = |line: u8, function: &str, at| {
+        let bytes = [0, 0, 0, 0, 0, 0, 0, 0, line, 0, 1, 9];
+        Part::new("", "__bug_table", Kind::Label, &bytes, &[(0, NEAR, function, at), (4, NEAR, ".LC1", 0)])
+    };
+    let (mut before, mut after) = (before(), after());
+    before.strings.push("new".into());
+    before.parts.push(entry(1, "helper", 5));
+    after.parts.extend([entry(1, "helper", 5), entry(2, "main", 11), entry(3, "fresh", 5)]);
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let replacement = built(&before, &after, &linked).expect("it can be replaced");
+    assert!(replacement.has_bugs());
+    let placed = placed(&replacement);
+    let (table, strings) = (piece(&placed, "__bug_table"), piece(&placed, ".rodata.str1.1"));
+    assert_eq!(
+        (table.at, table.bytes.len(), table.is_code),
+        (Gva(PAGES + 0x3000 + 36), 2 * BUG_ENTRY, false)
+    );
+    assert_eq!(placed.bugs, Some((Gva(PAGES + 0x4000), 3, 5)));
+    for (index, function, behind) in [(0, "main", 11), (1, "fresh", 5)] {
+        let start = index * BUG_ENTRY;
+        let (code, file) = (said(table, start, Some(start)), said(table, start + 4, Some(start + 4)));
+        assert_eq!((code, file), (piece(&placed, function).at.0 + behind, strings.at.0 + 4), "{function}");
+        assert_eq!(table.bytes[start + 8..start + 12], [index as u8 + 2, 0, 1, 9]);
+    }
+    // There is room for two.
+    let running = Running { slide: SLIDE, returns: Some(Return::Plain) };
+    assert!(replacement.place(&placed.left, running).is_err());
+    assert!(replacement.place(&Room { bugs: None, ..room() }, running).is_err(), "there is no table");
+}
+
 proptest! {
     /// Whatever bytes an object has: it is refused, or what it brings lies in the room, each piece by itself, and
     /// decodes.
@@ -302,6 +338,9 @@ proptest! {
         let mut ends: Vec<(Gva, Gva)> = Vec::new();
         for piece in &placed.pieces {
             let end = piece.at.plus(piece.bytes.len()).expect("an address");
+            if piece.name == "__bug_table" {
+                continue;
+            }
             let part = if piece.is_code { &room.code } else if piece.at < room.data.start { &room.constants } else { &room.data };
             prop_assert!(part.start <= piece.at && end <= part.end, "{piece:x?}");
             let decoded: usize = insn::decode(&piece.bytes, piece.at).map(|insn| insn.len).sum();

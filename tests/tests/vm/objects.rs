@@ -16,11 +16,14 @@ pub(crate) const TESTS: &[Test] = &[
     ("objects::functions_are_replaced_by_new_code", replaced),
     ("objects::two_functions_change_as_one", as_one),
     ("objects::a_traced_function_is_replaced", traced),
+    ("objects::a_warning_in_new_code_is_told_once", warned),
     ("objects::a_staged_plan_is_committed", staged),
     ("objects::nobody_is_left_inside", left),
     ("objects::what_does_not_belong_is_refused", refused),
 ];
 
+/// A module of the guest's.
+const MODULE: &str = "pending_probe";
 /// How often a patch is applied and reverted.
 const ROUNDS: usize = 20;
 const FIFO: &str = "/tmp/fifo";
@@ -194,6 +197,34 @@ fn traced(lab: &Lab) -> Result<()> {
     vm.power_off()
 }
 
+/// The guest's kernel finds the file and the line of a `WARN_ON_ONCE` in new code, and goes on behind it. So it does
+/// with modules that come and go meanwhile.
+fn warned(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    vm.hammer("getppid", 0, 1)?;
+    let (warn, version) = (plan(lab, "warn")?, cat(&mut vm, "/proc/version")?);
+    let kernel = vm.kernel()?;
+    let release = kernel["release"].as_str().context("a release")?.to_owned();
+    for _ in 0..2 {
+        vm.apply(&warn)?;
+        for expected in [1, 0, 0] {
+            ensure!(cat(&mut vm, "/proc/version")? == version, "it goes on behind the warning");
+            let (lines, _) = vm.ask("dmesg")?;
+            let told = lines.iter().filter(|line| line.contains("WARNING: ")).collect::<Vec<_>>();
+            let is_right = |line: &&&String| line.contains(" at fs/proc/version.c:12 ");
+            ensure!(told.iter().filter(is_right).count() == expected, "{expected}: {lines:#?}");
+            ensure!(told.len() == expected, "no other warning: {lines:#?}");
+        }
+        vm.ask(&format!("load /modules/{release}/{MODULE}.ko"))?;
+        vm.ask(&format!("unload {MODULE}"))?;
+        vm.revert("warn")?;
+        ensure!(cat(&mut vm, "/proc/version")? == version, "it is the kernel's own");
+    }
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
 /// What is staged is checked once more, and committed, dropped or kept.
 fn staged(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
@@ -283,7 +314,6 @@ fn refused(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(2))?;
     vm.hammer("getppid", 0, 1)?;
     for (name, says) in [
-        ("warn", "version_proc_show warns or stops the kernel"),
         ("key", "loadavg_proc_show has a static key"),
         ("data", "the initial value or size of overflowuid changed"),
         ("layout", "the layout of struct eventpoll differs"),

@@ -18,6 +18,7 @@ mod apply;
 pub mod arena;
 mod audit;
 mod audited;
+mod bug_list;
 pub mod code_pages;
 pub mod controller;
 mod doors;

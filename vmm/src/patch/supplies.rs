@@ -41,6 +41,7 @@ impl Engine {
             pages.take(&left);
         }
         plan.brings.clear();
+        plan.counts.clear();
     }
 
     /// The room for new code in the guest.

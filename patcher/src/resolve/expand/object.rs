@@ -4,14 +4,15 @@
 use std::collections::BTreeSet;
 
 use crate::addr::Gva;
+use crate::image::profile::Capability;
 use crate::insn;
 use crate::linux::memory::{GuestMemory, read};
-use crate::linux::view::Kernel;
+use crate::linux::view::{Kernel, missing};
 use crate::object::Room;
 use crate::object::replacement::{RETURN, Replacement, Return, Running};
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::call_thunk::thunk;
-use crate::resolve::expand::expansion::{Brought, Code, Expansion, Needs};
+use crate::resolve::expand::expansion::{Brought, Code, Datum, Expansion, Needs};
 use crate::resolve::expand::redirect::jump;
 use crate::safety::old_code::Place;
 
@@ -46,6 +47,9 @@ pub(crate) fn expand(
             });
         }
     }
+    if replacement.has_bugs() {
+        kernel.image.profile().require(Capability::BugTables).map_err(missing)?;
+    }
     let running = Running { slide: kernel.slide, returns };
     let placed =
         replacement.place(room, running).map_err(|error| Refusal::NoRoom { why: error.to_string() })?;
@@ -60,7 +64,12 @@ pub(crate) fn expand(
         expansion.code.push(entry(kernel, text, name, *from, *to)?);
         old.push(Place::of(kernel, *from, name)?);
     }
-    expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left });
+    let bugs = placed.bugs.map(|(at, before, after)| Datum {
+        at,
+        old: before.to_le_bytes().to_vec(),
+        new: after.to_le_bytes().to_vec(),
+    });
+    expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left, bugs });
     Ok(expansion)
 }
 

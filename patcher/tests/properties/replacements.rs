@@ -301,11 +301,11 @@ fn warnings_of_new_code_are_added_to_the_guests_table() {
         (Gva(PAGES + 0x3000 + 36), 2 * BUG_ENTRY, false)
     );
     assert_eq!(placed.bugs, Some((Gva(PAGES + 0x4000), 3, 5)));
-    for (index, function, behind) in [(0, "main", 11), (1, "fresh", 5)] {
+    for (index, line, function, behind) in [(0, 2, "main", 11), (1, 3, "fresh", 5)] {
         let start = index * BUG_ENTRY;
         let (code, file) = (said(table, start, Some(start)), said(table, start + 4, Some(start + 4)));
         assert_eq!((code, file), (piece(&placed, function).at.0 + behind, strings.at.0 + 4), "{function}");
-        assert_eq!(table.bytes[start + 8..start + 12], [index as u8 + 2, 0, 1, 9]);
+        assert_eq!(table.bytes[start + 8..start + 12], [line, 0, 1, 9]);
     }
     // There is room for two.
     let running = Running { slide: SLIDE, returns: Some(Return::Plain) };

@@ -90,11 +90,14 @@ impl BugList {
     /// # Errors
     /// When the guest is changing the list, or it is inconsistent.
     pub(super) fn first(&self, kernel: &GuestKernel) -> Result<Gva, String> {
-        let word = |at: Gva| {
+        self.first_by(|at| {
             let mut bytes = [0; 8];
             kernel.read(at, &mut bytes).map_err(|at| format!("{at} is not mapped"))?;
-            Ok::<_, String>(u64::from_le_bytes(bytes))
-        };
+            Ok(u64::from_le_bytes(bytes))
+        })
+    }
+
+    fn first_by(&self, word: impl Fn(Gva) -> Result<u64, String>) -> Result<Gva, String> {
         if word(self.lock)? != 0 {
             return Err("the guest is loading or unloading a module; try again".to_owned());
         }
@@ -112,12 +115,92 @@ impl BugList {
     /// When a word of the list is not mapped.
     pub(super) fn link(&self, kernel: &GuestKernel, first: Gva) -> Result<(), String> {
         let memory = CachedTranslations::of(kernel);
-        let node = self.node();
-        for (at, to) in
-            [(node, first), (Gva(node.0 + 8), self.head), (Gva(first.0 + 8), node), (self.head, node)]
-        {
+        for (at, to) in self.links(first) {
             memory.write(at, &to.0.to_le_bytes()).map_err(|at| format!("{at} is not mapped"))?;
         }
         Ok(())
+    }
+
+    /// What is written where. The node leads on before anything leads to it.
+    fn links(&self, first: Gva) -> [(Gva, Gva); 4] {
+        let node = self.node();
+        [(node, first), (Gva(node.0 + 8), self.head), (Gva(first.0 + 8), node), (self.head, node)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const DATA: Gva = Gva(0xffff_ffff_fee0_0000);
+    const HEAD: Gva = Gva(0xffff_ffff_8200_0000);
+    const LOCK: Gva = Gva(0xffff_ffff_8200_0100);
+    const OFFSETS: BugOffsets = BugOffsets { node: 0x2a0, table: 0x2b0, count: 0x298 };
+
+    fn room() -> Room {
+        let none = || DATA..DATA;
+        Room { code: none(), constants: none(), data: DATA..Gva(DATA.0 + PAGES_SIZE), bugs: None }
+    }
+
+    fn list() -> BugList {
+        BugList::at(&mut room(), OFFSETS, HEAD, LOCK).expect("room")
+    }
+
+    /// A list of these nodes, and the lock.
+    fn memory(nodes: &[u64], lock: u64) -> BTreeMap<u64, u64> {
+        let all: Vec<u64> = [&[HEAD.0], nodes].concat();
+        let mut words = BTreeMap::from([(LOCK.0, lock)]);
+        for (i, node) in all.iter().enumerate() {
+            let next = all[(i + 1) % all.len()];
+            words.insert(*node, next);
+            words.insert(next + 8, *node);
+        }
+        words
+    }
+
+    fn first(words: &BTreeMap<u64, u64>) -> Result<Gva, String> {
+        list().first_by(|at| words.get(&at.0).copied().ok_or_else(|| format!("{at} is not mapped")))
+    }
+
+    #[test]
+    fn it_is_the_first_of_a_list_that_stays_whole() {
+        for nodes in [&[][..], &[0xffff_ffff_c000_1000], &[0xffff_ffff_c000_1000, 0xffff_ffff_c000_2000]] {
+            let mut words = memory(nodes, 0);
+            let found = first(&words).expect("it is whole");
+            assert_eq!(found.0, nodes.first().copied().unwrap_or(HEAD.0));
+            let links = list().links(found);
+            assert_eq!(links[3].0, HEAD, "it leads on before the head leads to it");
+            words.extend(links.map(|(at, to)| (at.0, to.0)));
+            let ours = list().node().0;
+            assert_eq!(words, memory(&[&[ours], nodes].concat(), 0));
+        }
+    }
+
+    #[test]
+    fn a_list_that_is_being_changed_or_broken_is_left_alone() {
+        let node = 0xffff_ffff_c000_1000;
+        assert!(first(&memory(&[node], 1)).expect_err("locked").contains("loading or unloading"));
+        for (at, word) in [(node + 8, node), (HEAD.0, node + 4), (HEAD.0, 0xffff_ffff_ffff_fff8)] {
+            let mut words = memory(&[node], 0);
+            words.insert(at, word);
+            assert!(first(&words).is_err(), "{at:#x}: {word:#x}");
+        }
+    }
+
+    #[test]
+    fn the_table_is_behind_what_looks_like_a_module() {
+        let mut room = room();
+        let list = BugList::at(&mut room, OFFSETS, HEAD, LOCK).expect("room");
+        assert!(list.field(OFFSETS.count).0 + 4 <= list.table.0 && list.node().0 + 16 <= list.table.0);
+        assert_eq!(room.data.start.0, list.table.0 + TABLE);
+        let far = BugOffsets { count: PAGE - 8, ..OFFSETS };
+        assert!(BugList::at(&mut room, far, HEAD, LOCK).is_err(), "it would reach into the table");
+        let ram = GuestRam::new(16 * PAGE).expect("RAM");
+        list.write(&ram, Gva(DATA.0 - 2 * PAGES_SIZE)).expect("RAM");
+        let word = |at: Gva| ram.load_u64(Gpa(DATA_PAGES + at.0 - DATA.0)).expect("RAM");
+        assert_eq!((word(list.field(OFFSETS.table)), word(list.field(OFFSETS.count))), (list.table.0, 0));
+        assert_eq!(word(list.node()), list.node().0, "nothing else until it is linked");
     }
 }

@@ -199,7 +199,7 @@ mod tests {
         assert!(BugList::at(&mut room, far, HEAD, LOCK).is_err(), "it would reach into the table");
         let ram = GuestRam::new(16 * PAGE).expect("RAM");
         list.write(&ram, Gva(DATA.0 - 2 * PAGES_SIZE)).expect("RAM");
-        let word = |at: Gva| ram.load_u64(Gpa(DATA_PAGES + at.0 - DATA.0)).expect("RAM");
+        let word = |at: Gva| ram.load_u64(Gpa(DATA_PAGES + (at.0 - DATA.0))).expect("RAM");
         assert_eq!((word(list.field(OFFSETS.table)), word(list.field(OFFSETS.count))), (list.table.0, 0));
         assert_eq!(word(list.node()), list.node().0, "nothing else until it is linked");
     }

@@ -533,11 +533,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         let covering = if matches!(symbol.kind, Kind::Function | Kind::Data) {
             Some((relocation.symbol, addend))
         } else {
-            let last = offset.checked_sub(1);
-            let found = self.names.covering(section, offset);
-            // The end of an array has no symbol of its own.
-            let found = found.or_else(|| self.names.covering(section, last?));
-            found.map(|(number, symbol)| (number, offset.wrapping_sub(symbol.offset).cast_signed()))
+            self.names.owner(section, offset)
         };
         let Some((to, behind)) = covering else {
             if is_plain && purpose(holds.name) == Purpose::Resident && !holds.bytes.is_empty() {

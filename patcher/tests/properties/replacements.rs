@@ -56,6 +56,9 @@ fn before() -> Source {
                 &[(1, CALL, "__x86_return_thunk", -4)],
             ),
             Part::new("table", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, "helper", 0)]),
+            // The number of a type; a preprocessor has counted 7 uses of its counter before it.
+            Part::new("__BTF_ID__struct__type__7", ".BTF_ids", Kind::Data, &[0; 4], &[]),
+            Part::new("ops", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, "__BTF_ID__struct__type__7", 0)]),
         ],
         strings: vec!["old".into()],
     }
@@ -103,7 +106,9 @@ fn after() -> Source {
         Part::new("state", ".bss", Kind::Data, &[0; 16], &[]),
         Part::new("names", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, ".LC1", 0)]),
     ]);
-    source.parts[6].fields[0].to = "right".into();
+    source.parts[8].fields[0].to = "right".into();
+    source.parts[6].name = "__BTF_ID__struct__type__9".into();
+    source.parts[7].fields[0].to = "__BTF_ID__struct__type__9".into();
     source.strings.push("new".into());
     source
 }
@@ -184,12 +189,24 @@ fn new_code_refers_to_the_same_things_as_its_object() {
     assert_eq!(returns, [old("main") + 16, old("helper") + 17]);
 }
 
+/// A loop that counts down ends at the place before an array.
+#[test]
+fn a_place_before_an_array_is_of_that_array() {
+    let (before, mut after) = (before(), after());
+    after.parts[9].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+    after.parts[9].fields = Part::function("", &[], &[(3, SIGNED, ".rodata.array", -8)]).fields;
+    after.parts.push(Part::new("array", ".rodata", Kind::Data, &[1; 16], &[]));
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let placed = placed(&built(&before, &after, &linked).expect("it can be replaced"));
+    assert_eq!(said(piece(&placed, "fresh"), 3, None), piece(&placed, "array").at.0 - 8);
+}
+
 /// A table may keep an address after the patch is reverted.
 #[test]
 fn the_address_of_a_replaced_function_is_the_old_one() {
     let (before, mut after) = (before(), after());
-    after.parts[7].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
-    after.parts[7].fields = Part::function("", &[], &[(3, SIGNED, "main", 0)]).fields;
+    after.parts[9].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+    after.parts[9].fields = Part::function("", &[], &[(3, SIGNED, "main", 0)]).fields;
     let linked = Linked::new(&[&before], &ELSEWHERE);
     let placed = placed(&built(&before, &after, &linked).expect("it can be replaced"));
     let expected = miniature::BASE + linked.offset("main") as u64 + SLIDE;
@@ -200,7 +217,7 @@ fn the_address_of_a_replaced_function_is_the_old_one() {
 fn a_function_whose_cold_piece_changes_is_replaced() {
     let before = after();
     let mut changed = before.clone();
-    changed.parts[6].fields[0].to = "left".into();
+    changed.parts[8].fields[0].to = "left".into();
     let linked = Linked::new(&[&before], &ELSEWHERE);
     let placed = placed(&built(&before, &changed, &linked).expect("it can be replaced"));
     assert_eq!(placed.functions.len(), 1);
@@ -222,7 +239,7 @@ fn what_can_not_be_replaced_is_refused() {
     };
     refused(
         "a symbol that the kernel does not have",
-        |after| after.parts[6].fields[0].to = "nowhere".into(),
+        |after| after.parts[8].fields[0].to = "nowhere".into(),
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "nowhere"),
     );
     refused(
@@ -248,12 +265,12 @@ fn what_can_not_be_replaced_is_refused() {
     );
     refused(
         "code where nothing may leave",
-        |after| after.parts[7].section = ".noinstr.text".into(),
+        |after| after.parts[9].section = ".noinstr.text".into(),
         |unfit| matches!(unfit, Unfit::NotLeft { function, .. } if function == "fresh"),
     );
     refused(
         "code for the start",
-        |after| after.parts[7].section = ".init.text".into(),
+        |after| after.parts[9].section = ".init.text".into(),
         |unfit| matches!(unfit, Unfit::Obstacle(Obstacle::InitChanged { name }) if name == "fresh"),
     );
     refused(

@@ -16,6 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("objects::functions_are_replaced_by_new_code", replaced),
     ("objects::two_functions_change_as_one", as_one),
     ("objects::a_traced_function_is_replaced", traced),
+    ("objects::init_runs_on_new_code", early),
     ("objects::a_warning_in_new_code_is_told_once", warned),
     ("objects::a_staged_plan_is_committed", staged),
     ("objects::nobody_is_left_inside", left),
@@ -193,6 +194,28 @@ fn traced(lab: &Lab) -> Result<()> {
         is_traced(&mut vm, own.trim())?;
         trace(&mut vm, "nop")?;
     }
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
+/// `--patch` with a plan that names its objects by their files, counted from its folder.
+fn early(lab: &Lab) -> Result<()> {
+    let (folder, pair) = (tempfile::tempdir()?, lab.objects("getppid")?);
+    for (name, from) in [("before.o", pair.before), ("after.o", pair.after)] {
+        std::fs::copy(from, folder.path().join(name))?;
+    }
+    let plan = json!({ "version": 1, "name": "early", "deadline_ms": 60_000,
+        "patches": [{ "object": { "before": "before.o", "after": "after.o" } }] });
+    let path = folder.path().join("plan.json");
+    std::fs::write(&path, plan.to_string())?;
+    let arguments = vec!["--patch-or-stop".to_owned(), path.display().to_string()];
+    let mut vm = Vm::start(lab, &Setup { arguments, ..Setup::cpus(4) })?;
+    // Init asks for its parent's id before anything else, and its parent is itself now.
+    ensure!(vm.greeting.contains("ppid=1"), "init started unpatched: {}", vm.greeting);
+    vm.hammer("getppid", 0, 1)?;
+    vm.expect_all(true)?;
+    vm.revert("early")?;
+    vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
 }

@@ -528,6 +528,7 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.align();
     let livepatches = k.here().to_le_bytes();
     k.put("klp_ops", b'd', &[livepatches, livepatches].concat());
+    k.put("page_offset_base", b'd', &[0; 8]);
     k.put("module_bug_list", b'd', &[0; 16]);
     k.put("module_mutex", b'd', &[0; 32]);
     k.put("boot_cpu_data", b'D', &[0; 256]);

@@ -57,6 +57,8 @@ pub enum Capability {
     StackCheck,
     /// Where the kernel looks for what a place in a module's code warns of.
     BugTables,
+    /// Where the kernel maps all memory, which tells whether pages can be kept from being executed.
+    DirectMapping,
     /// The place where a guest that is about to start init can be made to wait.
     InitGate,
 }
@@ -79,7 +81,7 @@ const fn always(facts: &'static [&'static [&'static [Fact]]]) -> Part {
 
 impl Capability {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Location,
         Self::InitSections,
         Self::PerCpu,
@@ -103,6 +105,7 @@ impl Capability {
         Self::Orc,
         Self::StackCheck,
         Self::BugTables,
+        Self::DirectMapping,
         Self::InitGate,
     ];
 
@@ -133,6 +136,7 @@ impl Capability {
             Self::Orc => "orc",
             Self::StackCheck => "stack_check",
             Self::BugTables => "bug_tables",
+            Self::DirectMapping => "direct_mapping",
             Self::InitGate => "init_gate",
         }
     }
@@ -183,6 +187,7 @@ impl Capability {
             Self::Orc => ORC,
             Self::StackCheck => STACK_CHECK,
             Self::BugTables => BUG_TABLES,
+            Self::DirectMapping => DIRECT_MAPPING,
             Self::InitGate => INIT_GATE,
         }
     }
@@ -479,6 +484,9 @@ const BUG_TABLES: &[Part] = &[Part {
         &[&[Member("bug_entry", "flags")]],
     ],
 }];
+
+/// arch/x86/include/asm/page_64.h.
+const DIRECT_MAPPING: &[Part] = &[always(&[&[&[Symbol("page_offset_base")]]])];
 
 /// include/linux/sched.h.
 const TASK_NAMES: &[Part] = &[always(&[&[&[Member("task_struct", "comm")]]])];

@@ -341,6 +341,9 @@ mod tests {
             (Method::GET, "/patches", true),
             (Method::GET, "/patches/x", true),
             (Method::POST, "/patches", false),
+            (Method::POST, "/patches/stage", false),
+            (Method::POST, "/patches/name/commit", false),
+            (Method::POST, "/patches/name/drop", false),
             (Method::POST, "/patches/check", false),
             (Method::POST, "/patches/explain", false),
             (Method::GET, "/tasks/inside", false),
@@ -349,7 +352,7 @@ mod tests {
             let (action, _) = find(&method, path).expect("a route");
             assert_eq!(is_reading(&method, action), may, "{method} {path}");
         }
-        assert_eq!(ROUTES.len(), 16, "every route is in the list above");
+        assert_eq!(ROUTES.len(), 19, "every route is in the list above");
     }
 
     #[test]

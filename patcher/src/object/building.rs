@@ -23,7 +23,7 @@ use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol}
 use crate::object::relocation::{Form, Relocation};
 use crate::object::replacement::{Field, NewPiece, Part, RETURN, Replaced, Replacement, Target};
 use crate::object::room::BUG_ENTRY;
-use crate::object::sections::{Purpose, purpose};
+use crate::object::sections::{Purpose, is_runtime_constant, purpose};
 
 /// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
 const WORK: u64 = 1 << 22;
@@ -78,6 +78,17 @@ pub enum Unfit {
         function: String,
         /// What it does.
         what: &'static str,
+    },
+    /// The kernel writes a constant into the function while it starts, which new code would lack.
+    #[error(
+        "{function} has the constant {constant}, which the kernel writes into its code while it starts; that is not \
+         done for new code yet"
+    )]
+    RuntimeConstant {
+        /// The function.
+        function: String,
+        /// The table of the places of the constant.
+        constant: String,
     },
     /// A function that may not be left by a jump.
     #[error("{function} lies in section {section}, which no jump may leave")]
@@ -670,15 +681,21 @@ impl<'a, 'o> Builder<'a, 'o> {
     fn told(&mut self) {
         for section in self.after.sections() {
             let Purpose::Table(fields) = purpose(section.name) else { continue };
-            let Some((_, what)) = TOLD.iter().find(|(table, _)| *table == section.name) else { continue };
+            let told = TOLD.iter().find(|(table, _)| *table == section.name);
+            if told.is_none() && !is_runtime_constant(section.name) {
+                continue;
+            }
             for fields in section.relocations.chunks(fields) {
                 let symbol = self.after.symbol(&fields[0]);
                 let Place::Section(place) = symbol.place else { continue };
                 let offset = symbol.offset.wrapping_add(fields[0].addend.cast_unsigned());
                 let Some((number, function)) = self.names.covering(place, offset) else { continue };
                 if self.items.contains_key(&self.first(Item::Symbol(number))) {
-                    let function = function.name.to_owned();
-                    self.wrong.push(Unfit::Told { function, what });
+                    let (function, constant) = (function.name.to_owned(), section.name.to_owned());
+                    self.wrong.push(match told {
+                        Some((_, what)) => Unfit::Told { function, what },
+                        None => Unfit::RuntimeConstant { function, constant },
+                    });
                 }
             }
         }

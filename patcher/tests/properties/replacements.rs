@@ -242,6 +242,14 @@ fn what_can_not_be_replaced_is_refused() {
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "__bug_table"),
     );
     refused(
+        "a constant that the kernel writes into its code",
+        |after| {
+            let entry = Part::new("", "runtime_ptr_limit", Kind::Label, &[0; 4], &[(0, NEAR, "main", 33)]);
+            after.parts.push(entry);
+        },
+        |unfit| matches!(unfit, Unfit::RuntimeConstant { function, .. } if function == "main"),
+    );
+    refused(
         "an initial value",
         |after| after.parts[3].bytes[0] = 8,
         |unfit| matches!(unfit, Unfit::Obstacle(Obstacle::DataChanged { name }) if name == "counter"),

@@ -23,7 +23,7 @@ use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol}
 use crate::object::relocation::{Form, Relocation};
 use crate::object::replacement::{Field, NewPiece, Part, RETURN, Replaced, Replacement, Target};
 use crate::object::room::BUG_ENTRY;
-use crate::object::sections::{Purpose, purpose};
+use crate::object::sections::{Purpose, is_runtime_constant, purpose};
 
 /// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
 const WORK: u64 = 1 << 22;
@@ -78,6 +78,17 @@ pub enum Unfit {
         function: String,
         /// What it does.
         what: &'static str,
+    },
+    /// The kernel writes a constant into the function while it starts, which new code would lack.
+    #[error(
+        "{function} has the constant {constant}, which the kernel writes into its code while it starts; that is not \
+         done for new code yet"
+    )]
+    RuntimeConstant {
+        /// The function.
+        function: String,
+        /// The table of the places of the constant.
+        constant: String,
     },
     /// A function that may not be left by a jump.
     #[error("{function} lies in section {section}, which no jump may leave")]
@@ -170,7 +181,9 @@ struct Builder<'a, 'o> {
     replaced: BTreeSet<&'a str>,
     items: BTreeMap<Item, usize>,
     waiting: VecDeque<Item>,
-    taken: BTreeSet<Gva>,
+    /// Functions of the kernel whose addresses are taken; who takes it, and the name, of one that begins with `endbr64`
+    /// in the object after the change.
+    taken: BTreeMap<Gva, Option<(&'a str, &'a str)>>,
     is_indirect: bool,
     wrong: Vec<Unfit>,
 }
@@ -219,7 +232,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             replaced: BTreeSet::new(),
             items: BTreeMap::new(),
             waiting: VecDeque::new(),
-            taken: BTreeSet::new(),
+            taken: BTreeMap::new(),
             is_indirect: false,
             wrong: Vec::new(),
         }
@@ -253,14 +266,13 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         pieces.extend(bugs);
         self.told();
+        let taken = self.taken(contents);
         if !self.wrong.is_empty() {
             return Err(self.wrong);
         }
         let replaced =
             |(at, (piece, name)): (Gva, (usize, &str))| Replaced { name: name.to_owned(), at, piece };
         let functions = by_place.into_iter().map(replaced).collect();
-        let is_entered = |at: &Gva| insn::marker(contents.bytes(*at, insn::MARKER).unwrap_or_default()) != 0;
-        let taken = self.taken.iter().copied().filter(is_entered).collect();
         let is_indirect = self.is_indirect;
         Ok(Replacement { functions, pieces, returns: self.returns(), taken, is_indirect })
     }
@@ -521,7 +533,13 @@ impl<'a, 'o> Builder<'a, 'o> {
         let addend = relocation.addend.wrapping_add_unsigned(bias);
         let section = match symbol.place {
             Place::Absolute => return Some((Target::Fixed(symbol.offset), addend)),
-            Place::Undefined => return Some((self.elsewhere(symbol.name, from)?, addend)),
+            Place::Undefined => {
+                let target = self.elsewhere(symbol.name, from)?;
+                if let (Use::Address, Target::Kernel(at)) = (how, target) {
+                    self.taken.entry(at).or_default();
+                }
+                return Some((target, addend));
+            }
             Place::Section(section) => section,
         };
         let holds = &self.after.sections()[section];
@@ -568,16 +586,27 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         match self.functions.get(name) {
             Some(Outcome::Matches { at } | Outcome::Overridden { at }) => {
+                let at = *at;
                 if how == Use::Address {
-                    self.taken.insert(*at);
+                    let by = self.is_entered_indirectly(to).then_some((from, name));
+                    let known = self.taken.entry(at).or_default();
+                    *known = known.or(by);
                 }
-                Some(Target::Kernel(*at))
+                Some(Target::Kernel(at))
             }
             _ => {
                 self.unresolved(from, name, "which the kernel does not have in its memory");
                 None
             }
         }
+    }
+
+    /// Whether a function of the object after the change begins with `endbr64`.
+    fn is_entered_indirectly(&self, function: usize) -> bool {
+        let symbol = &self.after.symbols()[function];
+        let Place::Section(section) = symbol.place else { return false };
+        let start = usize::try_from(symbol.offset).unwrap_or(usize::MAX);
+        insn::marker(self.after.sections()[section].bytes.get(start..).unwrap_or_default()) != 0
     }
 
     fn variable_target(&mut self, to: usize, from: &str) -> Option<Target> {
@@ -662,19 +691,39 @@ impl<'a, 'o> Builder<'a, 'o> {
         None
     }
 
+    /// Functions of the kernel whose addresses are taken, and that may be entered so as the kernel's file has them.
+    fn taken(&mut self, contents: &Contents<'_>) -> Vec<Gva> {
+        let mut entered = Vec::new();
+        for (at, by) in std::mem::take(&mut self.taken) {
+            if insn::marker(contents.bytes(at, insn::MARKER).unwrap_or_default()) != 0 {
+                entered.push(at);
+            } else if let Some((from, name)) = by {
+                let why = "whose address nobody took before, so the kernel has it without `endbr64` (IBT)";
+                self.unresolved(from, name, why);
+            }
+        }
+        entered
+    }
+
     /// Refuses functions that tables say more of.
     fn told(&mut self) {
         for section in self.after.sections() {
             let Purpose::Table(fields) = purpose(section.name) else { continue };
-            let Some((_, what)) = TOLD.iter().find(|(table, _)| *table == section.name) else { continue };
+            let told = TOLD.iter().find(|(table, _)| *table == section.name);
+            if told.is_none() && !is_runtime_constant(section.name) {
+                continue;
+            }
             for fields in section.relocations.chunks(fields) {
                 let symbol = self.after.symbol(&fields[0]);
                 let Place::Section(place) = symbol.place else { continue };
                 let offset = symbol.offset.wrapping_add(fields[0].addend.cast_unsigned());
                 let Some((number, function)) = self.names.covering(place, offset) else { continue };
                 if self.items.contains_key(&self.first(Item::Symbol(number))) {
-                    let function = function.name.to_owned();
-                    self.wrong.push(Unfit::Told { function, what });
+                    let (function, constant) = (function.name.to_owned(), section.name.to_owned());
+                    self.wrong.push(match told {
+                        Some((_, what)) => Unfit::Told { function, what },
+                        None => Unfit::RuntimeConstant { function, constant },
+                    });
                 }
             }
         }

@@ -213,6 +213,36 @@ fn the_address_of_a_replaced_function_is_the_old_one() {
     assert_eq!(said(piece(&placed, "fresh"), 3, None), expected);
 }
 
+/// With IBT an indirect branch may lead only to `endbr64`, which the compiler leaves out where no address is taken, and
+/// the kernel overwrites where it sees none taken.
+#[test]
+fn an_address_is_taken_only_of_what_may_be_entered_so() {
+    const MARKED: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    let outer = |name: &str, start: [u8; 4]| Part::function(name, &code(&[&start, &[0xc3]]), &[]).global();
+    let others =
+        Source { parts: vec![outer("marked", MARKED), outer("unmarked", [0x90; 4])], ..Source::default() };
+    let taking = |name: &str| {
+        let mut source = after();
+        source.parts[7].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+        source.parts[7].fields = Part::function("", &[], &[(3, SIGNED, name, 0)]).fields;
+        source
+    };
+    let before = before();
+    let linked = Linked::new(&[&others, &before], &ELSEWHERE);
+    for (name, expected) in [("marked", true), ("unmarked", false), ("helper", false)] {
+        let replacement = built(&before, &taking(name), &linked).expect("it can be replaced");
+        let at = Gva(miniature::BASE + linked.offset(name) as u64);
+        assert_eq!(replacement.taken().contains(&at), expected, "{name}: {:?}", replacement.taken());
+    }
+    let mut source = taking("helper");
+    source.parts[1].bytes[..5].copy_from_slice(&code(&[&MARKED, &[0x90]]));
+    let unfit = built(&before, &source, &linked).expect_err("the kernel's has no mark");
+    assert!(
+        matches!(&unfit[..], [Unfit::Unresolved { from, symbol, .. }] if from == "fresh" && symbol == "helper"),
+        "{unfit:?}"
+    );
+}
+
 #[test]
 fn a_function_whose_cold_piece_changes_is_replaced() {
     let before = after();
@@ -257,6 +287,14 @@ fn what_can_not_be_replaced_is_refused() {
             after.parts.push(Part::new("", "__bug_table", Kind::Label, &[0; 12], &fields));
         },
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "__bug_table"),
+    );
+    refused(
+        "a constant that the kernel writes into its code",
+        |after| {
+            let entry = Part::new("", "runtime_ptr_limit", Kind::Label, &[0; 4], &[(0, NEAR, "main", 33)]);
+            after.parts.push(entry);
+        },
+        |unfit| matches!(unfit, Unfit::RuntimeConstant { function, .. } if function == "main"),
     );
     refused(
         "an initial value",

@@ -14,19 +14,26 @@ use super::Test;
 
 pub(crate) const TESTS: &[Test] = &[
     ("objects::functions_are_replaced_by_new_code", replaced),
+    ("objects::functions_of_the_later_kernel_are_replaced", replaced_later),
     ("objects::two_functions_change_as_one", as_one),
+    ("objects::two_functions_of_the_later_kernel_change_as_one", as_one_later),
     ("objects::a_traced_function_is_replaced", traced),
     ("objects::init_runs_on_new_code", early),
+    ("objects::a_traced_function_of_the_later_kernel_is_replaced", traced_later),
     ("objects::a_warning_in_new_code_is_told_once", warned),
+    ("objects::a_warning_in_new_code_of_the_later_kernel_is_told_once", warned_later),
     ("objects::a_staged_plan_is_committed", staged),
     ("objects::nobody_is_left_inside", left),
     ("objects::what_does_not_belong_is_refused", refused),
+    ("objects::what_does_not_belong_to_the_later_kernel_is_refused", refused_later),
 ];
 
 /// A module of the guest's.
 const MODULE: &str = "pending_probe";
 /// How often a patch is applied and reverted.
-const ROUNDS: usize = 20;
+const ROUNDS: usize = 10;
+/// The same of a kernel of a later generation, which only has other forms of entries.
+const LATER_ROUNDS: usize = 3;
 const FIFO: &str = "/tmp/fifo";
 
 /// A plan that brings two objects.
@@ -52,11 +59,20 @@ fn cat(vm: &mut Vm, path: &str) -> Result<String> {
 }
 
 fn replaced(lab: &Lab) -> Result<()> {
+    replaced_in(lab, ROUNDS)
+}
+
+/// Objects that objtool did not run on, and functions that begin with `endbr64` (IBT).
+fn replaced_later(lab: &Lab) -> Result<()> {
+    replaced_in(&lab.with_later_kernel(), LATER_ROUNDS)
+}
+
+fn replaced_in(lab: &Lab, rounds: usize) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
     let own = cat(&mut vm, "/proc/cmdline")?;
     vm.hammer("getppid", 0, 1)?;
     let getppid = plan(lab, "getppid")?;
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         let report = vm.apply(&getppid)?;
         ensure!(report["strategy"] == "inspect", "{report:#}");
         vm.expect_all(true)?;
@@ -150,10 +166,18 @@ fn by_the_command_line(lab: &Lab, vm: &mut Vm) -> Result<()> {
 
 /// A caller and what it calls change the order of two arguments: whoever meets one of them only sets another priority.
 fn as_one(lab: &Lab) -> Result<()> {
+    as_one_in(lab, ROUNDS)
+}
+
+fn as_one_later(lab: &Lab) -> Result<()> {
+    as_one_in(&lab.with_later_kernel(), LATER_ROUNDS)
+}
+
+fn as_one_in(lab: &Lab, rounds: usize) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup { command_line: "preempt=full".into(), ..Setup::cpus(4) })?;
     vm.hammer("setpriority", 6, 7)?;
     let pair = plan(lab, "pair")?;
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         let report = vm.apply(&pair)?;
         ensure!(report["sites"].as_array().is_some_and(|sites| sites.len() == 2), "{report:#}");
         vm.expect_all(true)?;
@@ -166,6 +190,16 @@ fn as_one(lab: &Lab) -> Result<()> {
 
 /// The guest's tracer is switched on and off before, meanwhile and after: it has its place at the old function's entry.
 fn traced(lab: &Lab) -> Result<()> {
+    traced_in(lab, "0x5")
+}
+
+/// Before the tracer's place there is `endbr64`.
+fn traced_later(lab: &Lab) -> Result<()> {
+    traced_in(&lab.with_later_kernel(), "0x9")
+}
+
+/// `entry` is where the jump is in the function.
+fn traced_in(lab: &Lab, entry: &str) -> Result<()> {
     const FUNCTION: &str = "cmdline_proc_show";
     let mut vm = Vm::start(lab, &Setup::cpus(2))?;
     vm.mount_tracing()?;
@@ -184,7 +218,7 @@ fn traced(lab: &Lab) -> Result<()> {
         trace(&mut vm, tracer)?;
         is_traced(&mut vm, own.trim())?;
         let report = vm.apply(&plan)?;
-        ensure!(report["sites"][0]["symbol"] == format!("{FUNCTION}+0x5"), "{report:#}");
+        ensure!(report["sites"][0]["symbol"] == format!("{FUNCTION}+{entry}"), "{report:#}");
         is_traced(&mut vm, "replaced: even")?;
         trace(&mut vm, "nop")?;
         ensure!(cat(&mut vm, "/proc/cmdline")?.starts_with("replaced: odd"), "it stays");
@@ -218,6 +252,10 @@ fn early(lab: &Lab) -> Result<()> {
     vm.expect_all(false)?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
+}
+
+fn warned_later(lab: &Lab) -> Result<()> {
+    warned(&lab.with_later_kernel())
 }
 
 /// The guest's kernel finds the file and the line of a `WARN_ON_ONCE` in new code, and goes on behind it. So it does
@@ -331,6 +369,10 @@ fn left(lab: &Lab) -> Result<()> {
     vm.revert("fifo")?;
     vm.expect_no_kernel_errors()?;
     vm.power_off()
+}
+
+fn refused_later(lab: &Lab) -> Result<()> {
+    refused(&lab.with_later_kernel())
 }
 
 fn refused(lab: &Lab) -> Result<()> {

@@ -223,8 +223,8 @@ fn an_address_is_taken_only_of_what_may_be_entered_so() {
         Source { parts: vec![outer("marked", MARKED), outer("unmarked", [0x90; 4])], ..Source::default() };
     let taking = |name: &str| {
         let mut source = after();
-        source.parts[7].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
-        source.parts[7].fields = Part::function("", &[], &[(3, SIGNED, name, 0)]).fields;
+        source.parts[9].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+        source.parts[9].fields = Part::function("", &[], &[(3, SIGNED, name, 0)]).fields;
         source
     };
     let before = before();

@@ -33,7 +33,7 @@ const MODULE: &str = "pending_probe";
 /// How often a patch is applied and reverted.
 const ROUNDS: usize = 10;
 /// The same of a kernel of a later generation, which only has other forms of entries.
-const LATER_ROUNDS: usize = 3;
+const LATER_ROUNDS: usize = 1;
 const FIFO: &str = "/tmp/fifo";
 
 /// A plan that brings two objects.

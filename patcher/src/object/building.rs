@@ -18,7 +18,7 @@ use crate::object::comparison::{Change, Comparison, Obstacle, compare};
 use crate::object::error::Error;
 use crate::object::matching::match_image;
 use crate::object::normal::Names;
-use crate::object::outcome::{Match, Outcome};
+use crate::object::outcome::{Match, Outcome, PieceMatch};
 use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
 use crate::object::relocation::{Form, Relocation};
 use crate::object::replacement::{Field, NewPiece, Part, RETURN, Replaced, Replacement, Target};
@@ -143,7 +143,7 @@ pub fn build(
 }
 
 /// Why a piece of the object before the change is not the kernel's.
-fn mismatch(piece: &crate::object::outcome::PieceMatch) -> Option<Unfit> {
+fn mismatch(piece: &PieceMatch) -> Option<Unfit> {
     let why = match &piece.outcome {
         Outcome::Mismatch(difference) => difference.to_string(),
         Outcome::Ambiguous { .. } => "it is at several places, and nothing tells which is its".to_owned(),
@@ -616,7 +616,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         if matches!(change, Some(Change::New) | None) && before == symbol.name {
             return Some(Target::Piece(self.item(Item::Symbol(to))));
         }
-        let is_copyable = self.is_copyable(&symbol);
+        let is_copyable = self.after.is_copyable(&symbol);
         if change == Some(Change::Changed) && is_copyable {
             return Some(Target::Piece(self.item(Item::Symbol(to))));
         }
@@ -632,16 +632,6 @@ impl<'a, 'o> Builder<'a, 'o> {
             "which was not found in the kernel: nothing that matched refers to it",
         );
         None
-    }
-
-    /// Whether a copy of a variable is as good as the variable: a constant of this object alone that refers to nothing.
-    fn is_copyable(&self, symbol: &Symbol<'_>) -> bool {
-        let Place::Section(section) = symbol.place else { return false };
-        let holds = &self.after.sections()[section];
-        let start = usize::try_from(symbol.offset).unwrap_or(usize::MAX);
-        let end = start.saturating_add(usize::try_from(symbol.size).unwrap_or(usize::MAX));
-        let is_constant = !holds.writable && !holds.executable && !holds.bytes.is_empty();
-        is_constant && !symbol.global && holds.relocations_in(start, end).is_empty()
     }
 
     /// Where the image has a variable of the object before the change.

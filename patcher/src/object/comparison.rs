@@ -183,16 +183,8 @@ impl<'a, 'o> Side<'a, 'o> {
         self.names.normal(&Piece { section, offset, bytes })
     }
 
-    /// Whether a variable is a constant of this object alone, which refers to nothing: a copy is as good.
     fn is_copyable(&self, number: usize) -> bool {
-        let symbol = self.symbol(number);
-        let Place::Section(section) = symbol.place else { return false };
-        let holds = self.names.object.section(section);
-        let (Ok(offset), Ok(size)) = (usize::try_from(symbol.offset), usize::try_from(symbol.size)) else {
-            return false;
-        };
-        let is_constant = !holds.writable && !holds.executable && !holds.bytes.is_empty();
-        is_constant && !symbol.global && holds.relocations_in(offset, offset.saturating_add(size)).is_empty()
+        self.names.object.is_copyable(self.symbol(number))
     }
 }
 

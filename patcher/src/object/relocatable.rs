@@ -166,6 +166,17 @@ impl<'a> Object<'a> {
     pub(super) fn symbol(&self, relocation: &Relocation) -> &Symbol<'a> {
         &self.symbols[relocation.symbol]
     }
+
+    /// Whether a copy of a variable is as good as the variable: a constant of this object alone that refers to nothing.
+    pub(super) fn is_copyable(&self, symbol: &Symbol<'_>) -> bool {
+        let Place::Section(section) = symbol.place else { return false };
+        let holds = self.section(section);
+        let (Ok(start), Ok(size)) = (usize::try_from(symbol.offset), usize::try_from(symbol.size)) else {
+            return false;
+        };
+        let is_constant = !holds.writable && !holds.executable && !holds.bytes.is_empty();
+        is_constant && !symbol.global && holds.relocations_in(start, start.saturating_add(size)).is_empty()
+    }
 }
 
 impl Section<'_> {

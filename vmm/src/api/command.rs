@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use patcher::plan::refusal::Refused;
 use patcher::program::step::Program;
 use patcher::resolve::targets::Targets;
 
@@ -112,4 +113,13 @@ pub enum Answer {
         /// Why the log can't be written.
         why: String,
     },
+}
+
+impl From<Result<Report, Vec<Refused>>> for Answer {
+    fn from(report: Result<Report, Vec<Refused>>) -> Answer {
+        match report {
+            Ok(report) => Answer::Report(Box::new(report)),
+            Err(refused) => Answer::Refused(Refusals::new(refused)),
+        }
+    }
 }

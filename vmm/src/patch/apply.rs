@@ -13,7 +13,7 @@ use patcher::safety::slots::Arena;
 use patcher::site::Site;
 
 use crate::api::command::Answer;
-use crate::api::wire::{Fits, PatchState, Refusals, Report};
+use crate::api::wire::{Fits, PatchState, Report};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::patch::arena::GuestArena;
 use crate::patch::doors::WithoutDoors;
@@ -42,10 +42,7 @@ impl Engine {
                 self.apply_now(&plan, given_at)
             }
         });
-        match report {
-            Ok(report) => Answer::Report(Box::new(report)),
-            Err(refused) => Answer::Refused(Refusals::new(refused)),
-        }
+        report.into()
     }
 
     /// Applies a plan to what there is.

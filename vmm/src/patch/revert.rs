@@ -7,7 +7,7 @@ use patcher::plan::refusal::{Refusal, Refused};
 use patcher::resolve::{ResolvedPlan, preempted, probed};
 
 use crate::api::command::Answer;
-use crate::api::wire::{PatchState, Refusals, Report};
+use crate::api::wire::{PatchState, Report};
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
 use crate::guest::locks::are_free;
@@ -23,10 +23,7 @@ impl Engine {
     /// Reverts a patch, as was asked at `given_at`.
     pub(super) fn revert(&mut self, name: &str, given_at: Instant) -> Answer {
         let reverted = self.revert_pending(name).unwrap_or_else(|| self.try_revert(name, given_at));
-        match reverted {
-            Ok(report) => Answer::Report(Box::new(report)),
-            Err(refused) => Answer::Refused(Refusals::new(refused)),
-        }
+        reverted.into()
     }
 
     pub(super) fn try_revert(&mut self, name: &str, given_at: Instant) -> Result<Report, Vec<Refused>> {

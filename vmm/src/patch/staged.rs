@@ -11,14 +11,14 @@ use std::time::Instant;
 use patcher::plan::refusal::{Pointer, Refusal, Refused};
 
 use crate::api::command::Answer;
-use crate::api::wire::{PatchState, Refusals, Report, Timing};
+use crate::api::wire::{PatchState, Report, Timing};
 use crate::patch::engine::{Engine, at_root};
 use crate::patch::staged_set::{LIFETIME, Staged};
 
 impl Engine {
     /// Stages a plan. The guest is unchanged.
     pub(super) fn stage(&mut self, json: &[u8]) -> Answer {
-        answer(self.try_stage(json))
+        self.try_stage(json).into()
     }
 
     fn try_stage(&mut self, json: &[u8]) -> Result<Report, Vec<Refused>> {
@@ -57,13 +57,13 @@ impl Engine {
         });
         let mut staged = match committed {
             Ok(staged) => staged,
-            Err(refusal) => return answer(Err(at_root(refusal))),
+            Err(refusal) => return Err(at_root(refusal)).into(),
         };
         let report = self.apply_with(&staged.plan, &mut staged.supplies, given_at);
         if !matches!(&report, Ok(Report { state: PatchState::Applied, .. })) {
             self.staged.put_back(staged);
         }
-        answer(report)
+        report.into()
     }
 
     /// Forgets a staged plan.
@@ -71,14 +71,7 @@ impl Engine {
         self.staged.expire(Instant::now());
         match self.staged.take(name) {
             Ok(_) => Answer::Done(given_at.elapsed()),
-            Err(refusal) => answer(Err(at_root(refusal))),
+            Err(refusal) => Err(at_root(refusal)).into(),
         }
-    }
-}
-
-fn answer(report: Result<Report, Vec<Refused>>) -> Answer {
-    match report {
-        Ok(report) => Answer::Report(Box::new(report)),
-        Err(refused) => Answer::Refused(Refusals::new(refused)),
     }
 }

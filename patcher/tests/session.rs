@@ -114,6 +114,7 @@ fn plan(strategy: Strategy) -> ResolvedPlan {
         old: Vec::new(),
         new: Vec::new(),
         brings: Vec::new(),
+        counts: Vec::new(),
         left: None,
         sites: vec![site(1, 5), site(7, 1), site(8, 2)],
         data: vec![Datum { at: Gva(WORD.start as u64), old: OLD[WORD].to_vec(), new: NEW[WORD].to_vec() }],

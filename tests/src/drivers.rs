@@ -163,6 +163,7 @@ mod tests {
             reason: "",
             sites: Vec::new(),
             copies: Vec::new(),
+            brings: Vec::new(),
             blockers: Vec::new(),
             locks: Vec::new(),
             steps: vec![

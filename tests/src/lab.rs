@@ -28,8 +28,9 @@ const IN_RIG: &str = "LAB_IN_RIG";
 const SLOW: &str = "LAB_SLOW";
 /// Which rig is wanted: `bochs`, or the usual one.
 const RIG: &str = "GUEST_RIG";
-/// Where the objects are in an emulated host.
+/// Where the objects of either kernel are in an emulated host.
 const OBJECTS: &str = "guest/objects";
+const LATER_OBJECTS: &str = "guest/objects-later";
 /// How much longer everything may take in Bochs.
 const BOCHS_SLOWNESS: u32 = 20;
 
@@ -66,15 +67,24 @@ impl Lab {
         Some(Self { vmm, vmm_lab, kernel, later_kernel, current_kernel, initrd, in_rig, slow })
     }
 
+    /// The same lab with the kernel of a later generation in the place of the first.
+    #[must_use]
+    pub fn with_later_kernel(&self) -> Self {
+        Self { kernel: self.later_kernel.clone(), ..self.clone() }
+    }
+
     /// Two objects of the source of `kernel`, before and after the change of that name.
     ///
     /// # Errors
     /// When they can't be built, or this is a host that was prepared without them.
     pub fn objects(&self, name: &str) -> Result<Pair> {
+        let is_later = self.kernel == self.later_kernel;
         if !self.in_rig {
-            return Ok(objects::pair(&Kernel::debian()?, name)?);
+            let kernel = if is_later { Kernel::backports() } else { Kernel::debian() };
+            return Ok(objects::pair(&kernel?, name)?);
         }
-        let folder = Path::new("/").join(OBJECTS).join(name);
+        let kernel = if is_later { LATER_OBJECTS } else { OBJECTS };
+        let folder = Path::new("/").join(kernel).join(name);
         let pair = Pair { before: folder.join("before.o"), after: folder.join("after.o") };
         ensure!(pair.after.exists(), "{name}: this host was prepared without such objects");
         Ok(pair)
@@ -118,16 +128,19 @@ pub fn prepare(monitor: Monitor) -> Result<Place> {
     prepare_with(monitor, &[])
 }
 
-/// The same with what [`Lab::objects`] gives: objects take two minutes when they are built for the first time.
+/// The same with what [`Lab::objects`] gives: objects of each kernel take two minutes when they are built for the
+/// first time.
 ///
 /// # Errors
 /// As [`prepare`].
 pub fn prepare_with_objects(monitor: Monitor) -> Result<Place> {
-    let pairs = objects::pairs(&Kernel::debian()?)?;
-    let named = pairs.into_iter().flat_map(|(name, Pair { before, after })| {
-        [(format!("{OBJECTS}/{name}/before.o"), before), (format!("{OBJECTS}/{name}/after.o"), after)]
-    });
-    let named: Vec<(String, PathBuf)> = named.collect();
+    let mut named: Vec<(String, PathBuf)> = Vec::new();
+    for (kernel, folder) in [(Kernel::debian()?, OBJECTS), (Kernel::backports()?, LATER_OBJECTS)] {
+        for (name, Pair { before, after }) in objects::pairs(&kernel)? {
+            named.push((format!("{folder}/{name}/before.o"), before));
+            named.push((format!("{folder}/{name}/after.o"), after));
+        }
+    }
     let files: Vec<_> = named.iter().map(|(name, path)| (name.as_str(), path.as_path())).collect();
     prepare_with(monitor, &files)
 }

@@ -11,7 +11,7 @@ pub struct Seen {
     pub first: u64,
     /// Results of the second kind.
     pub second: u64,
-    /// Other results; any is a failure.
+    /// Other results, also of calls that began earlier; any is a failure.
     pub other: u64,
 }
 

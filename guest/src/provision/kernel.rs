@@ -28,6 +28,8 @@ pub struct Kernel {
     pub release: String,
     /// The bootable image.
     pub bzimage: PathBuf,
+    /// The suite that it is from.
+    pub(super) suite: &'static str,
     modules: PathBuf,
     headers: PathBuf,
 }
@@ -55,19 +57,20 @@ impl Kernel {
     /// As [`Kernel::debian`].
     pub fn current() -> Result<Self, Error> {
         let entry = format!("kernel-{}-cloud-image-{CONTENT}", SUITES[2]);
-        Self::open(&cache::entry(&entry, |into| fetch(SUITES[2], Parts::Image, into))?)
+        Self::open(SUITES[2], &cache::entry(&entry, |into| fetch(SUITES[2], Parts::Image, into))?)
     }
 
-    fn of(suite: &str) -> Result<Self, Error> {
+    fn of(suite: &'static str) -> Result<Self, Error> {
         let entry = format!("kernel-{suite}-cloud-{CONTENT}");
-        Self::open(&cache::entry(&entry, |into| fetch(suite, Parts::ImageAndHeaders, into))?)
+        Self::open(suite, &cache::entry(&entry, |into| fetch(suite, Parts::ImageAndHeaders, into))?)
     }
 
-    fn open(folder: &Path) -> Result<Self, Error> {
+    fn open(suite: &'static str, folder: &Path) -> Result<Self, Error> {
         let (release, bzimage) =
             image_in(folder).ok_or_else(|| Error::Archive(format!("no vmlinuz in {}", folder.display())))?;
         Ok(Self {
             bzimage,
+            suite,
             modules: folder.join("lib/modules").join(&release).join("kernel"),
             headers: folder.join(HEADERS),
             release,

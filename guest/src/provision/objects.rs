@@ -1,5 +1,8 @@
-//! Pairs of relocatable objects of the stock kernel's own source, before and after a change, for tests that
+//! Pairs of relocatable objects of a stock kernel's own source, before and after a change, for tests that
 //! replace functions in a running guest. Built once, as the kernel's package was, and cached.
+//!
+//! Of Linux 6.12 objects are as the compiler made them: objtool runs on all of that kernel at once, and on no
+//! object (`delay-objtool` in scripts/Makefile.lib, because of IBT).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,14 +13,16 @@ use std::thread;
 use crate::provision::apt::{Apt, Kind};
 use crate::provision::command::output_of;
 use crate::provision::error::{AtPath, Error};
-use crate::provision::kernel::{Kernel, SUITES};
+use crate::provision::kernel::Kernel;
 use crate::provision::progress::Step;
 use crate::provision::{cache, packages};
 
 /// Part of the cache key: raise it when anything about the build or the changes does.
-const BUILD: u32 = 3;
-/// The compiler that Debian's 6.1 was built by. Objects of another would not belong to it.
+const BUILD: u32 = 4;
+/// The compiler's package. Both kernels were built by it; objects of another would not belong to them.
 const COMPILER: &str = "gcc-12";
+/// Debian calls its compilers by their name or with this before it; the configuration has which.
+const TRIPLET: &str = "x86_64-linux-gnu-";
 /// `libelf` is for `objtool`, `libssl` for what signs modules, `bc`, `bison` and `flex` for the configuration
 /// and the headers that are made. Without `pahole` the configuration changes, and with it `struct module`.
 const PACKAGES: &[&str] =
@@ -97,11 +102,11 @@ static int cmdline_proc_show("#,
             ),
         ],
     },
-    // A new entry of the table of bugs.
+    // A new entry of the table of bugs: a warning, once.
     Change {
         name: "warn",
         source: "fs/proc/version.c",
-        edits: &[("seq_printf(m,", "WARN_ON_ONCE(!m->op);\n\tseq_printf(m,")],
+        edits: &[("seq_printf(m,", "WARN_ON_ONCE(m->op);\n\tseq_printf(m,")],
     },
     // Whoever waits for the other end of a FIFO stands in this function.
     Change {
@@ -174,11 +179,12 @@ fn files(folder: &Path, name: &str) -> (PathBuf, PathBuf) {
 fn build(kernel: &Kernel, into: &Path) -> Result<(), Error> {
     packages::ensure("building objects of the kernel", PACKAGES)?;
     let work = into.join("work");
-    let tree = Tree { folder: unpacked(kernel, &work)?, release: kernel.release.clone() };
+    let shipped = fs::read_to_string(kernel.config()).at(kernel.config())?;
+    let compiler = compiler(&shipped)?.to_owned();
+    let tree = Tree { folder: unpacked(kernel, &work)?, release: kernel.release.clone(), compiler };
 
     let step = Step::new(format!("Preparing the kernel's source ({})", kernel.release));
     let config = tree.folder.join(".config");
-    let shipped = fs::read_to_string(kernel.config()).at(kernel.config())?;
     fs::write(&config, &shipped).at(&config)?;
     tree.make(&["olddefconfig"])?;
     unchanged(&shipped, &fs::read_to_string(&config).at(&config)?)?;
@@ -215,7 +221,7 @@ fn unpacked(kernel: &Kernel, work: &Path) -> Result<PathBuf, Error> {
     let package = format!("linux-source-{}", series.join("."));
 
     let step = Step::new(format!("Fetching the kernel's source ({package} {version})"));
-    let apt = Apt::new(&work.join("apt"), SUITES[0], Kind::Binary)?;
+    let apt = Apt::new(&work.join("apt"), kernel.suite, Kind::Binary)?;
     let offered = output_of(apt.command("apt-cache").args(["madison", &package]))?;
     let offered: Vec<&str> =
         offered.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim).collect();
@@ -250,6 +256,19 @@ fn unpacked(kernel: &Kernel, work: &Path) -> Result<PathBuf, Error> {
     )?;
     step.done();
     Ok(tree)
+}
+
+/// What the compiler is called that a configuration was made for.
+fn compiler(config: &str) -> Result<&str, Error> {
+    let mut lines = config.lines();
+    let text = lines.find_map(|line| line.strip_prefix("CONFIG_CC_VERSION_TEXT=\""));
+    let name = text.and_then(|text| text.split_whitespace().next()).unwrap_or_default();
+    if name.strip_prefix(TRIPLET).unwrap_or(name) == COMPILER {
+        return Ok(name);
+    }
+    Err(Error::Source(format!(
+        "the kernel was built by the compiler `{name}`; objects are built by {COMPILER}, and would not belong to it"
+    )))
 }
 
 /// Checks that a configuration is the one that the kernel's package has, but for what Debian leaves out.
@@ -292,6 +311,7 @@ impl Change {
 struct Tree {
     folder: PathBuf,
     release: String,
+    compiler: String,
 }
 
 impl Tree {
@@ -302,8 +322,10 @@ impl Tree {
                 .arg("-C")
                 .arg(&self.folder)
                 .arg(format!("-j{jobs}"))
-                .arg(format!("CC={COMPILER}"))
-                .arg(format!("HOSTCC={COMPILER}"))
+                .arg(format!("CC={}", self.compiler))
+                .arg(format!("HOSTCC={}", self.compiler))
+                // The version of a compiler for Rust is a part of 6.12's configuration; Debian's machine had none.
+                .arg("RUSTC=false")
                 .arg(format!("KERNELRELEASE={}", self.release))
                 // Else a tool for the types for BPF, which no object has, is built, and needs Python.
                 .arg("CONFIG_DEBUG_INFO_BTF=")
@@ -338,6 +360,18 @@ mod tests {
             let error = change.applied_to(text).unwrap_err().to_string();
             assert_eq!(error, format!("the change a: b/c.c has {count} times `two`"));
         }
+    }
+
+    #[test]
+    fn the_configuration_tells_the_compiler() {
+        let config = |text| format!("# Linux\nCONFIG_CC_VERSION_TEXT=\"{text}\"\nCONFIG_A=y\n");
+        for text in ["gcc-12 (Debian) 12.2.0", "x86_64-linux-gnu-gcc-12 (Debian) 12.2.0"] {
+            assert_eq!(compiler(&config(text)).unwrap(), text.split(' ').next().unwrap());
+        }
+        for text in ["gcc-13 (Debian) 13.2.0", "clang", ""] {
+            assert!(compiler(&config(text)).is_err(), "{text}");
+        }
+        assert!(compiler("CONFIG_A=y").is_err());
     }
 
     #[test]

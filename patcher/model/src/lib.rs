@@ -62,6 +62,7 @@
 //!         may_fault: false,
 //!     }],
 //!     copies: vec![],
+//!     brings: vec![],
 //!     blockers: vec![],
 //!     locks: vec![],
 //!     steps: vec![

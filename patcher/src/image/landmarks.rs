@@ -45,6 +45,9 @@ pub struct Landmarks {
     pub probes: Option<Gva>,
     /// The list of functions that livepatches replace.
     pub livepatches: Option<Gva>,
+    /// The list of modules that have a table of bugs, and the word of the lock under which it is changed: zero means
+    /// free.
+    pub bugs: Option<(Gva, Gva)>,
     /// Where a vCPU can be stopped that is about to run a module's init, and one that is about to free a
     /// module; RDI is the address of its `struct module` there.
     pub module_doors: Option<[Push; 2]>,
@@ -61,6 +64,7 @@ impl Landmarks {
             init: init(vmlinux, symbols),
             probes: symbols.only("kprobe_table"),
             livepatches: symbols.only("klp_ops"),
+            bugs: symbols.only("module_bug_list").zip(lock("module_mutex")),
             module_doors: module_doors(vmlinux, symbols, tables),
         }
     }

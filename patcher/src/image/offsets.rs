@@ -20,6 +20,8 @@ pub struct Offsets {
     pub livepatch: Option<LivepatchOffsets>,
     /// `struct module`.
     pub module: Option<ModuleOffsets>,
+    /// Of `struct module`, what its table of bugs needs.
+    pub bugs: Option<BugOffsets>,
     /// `struct task_struct`.
     pub task: Option<TaskOffsets>,
     /// `struct inactive_task_frame`.
@@ -79,6 +81,17 @@ pub struct ModuleOffsets {
     pub symbols: (u64, u64, u64, u64),
 }
 
+/// `struct module` as its table of bugs (`BUG`, `WARN`) needs it (include/linux/module.h, lib/bug.c).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BugOffsets {
+    /// `bug_list`: the next, and the previous behind it.
+    pub node: u64,
+    /// `bug_table`.
+    pub table: u64,
+    /// `num_bugs`.
+    pub count: u64,
+}
+
 impl Offsets {
     pub(super) fn read(btf: &Btf<'_>) -> Self {
         Self {
@@ -88,6 +101,7 @@ impl Offsets {
             probe: ProbeOffsets::read(btf),
             livepatch: LivepatchOffsets::read(btf),
             module: ModuleOffsets::read(btf),
+            bugs: BugOffsets::read(btf),
             task: TaskOffsets::read(btf),
             inactive: InactiveOffsets::read(btf),
             scan: ScanOffsets::read(btf),
@@ -150,6 +164,18 @@ impl ModuleOffsets {
                 kallsyms("typetab")?,
             ),
         })
+    }
+}
+
+impl BugOffsets {
+    /// With the layout of an entry that new code's objects have: two distances of 4 bytes, the line, the flags
+    /// (include/asm-generic/bug.h, `CONFIG_GENERIC_BUG_RELATIVE_POINTERS` and `CONFIG_DEBUG_BUGVERBOSE`).
+    fn read(btf: &Btf<'_>) -> Option<Self> {
+        const ENTRY: [(&str, u32); 4] = [("bug_addr_disp", 0), ("file_disp", 4), ("line", 8), ("flags", 10)];
+        let of = |member| btf.offset("module", member).map(u64::from);
+        let is_known = ENTRY.into_iter().all(|(member, at)| btf.offset("bug_entry", member) == Some(at));
+        Some(Self { node: of("bug_list")?, table: of("bug_table")?, count: of("num_bugs")? })
+            .filter(|_| is_known)
     }
 }
 

@@ -196,8 +196,19 @@ impl Tables {
     pub fn is_patched_between(&self, start: Gva, end: Gva) -> bool {
         /// The longest instruction of these.
         const LONGEST: u64 = 6;
+        self.is_patched(start, end, LONGEST)
+    }
+
+    /// Whether one of these begins at or behind `start`, where an instruction begins, and before `end`.
+    #[must_use]
+    pub fn is_patched_from(&self, start: Gva, end: Gva) -> bool {
+        self.is_patched(start, end, 1)
+    }
+
+    /// The same for instructions of so many bytes.
+    fn is_patched(&self, start: Gva, end: Gva, bytes: u64) -> bool {
         let among = |places: &[Gva]| {
-            let first = places.partition_point(|at| at.0.saturating_add(LONGEST) <= start.0);
+            let first = places.partition_point(|at| at.0.saturating_add(bytes) <= start.0);
             places.get(first).is_some_and(|at| *at < end)
         };
         let prefixes = || self.smp_locks.iter().flatten().any(|at| start <= *at && *at < end);

@@ -26,7 +26,8 @@ use crate::object::relocation::{Form, Relocation};
 use crate::object::replacement::{
     Alternative, Body, Field, NewPiece, Part, RETURN, Replaced, Replacement, Target,
 };
-use crate::object::sections::{Purpose, purpose};
+use crate::object::room::BUG_ENTRY;
+use crate::object::sections::{Purpose, is_runtime_constant, purpose};
 
 /// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
 const WORK: u64 = 1 << 22;
@@ -44,11 +45,10 @@ const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
 /// What the compiler calls a piece of a function that is seldom executed: behind the function's name comes this.
 const COLD: &str = ".cold";
 /// Tables that the kernel looks into while it runs, by the code's address.
-const TOLD: [(&str, &str); 3] = [
-    ("__bug_table", "warns or stops the kernel (WARN, BUG)"),
-    ("__ex_table", "handles faults (exception table)"),
-    ("__jump_table", "has a static key or tracepoint"),
-];
+const TOLD: [(&str, &str); 2] =
+    [("__ex_table", "handles faults (exception table)"), ("__jump_table", "has a static key or tracepoint")];
+/// The table of what the kernel says where code warns or stops it.
+const BUGS: &str = "__bug_table";
 /// Sections whose code is entered where nothing else may run.
 const NOT_LEFT: [&str; 3] = [".noinstr", ".entry", ".cpuidle"];
 
@@ -87,6 +87,17 @@ pub enum Unfit {
         function: String,
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// The kernel writes a constant into the function while it starts, which new code would lack.
+    #[error(
+        "{function} has the constant {constant}, which the kernel writes into its code while it starts; that is not \
+         done for new code yet"
+    )]
+    RuntimeConstant {
+        /// The function.
+        function: String,
+        /// The table of the places of the constant.
+        constant: String,
     },
     /// A function that may not be left by a jump.
     #[error("{function} lies in section {section}, which no jump may leave")]
@@ -187,7 +198,9 @@ struct Builder<'a, 'o> {
     replaced: BTreeSet<&'a str>,
     items: BTreeMap<Item, usize>,
     waiting: VecDeque<Item>,
-    taken: BTreeSet<Gva>,
+    /// Functions of the kernel whose addresses are taken; who takes it, and the name, of one that begins with `endbr64`
+    /// in the object after the change.
+    taken: BTreeMap<Gva, Option<(&'a str, &'a str)>>,
     is_indirect: bool,
     wrong: Vec<Unfit>,
 }
@@ -238,7 +251,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             replaced: BTreeSet::new(),
             items: BTreeMap::new(),
             waiting: VecDeque::new(),
-            taken: BTreeSet::new(),
+            taken: BTreeMap::new(),
             is_indirect: false,
             wrong: Vec::new(),
         }
@@ -263,27 +276,80 @@ impl<'a, 'o> Builder<'a, 'o> {
             }
         }
         let mut pieces = Vec::new();
-        while let Some(item) = self.waiting.pop_front() {
-            let piece = match item {
-                Item::Symbol(number) => self.symbol(number),
-                Item::Section(number) => Some(self.whole(number)),
-            };
-            if self.budget.is_exhausted() {
-                return Err(self.wrong);
-            }
-            pieces.extend(piece);
+        self.take_along(&mut pieces);
+        let bugs = self.bugs();
+        // The names of the files that it is in.
+        self.take_along(&mut pieces);
+        if self.budget.is_exhausted() {
+            return Err(self.wrong);
         }
+        pieces.extend(bugs);
         self.told();
+        let taken = self.taken(contents);
         if !self.wrong.is_empty() {
             return Err(self.wrong);
         }
         let replaced =
             |(at, (piece, name)): (Gva, (usize, &str))| Replaced { name: name.to_owned(), at, piece };
         let functions = by_place.into_iter().map(replaced).collect();
-        let is_entered = |at: &Gva| insn::marker(contents.bytes(*at, insn::MARKER).unwrap_or_default()) != 0;
-        let taken = self.taken.iter().copied().filter(is_entered).collect();
         let is_indirect = self.is_indirect;
         Ok(Replacement { functions, pieces, returns: self.returns(), taken, is_indirect })
+    }
+
+    /// Makes pieces of all that waits, and of what that refers to.
+    fn take_along(&mut self, pieces: &mut Vec<NewPiece>) {
+        while let Some(item) = self.waiting.pop_front().filter(|_| !self.budget.is_exhausted()) {
+            pieces.extend(match item {
+                Item::Symbol(number) => self.symbol(number),
+                Item::Section(number) => Some(self.whole(number)),
+            });
+        }
+    }
+
+    /// The entries of the table of bugs that are of code that goes along.
+    fn bugs(&mut self) -> Option<NewPiece> {
+        let mut piece = NewPiece {
+            name: BUGS.to_owned(),
+            part: Part::Bugs,
+            align: 1,
+            body: Body::default(),
+            alternatives: Vec::new(),
+        };
+        let after = self.after;
+        for section in after.sections().iter().filter(|section| section.name == BUGS) {
+            for (entry, fields) in section.bytes.chunks(BUG_ENTRY).zip(section.relocations.chunks(2)) {
+                let (code, file) = (fields.first()?, fields.get(1));
+                let symbol = after.symbol(code);
+                let Place::Section(place) = symbol.place else { continue };
+                let offset = symbol.offset.wrapping_add(code.addend.cast_unsigned());
+                let Some((number, function)) = self.names.covering(place, offset) else { continue };
+                let (behind, name) = (offset.wrapping_sub(function.offset).cast_signed(), function.name);
+                let Some(index) = self.items.get(&self.first(Item::Symbol(number))).copied() else {
+                    continue;
+                };
+                let start = piece.body.bytes.len();
+                let is_entry = |field: &Relocation, at: usize| {
+                    field.offset % BUG_ENTRY == at && field.form == Form::Relative32
+                };
+                let file =
+                    file.filter(|file| is_entry(file, 4) && is_entry(code, 0) && entry.len() == BUG_ENTRY);
+                let Some(file) = file else {
+                    self.unresolved(name, BUGS, "whose entries are not of a layout that is known");
+                    return None;
+                };
+                let code = Field {
+                    offset: start,
+                    form: Form::Relative32,
+                    target: Target::Piece(index),
+                    addend: behind,
+                };
+                let (target, addend) = self.target(file, 0, Use::Address, (number, name))?;
+                let file = Field { offset: start + 4, form: Form::Relative32, target, addend };
+                piece.body.fields.extend([code, file]);
+                piece.body.bytes.extend_from_slice(entry);
+            }
+        }
+        Some(piece).filter(|piece| !piece.body.bytes.is_empty())
     }
 
     /// The functions that are replaced, by their number after the change, and where the image has them.
@@ -541,7 +607,13 @@ impl<'a, 'o> Builder<'a, 'o> {
         let addend = relocation.addend.wrapping_add_unsigned(bias);
         let section = match symbol.place {
             Place::Absolute => return Some((Target::Fixed(symbol.offset), addend)),
-            Place::Undefined => return Some((self.elsewhere(symbol.name, from)?, addend)),
+            Place::Undefined => {
+                let target = self.elsewhere(symbol.name, from)?;
+                if let (Use::Address, Target::Kernel(at)) = (how, target) {
+                    self.taken.entry(at).or_default();
+                }
+                return Some((target, addend));
+            }
             Place::Section(section) => section,
         };
         let holds = &self.after.sections()[section];
@@ -553,11 +625,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         let covering = if matches!(symbol.kind, Kind::Function | Kind::Data) {
             Some((relocation.symbol, addend))
         } else {
-            let last = offset.checked_sub(1);
-            let found = self.names.covering(section, offset);
-            // The end of an array has no symbol of its own.
-            let found = found.or_else(|| self.names.covering(section, last?));
-            found.map(|(number, symbol)| (number, offset.wrapping_sub(symbol.offset).cast_signed()))
+            self.names.owner(section, offset)
         };
         let Some((to, behind)) = covering else {
             if is_plain && purpose(holds.name) == Purpose::Resident && !holds.bytes.is_empty() {
@@ -592,16 +660,27 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         match self.functions.get(name) {
             Some(Outcome::Matches { at } | Outcome::Overridden { at }) => {
+                let at = *at;
                 if how == Use::Address {
-                    self.taken.insert(*at);
+                    let by = self.is_entered_indirectly(to).then_some((from, name));
+                    let known = self.taken.entry(at).or_default();
+                    *known = known.or(by);
                 }
-                Some(Target::Kernel(*at))
+                Some(Target::Kernel(at))
             }
             _ => {
                 self.unresolved(from, name, "which the kernel does not have in its memory");
                 None
             }
         }
+    }
+
+    /// Whether a function of the object after the change begins with `endbr64`.
+    fn is_entered_indirectly(&self, function: usize) -> bool {
+        let symbol = &self.after.symbols()[function];
+        let Place::Section(section) = symbol.place else { return false };
+        let start = usize::try_from(symbol.offset).unwrap_or(usize::MAX);
+        insn::marker(self.after.sections()[section].bytes.get(start..).unwrap_or_default()) != 0
     }
 
     fn variable_target(&mut self, to: usize, from: &str) -> Option<Target> {
@@ -686,19 +765,39 @@ impl<'a, 'o> Builder<'a, 'o> {
         None
     }
 
+    /// Functions of the kernel whose addresses are taken, and that may be entered so as the kernel's file has them.
+    fn taken(&mut self, contents: &Contents<'_>) -> Vec<Gva> {
+        let mut entered = Vec::new();
+        for (at, by) in std::mem::take(&mut self.taken) {
+            if insn::marker(contents.bytes(at, insn::MARKER).unwrap_or_default()) != 0 {
+                entered.push(at);
+            } else if let Some((from, name)) = by {
+                let why = "whose address nobody took before, so the kernel has it without `endbr64` (IBT)";
+                self.unresolved(from, name, why);
+            }
+        }
+        entered
+    }
+
     /// Refuses functions that tables say more of.
     fn told(&mut self) {
         for section in self.after.sections() {
             let Purpose::Table(fields) = purpose(section.name) else { continue };
-            let Some((_, what)) = TOLD.iter().find(|(table, _)| *table == section.name) else { continue };
+            let told = TOLD.iter().find(|(table, _)| *table == section.name);
+            if told.is_none() && !is_runtime_constant(section.name) {
+                continue;
+            }
             for fields in section.relocations.chunks(fields) {
                 let symbol = self.after.symbol(&fields[0]);
                 let Place::Section(place) = symbol.place else { continue };
                 let offset = symbol.offset.wrapping_add(fields[0].addend.cast_unsigned());
                 let Some((number, function)) = self.names.covering(place, offset) else { continue };
                 if self.items.contains_key(&self.first(Item::Symbol(number))) {
-                    let function = function.name.to_owned();
-                    self.wrong.push(Unfit::Told { function, what });
+                    let (function, constant) = (function.name.to_owned(), section.name.to_owned());
+                    self.wrong.push(match told {
+                        Some((_, what)) => Unfit::Told { function, what },
+                        None => Unfit::RuntimeConstant { function, constant },
+                    });
                 }
             }
         }

@@ -228,8 +228,12 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// A name without the number that a compiler gave it.
+/// A name without the number that a compiler gave it; of the place of a type's number, without what the preprocessor
+/// counted (include/linux/btf_ids.h, `__ID`).
 fn stem(name: &str) -> &str {
+    if name.starts_with("__BTF_ID__") {
+        return name.trim_end_matches(|letter: char| letter.is_ascii_digit());
+    }
     let (stem, number) = name.rsplit_once('.').unwrap_or((name, ""));
     if !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) { stem } else { name }
 }

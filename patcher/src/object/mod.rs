@@ -36,4 +36,4 @@ pub use matching::match_image;
 pub use outcome::{Difference, Match, Outcome};
 pub use relocatable::Object;
 pub use replacement::Replacement;
-pub use room::Room;
+pub use room::{BUG_ENTRY, BugTable, Room};

@@ -96,6 +96,24 @@ impl<'a, 'o> Names<'a, 'o> {
         is_inside.then_some((number, symbol))
     }
 
+    /// The function or variable that a place of a section is meant of, and how far behind its first byte it is: the one
+    /// that covers it, or ends there, or is the only one of the section. (A loop may count down to the place before an array.)
+    pub(super) fn owner(&self, section: usize, offset: u64) -> Option<(usize, i64)> {
+        let behind = |(number, symbol): (usize, &Symbol<'a>)| {
+            (number, offset.wrapping_sub(symbol.offset).cast_signed())
+        };
+        let last = offset.checked_sub(1);
+        let found = self.covering(section, offset).or_else(|| self.covering(section, last?));
+        found.map(behind).or_else(|| {
+            let after = self.covering.partition_point(|(s, ..)| *s < section);
+            let of_section = self.covering[after..].iter().take_while(|(s, ..)| *s == section);
+            let mut places = of_section.map(|(_, start, number)| (*start, *number));
+            let (start, number) = places.next()?;
+            let is_only = places.all(|(other, _)| other == start);
+            is_only.then(|| behind((number, &self.object.symbols()[number])))
+        })
+    }
+
     /// The normal form of a piece. `None` if it is no code that can be decoded, refers to what can't be named, or
     /// the budget is exhausted.
     pub(super) fn normal(&self, piece: &Piece<'a>) -> Option<Normal<'a>> {
@@ -178,14 +196,8 @@ impl<'a, 'o> Names<'a, 'o> {
 
     /// A place of a section by the symbol that covers it, or by the section's content.
     fn named(&self, section: usize, offset: u64) -> Option<Target<'a>> {
-        if let Some((number, symbol)) = self.covering(section, offset) {
-            let addend = i64::try_from(offset - symbol.offset).ok()?;
-            return Some(Target::Symbol { name: symbol.name, number, addend });
-        }
-        // The end of an array.
-        if let Some((number, symbol)) = offset.checked_sub(1).and_then(|last| self.covering(section, last)) {
-            let addend = i64::try_from(offset - symbol.offset).ok()?;
-            return Some(Target::Symbol { name: symbol.name, number, addend });
+        if let Some((number, addend)) = self.owner(section, offset) {
+            return Some(Target::Symbol { name: self.object.symbols()[number].name, number, addend });
         }
         let holds = self.object.section(section);
         self.budget.spend(holds.bytes.len())?;

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
 use crate::addr::Gva;
 use crate::image::choice::ALWAYS;
 use crate::insn::{self, INT3};
@@ -40,6 +42,8 @@ pub(super) enum Part {
     Code,
     Constants,
     Data,
+    /// At the end of the guest's table of bugs.
+    Bugs,
 }
 
 /// Code or data that is placed as a whole.
@@ -151,6 +155,8 @@ pub struct Placed {
     pub functions: Vec<(String, Gva, Gva)>,
     /// The room that is left.
     pub left: Room,
+    /// How many entries the guest's table of bugs gets more: the word that says it, before and after.
+    pub bugs: Option<(Gva, u32, u32)>,
 }
 
 /// A piece at its place.
@@ -164,6 +170,19 @@ pub struct PlacedPiece {
     pub bytes: Vec<u8>,
     /// Whether it is code.
     pub is_code: bool,
+}
+
+impl Serialize for PlacedPiece {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let code = if self.is_code { insn::disassemble(&self.bytes, self.at) } else { Vec::new() };
+        let mut fields = serializer.serialize_struct("PlacedPiece", 5)?;
+        fields.serialize_field("name", &self.name)?;
+        fields.serialize_field("at", &self.at)?;
+        fields.serialize_field("kind", if self.is_code { "code" } else { "data" })?;
+        fields.serialize_field("bytes", &self.bytes.len())?;
+        fields.serialize_field("code", &code)?;
+        fields.end()
+    }
 }
 
 /// Why a replacement can't be placed.
@@ -219,6 +238,12 @@ impl Replacement {
         &self.taken
     }
 
+    /// Whether new code warns or stops the kernel.
+    #[must_use]
+    pub fn has_bugs(&self) -> bool {
+        self.pieces.iter().any(|piece| piece.part == Part::Bugs)
+    }
+
     /// Whether new code calls or jumps by the kernel's thunks for indirect branches.
     #[must_use]
     pub fn is_indirect(&self) -> bool {
@@ -240,13 +265,22 @@ impl Replacement {
         let mut left = room.clone();
         let mut places = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
+            let bytes = piece.body.bytes.len();
+            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes };
             let part = match piece.part {
                 Part::Code => &mut left.code,
                 Part::Constants => &mut left.constants,
                 Part::Data => &mut left.data,
+                Part::Bugs => {
+                    places.push(
+                        left.bugs
+                            .as_mut()
+                            .and_then(|bugs| bugs.take(&piece.body.bytes))
+                            .ok_or_else(no_room)?,
+                    );
+                    continue;
+                }
             };
-            let bytes = piece.body.bytes.len();
-            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes };
             let at = part.start.0.checked_next_multiple_of(piece.align.max(1)).map(Gva);
             let end = at.and_then(|at| at.plus(bytes));
             let (Some(at), Some(end)) = (at, end.filter(|end| *end <= part.end)) else {
@@ -260,7 +294,10 @@ impl Replacement {
         let live = |at: Gva| Gva(at.0.wrapping_add(running.slide));
         let functions = self.functions.iter();
         let functions = functions.map(|one| (one.name.clone(), live(one.at), places[one.piece])).collect();
-        Ok(Placed { pieces, functions, left })
+        let count = |room: &Room| room.bugs.as_ref().map(|bugs| (bugs.count, bugs.used));
+        let bugs = count(room).zip(count(&left)).map(|((at, before), (_, after))| (at, before, after));
+        let bugs = bugs.filter(|(_, before, after)| before != after);
+        Ok(Placed { pieces, functions, left, bugs })
     }
 }
 
@@ -377,6 +414,7 @@ mod tests {
             code: range(CODE, code),
             constants: range(CODE + 0x1000, 0x100),
             data: range(CODE + 0x2000, 0x100),
+            bugs: None,
         }
     }
 

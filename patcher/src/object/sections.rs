@@ -27,6 +27,16 @@ pub(super) enum Purpose {
     Unknown,
 }
 
+/// The compiler's table of the room before each function (`-fpatchable-function-entry`), which x86 finds without it
+/// (`HAVE_DYNAMIC_FTRACE_NO_PATCHABLE`).
+const PATCHABLE: &str = "__patchable_function_entries";
+
+/// Whether a section is a table of places where the kernel writes a constant into its code while it starts (from 6.12
+/// on, arch/x86/include/asm/runtime-const.h). Until then other constants are there.
+pub(super) fn is_runtime_constant(name: &str) -> bool {
+    name.starts_with("runtime_ptr_") || name.starts_with("runtime_shift_")
+}
+
 /// What a section is for. `-ffunction-sections` and `-fdata-sections` add a name to its name.
 pub(super) fn purpose(name: &str) -> Purpose {
     let is = |known: &&str| {
@@ -36,8 +46,10 @@ pub(super) fn purpose(name: &str) -> Purpose {
     let any = |names: &[&str]| names.iter().any(is);
     if any(&[".init", ".initcall", ".ref", ".meminit", ".cpuinit"]) || name.starts_with(".initcall") {
         Purpose::Init
-    } else if any(&[".exit", ".exitcall", ".discard", ".modinfo", ".comment", ".note"]) {
+    } else if any(&[".exit", ".exitcall", ".discard", ".modinfo", ".comment", ".note"]) || name == PATCHABLE {
         Purpose::Discarded
+    } else if is_runtime_constant(name) {
+        Purpose::Table(1)
     } else if name.starts_with(".data..percpu") {
         Purpose::PerCpu
     } else if any(&[

@@ -304,7 +304,9 @@ pub enum Refusal {
         at: Gva,
     },
     /// A patch of this name is already applied.
-    #[error("a patch named {name} is already applied; revert it first or choose another name")]
+    #[error(
+        "a patch named {name} is already applied, or waits or is staged; revert or drop it first, or choose another name"
+    )]
     NameTaken {
         /// The name.
         name: String,
@@ -381,6 +383,24 @@ pub enum Refusal {
         /// Why.
         why: String,
     },
+    /// No staged plan has this name.
+    #[error("no plan named {name} is staged: it was committed or dropped, or its time is over")]
+    NotStaged {
+        /// The name.
+        name: String,
+    },
+    /// Too many plans are staged.
+    #[error("{plans} plans of {bytes} bytes are staged; the limit is {most_plans} of {most_bytes} bytes")]
+    StagedFull {
+        /// How many there are.
+        plans: usize,
+        /// How long they are together.
+        bytes: usize,
+        /// How many there may be.
+        most_plans: usize,
+        /// How long they may be together.
+        most_bytes: usize,
+    },
     /// The guest's kernel has not started far enough, or is not the one that was given.
     #[error("the guest's kernel can't be patched: {why}")]
     GuestNotReady {
@@ -452,6 +472,8 @@ impl Refusal {
             Self::Covered { .. } => "covered",
             Self::ModulesUnseen { .. } => "modules_unseen",
             Self::PendingFull { .. } => "pending_full",
+            Self::NotStaged { .. } => "not_staged",
+            Self::StagedFull { .. } => "staged_full",
             Self::ObjectMalformed { .. } => "object_malformed",
             Self::BuildMismatch { .. } => "build_mismatch",
             Self::NotReplaceable { .. } => "not_replaceable",

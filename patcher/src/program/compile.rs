@@ -21,7 +21,7 @@
 //! If an earlier attempt found one of the guest's locks taken, all vCPUs are held at a moment when
 //! the locks are free, and the blockers are placed under that hold.
 //!
-//! New code and data come before all of that: every piece: write, check.
+//! New code and data come before all of that: every piece: write, check; every count of them: store.
 //!
 //! The kernel's own data is checked before the first write to a site and replaced when all sites hold
 //! the new code. The blockers of `inspect` are placed before it in the same way, and removed before
@@ -67,7 +67,7 @@ pub struct Host {
 /// #     old_inside: vec![], new_inside: vec![], may_fault: false };
 /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Auto, atomic: false,
 /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![],
-/// #     tasks_outside: vec![], old: vec![], new: vec![], brings: vec![], left: None, sites: vec![site],
+/// #     tasks_outside: vec![], old: vec![], new: vec![], brings: vec![], counts: vec![], left: None, sites: vec![site],
 /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
 /// // `plan` has one site: a five-byte NOP at 0x1000 becomes a jump.
 /// let mut arena = Arena::new(Gva(0x8000), 4096);
@@ -99,7 +99,7 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
         Strategy::Inspect => {
             blockers.clone_from(&plan.blockers);
             let stopped = stopped(Step::Inspect(condition(plan)), plan, &blockers);
-            let brought = plan.brings.iter().flat_map(bring);
+            let brought = plan.brings.iter().flat_map(bring).chain(plan.counts.iter().map(store_word));
             brought.chain(behind_blockers(&blockers, stopped)).collect()
         }
         Strategy::Store => store(plan),
@@ -112,8 +112,8 @@ fn one_way(plan: &ResolvedPlan, host: Host, arena: &mut Arena) -> Result<Program
             }
         }
     };
-    let locks = plan.patchers.locks.clone();
-    Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, blockers, locks, steps })
+    let (locks, brings) = (plan.patchers.locks.clone(), plan.brings.clone());
+    Ok(Program { strategy, reason, sites: plan.sites.clone(), copies, brings, blockers, locks, steps })
 }
 
 /// Selects the reachable boundaries inside a site, before or after the change.

@@ -76,7 +76,7 @@ impl<'p> Session<'p> {
     /// #     old: vec![0x90], new: vec![0xc3], old_inside: vec![], new_inside: vec![], may_fault: false };
     /// # let plan = ResolvedPlan { name: "demo".into(), strategy: Strategy::Hold, atomic: false,
     /// #     deadline_ms: 100, preemptible: false, unlocked: false, outside: vec![],
-    /// #     tasks_outside: vec![], old: vec![], new: vec![], brings: vec![], left: None, sites: vec![site],
+    /// #     tasks_outside: vec![], old: vec![], new: vec![], brings: vec![], counts: vec![], left: None, sites: vec![site],
     /// #     data: vec![], blockers: vec![], patchers: Default::default(), on_guest_write: None };
     /// # let host = Host { stores_are_whole: false };
     /// # let program = compile(&plan, host, &mut Arena::new(Gva(0x8000), 4096)).expect("it fits");

@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 
 use crate::addr::{Gva, VcpuId};
 use crate::insn;
+use crate::object::replacement::PlacedPiece;
 use crate::plan::Strategy;
 use crate::safety::blockers::Blocker;
 use crate::safety::quiesce::Condition;
@@ -95,8 +96,8 @@ impl fmt::Display for Step {
         match self {
             Self::Publish(table) => write!(f, "publish the trap table: {table}"),
             Self::Arm => f.write_str("intercept #BP on every vCPU"),
-            Self::Check { at, bytes } => write!(f, "check   {at}  {}", insn::hex(bytes)),
-            Self::Write { at, bytes } => write!(f, "write   {at}  {}", insn::hex(bytes)),
+            Self::Check { at, bytes } => write!(f, "check   {at}  {}", told(bytes)),
+            Self::Write { at, bytes } => write!(f, "write   {at}  {}", told(bytes)),
             Self::Store { at, old, new } => {
                 write!(f, "store   {at}  {} over {}", insn::hex(new), insn::hex(old))
             }
@@ -110,6 +111,15 @@ impl fmt::Display for Step {
             Self::Disarm => f.write_str("stop intercepting #BP"),
             Self::Withdraw => f.write_str("withdraw the trap table"),
         }
+    }
+}
+
+/// Bytes for a reader. Of new code only the first are told: the program lists it.
+fn told(bytes: &[u8]) -> String {
+    const MOST: usize = 64;
+    match bytes.get(..MOST).filter(|_| bytes.len() > MOST) {
+        Some(first) => format!("{} and {} bytes more", insn::hex(first), bytes.len() - MOST),
+        None => insn::hex(bytes),
     }
 }
 
@@ -188,6 +198,8 @@ pub struct Program {
     pub sites: Vec<Site>,
     /// The copies of old instructions that vCPUs execute instead of a site.
     pub copies: Vec<Slot>,
+    /// New code and data, which come before all else.
+    pub brings: Vec<PlacedPiece>,
     /// Where vCPUs wait until the sites are changed.
     pub blockers: Vec<Blocker>,
     /// The words of the guest's own locks, which must be zero when the sites are changed.
@@ -219,11 +231,12 @@ impl Program {
 impl Serialize for Program {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let steps: Vec<String> = self.steps.iter().map(|step| step.step.to_string()).collect();
-        let mut fields = serializer.serialize_struct("Program", 5)?;
+        let mut fields = serializer.serialize_struct("Program", 6)?;
         fields.serialize_field("strategy", &self.strategy)?;
         fields.serialize_field("reason", self.reason)?;
         fields.serialize_field("fences", &self.fences())?;
         fields.serialize_field("sites", &self.sites)?;
+        fields.serialize_field("brings", &self.brings)?;
         fields.serialize_field("steps", &steps)?;
         fields.end()
     }

@@ -88,13 +88,18 @@ impl<'a> SiteChecker<'a> {
         }
         // Checked before decoding: the text may hold the kprobe's `int3` or jump.
         unprobed(&self.probes, at, end)?;
-        if let Some((from, to)) = self.kernel.landing_inside(at, end) {
+        // No task is in a function that is replaced as a whole, and none enters it but by its entry: what leads to the
+        // inside of the site, and where tasks stand there, does not matter.
+        let is_left = needs == Needs::Left;
+        if let Some((from, to)) = self.kernel.landing_inside(at, end).filter(|_| !is_left) {
             return Err(Refusal::BranchIntoSite { from, to });
         }
         // Where the kernel replaces one instruction by another itself, the boundaries are known.
         // Decoding thousands of functions would take longer than patching them.
         let is_one = insn::count(&old, at) == Some(1);
-        if !self.kernel.is_patched_by_itself(at) || !is_one {
+        if is_left {
+            self.shape(&function)?.bounds(at, end, &function)?;
+        } else if !self.kernel.is_patched_by_itself(at) || !is_one {
             let shape = self.shape(&function)?;
             shape.holds(at, end, &function)?;
             if !is_one {
@@ -107,18 +112,16 @@ impl<'a> SiteChecker<'a> {
         if old == new {
             return Err(Refusal::NothingToDo { at });
         }
-        // No task stands in the old function, its entry included, when the site changes: all stacks are searched. Behind the
-        // jump to the new one nothing is reached.
-        let (old_inside, new_inside) = match needs {
-            Needs::Left => (Vec::new(), Vec::new()),
-            _ => (boundaries(&old, at), boundaries(&new, at)),
+        let (old_inside, new_inside) = match is_left {
+            true => (Vec::new(), Vec::new()),
+            false => (boundaries(&old, at), boundaries(&new, at)),
         };
         if !old_inside.is_empty() || !new_inside.is_empty() {
             required::several_instructions(self.kernel.image.profile())?;
         }
         // Where spinlocks are taken and released no task sleeps or is preempted (`expand::paravirt`).
         let may_leave = needs != Needs::Unlocked;
-        if needs != Needs::Left {
+        if !is_left {
             self.sleepers.keep_out(&old, at, &old_inside, may_leave)?;
             self.sleepers.keep_out(&new, at, &new_inside, may_leave)?;
         }

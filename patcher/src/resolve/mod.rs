@@ -9,12 +9,14 @@
 
 mod check;
 pub mod expand;
+mod replaced;
 mod required;
 mod resolved_plan;
 mod shape;
 mod supplies;
 pub mod targets;
 
+pub use replaced::in_replaced;
 pub use resolved_plan::ResolvedPlan;
 pub use supplies::Supplies;
 
@@ -143,6 +145,7 @@ fn resolve_within<'t>(
     let mut sites: Vec<Site> = Vec::new();
     let (mut data, mut needs) = (Vec::new(), Needs::Nothing);
     let (mut room, mut brings, mut old) = (supplies.room.clone(), Vec::new(), Vec::new());
+    let mut counts = Vec::new();
     for (i, patch) in plan.patches.iter().enumerate() {
         let pointer = Pointer::patch(i);
         let brought = supplies.replacements.get(&i).zip(room.as_ref());
@@ -155,8 +158,9 @@ fn resolve_within<'t>(
         };
         needs = needs.max(expansion.needs);
         data.extend(expansion.data);
-        if let Some(Brought { pieces, old: places, left }) = expansion.brought {
+        if let Some(Brought { pieces, old: places, left, bugs }) = expansion.brought {
             brings.extend(pieces);
+            counts.extend(bugs);
             old.extend(places);
             room = Some(left);
         }
@@ -211,6 +215,7 @@ fn resolve_within<'t>(
         new: brings.iter().filter(|piece| piece.is_code).map(Place::of_new_code).collect(),
         old,
         brings,
+        counts,
         left: room,
         blockers: if unlocked { blockers::unlocked(&kernel, text, &sites) } else { Vec::new() },
         patchers,
@@ -343,6 +348,7 @@ mod tests {
             old: Vec::new(),
             new: Vec::new(),
             brings: Vec::new(),
+            counts: Vec::new(),
             left: None,
             sites: vec![Site {
                 pointer: Pointer::patch(0),

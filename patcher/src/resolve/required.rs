@@ -37,6 +37,7 @@ fn of_patch(patch: &Patch) -> &'static [Need] {
             Have(Capability::Tasks),
             Have(Capability::StackCheck),
             Have(Capability::PerCpu),
+            Have(Capability::DirectMapping),
             Know(Capability::ReturnThunks),
             Know(Capability::Kprobes),
             Know(Capability::Livepatches),

@@ -37,6 +37,8 @@ pub struct ResolvedPlan {
     pub new: Vec<Place>,
     /// Code and data that nothing in the guest leads to before the sites change.
     pub brings: Vec<PlacedPiece>,
+    /// Words of the guest's that say how much there is of what is brought, and change with it.
+    pub counts: Vec<Datum>,
     /// The room that is left for others.
     pub left: Option<Room>,
     /// The sites, in the plan's order.
@@ -69,6 +71,7 @@ impl ResolvedPlan {
             old: self.new.clone(),
             new: self.old.clone(),
             brings: Vec::new(),
+            counts: Vec::new(),
             left: None,
             blockers: self.blockers.clone(),
             patchers: self.patchers.clone(),

@@ -35,11 +35,15 @@ impl Shape {
         shape
     }
 
-    /// Checks that a site begins and ends at instruction boundaries, and that no branch of the
-    /// function goes to its inside.
-    pub(crate) fn holds(&self, at: Gva, end: Gva, function: &Function<'_>) -> Result<(), Refusal> {
+    /// Checks that a site begins and ends at instruction boundaries.
+    pub(crate) fn bounds(&self, at: Gva, end: Gva, function: &Function<'_>) -> Result<(), Refusal> {
         self.boundary(at, function)?;
-        self.boundary(end, function)?;
+        self.boundary(end, function)
+    }
+
+    /// The same, and that no branch of the function goes to its inside.
+    pub(crate) fn holds(&self, at: Gva, end: Gva, function: &Function<'_>) -> Result<(), Refusal> {
+        self.bounds(at, end, function)?;
         match self.branches.iter().find(|(_, to)| at < *to && *to < end) {
             Some(&(from, to)) => Err(Refusal::BranchIntoSite { from, to }),
             None => Ok(()),

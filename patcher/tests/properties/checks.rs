@@ -1,6 +1,8 @@
 //! Properties that hold for any input, shared by the property tests and the fuzz targets.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use std::collections::BTreeSet;
+
 use patcher::addr::Gva;
 use patcher::image::symbols::Symbols;
 use patcher::image::{Contents, KernelFile, KernelImage, Loadable, unpack};
@@ -9,7 +11,8 @@ use patcher::insn::store::{GeneralRegisters, Store};
 use patcher::insn::written::{Bitness, written};
 use patcher::linux::module_list::read_modules;
 use patcher::linux::{GuestMemory, Kernel, Modules};
-use patcher::object::{Change, Object, Outcome, compare, match_image};
+use patcher::object::replacement::{Return, Running};
+use patcher::object::{Change, Layouts, Object, Outcome, Room, build, compare, match_image};
 use patcher::plan::{MAX_DEADLINE_MS, MAX_PATCHES, MAX_SITE, Patch, Plan};
 use patcher::resolve::{RunningGuest, resolve};
 
@@ -305,9 +308,27 @@ pub(crate) fn live(image: &KernelImage, input: &[u8]) {
     }
 }
 
+/// What is made of an object and itself, if anything, fits into fields, and stays in its room.
+fn place(object: &Object<'_>, image: &KernelImage, contents: &Contents<'_>) {
+    const START: u64 = 0xffff_ffff_fea0_0000;
+    let Ok(replacement) = build(object, object, image, contents) else { return };
+    let part = |number: u64| Gva(START + number * 0x20_0000)..Gva(START + (number + 1) * 0x20_0000);
+    let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None };
+    let running = Running { slide: 0, returns: Some(Return::Plain), features: &BTreeSet::new() };
+    let Ok(placed) = replacement.place(&room, running) else { return };
+    for piece in &placed.pieces {
+        let end = piece.at.plus(piece.bytes.len()).expect("an address");
+        assert!(Gva(START) <= piece.at && end <= room.data.end, "{piece:x?}");
+        assert!(!piece.is_code || end <= room.code.end, "{piece:x?}");
+    }
+}
+
 /// Any file is read as an object or refused; compared with itself nothing is new or gone; what matches a kernel is
 /// where a symbol is.
 pub(crate) fn object(file: &[u8], vmlinux: &[u8], image: &KernelImage) {
+    if let Ok(layouts) = Layouts::read(file) {
+        assert_eq!(layouts.changes(&layouts), []);
+    }
     let Ok(object) = Object::parse(file) else { return };
     if let Ok(found) = compare(&object, &object) {
         assert!(
@@ -319,6 +340,7 @@ pub(crate) fn object(file: &[u8], vmlinux: &[u8], image: &KernelImage) {
         );
     }
     let contents = Contents::parse(vmlinux).expect("a kernel");
+    place(&object, image, &contents);
     let Ok(found) = match_image(&object, image, &contents) else { return };
     assert_eq!(found.functions.len(), object.functions().len());
     for (function, found) in object.functions().iter().zip(&found.functions) {

@@ -99,6 +99,7 @@ fn plan(strategy: Strategy, sites: &[(usize, Vec<u8>, Vec<u8>)]) -> (ResolvedPla
         old: Vec::new(),
         new: Vec::new(),
         brings: Vec::new(),
+        counts: Vec::new(),
         left: None,
         sites: resolved,
         data: Vec::new(),

@@ -63,7 +63,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// The structures whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 23] = [
+pub(crate) const STRUCTURES: [Structure; 24] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -81,9 +81,13 @@ pub(crate) const STRUCTURES: [Structure; 23] = [
             ("num_static_call_sites", 192),
             ("extable", 200),
             ("num_exentries", 208),
+            ("num_bugs", 212),
             ("arch", 216),
+            ("bug_list", 232),
+            ("bug_table", 248),
         ],
     ),
+    ("bug_entry", 12, &[("bug_addr_disp", 0), ("file_disp", 4), ("line", 8), ("flags", 10)]),
     ("mutex", 32, &[("owner", 0), ("rtmutex", 0)]),
     ("rt_mutex_base", 32, &[("owner", 24)]),
     ("module_layout", 16, &[("base", 0), ("text_size", 8)]),
@@ -372,7 +376,7 @@ pub(crate) fn vmlinux_as(names: &[String], layout: Kallsyms) -> Vec<u8> {
 }
 
 /// Functions by which the kernel patches itself, and what else the profile looks for in text.
-const FUNCTIONS: [&str; 44] = [
+const FUNCTIONS: [&str; 45] = [
     "rt_spin_lock",
     "syscall_exit_to_user_mode",
     "x64_sys_call",
@@ -405,6 +409,7 @@ const FUNCTIONS: [&str; 44] = [
     "srso_return_thunk",
     "retbleed_untrain_ret",
     "klp_enable_patch",
+    "module_bug_finalize",
     "nop_func",
     "BUG_func",
     "load_module",
@@ -523,6 +528,9 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.align();
     let livepatches = k.here().to_le_bytes();
     k.put("klp_ops", b'd', &[livepatches, livepatches].concat());
+    k.put("page_offset_base", b'd', &[0; 8]);
+    k.put("module_bug_list", b'd', &[0; 16]);
+    k.put("module_mutex", b'd', &[0; 32]);
     k.put("boot_cpu_data", b'D', &[0; 256]);
     for name in ["pv_ops", "pv_ops_lock"] {
         k.put(name, b'D', &native.to_le_bytes().repeat(8));

@@ -540,6 +540,9 @@ fn what_tables_say_of_a_function_counts() {
                 &[(0, NEAR, "g", 0), (4, NEAR, ".altinstr_replacement", 2)],
             ),
             table(".altinstr_replacement", &[0x66, 0x90, 0x90], &[]),
+            table("runtime_shift_bits", &[0; 4], &[(0, NEAR, "f", 3)]),
+            // Of the room before functions, which no code refers to.
+            table("__patchable_function_entries", &[0; 8], &[(0, ABSOLUTE, ".text", 0)]),
         ];
         change(&mut parts);
         Source { parts, strings: vec!["file.c".into()] }
@@ -561,6 +564,10 @@ fn what_tables_say_of_a_function_counts() {
     assert_eq!(changed(&|parts| parts[5].bytes[8] = 4), ["f"], "another feature");
     assert_eq!(changed(&|parts| parts[7].bytes[2] = 0xc3), ["g"], "another replacement");
     assert_eq!(changed(&|parts| parts[7].bytes[..2].copy_from_slice(&[0x90, 0x90])), ["f"]);
+    assert_eq!(changed(&|parts| parts[8].fields[0].addend = 2), ["f"], "another constant is the kernel's");
+    assert_eq!(changed(&|parts| parts[8].section = "runtime_shift_other".into()), ["f"]);
+    assert_eq!(changed(&|parts| _ = parts.remove(8)), ["f"], "none is");
+    assert!(changed(&|parts| parts[9].fields[0].addend = 8).is_empty());
     // A jump has three fields.
     let odd = source(&|parts| _ = parts[2].fields.pop());
     assert!(compared(&before, &odd).obstacles.contains(&Obstacle::Tables));

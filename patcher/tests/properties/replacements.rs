@@ -9,14 +9,14 @@ use patcher::insn;
 use patcher::linux::Kernel;
 use patcher::linux::module_list::read_modules;
 use patcher::object::replacement::{Placed, PlacedPiece, Return, Running, Unplaceable};
-use patcher::object::{Object, Obstacle, Replacement, Room, Unfit, build};
+use patcher::object::{BUG_ENTRY, BugTable, Object, Obstacle, Replacement, Room, Unfit, build};
 use patcher::plan::Plan;
 use patcher::resolve::{RunningGuest, Supplies, resolve_with};
 use proptest::prelude::*;
 
 use crate::capabilities::Booted;
 use crate::miniature;
-use crate::sources::{ABSOLUTE, CALL, Kind, Linked, NEAR, Part, SIGNED, Source, UNSIGNED};
+use crate::sources::{ABSOLUTE, CALL, FAR, Kind, Linked, NEAR, Part, SIGNED, Source, UNSIGNED};
 
 const SLIDE: u64 = 0x20_0000;
 const PAGES: u64 = 0xffff_ffff_fee0_0000;
@@ -63,6 +63,9 @@ fn before() -> Source {
                 &[(1, CALL, "__x86_return_thunk", -4)],
             ),
             Part::new("table", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, "helper", 0)]),
+            // The number of a type; a preprocessor has counted 7 uses of its counter before it.
+            Part::new("__BTF_ID__struct__type__7", ".BTF_ids", Kind::Data, &[0; 4], &[]),
+            Part::new("ops", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, "__BTF_ID__struct__type__7", 0)]),
         ],
         strings: vec!["old".into()],
     }
@@ -110,14 +113,17 @@ fn after() -> Source {
         Part::new("state", ".bss", Kind::Data, &[0; 16], &[]),
         Part::new("names", ".data", Kind::Data, &[0; 8], &[(0, ABSOLUTE, ".LC1", 0)]),
     ]);
-    source.parts[6].fields[0].to = "right".into();
+    source.parts[8].fields[0].to = "right".into();
+    source.parts[6].name = "__BTF_ID__struct__type__9".into();
+    source.parts[7].fields[0].to = "__BTF_ID__struct__type__9".into();
     source.strings.push("new".into());
     source
 }
 
 fn room() -> Room {
     let part = |number: u64| Gva(PAGES + number * 0x1000)..Gva(PAGES + (number + 1) * 0x1000);
-    Room { code: part(0), constants: part(1), data: part(2) }
+    let bugs = BugTable { at: Gva(PAGES + 0x3000), count: Gva(PAGES + 0x4000), used: 3, most: 5 };
+    Room { code: part(0), constants: part(1), data: part(2), bugs: Some(bugs) }
 }
 
 fn built(before: &Source, after: &Source, linked: &Linked) -> Result<Replacement, Vec<Unfit>> {
@@ -202,23 +208,65 @@ fn new_code_refers_to_the_same_things_as_its_object() {
     assert_eq!(returns, [old("main") + 16, old("helper") + 17]);
 }
 
+/// A loop that counts down ends at the place before an array.
+#[test]
+fn a_place_before_an_array_is_of_that_array() {
+    let (before, mut after) = (before(), after());
+    after.parts[9].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+    after.parts[9].fields = Part::function("", &[], &[(3, SIGNED, ".rodata.array", -8)]).fields;
+    after.parts.push(Part::new("array", ".rodata", Kind::Data, &[1; 16], &[]));
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let placed = placed(&built(&before, &after, &linked).expect("it can be replaced"));
+    assert_eq!(said(piece(&placed, "fresh"), 3, None), piece(&placed, "array").at.0 - 8);
+}
+
 /// A table may keep an address after the patch is reverted.
 #[test]
 fn the_address_of_a_replaced_function_is_the_old_one() {
     let (before, mut after) = (before(), after());
-    after.parts[7].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
-    after.parts[7].fields = Part::function("", &[], &[(3, SIGNED, "main", 0)]).fields;
+    after.parts[9].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+    after.parts[9].fields = Part::function("", &[], &[(3, SIGNED, "main", 0)]).fields;
     let linked = Linked::new(&[&before], &ELSEWHERE);
     let placed = placed(&built(&before, &after, &linked).expect("it can be replaced"));
     let expected = miniature::BASE + linked.offset("main") as u64 + SLIDE;
     assert_eq!(said(piece(&placed, "fresh"), 3, None), expected);
 }
 
+/// With IBT an indirect branch may lead only to `endbr64`, which the compiler leaves out where no address is taken, and
+/// the kernel overwrites where it sees none taken.
+#[test]
+fn an_address_is_taken_only_of_what_may_be_entered_so() {
+    const MARKED: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    let outer = |name: &str, start: [u8; 4]| Part::function(name, &code(&[&start, &[0xc3]]), &[]).global();
+    let others =
+        Source { parts: vec![outer("marked", MARKED), outer("unmarked", [0x90; 4])], ..Source::default() };
+    let taking = |name: &str| {
+        let mut source = after();
+        source.parts[9].bytes = code(&[&[0x48, 0xc7, 0xc7, 0, 0, 0, 0], &[0xc3]]);
+        source.parts[9].fields = Part::function("", &[], &[(3, SIGNED, name, 0)]).fields;
+        source
+    };
+    let before = before();
+    let linked = Linked::new(&[&others, &before], &ELSEWHERE);
+    for (name, expected) in [("marked", true), ("unmarked", false), ("helper", false)] {
+        let replacement = built(&before, &taking(name), &linked).expect("it can be replaced");
+        let at = Gva(miniature::BASE + linked.offset(name) as u64);
+        assert_eq!(replacement.taken().contains(&at), expected, "{name}: {:?}", replacement.taken());
+    }
+    let mut source = taking("helper");
+    source.parts[1].bytes[..5].copy_from_slice(&code(&[&MARKED, &[0x90]]));
+    let unfit = built(&before, &source, &linked).expect_err("the kernel's has no mark");
+    assert!(
+        matches!(&unfit[..], [Unfit::Unresolved { from, symbol, .. }] if from == "fresh" && symbol == "helper"),
+        "{unfit:?}"
+    );
+}
+
 #[test]
 fn a_function_whose_cold_piece_changes_is_replaced() {
     let before = after();
     let mut changed = before.clone();
-    changed.parts[6].fields[0].to = "left".into();
+    changed.parts[8].fields[0].to = "left".into();
     let linked = Linked::new(&[&before], &ELSEWHERE);
     let placed = placed(&built(&before, &changed, &linked).expect("it can be replaced"));
     assert_eq!(placed.functions.len(), 1);
@@ -240,22 +288,32 @@ fn what_can_not_be_replaced_is_refused() {
     };
     refused(
         "a symbol that the kernel does not have",
-        |after| after.parts[6].fields[0].to = "nowhere".into(),
+        |after| after.parts[8].fields[0].to = "nowhere".into(),
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "nowhere"),
     );
     refused(
-        "a WARN",
+        "a static key",
         |after| {
-            let entry = Part::new(
-                "",
-                "__bug_table",
-                Kind::Label,
-                &[0; 12],
-                &[(0, NEAR, "main", 11), (4, NEAR, ".LC1", 0)],
-            );
-            after.parts.push(entry);
+            let fields = [(0, NEAR, "main", 11), (4, NEAR, "main", 21), (8, FAR, "counter", 0)];
+            after.parts.push(Part::new("", "__jump_table", Kind::Label, &[0; 16], &fields));
         },
         |unfit| matches!(unfit, Unfit::Told { function, .. } if function == "main"),
+    );
+    refused(
+        "a table of bugs of another layout",
+        |after| {
+            let fields = [(0, NEAR, "main", 11), (8, NEAR, ".LC1", 0)];
+            after.parts.push(Part::new("", "__bug_table", Kind::Label, &[0; 12], &fields));
+        },
+        |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "__bug_table"),
+    );
+    refused(
+        "a constant that the kernel writes into its code",
+        |after| {
+            let entry = Part::new("", "runtime_ptr_limit", Kind::Label, &[0; 4], &[(0, NEAR, "main", 33)]);
+            after.parts.push(entry);
+        },
+        |unfit| matches!(unfit, Unfit::RuntimeConstant { function, .. } if function == "main"),
     );
     refused(
         "an initial value",
@@ -264,12 +322,12 @@ fn what_can_not_be_replaced_is_refused() {
     );
     refused(
         "code where nothing may leave",
-        |after| after.parts[7].section = ".noinstr.text".into(),
+        |after| after.parts[9].section = ".noinstr.text".into(),
         |unfit| matches!(unfit, Unfit::NotLeft { function, .. } if function == "fresh"),
     );
     refused(
         "code for the start",
-        |after| after.parts[7].section = ".init.text".into(),
+        |after| after.parts[9].section = ".init.text".into(),
         |unfit| matches!(unfit, Unfit::Obstacle(Obstacle::InitChanged { name }) if name == "fresh"),
     );
     refused(
@@ -586,6 +644,39 @@ fn features_are_those_of_the_running_kernel() {
     assert!(chosen(ALWAYS, &[]));
 }
 
+/// A WARN in new code, one in code that stays, and one in a new function.
+#[test]
+fn warnings_of_new_code_are_added_to_the_guests_table() {
+    let entry = |line: u8, function: &str, at| {
+        let bytes = [0, 0, 0, 0, 0, 0, 0, 0, line, 0, 1, 9];
+        Part::new("", "__bug_table", Kind::Label, &bytes, &[(0, NEAR, function, at), (4, NEAR, ".LC1", 0)])
+    };
+    let (mut before, mut after) = (before(), after());
+    before.strings.push("new".into());
+    before.parts.push(entry(1, "helper", 5));
+    after.parts.extend([entry(1, "helper", 5), entry(2, "main", 11), entry(3, "fresh", 5)]);
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let replacement = built(&before, &after, &linked).expect("it can be replaced");
+    assert!(replacement.has_bugs());
+    let placed = placed(&replacement);
+    let (table, strings) = (piece(&placed, "__bug_table"), piece(&placed, ".rodata.str1.1"));
+    assert_eq!(
+        (table.at, table.bytes.len(), table.is_code),
+        (Gva(PAGES + 0x3000 + 36), 2 * BUG_ENTRY, false)
+    );
+    assert_eq!(placed.bugs, Some((Gva(PAGES + 0x4000), 3, 5)));
+    for (index, line, function, behind) in [(0, 2, "main", 11), (1, 3, "fresh", 5)] {
+        let start = index * BUG_ENTRY;
+        let (code, file) = (said(table, start, Some(start)), said(table, start + 4, Some(start + 4)));
+        assert_eq!((code, file), (piece(&placed, function).at.0 + behind, strings.at.0 + 4), "{function}");
+        assert_eq!(table.bytes[start + 8..start + 12], [line, 0, 1, 9]);
+    }
+    // There is room for two.
+    let running = Running { slide: SLIDE, returns: Some(Return::Plain), features: &BTreeSet::new() };
+    assert!(replacement.place(&placed.left, running).is_err());
+    assert!(replacement.place(&Room { bugs: None, ..room() }, running).is_err(), "there is no table");
+}
+
 proptest! {
     /// Whatever bytes an object has: it is refused, or what it brings lies in the room, each piece by itself, and
     /// decodes.
@@ -613,6 +704,9 @@ proptest! {
         let mut ends: Vec<(Gva, Gva)> = Vec::new();
         for piece in &placed.pieces {
             let end = piece.at.plus(piece.bytes.len()).expect("an address");
+            if piece.name == "__bug_table" {
+                continue;
+            }
             let part = if piece.is_code { &room.code } else if piece.at < room.data.start { &room.constants } else { &room.data };
             prop_assert!(part.start <= piece.at && end <= part.end, "{piece:x?}");
             let decoded: usize = insn::decode(&piece.bytes, piece.at).map(|insn| insn.len).sum();

@@ -107,7 +107,8 @@ struct Section {
 impl Source {
     /// The section that a part is in.
     fn section_of(part: &Part, split: bool) -> String {
-        let is_split = split && part.kind != Kind::Label;
+        // It is made by the assembler.
+        let is_split = split && part.kind != Kind::Label && part.section != ".BTF_ids";
         if is_split { format!("{}.{}", part.section, part.name) } else { part.section.clone() }
     }
 

@@ -28,6 +28,12 @@ pub enum Command {
     RemoveArena,
     /// Apply a plan, given as JSON.
     Apply(Vec<u8>),
+    /// Stage a plan, given as JSON.
+    Stage(Vec<u8>),
+    /// Apply a staged plan.
+    Commit(String),
+    /// Forget a staged plan.
+    Drop(String),
     /// Resolve a plan and say what it would change.
     Check(Vec<u8>),
     /// Compile a plan and print its steps.
@@ -52,6 +58,8 @@ impl Command {
     pub fn needs_kernel(&self) -> bool {
         match self {
             Self::Apply(_)
+            | Self::Stage(_)
+            | Self::Commit(_)
             | Self::Check(_)
             | Self::Explain(_)
             | Self::Targets
@@ -59,9 +67,13 @@ impl Command {
             | Self::Inside(_)
             | Self::Revert(_)
             | Self::RemoveArena => true,
-            Self::Info | Self::Vcpus | Self::Pause { .. } | Self::Resume | Self::List | Self::Show(_) => {
-                false
-            }
+            Self::Info
+            | Self::Vcpus
+            | Self::Pause { .. }
+            | Self::Resume
+            | Self::List
+            | Self::Show(_)
+            | Self::Drop(_) => false,
         }
     }
 }

@@ -57,6 +57,7 @@ fn status(report: &Report) -> StatusCode {
         | PatchState::Superseded
         | PatchState::Lost
         | PatchState::Pending
+        | PatchState::Staged
         | PatchState::Refused => StatusCode::OK,
         PatchState::RolledBack | PatchState::Held => StatusCode::INTERNAL_SERVER_ERROR,
     }

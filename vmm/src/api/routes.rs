@@ -62,7 +62,7 @@ const POST: &[Method] = &[Method::POST];
 const PUT: &[Method] = &[Method::PUT, Method::POST];
 const DELETE: &[Method] = &[Method::DELETE];
 
-static ROUTES: [(&[Method], &str, Action); 16] = [
+static ROUTES: [(&[Method], &str, Action); 19] = [
     (GET, "/vm", Action::Command(|| Command::Info)),
     (GET, "/vm/vcpus", Action::Command(|| Command::Vcpus)),
     (PUT, "/vm/pause", Action::Pause),
@@ -75,9 +75,12 @@ static ROUTES: [(&[Method], &str, Action); 16] = [
     (GET, "/tasks/inside", Action::Inside),
     (GET, "/patches", Action::Command(|| Command::List)),
     (POST, "/patches", Action::Plan(Command::Apply)),
+    (POST, "/patches/stage", Action::Plan(Command::Stage)),
     (POST, "/patches/check", Action::Plan(Command::Check)),
     (POST, "/patches/explain", Action::Plan(Command::Explain)),
     (GET, "/patches/{name}", Action::Patch(Command::Show)),
+    (POST, "/patches/{name}/commit", Action::Patch(Command::Commit)),
+    (POST, "/patches/{name}/drop", Action::Patch(Command::Drop)),
     (POST, "/patches/{name}/revert", Action::Patch(Command::Revert)),
 ];
 
@@ -338,6 +341,9 @@ mod tests {
             (Method::GET, "/patches", true),
             (Method::GET, "/patches/x", true),
             (Method::POST, "/patches", false),
+            (Method::POST, "/patches/stage", false),
+            (Method::POST, "/patches/name/commit", false),
+            (Method::POST, "/patches/name/drop", false),
             (Method::POST, "/patches/check", false),
             (Method::POST, "/patches/explain", false),
             (Method::GET, "/tasks/inside", false),
@@ -346,7 +352,7 @@ mod tests {
             let (action, _) = find(&method, path).expect("a route");
             assert_eq!(is_reading(&method, action), may, "{method} {path}");
         }
-        assert_eq!(ROUTES.len(), 16, "every route is in the list above");
+        assert_eq!(ROUTES.len(), 19, "every route is in the list above");
     }
 
     #[test]

@@ -62,8 +62,26 @@ pub struct Program {
     pub fences: usize,
     /// The sites.
     pub sites: Vec<Site>,
+    /// New code and data.
+    #[serde(default)]
+    pub brings: Vec<Piece>,
     /// The steps, each as text.
     pub steps: Vec<String>,
+}
+
+/// Mirrors [`patcher::object::replacement::PlacedPiece`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Piece {
+    /// The function, variable or section.
+    pub name: String,
+    /// Where it goes.
+    pub at: Gva,
+    /// `code` or `data`.
+    pub kind: String,
+    /// How many bytes it has.
+    pub bytes: usize,
+    /// Its instructions.
+    pub code: Vec<String>,
 }
 
 /// Mirrors [`patcher::resolve::targets::Targets`].
@@ -172,6 +190,7 @@ pub enum StreamLine {
 mod tests {
     use std::fmt::Debug;
 
+    use patcher::object::replacement::PlacedPiece;
     use patcher::plan::refusal::{Pointer, Refusal};
     use patcher::plan::write_policy::Policy;
     use patcher::program::step::{Reversible, Step};
@@ -260,6 +279,12 @@ mod tests {
             reason: "why",
             sites: vec![site()],
             copies: Vec::new(),
+            brings: vec![PlacedPiece {
+                name: "f".to_owned(),
+                at: Gva(0x10),
+                bytes: vec![0x90, 0xc3],
+                is_code: true,
+            }],
             blockers: Vec::new(),
             locks: Vec::new(),
             steps: vec![step],

@@ -196,6 +196,8 @@ pub enum PatchState {
     Pending,
     /// It waits for modules, and did not fit the one that came last.
     Refused,
+    /// It is ready to be committed; nothing of the guest was changed.
+    Staged,
 }
 
 /// What a plan would change.
@@ -305,7 +307,9 @@ impl Refusals {
     /// Whether a patch was named that does not exist.
     #[must_use]
     pub fn is_unknown_patch(&self) -> bool {
-        self.refusals.iter().any(|refused| matches!(refused.refusal, Refusal::UnknownPatch { .. }))
+        self.refusals.iter().any(|refused| {
+            matches!(refused.refusal, Refusal::UnknownPatch { .. } | Refusal::NotStaged { .. })
+        })
     }
 }
 

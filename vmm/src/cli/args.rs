@@ -273,6 +273,34 @@ pub enum PatchCommand {
         #[command(flatten)]
         plan: PlanArgs,
     },
+    /// Do all of a plan that needs no stop of the guest, and keep it for `vmm patch commit`; nothing is written.
+    #[command(after_help = exit_status::OF_A_REQUEST)]
+    Stage {
+        /// The VM.
+        #[command(flatten)]
+        at: SocketArgs,
+        /// What to stage.
+        #[command(flatten)]
+        plan: PlanArgs,
+    },
+    /// Apply a staged plan. It is checked against the running guest once more.
+    #[command(after_help = exit_status::OF_A_REQUEST)]
+    Commit {
+        /// The VM.
+        #[command(flatten)]
+        at: SocketArgs,
+        /// Name of the plan.
+        name: String,
+    },
+    /// Forget a staged plan.
+    #[command(after_help = exit_status::OF_A_REQUEST)]
+    Drop {
+        /// The VM.
+        #[command(flatten)]
+        at: SocketArgs,
+        /// Name of the plan.
+        name: String,
+    },
     /// Check a plan against the running guest and show what it would change; nothing is written.
     #[command(after_help = exit_status::OF_A_REQUEST)]
     Check {

@@ -3,7 +3,7 @@
 use hyper::Method;
 
 use crate::api::view::{Fits, Program, Report, Targets};
-use crate::api::wire::PatchSummary;
+use crate::api::wire::{Done, PatchSummary};
 use crate::cli::args::PatchCommand;
 use crate::cli::ask::{ask, ask_and};
 use crate::cli::error::Error;
@@ -14,6 +14,15 @@ use crate::cli::plan;
 pub(super) fn run(command: &PatchCommand) -> Result<ExitStatus, Error> {
     match command {
         PatchCommand::Apply { at, plan } => ask::<Report>(at, Method::POST, "/patches", plan::of(plan)?),
+        PatchCommand::Stage { at, plan } => {
+            ask::<Report>(at, Method::POST, "/patches/stage", plan::of(plan)?)
+        }
+        PatchCommand::Commit { at, name } => {
+            ask::<Report>(at, Method::POST, &format!("/patches/{name}/commit"), Vec::new())
+        }
+        PatchCommand::Drop { at, name } => {
+            ask::<Done>(at, Method::POST, &format!("/patches/{name}/drop"), Vec::new())
+        }
         PatchCommand::Check { at, plan } => ask::<Fits>(at, Method::POST, "/patches/check", plan::of(plan)?),
         PatchCommand::Explain { at, plan } => {
             ask::<Program>(at, Method::POST, "/patches/explain", plan::of(plan)?)

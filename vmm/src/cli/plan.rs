@@ -55,7 +55,8 @@ fn bounded(source: impl Read) -> io::Result<Vec<u8>> {
 fn with_objects(plan: Vec<u8>, read: impl Fn(&str) -> Result<ObjectFile, Error>) -> Result<Vec<u8>, Error> {
     let Ok(mut value) = serde_json::from_slice::<Value>(&plan) else { return Ok(plan) };
     let mut named = false;
-    for patch in value["patches"].as_array_mut().into_iter().flatten() {
+    let patches = value.get_mut("patches").and_then(Value::as_array_mut);
+    for patch in patches.into_iter().flatten() {
         for side in SIDES {
             let Some(object) = patch.pointer_mut(&format!("/object/{side}")) else { continue };
             if let Some(name) = object.as_str() {

@@ -217,10 +217,19 @@ impl GuestKernel {
     }
 
     /// Whether a page can be mapped without being executable: the kernel has mapped its read-only data so
-    /// (Linux arch/x86/mm/init_64.c, `mark_rodata_ro`), which it does only with EFER.NXE set.
+    /// (Linux arch/x86/mm/init_64.c, `mark_rodata_ro`, right before init), or its direct mapping of all memory
+    /// (`PAGE_KERNEL`). It does that only with EFER.NXE set.
     #[must_use]
     pub fn maps_no_execute(&self) -> bool {
-        self.tables.is_marked_no_execute(self.banner.0, |entry| self.ram.load_u64(entry).ok())
+        let is_marked = |at| self.tables.is_marked_no_execute(at, |entry| self.ram.load_u64(entry).ok());
+        is_marked(self.banner.0) || self.in_direct_mapping(self.entry.1).is_some_and(is_marked)
+    }
+
+    /// Where the kernel maps physical memory (arch/x86/include/asm/page_64.h).
+    fn in_direct_mapping(&self, at: Gpa) -> Option<Gva> {
+        let mut base = [0; 8];
+        self.read(self.kernel().symbol("page_offset_base").ok()?, &mut base).ok()?;
+        u64::from_le_bytes(base).checked_add(at.0).map(Gva)
     }
 
     /// Sets a page-table entry that has the value `old`.

@@ -7,7 +7,7 @@ use patcher::plan::refusal::{Refusal, Refused};
 use patcher::plan::{Plan, Strategy};
 use patcher::program::compile::compile;
 use patcher::program::step::Program;
-use patcher::resolve::{ResolvedPlan, RunningGuest, Supplies, resolve_with};
+use patcher::resolve::{ResolvedPlan, RunningGuest, Supplies, in_replaced, resolve_with};
 use patcher::safety::blockers;
 use patcher::safety::slots::Arena;
 use patcher::site::Site;
@@ -23,7 +23,7 @@ use crate::patch::kernel_locks::wait_while_taken;
 /// A plan that fits, and its program.
 pub(super) struct Prepared {
     plan: ResolvedPlan,
-    program: Program,
+    pub(super) program: Program,
     /// Whether it names a module, or changes one.
     concerns_modules: bool,
 }
@@ -50,12 +50,23 @@ impl Engine {
 
     /// Applies a plan to what there is.
     pub(super) fn apply_now(&mut self, plan: &Plan, given_at: Instant) -> Result<Report, Vec<Refused>> {
-        let mut prepared = self.prepare(plan)?;
+        let mut supplies = self.supplies(plan)?;
+        self.apply_with(plan, &mut supplies, given_at)
+    }
+
+    /// The same with what the plan's objects bring.
+    pub(super) fn apply_with(
+        &mut self,
+        plan: &Plan,
+        supplies: &mut Supplies,
+        given_at: Instant,
+    ) -> Result<Report, Vec<Refused>> {
+        let mut prepared = self.prepare_with(plan, supplies)?;
         if prepared.concerns_modules {
             if !self.gate.is_closed() {
                 // A module may have gone unseen until now.
                 self.close_module_gate().map_err(at_root)?;
-                prepared = self.prepare(plan)?;
+                prepared = self.prepare_with(plan, supplies)?;
             }
             self.named_modules.insert(plan.name.clone(), plan.modules());
         }
@@ -88,10 +99,12 @@ impl Engine {
     }
 
     /// Reads a plan whose name is free.
-    fn admit(&self, json: &[u8]) -> Result<Plan, Vec<Refused>> {
+    pub(super) fn admit(&mut self, json: &[u8]) -> Result<Plan, Vec<Refused>> {
         let plan = Plan::parse(json)?;
         self.not_held().map_err(at_root)?;
-        if self.pending.has(&plan.name) || self.patches.applied().any(|patch| patch.plan.name == plan.name) {
+        self.staged.expire(Instant::now());
+        let waits = self.pending.has(&plan.name) || self.staged.has(&plan.name);
+        if waits || self.patches.applied().any(|patch| patch.plan.name == plan.name) {
             return Err(at_root(Refusal::NameTaken { name: plan.name }));
         }
         Ok(plan)
@@ -99,10 +112,20 @@ impl Engine {
 
     /// Resolves and compiles a plan. Nothing is written.
     pub(super) fn prepare(&mut self, plan: &Plan) -> Result<Prepared, Vec<Refused>> {
-        let supplies = self.supplies(plan)?;
+        let mut supplies = self.supplies(plan)?;
+        self.prepare_with(plan, &mut supplies)
+    }
+
+    /// The same with what the plan's objects bring, in the room that there is now.
+    pub(super) fn prepare_with(
+        &mut self,
+        plan: &Plan,
+        supplies: &mut Supplies,
+    ) -> Result<Prepared, Vec<Refused>> {
+        self.find_room(supplies)?;
         let until = Instant::now() + RESOLVE_PATIENCE;
         let (resolved, concerns_modules) = loop {
-            match self.resolve(plan, &supplies) {
+            match self.resolve(plan, supplies) {
                 // What was read may have been the middle of a change.
                 Err(_) if self.guest_was_patching(until) => {}
                 resolved => break resolved?,
@@ -122,7 +145,17 @@ impl Engine {
         let guest = RunningGuest { text: &text, ..self.guest(&memory) };
         let doors = self.gate.sites();
         let doors = doors.iter().map(|(whose, site)| (*whose, site));
-        let resolved = resolve_with(plan, supplies, guest, self.patches.taken_sites().chain(doors))?;
+        let mut resolved = resolve_with(plan, supplies, guest, self.patches.taken_sites().chain(doors))?;
+        if !resolved.old.is_empty() {
+            // What a patch brought that this one lies over is left, too.
+            let under = self.patches.applied().filter(|patch| plan.over.contains(&patch.plan.name));
+            resolved.old.extend(under.flat_map(|patch| patch.plan.new.clone()));
+        }
+        let applied = self.patches.applied().map(|patch| &patch.plan);
+        let refused = in_replaced(plan, &resolved, &kernel.kernel(), applied);
+        if !refused.is_empty() {
+            return Err(refused);
+        }
         let in_module = |site: &Site| {
             let modules = kernel.kernel().modules.known();
             modules.iter().any(|module| module.text.contains(&site.at))

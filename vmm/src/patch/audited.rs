@@ -18,6 +18,8 @@ impl Engine {
             Command::Resume => ("resume", None, None),
             Command::RemoveArena => ("remove_arena", None, None),
             Command::Apply(json) => ("apply", None, Some(json.as_slice())),
+            Command::Stage(json) => ("stage", None, Some(json.as_slice())),
+            Command::Commit(name) => ("commit", Some(name.as_str()), None),
             Command::Revert(name) => ("revert", Some(name.as_str()), None),
             Command::Info
             | Command::Vcpus
@@ -27,6 +29,7 @@ impl Engine {
             | Command::Tasks(_)
             | Command::Inside(_)
             | Command::List
+            | Command::Drop(_)
             | Command::Show(_) => return obey(self, command),
         };
         self.audit.begin(who, action, patch, plan);

@@ -18,6 +18,7 @@
 use std::ops::Range;
 
 use patcher::addr::{Gpa, Gva};
+use patcher::image::profile::Capability;
 use patcher::object::Room;
 
 use crate::guest::kernel::GuestKernel;
@@ -25,6 +26,7 @@ use crate::memory::layout::{CODE_PAGES, CONSTANT_PAGES, DATA_PAGES, PAGES_SIZE};
 use crate::memory::paging::NO_EXECUTE;
 use crate::memory::{Error, GuestRam, PAGE, PAGE_SIZE};
 use crate::patch::arena::READ_EXECUTE;
+use crate::patch::bug_list::BugList;
 
 /// R/W of an entry that maps a large page (SDM volume 3, table 4-18).
 const WRITABLE: u64 = 1 << 1;
@@ -54,6 +56,7 @@ pub struct CodePages {
     /// The page-directory entries of the three parts.
     entries: [Gpa; 3],
     room: Room,
+    bugs: Option<BugList>,
     mapped: bool,
 }
 
@@ -72,13 +75,19 @@ impl CodePages {
         }
         let (base, entries) = find(|at| kernel.directory_entry(at))?;
         empty(kernel.ram()).map_err(|error| error.to_string())?;
-        Ok(Self::at(base, entries))
+        let mut pages = Self::at(base, entries);
+        if kernel.kernel().image.profile().require(Capability::BugTables).is_ok() {
+            let list = BugList::place(kernel, &mut pages.room)?;
+            list.write(kernel.ram(), pages.base).map_err(|error| error.to_string())?;
+            pages.bugs = Some(list);
+        }
+        Ok(pages)
     }
 
     fn at(base: Gva, entries: [Gpa; 3]) -> Self {
         let part = |index: u64| Gva(base.0 + index * PAGES_SIZE)..Gva(base.0 + (index + 1) * PAGES_SIZE);
-        let room = Room { code: part(0), constants: part(1), data: part(2) };
-        Self { base, entries, room, mapped: false }
+        let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None };
+        Self { base, entries, room, bugs: None, mapped: false }
     }
 
     /// What is free of them.
@@ -92,11 +101,16 @@ impl CodePages {
     /// # Errors
     /// When the place was taken since it was found; the guest is unchanged then.
     pub fn map(&mut self, kernel: &GuestKernel) -> Result<(), String> {
-        if !self.mapped {
-            set(self.entries, |at, old, new| kernel.replace_entry(at, old, new))?;
-            self.mapped = true;
+        if self.mapped {
+            return Ok(());
         }
-        Ok(())
+        let first = self.bugs.as_ref().map(|list| list.first(kernel)).transpose()?;
+        set(self.entries, |at, old, new| kernel.replace_entry(at, old, new))?;
+        self.mapped = true;
+        match (&self.bugs, first) {
+            (Some(list), Some(first)) => list.link(kernel, first).inspect_err(|_| self.room.bugs = None),
+            _ => Ok(()),
+        }
     }
 
     /// Whether the guest can see them.
@@ -110,6 +124,9 @@ impl CodePages {
         take(&mut self.room.code, left.code.start, CODE_ALIGN);
         take(&mut self.room.constants, left.constants.start, ALIGN);
         take(&mut self.room.data, left.data.start, ALIGN);
+        if let (Some(bugs), Some(left)) = (&mut self.room.bugs, &left.bugs) {
+            bugs.used = bugs.used.max(left.used);
+        }
     }
 
     /// All of the code pages.

@@ -339,6 +339,9 @@ fn obey(engine: &mut Engine, command: Command, given_at: Instant) -> Answer {
             Err(answer) => answer,
         },
         Command::Apply(json) => engine.apply(&json, given_at),
+        Command::Stage(json) => engine.stage(&json),
+        Command::Commit(name) => engine.commit(&name, given_at),
+        Command::Drop(name) => engine.drop_staged(&name, given_at),
         Command::Check(json) => match engine.check(&json) {
             Ok(fits) => Answer::Fits(Box::new(fits)),
             Err(refused) => Answer::Refused(Refusals::new(refused)),

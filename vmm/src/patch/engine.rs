@@ -34,6 +34,7 @@ use crate::patch::driver::Driver;
 use crate::patch::image::{Image, Unpacked, Unread};
 use crate::patch::patch_set::PatchSet;
 use crate::patch::pending_set::PendingSet;
+use crate::patch::staged_set::StagedSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
 
@@ -68,6 +69,8 @@ pub struct Engine {
     pub(super) patches: PatchSet,
     /// The plans that wait for modules, and those of them that are applied.
     pub(super) pending: PendingSet,
+    /// The plans that are ready to be committed.
+    pub(super) staged: StagedSet,
     /// The patches that name modules or change them, and which they name.
     pub(super) named_modules: BTreeMap<String, BTreeSet<String>>,
     /// Where modules are noticed.
@@ -110,6 +113,7 @@ impl Engine {
             looks: LOOKS,
             patches: PatchSet::default(),
             pending: PendingSet::default(),
+            staged: StagedSet::default(),
             named_modules: BTreeMap::new(),
             gate: Gate::default(),
             held_by: None,

@@ -20,6 +20,9 @@ use crate::patch::outcome::change_by;
 use crate::sync::rendezvous::Rendezvous;
 use crate::text_guard::{Guard, split_at_pages};
 
+/// How long it waits until it tries again to map the pages for new code.
+const PAUSE: Duration = Duration::from_millis(10);
+
 impl Engine {
     /// Runs the program of a resolved plan that was given at `given_at`.
     pub(super) fn execute(
@@ -109,7 +112,14 @@ impl Engine {
     /// Maps the pages for new code, if they are not mapped yet.
     pub(super) fn map_code_pages(&mut self, kernel: &GuestKernel) -> Result<(), String> {
         let Some(pages) = self.code_pages.as_mut().filter(|pages| !pages.is_mapped()) else { return Ok(()) };
-        map_held(&self.rendezvous, &self.guard, kernel, || pages.map(kernel))
+        let until = Instant::now() + PATIENCE;
+        loop {
+            // The guest may be loading a module.
+            match map_held(&self.rendezvous, &self.guard, kernel, || pages.map(kernel)) {
+                Err(_) if Instant::now() < until => std::thread::sleep(PAUSE),
+                mapped => return mapped,
+            }
+        }
     }
 
     /// Emits an event that says what became of a program.
@@ -195,6 +205,7 @@ mod tests {
             reason: "",
             sites: Vec::new(),
             copies: Vec::new(),
+            brings: Vec::new(),
             blockers: Vec::new(),
             locks: vec![LOCK],
             steps: Vec::new(),

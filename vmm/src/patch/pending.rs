@@ -244,22 +244,22 @@ impl Engine {
         Some(reverted)
     }
 
-    /// The last report of a patch, or what is to be told of a plan that waits.
+    /// The last report of a patch, or what is to be told of a plan that waits or is staged.
     pub(super) fn last_report(&self, name: &str) -> Result<Report, Refusal> {
-        match self.pending.report(name) {
+        match self.pending.report(name).or_else(|| self.staged.report(name)) {
             Some(report) => Ok(report),
             None => self.patches.get(name).map(|patch| patch.report.clone()),
         }
     }
 
-    /// All patches and pending plans, in a line each.
+    /// All patches, and pending and staged plans, in a line each.
     pub(super) fn summaries(&self) -> Vec<PatchSummary> {
         let patches = self
             .patches
             .summaries()
             .into_iter()
             .map(|summary| PatchSummary { modules: self.pending.modules_of(&summary.name), ..summary });
-        patches.chain(self.pending.summaries()).collect()
+        patches.chain(self.pending.summaries()).chain(self.staged.summaries()).collect()
     }
 
     fn is_applied(&self, name: &str) -> bool {

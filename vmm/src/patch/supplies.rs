@@ -22,9 +22,16 @@ impl Engine {
         let unpacked = self.unpack_image().map_err(not_ready)?;
         let contents = unpacked.contents().map_err(not_ready)?;
         let replacements = Supplies::prepare(plan, &image, &contents)?;
-        let room = self.room().map_err(|why| at_root(Refusal::NoRoom { why }))?;
         tracing::debug!("preparing the objects of {} took {:?}", plan.name, began.elapsed());
-        Ok(Supplies { replacements, room: Some(room) })
+        Ok(Supplies { replacements, room: None })
+    }
+
+    /// Finds the room that there is now for what objects bring.
+    pub(super) fn find_room(&mut self, supplies: &mut Supplies) -> Result<(), Vec<Refused>> {
+        if !supplies.replacements.is_empty() {
+            supplies.room = Some(self.room().map_err(|why| at_root(Refusal::NoRoom { why }))?);
+        }
+        Ok(())
     }
 
     /// Code and data of an applied plan have their place for good: a task may come back to code that was live once, and
@@ -34,6 +41,7 @@ impl Engine {
             pages.take(&left);
         }
         plan.brings.clear();
+        plan.counts.clear();
     }
 
     /// The room for new code in the guest.

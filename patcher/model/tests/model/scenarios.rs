@@ -68,6 +68,7 @@ pub(crate) fn plan(strategy: Strategy, changes: &[Change]) -> ResolvedPlan {
         old: Vec::new(),
         new: Vec::new(),
         brings: Vec::new(),
+        counts: Vec::new(),
         left: None,
         sites: changes.iter().map(site).collect(),
         data: Vec::new(),

@@ -55,6 +55,10 @@ pub enum Capability {
     Orc,
     /// Whether a task stands in a function: what its stack does not tell.
     StackCheck,
+    /// Where the kernel looks for what a place in a module's code warns of.
+    BugTables,
+    /// Where the kernel maps all memory, which tells whether pages can be kept from being executed.
+    DirectMapping,
     /// The place where a guest that is about to start init can be made to wait.
     InitGate,
 }
@@ -77,7 +81,7 @@ const fn always(facts: &'static [&'static [&'static [Fact]]]) -> Part {
 
 impl Capability {
     /// All of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::Location,
         Self::InitSections,
         Self::PerCpu,
@@ -100,6 +104,8 @@ impl Capability {
         Self::Tasks,
         Self::Orc,
         Self::StackCheck,
+        Self::BugTables,
+        Self::DirectMapping,
         Self::InitGate,
     ];
 
@@ -129,6 +135,8 @@ impl Capability {
             Self::Tasks => "tasks",
             Self::Orc => "orc",
             Self::StackCheck => "stack_check",
+            Self::BugTables => "bug_tables",
+            Self::DirectMapping => "direct_mapping",
             Self::InitGate => "init_gate",
         }
     }
@@ -147,6 +155,7 @@ impl Capability {
             Self::Kprobes => "kprobes",
             Self::Livepatches => "livepatches",
             Self::Orc => "ORC table",
+            Self::BugTables => "modules with tables of bugs",
             other => other.name(),
         }
     }
@@ -177,6 +186,8 @@ impl Capability {
             Self::Tasks => TASKS,
             Self::Orc => ORC,
             Self::StackCheck => STACK_CHECK,
+            Self::BugTables => BUG_TABLES,
+            Self::DirectMapping => DIRECT_MAPPING,
             Self::InitGate => INIT_GATE,
         }
     }
@@ -457,6 +468,25 @@ const LIVEPATCHES: &[Part] = &[Part {
         &[&[Member("klp_func", "old_size")]],
     ],
 }];
+
+/// lib/bug.c, include/linux/module.h, include/asm-generic/bug.h.
+const BUG_TABLES: &[Part] = &[Part {
+    shown_by: &[Symbol("module_bug_list"), Symbol("module_bug_finalize")],
+    facts: &[
+        &[&[Symbol("module_bug_list")]],
+        &[&[Lock("module_mutex")]],
+        &[&[Member("module", "bug_list")]],
+        &[&[Member("module", "bug_table")]],
+        &[&[Member("module", "num_bugs")]],
+        &[&[Member("bug_entry", "bug_addr_disp")]],
+        &[&[Member("bug_entry", "file_disp")]],
+        &[&[Member("bug_entry", "line")]],
+        &[&[Member("bug_entry", "flags")]],
+    ],
+}];
+
+/// arch/x86/include/asm/page_64.h.
+const DIRECT_MAPPING: &[Part] = &[always(&[&[&[Symbol("page_offset_base")]]])];
 
 /// include/linux/sched.h.
 const TASK_NAMES: &[Part] = &[always(&[&[&[Member("task_struct", "comm")]]])];

@@ -25,6 +25,8 @@ pub(crate) struct Brought {
     pub(crate) old: Vec<Place>,
     /// The room that is left.
     pub(crate) left: Room,
+    /// The word that says how long the guest's table of bugs is.
+    pub(crate) bugs: Option<Datum>,
 }
 
 impl Expansion {

@@ -4,14 +4,15 @@
 use std::collections::BTreeSet;
 
 use crate::addr::Gva;
+use crate::image::profile::Capability;
 use crate::insn;
 use crate::linux::memory::{GuestMemory, read};
-use crate::linux::view::Kernel;
+use crate::linux::view::{Kernel, missing};
 use crate::object::Room;
 use crate::object::replacement::{RETURN, Replacement, Return, Running, Unplaceable};
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::call_thunk::thunk;
-use crate::resolve::expand::expansion::{Brought, Expansion, Needs};
+use crate::resolve::expand::expansion::{Brought, Code, Datum, Expansion, Needs};
 use crate::resolve::expand::paravirt;
 use crate::resolve::expand::redirect::jump;
 use crate::safety::old_code::Place;
@@ -47,6 +48,9 @@ pub(crate) fn expand(
             });
         }
     }
+    if replacement.has_bugs() {
+        kernel.image.profile().require(Capability::BugTables).map_err(missing)?;
+    }
     let features = features(kernel, text, replacement)?;
     let running = Running { slide: kernel.slide, returns, features: &features };
     let placed = replacement.place(room, running).map_err(|error| match error {
@@ -61,10 +65,15 @@ pub(crate) fn expand(
                 "the guest's kernel counts the depth of its calls (retbleed=stuff); that is not done for new code yet",
             );
         }
-        expansion.code.push(jump(kernel, text, *from, *to, false)?);
+        expansion.code.push(entry(kernel, text, name, *from, *to)?);
         old.push(Place::of(kernel, *from, name)?);
     }
-    expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left });
+    let bugs = placed.bugs.map(|(at, before, after)| Datum {
+        at,
+        old: before.to_le_bytes().to_vec(),
+        new: after.to_le_bytes().to_vec(),
+    });
+    expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left, bugs });
     Ok(expansion)
 }
 
@@ -90,6 +99,35 @@ fn features(
         }
     }
     Ok(present)
+}
+
+/// The jump at the entry of an old function. It goes behind the place for the tracer, so that the guest's tracer, its
+/// BPF programs and its kprobes there go on, come and go; a BPF program calls what is behind that place. Nobody is
+/// inside when it is written, so it may take the place of several instructions.
+fn entry(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    name: &str,
+    from: Gva,
+    to: Gva,
+) -> Result<Code, Refusal> {
+    let is_switched = |code: &Code| {
+        let end = code.at.plus(code.old.len()).unwrap_or(code.at);
+        kernel.image.tables().is_patched_from(kernel.linked(code.at), kernel.linked(end))
+    };
+    let behind = jump(kernel, text, from, to, true)?;
+    if !is_switched(&behind) {
+        return Ok(behind);
+    }
+    let first = jump(kernel, text, from, to, false)?;
+    if kernel.is_fentry(first.at) {
+        return Ok(first);
+    }
+    Err(Refusal::NotReplaceable {
+        what: format!(
+            "{name} begins with code that the guest's kernel changes itself, so a jump can't stay there"
+        ),
+    })
 }
 
 /// How functions of the object return in the running kernel.

@@ -53,6 +53,9 @@ impl Render for Report {
             ))]);
         }
         sites(page, &self.sites);
+        if self.state == PatchState::Staged {
+            return page.line([plain("  "), how(self.strategy, &self.reason)]);
+        }
         if matches!(self.state, PatchState::Pending | PatchState::Refused) {
             return page.line([plain(format_args!("  {}, to be applied before its init runs", self.reason))]);
         }
@@ -80,6 +83,13 @@ impl Render for Fits {
 impl Render for Program {
     fn render(&self, page: &mut Page) {
         sites(page, &self.sites);
+        for piece in &self.brings {
+            let what = format_args!(" ({}, {} bytes)", piece.kind, piece.bytes);
+            page.line([plain("  "), bold(&piece.name), plain(format_args!(" at {}", piece.at)), plain(what)]);
+            for line in &piece.code {
+                page.line([plain("      "), green(line)]);
+            }
+        }
         let fences = plain(format_args!(", {} fences", self.fences));
         page.line([plain("  "), how(self.strategy, &self.reason), fences]);
         for (number, step) in (1..).zip(&self.steps) {
@@ -119,6 +129,7 @@ fn state(state: PatchState) -> Span {
         PatchState::RolledBack => red("rolled_back"),
         PatchState::Held => red("held"),
         PatchState::Pending => bold("pending"),
+        PatchState::Staged => bold("staged"),
         PatchState::Refused => red("refused"),
     }
 }

@@ -1,6 +1,7 @@
 //! Instructions that the kernel's build has in another form than the object, each with its exact rule:
 //!
-//! - `call __fentry__` becomes a NOP of five bytes (objtool, `--mnop`), and its place is in `__mcount_loc`.
+//! - `call __fentry__` becomes a NOP of five bytes (objtool, `--mnop`), and its place is in `__mcount_loc`. It stays a
+//!   call where the compiler writes that table (`CONFIG_FTRACE_MCOUNT_USE_CC`, Debian's 6.12).
 //! - The jump of a static key that is false becomes a NOP of the same length (objtool,
 //!   `--hacks=jump_label`), and its place and target are in `__jump_table`.
 //! - A jump to another function, with which a function ends, has a distance of one byte if both are in one section

@@ -372,12 +372,17 @@ fn left(lab: &Lab) -> Result<()> {
 }
 
 fn refused_later(lab: &Lab) -> Result<()> {
-    refused(&lab.with_later_kernel())
+    let lab = &lab.with_later_kernel();
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    not_replaceable(lab, &mut vm)?;
+    let (before, after) = files(lab, "getppid")?;
+    vm.refused("build_mismatch", &bring("swapped", after, before, 1000))?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
 }
 
-fn refused(lab: &Lab) -> Result<()> {
-    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
-    vm.hammer("getppid", 0, 1)?;
+/// Changes that can't be replaced in a running kernel.
+fn not_replaceable(lab: &Lab, vm: &mut Vm) -> Result<()> {
     for (name, says) in [
         ("key", "loadavg_proc_show has a static key"),
         ("data", "the initial value or size of overflowuid changed"),
@@ -386,6 +391,13 @@ fn refused(lab: &Lab) -> Result<()> {
         let message = vm.refused("not_replaceable", &plan(lab, name)?)?;
         ensure!(message.contains(says), "{name}: {message}");
     }
+    Ok(())
+}
+
+fn refused(lab: &Lab) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(2))?;
+    vm.hammer("getppid", 0, 1)?;
+    not_replaceable(lab, &mut vm)?;
     let (before, after) = files(lab, "getppid")?;
     let message = vm.refused("build_mismatch", &bring("swapped", after.clone(), before.clone(), 1000))?;
     ensure!(message.contains("getppid"), "{message}");

@@ -12,6 +12,8 @@ use crate::image::tables::CALL_KEY;
 /// The operations, in the order of [`LockOps::native`].
 pub const OPERATIONS: [&str; 5] =
     ["queued_spin_lock_slowpath", "queued_spin_unlock", "wait", "kick", "vcpu_is_preempted"];
+/// `queued_spin_unlock`.
+pub(crate) const UNLOCK: usize = 1;
 /// `vcpu_is_preempted`.
 pub(crate) const IS_PREEMPTED: usize = 4;
 

@@ -10,6 +10,7 @@ pub mod banner;
 pub mod btf;
 mod bzimage;
 pub mod call_forms;
+pub(crate) mod choice;
 mod compression;
 mod contents;
 mod elf;

@@ -13,10 +13,11 @@ use std::mem::offset_of;
 use zerocopy::little_endian::{I32, U64};
 
 use crate::addr::Gva;
+use crate::image::choice::{Choice, MAX_WORDS};
 use crate::image::elf::{Piece, Vmlinux};
 use crate::image::records::{
-    AlternativeHead, AlternativeLengths, AlternativeRecord, AlternativeRecord5_10, AlternativeRecord5_11,
-    ExceptionRecord, JumpRecord, ParavirtRecord, Record, StaticCallRecord, records, relative,
+    AlternativeHead, AlternativeRecord, AlternativeRecord5_10, AlternativeRecord5_11, ExceptionRecord,
+    JumpRecord, ParavirtRecord, Record, StaticCallRecord, records, relative,
 };
 use crate::image::symbols::Symbols;
 
@@ -333,15 +334,12 @@ fn pointers(table: Piece<'_>) -> impl Iterator<Item = Gva> {
     records(table.at, table.bytes).map(|(_, pointer): (Gva, &U64)| Gva(pointer.get()))
 }
 
-/// More words of feature bits than a kernel has.
-const MAX_WORDS: u16 = 64;
-
 /// Reads the table by the first layout that divides it and by which every entry makes sense.
 fn alternatives(table: Piece<'_>, vmlinux: &Vmlinux<'_>) -> Option<Vec<Alternative>> {
     fn read<T: Record>(
         table: Piece<'_>,
         vmlinux: &Vmlinux<'_>,
-        fields: impl Fn(&T) -> (&AlternativeHead, Option<u16>, AlternativeLengths),
+        fields: impl Fn(&T) -> (&AlternativeHead, Option<Choice>),
     ) -> Option<Vec<Alternative>> {
         let count = table.bytes.len() / size_of::<T>();
         if !table.bytes.len().is_multiple_of(size_of::<T>()) || count > MOST_ALTERNATIVES {
@@ -349,37 +347,32 @@ fn alternatives(table: Piece<'_>, vmlinux: &Vmlinux<'_>) -> Option<Vec<Alternati
         }
         records(table.at, table.bytes).map(|(at, record)| alternative(at, fields(record), vmlinux)).collect()
     }
-    read(table, vmlinux, |record: &AlternativeRecord| {
-        (&record.head, Some(record.flags.get()), record.lengths)
-    })
-    .or_else(|| read(table, vmlinux, |record: &AlternativeRecord5_11| (&record.head, None, record.lengths)))
-    .or_else(|| read(table, vmlinux, |record: &AlternativeRecord5_10| (&record.head, None, record.lengths)))
+    read(table, vmlinux, |record: &AlternativeRecord| (&record.head, Choice::since_6_3(record)))
+        .or_else(|| {
+            read(table, vmlinux, |record: &AlternativeRecord5_11| (&record.head, Choice::since_5_11(record)))
+        })
+        .or_else(|| {
+            read(table, vmlinux, |record: &AlternativeRecord5_10| (&record.head, Choice::up_to_5_10(record)))
+        })
 }
 
-/// An entry that is at `at`. Without flags, the feature's top bit is the only one.
+/// An entry that is at `at`.
 fn alternative(
     at: Gva,
-    (head, flags, lengths): (&AlternativeHead, Option<u16>, AlternativeLengths),
+    (head, choice): (&AlternativeHead, Option<Choice>),
     vmlinux: &Vmlinux<'_>,
 ) -> Option<Alternative> {
-    const INVERTED: u16 = 1;
-    const DIRECT_CALL: u16 = 2;
-    let feature = head.feature.get();
-    let (feature, flags) = flags.map_or((feature & 0x7fff, feature >> 15), |flags| (feature, flags));
+    let choice = choice.filter(|choice| choice.replacement <= choice.original)?;
     let replacement_at = relative(at, offset_of!(AlternativeHead, replacement), head.replacement);
     let at = relative(at, offset_of!(AlternativeHead, at), head.at);
-    let plausible = feature < 32 * MAX_WORDS
-        && flags & !(INVERTED | DIRECT_CALL) == 0
-        && lengths.original > 0
-        && lengths.replacement <= lengths.original;
     Some(Alternative {
         at,
-        feature,
-        inverted: flags & INVERTED != 0,
-        direct_call: flags & DIRECT_CALL != 0,
-        original: vmlinux.bytes(at, lengths.original.into()).filter(|_| plausible)?.to_vec(),
+        feature: choice.feature,
+        inverted: choice.inverted,
+        direct_call: choice.direct_call,
+        original: vmlinux.bytes(at, choice.original)?.to_vec(),
         replacement_at,
-        replacement: vmlinux.bytes(replacement_at, lengths.replacement.into())?.to_vec(),
+        replacement: vmlinux.bytes(replacement_at, choice.replacement)?.to_vec(),
     })
 }
 

@@ -14,14 +14,18 @@ use crate::addr::Gva;
 use crate::budget::Budget;
 use crate::image::{Contents, KernelImage};
 use crate::insn;
+use crate::object::alternatives::{Entries, entries, places};
 use crate::object::comparison::{Change, Comparison, Obstacle, compare};
 use crate::object::error::Error;
 use crate::object::matching::match_image;
 use crate::object::normal::Names;
 use crate::object::outcome::{Match, Outcome, PieceMatch};
+use crate::object::piece::Piece;
 use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
 use crate::object::relocation::{Form, Relocation};
-use crate::object::replacement::{Field, NewPiece, Part, RETURN, Replaced, Replacement, Target};
+use crate::object::replacement::{
+    Alternative, Body, Field, NewPiece, Part, RETURN, Replaced, Replacement, Target,
+};
 use crate::object::room::BUG_ENTRY;
 use crate::object::sections::{Purpose, is_runtime_constant, purpose};
 
@@ -41,11 +45,8 @@ const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
 /// What the compiler calls a piece of a function that is seldom executed: behind the function's name comes this.
 const COLD: &str = ".cold";
 /// Tables that the kernel looks into while it runs, by the code's address.
-const TOLD: [(&str, &str); 3] = [
-    ("__ex_table", "handles faults (exception table)"),
-    ("__jump_table", "has a static key or tracepoint"),
-    (".altinstructions", "has alternatives by CPU feature"),
-];
+const TOLD: [(&str, &str); 2] =
+    [("__ex_table", "handles faults (exception table)"), ("__jump_table", "has a static key or tracepoint")];
 /// The table of what the kernel says where code warns or stops it.
 const BUGS: &str = "__bug_table";
 /// Sections whose code is entered where nothing else may run.
@@ -78,6 +79,14 @@ pub enum Unfit {
         function: String,
         /// What it does.
         what: &'static str,
+    },
+    /// An alternative by CPU feature that can't be chosen as the kernel does.
+    #[error("{function} has an alternative by CPU feature that can't be applied: {why}")]
+    Alternative {
+        /// The function.
+        function: String,
+        /// What is wrong with it.
+        why: &'static str,
     },
     /// The kernel writes a constant into the function while it starts, which new code would lack.
     #[error(
@@ -166,12 +175,20 @@ enum Use {
     Address,
 }
 
+/// What code is: a function, or what an alternative puts into one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Function,
+    Replacement,
+}
+
 struct Builder<'a, 'o> {
     before: &'o Object<'a>,
     after: &'o Object<'a>,
     image: &'o KernelImage,
     comparison: &'o Comparison,
     names: Names<'a, 'o>,
+    alternatives: Entries<'a>,
     budget: &'o Budget,
     /// Where the image has the functions, sections and outside symbols of the object before the change.
     functions: BTreeMap<&'o str, &'o Outcome>,
@@ -219,12 +236,14 @@ impl<'a, 'o> Builder<'a, 'o> {
             }
         }
         let functions = found.functions.iter().map(|one| (one.name.as_str(), &one.outcome)).collect();
+        let names = Names::new(after, budget);
         Self {
             before,
             after,
             image,
             comparison,
-            names: Names::new(after, budget),
+            alternatives: entries(&names),
+            names,
             budget,
             functions,
             sections,
@@ -293,9 +312,8 @@ impl<'a, 'o> Builder<'a, 'o> {
             name: BUGS.to_owned(),
             part: Part::Bugs,
             align: 1,
-            bytes: Vec::new(),
-            fields: Vec::new(),
-            returns: Vec::new(),
+            body: Body::default(),
+            alternatives: Vec::new(),
         };
         let after = self.after;
         for section in after.sections().iter().filter(|section| section.name == BUGS) {
@@ -309,7 +327,7 @@ impl<'a, 'o> Builder<'a, 'o> {
                 let Some(index) = self.items.get(&self.first(Item::Symbol(number))).copied() else {
                     continue;
                 };
-                let start = piece.bytes.len();
+                let start = piece.body.bytes.len();
                 let is_entry = |field: &Relocation, at: usize| {
                     field.offset % BUG_ENTRY == at && field.form == Form::Relative32
                 };
@@ -327,11 +345,11 @@ impl<'a, 'o> Builder<'a, 'o> {
                 };
                 let (target, addend) = self.target(file, 0, Use::Address, (number, name))?;
                 let file = Field { offset: start + 4, form: Form::Relative32, target, addend };
-                piece.fields.extend([code, file]);
-                piece.bytes.extend_from_slice(entry);
+                piece.body.fields.extend([code, file]);
+                piece.body.bytes.extend_from_slice(entry);
             }
         }
-        Some(piece).filter(|piece| !piece.bytes.is_empty())
+        Some(piece).filter(|piece| !piece.body.bytes.is_empty())
     }
 
     /// The functions that are replaced, by their number after the change, and where the image has them.
@@ -395,9 +413,8 @@ impl<'a, 'o> Builder<'a, 'o> {
             name: section.name.to_owned(),
             part: Part::Constants,
             align: section.align,
-            bytes: section.bytes.to_vec(),
-            fields: Vec::new(),
-            returns: Vec::new(),
+            body: Body { bytes: section.bytes.to_vec(), ..Body::default() },
+            alternatives: Vec::new(),
         }
     }
 
@@ -423,19 +440,19 @@ impl<'a, 'o> Builder<'a, 'o> {
             self.unresolved(symbol.name, section.name, "a section that new variables can't be in");
             return None;
         }
-        let mut piece = NewPiece {
+        let bytes = section.bytes.get(offset..offset + size).map_or_else(|| vec![0; size], <[u8]>::to_vec);
+        let mut body = Body { bytes, ..Body::default() };
+        for relocation in section.relocations_in(offset, offset + size) {
+            let field = self.field(relocation, 0, Use::Address, (number, symbol.name), offset);
+            body.fields.extend(field);
+        }
+        Some(NewPiece {
             name: symbol.name.to_owned(),
             part: if section.writable { Part::Data } else { Part::Constants },
             align: section.align.max(8),
-            bytes: section.bytes.get(offset..offset + size).map_or_else(|| vec![0; size], <[u8]>::to_vec),
-            fields: Vec::new(),
-            returns: Vec::new(),
-        };
-        for relocation in section.relocations_in(offset, offset + size) {
-            let field = self.field(relocation, 0, Use::Address, (number, symbol.name), offset);
-            piece.fields.extend(field);
-        }
-        Some(piece)
+            body,
+            alternatives: Vec::new(),
+        })
     }
 
     fn function(
@@ -454,14 +471,59 @@ impl<'a, 'o> Builder<'a, 'o> {
             self.unresolved(name, section.name, "a section that new code can't be in");
             return None;
         }
-        let mut piece = NewPiece {
+        let from = (number, name);
+        let entries = self.alternatives.get(&number).cloned().unwrap_or(Ok(Vec::new()));
+        let placed = entries.and_then(|entries| Ok((places(function, &entries)?, entries)));
+        let (places, entries) = match placed {
+            Ok(placed) => placed,
+            Err(why) => {
+                self.wrong.push(Unfit::Alternative { function: name.to_owned(), why });
+                return None;
+            }
+        };
+        // What is never executed may refer to what no kernel has any more.
+        let certain = places.iter().zip(&entries).filter(|(_, entry)| entry.choice.is_certain());
+        let gone: BTreeMap<usize, usize> = certain.map(|(place, _)| *place).collect();
+        let is_gone = |offset: usize| {
+            let before = gone.range(..=offset).next_back();
+            before.is_some_and(|(start, length)| offset - start < *length)
+        };
+        let code = Piece { section: function.section, offset, bytes };
+        let body = self.code(&code, Role::Function, from, is_gone)?;
+        let mut alternatives = Vec::new();
+        for ((offset, length), entry) in places.into_iter().zip(entries) {
+            let body = self.code(&entry.replacement, Role::Replacement, from, |_| false)?;
+            let choice = entry.choice;
+            alternatives.push(Alternative {
+                offset,
+                length,
+                body,
+                feature: choice.feature,
+                inverted: choice.inverted,
+                direct_call: choice.direct_call,
+            });
+        }
+        Some(NewPiece {
             name: name.to_owned(),
             part: Part::Code,
             align: section.align.max(16),
-            bytes: bytes.to_vec(),
-            fields: Vec::new(),
-            returns: Vec::new(),
-        };
+            body,
+            alternatives,
+        })
+    }
+
+    /// Code and what its fields refer to, but for those fields that are gone.
+    fn code(
+        &mut self,
+        piece: &Piece<'a>,
+        role: Role,
+        (number, name): (usize, &'a str),
+        is_gone: impl Fn(usize) -> bool,
+    ) -> Option<Body> {
+        let Piece { section, offset, bytes } = *piece;
+        self.budget.spend(1 + bytes.len())?;
+        let section = self.after.section(section);
+        let mut body = Body { bytes: bytes.to_vec(), ..Body::default() };
         let end = offset + bytes.len();
         let mut left = section.relocations_in(offset, end).iter().peekable();
         let mut at = 0;
@@ -477,24 +539,36 @@ impl<'a, 'o> Builder<'a, 'o> {
                     self.unresolved(name, of, "in the middle of an instruction");
                     continue;
                 }
+                if is_gone(at) {
+                    continue;
+                }
                 let is_whole = field == at + 1 && insn.len == 5 && relocation.form == Form::Relative32;
+                let is_entry = role == Role::Function && at == insn::marker(bytes);
                 match of {
-                    FENTRY if is_whole && bytes[at] == insn::CALL && at == insn::marker(bytes) => {
-                        piece.bytes[at..next].copy_from_slice(&insn::nops(insn::FENTRY));
+                    FENTRY if is_whole && bytes[at] == insn::CALL && is_entry => {
+                        body.bytes[at..next].copy_from_slice(&insn::nops(insn::FENTRY));
                     }
-                    RETURN_THUNK if is_whole && bytes[at] == 0xe9 => piece.returns.push(at),
+                    RETURN_THUNK if is_whole && bytes[at] == 0xe9 => body.returns.push(at),
                     FENTRY | RETURN_THUNK => {
                         self.unresolved(name, of, "and by another instruction than that of any compiler");
                     }
                     _ => {
                         let bias = if relocation.form == Form::Relative32 { next - field } else { 0 };
-                        piece.fields.extend(self.field(relocation, bias, how, (number, name), offset));
+                        body.fields.extend(self.field(relocation, bias, how, (number, name), offset));
                     }
                 }
             }
-            let outside = insn.branch.filter(|to| !(offset as u64..end as u64).contains(&to.0));
+            // What an alternative puts into a function may go on behind itself.
+            let last = if role == Role::Function { end - 1 } else { end };
+            let outside = insn.branch.filter(|to| !(offset as u64..=last as u64).contains(&to.0));
             if outside.is_some() && !is_relocated {
-                self.wrong.push(Unfit::Shared { function: name.to_owned() });
+                let function = name.to_owned();
+                self.wrong.push(match role {
+                    Role::Function => Unfit::Shared { function },
+                    Role::Replacement => {
+                        Unfit::Alternative { function, why: "its replacement branches into another" }
+                    }
+                });
                 return None;
             }
             at = next;
@@ -502,7 +576,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         if at != bytes.len() || left.next().is_some() {
             self.unresolved(name, name, "whose code can't be decoded");
         }
-        Some(piece)
+        Some(body)
     }
 
     /// A field of a piece that begins at `start` of its section. `bias` is how far behind its field a distance is

@@ -9,6 +9,7 @@
 
 mod adjacent;
 mod agreement;
+mod alternatives;
 pub mod building;
 mod compared;
 pub mod comparison;

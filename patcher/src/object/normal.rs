@@ -3,11 +3,12 @@
 
 use crate::addr::Gva;
 use crate::budget::Budget;
+use crate::image::choice::Choice;
 use crate::insn;
 use crate::object::piece::Piece;
-use crate::object::relocatable::{Kind, Merged, Object, Place, Symbol};
+use crate::object::relocatable::{Kind, Merged, Object, Place, Section, Symbol};
 use crate::object::relocation::{Form, Relocation};
-use crate::object::sections::{Purpose, purpose};
+use crate::object::sections::{ALTERNATIVES, Purpose, REPLACEMENTS, purpose};
 
 /// The section of code that tests features.
 const ALTERNATIVE_TESTS: &str = ".altinstr_aux";
@@ -46,6 +47,17 @@ pub(super) enum Target<'a> {
     Code(Box<Normal<'a>>),
     /// A place of a section that no symbol covers, with what the section holds.
     Place { section: &'a str, offset: u64, bytes: &'a [u8] },
+}
+
+/// The entries of a table, each with its fields, of which each has so many. `None` if it is not as its name says.
+pub(super) fn rows<'s>(
+    section: &'s Section<'_>,
+    fields: usize,
+) -> Option<impl Iterator<Item = (&'s [u8], &'s [Relocation])>> {
+    let count = section.relocations.len() / fields;
+    let size = section.bytes.len().checked_div(count)?;
+    let is_whole = section.bytes.len() == size * count && section.relocations.len() == fields * count;
+    is_whole.then(|| section.bytes.chunks(size).zip(section.relocations.chunks(fields)))
 }
 
 /// An object, with what is needed to name places in it.
@@ -134,7 +146,9 @@ impl<'a, 'o> Names<'a, 'o> {
                 is_relocated = true;
             }
             // A branch to another function of the section, which the assembler needed no relocation for.
-            let outside = insn.branch.filter(|to| !(piece.offset as u64..end as u64).contains(&to.0));
+            // What an alternative puts into a function may go on behind itself.
+            let last = if section.name == REPLACEMENTS { end } else { end - 1 };
+            let outside = insn.branch.filter(|to| !(piece.offset as u64..=last as u64).contains(&to.0));
             if let Some(to) = outside.filter(|_| !is_relocated) {
                 let length = match piece.bytes[at - piece.offset..next - piece.offset] {
                     [_, _] => 1,
@@ -199,13 +213,7 @@ impl<'a, 'o> Names<'a, 'o> {
             if section.bytes.is_empty() {
                 continue;
             }
-            let count = section.relocations.len() / fields;
-            let size = section.bytes.len().checked_div(count)?;
-            let is_whole = section.bytes.len() == size * count && section.relocations.len() == fields * count;
-            if !is_whole {
-                return None;
-            }
-            for (bytes, fields) in section.bytes.chunks(size).zip(section.relocations.chunks(fields)) {
+            for (bytes, fields) in rows(section, fields)? {
                 all.push(self.entry(section.name, bytes, fields)?);
             }
         }
@@ -219,8 +227,9 @@ impl<'a, 'o> Names<'a, 'o> {
         let mut owner = None;
         for (index, field) in fields.iter().enumerate() {
             let mut target = None;
-            if let (".altinstructions", 1) = (table, index) {
-                let length = usize::from(*bytes.last()?);
+            if let (ALTERNATIVES, 1) = (table, index) {
+                let length = Choice::read(bytes).map(|choice| choice.replacement);
+                let length = length.or_else(|| bytes.last().copied().map(usize::from))?;
                 target = Some(self.replacement(field, length)?);
             }
             let target = target.map_or_else(|| self.target(field, 0, Nesting::Outside), Some)?;
@@ -261,7 +270,7 @@ impl<'a, 'o> Names<'a, 'o> {
         let offset = usize::try_from(symbol.offset.wrapping_add(field.addend.cast_unsigned())).ok()?;
         let bytes = self.object.section(section).bytes.get(offset..offset.checked_add(length)?)?;
         // No loop: what is in a section of replacements is in no table.
-        let is_replacement = self.object.section(section).name == ".altinstr_replacement";
+        let is_replacement = self.object.section(section).name == REPLACEMENTS;
         let code = is_replacement
             .then(|| self.normal_within(&Piece { section, offset, bytes }, Nesting::Inside))??;
         Some(Target::Code(Box::new(code)))

@@ -1,8 +1,11 @@
 //! New code for functions of a kernel, as it is before it has a place: pieces, and what their fields refer to.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use crate::addr::Gva;
+use crate::image::choice::ALWAYS;
 use crate::insn::{self, INT3};
 use crate::object::relocation::Form;
 use crate::object::room::Room;
@@ -49,10 +52,34 @@ pub(super) struct NewPiece {
     pub(super) name: String,
     pub(super) part: Part,
     pub(super) align: u64,
+    pub(super) body: Body,
+    /// In the order of the object's table. Those of one place are equally long, and others have no byte in common.
+    pub(super) alternatives: Vec<Alternative>,
+}
+
+/// Bytes, and what in them depends on where things are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Body {
     pub(super) bytes: Vec<u8>,
     pub(super) fields: Vec<Field>,
     /// Where jumps of five bytes to the kernel's thunk for returns are.
     pub(super) returns: Vec<usize>,
+}
+
+/// Code that may take the place of a piece's own, by a CPU feature.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Alternative {
+    /// Where in the piece.
+    pub(super) offset: usize,
+    /// How many bytes it replaces, at least its own.
+    pub(super) length: usize,
+    pub(super) body: Body,
+    /// The feature: 32 times the word, plus the bit.
+    pub(super) feature: u16,
+    /// Whether it is chosen if the CPU lacks the feature.
+    pub(super) inverted: bool,
+    /// Whether it is a direct call of what the piece's own code calls through a pointer, not its own bytes.
+    pub(super) direct_call: bool,
 }
 
 /// A field that gets an address.
@@ -110,11 +137,13 @@ impl Return {
 
 /// A running kernel, as far as placing code needs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Running {
+pub struct Running<'a> {
     /// How far KASLR has moved it.
     pub slide: u64,
     /// How its functions return; `None` if the object does not tell.
     pub returns: Option<Return>,
+    /// Which of [`Replacement::features`] it has.
+    pub features: &'a BTreeSet<u16>,
 }
 
 /// Code and data at their places.
@@ -183,6 +212,17 @@ pub enum Unplaceable {
         /// The piece.
         name: String,
     },
+    /// An alternative that follows from a pointer's value.
+    #[error(
+        "{name}+{offset:#x} calls through a pointer where the guest's kernel calls the pointer's target; that is not \
+         done for new code yet"
+    )]
+    DirectCall {
+        /// The piece.
+        name: String,
+        /// Where in it.
+        offset: usize,
+    },
 }
 
 impl Replacement {
@@ -210,28 +250,39 @@ impl Replacement {
         self.is_indirect
     }
 
+    /// CPU features, each 32 times its word plus its bit, by which the new code differs.
+    #[must_use]
+    pub fn features(&self) -> BTreeSet<u16> {
+        let all = self.pieces.iter().flat_map(|piece| &piece.alternatives);
+        all.map(|alternative| alternative.feature).filter(|feature| *feature != ALWAYS).collect()
+    }
+
     /// Gives each piece its place, and each field its address. Nothing is written.
     ///
     /// # Errors
     /// [`Unplaceable`].
-    pub fn place(&self, room: &Room, running: Running) -> Result<Placed, Unplaceable> {
+    pub fn place(&self, room: &Room, running: Running<'_>) -> Result<Placed, Unplaceable> {
         let mut left = room.clone();
         let mut places = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
-            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes: piece.bytes.len() };
+            let bytes = piece.body.bytes.len();
+            let no_room = || Unplaceable::NoRoom { name: piece.name.clone(), bytes };
             let part = match piece.part {
                 Part::Code => &mut left.code,
                 Part::Constants => &mut left.constants,
                 Part::Data => &mut left.data,
                 Part::Bugs => {
                     places.push(
-                        left.bugs.as_mut().and_then(|bugs| bugs.take(&piece.bytes)).ok_or_else(no_room)?,
+                        left.bugs
+                            .as_mut()
+                            .and_then(|bugs| bugs.take(&piece.body.bytes))
+                            .ok_or_else(no_room)?,
                     );
                     continue;
                 }
             };
             let at = part.start.0.checked_next_multiple_of(piece.align.max(1)).map(Gva);
-            let end = at.and_then(|at| at.plus(piece.bytes.len()));
+            let end = at.and_then(|at| at.plus(bytes));
             let (Some(at), Some(end)) = (at, end.filter(|end| *end <= part.end)) else {
                 return Err(no_room());
             };
@@ -251,30 +302,100 @@ impl Replacement {
 }
 
 impl NewPiece {
-    fn fill(&self, at: Gva, places: &[Gva], running: Running) -> Result<PlacedPiece, Unplaceable> {
-        let mut bytes = self.bytes.clone();
-        for field in &self.fields {
+    fn fill(&self, at: Gva, places: &[Gva], running: Running<'_>) -> Result<PlacedPiece, Unplaceable> {
+        let filling = Filling { name: &self.name, at, places, running };
+        let is_chosen = |alternative: &&Alternative| alternative.is_chosen(running.features);
+        // Of several for one place, the last.
+        let chosen: BTreeMap<usize, &Alternative> =
+            self.alternatives.iter().filter(is_chosen).map(|one| (one.offset, one)).collect();
+        let is_gone = |offset: usize| {
+            let before = chosen.range(..=offset).next_back();
+            before.is_some_and(|(start, one)| offset - start < one.length)
+        };
+        let mut bytes = filling.fill(&self.body, 0, is_gone)?;
+        for alternative in &self.alternatives {
+            let Alternative { offset, length, .. } = *alternative;
+            let place = &mut bytes[offset..offset + length];
+            let Some(chosen) = chosen.get(&offset) else {
+                with_long_nops(place);
+                continue;
+            };
+            if chosen.direct_call {
+                return Err(Unplaceable::DirectCall { name: self.name.clone(), offset });
+            }
+            let mut code = filling.fill(&chosen.body, offset, |_| false)?;
+            code.extend(insn::nops(length - code.len()));
+            place.copy_from_slice(&code);
+        }
+        Ok(PlacedPiece { name: self.name.clone(), at, bytes, is_code: self.part == Part::Code })
+    }
+}
+
+impl Alternative {
+    /// Whether a kernel that has these features puts it in its place, unless another comes behind it.
+    fn is_chosen(&self, features: &BTreeSet<u16>) -> bool {
+        (self.feature == ALWAYS || features.contains(&self.feature)) != self.inverted
+    }
+}
+
+/// Replaces each sequence of NOPs of one byte by long ones, as the kernel does where an alternative may be (Linux
+/// arch/x86/kernel/alternative.c, `optimize_nops`).
+fn with_long_nops(code: &mut [u8]) {
+    const NOP: u8 = 0x90;
+    let lengths: Vec<usize> = insn::decode(code, Gva(0)).map(|insn| insn.len).collect();
+    let (mut at, mut start) = (0, 0);
+    for length in lengths {
+        if code[at..at + length] != [NOP] {
+            code[start..at].copy_from_slice(&insn::nops(at - start));
+            start = at + length;
+        }
+        at += length;
+    }
+    code[start..at].copy_from_slice(&insn::nops(at - start));
+}
+
+/// What fields of a piece are filled by.
+struct Filling<'a> {
+    name: &'a str,
+    /// Where the piece begins.
+    at: Gva,
+    /// Where each piece begins.
+    places: &'a [Gva],
+    running: Running<'a>,
+}
+
+impl Filling<'_> {
+    /// The bytes of `body`, which begins at `start` of the piece. What `is_gone` is not written.
+    fn fill(
+        &self,
+        body: &Body,
+        start: usize,
+        is_gone: impl Fn(usize) -> bool,
+    ) -> Result<Vec<u8>, Unplaceable> {
+        let Self { places, running, .. } = *self;
+        let place = |offset: usize| Gva(self.at.0.wrapping_add((start + offset) as u64));
+        let mut bytes = body.bytes.clone();
+        for field in body.fields.iter().filter(|field| !is_gone(field.offset)) {
             let to = match field.target {
                 Target::Kernel(at) => at.0.wrapping_add(running.slide),
                 Target::Fixed(number) => number,
                 Target::Piece(index) => places[index].0,
             };
             let to = to.wrapping_add(field.addend.cast_unsigned());
-            let place = Gva(at.0.wrapping_add(field.offset as u64));
             let into = bytes.get_mut(field.offset..field.offset + field.form.length());
-            if into.and_then(|into| field.form.write(into, place, to)).is_none() {
-                return Err(Unplaceable::OutOfRange { name: self.name.clone(), offset: field.offset, to });
+            if into.and_then(|into| field.form.write(into, place(field.offset), to)).is_none() {
+                let (name, offset) = (self.name.to_owned(), start + field.offset);
+                return Err(Unplaceable::OutOfRange { name, offset, to });
             }
         }
-        for offset in &self.returns {
-            let unknown = || Unplaceable::NoReturn { name: self.name.clone() };
+        for offset in body.returns.iter().filter(|offset| !is_gone(**offset)) {
+            let unknown = || Unplaceable::NoReturn { name: self.name.to_owned() };
             let returns = running.returns.ok_or_else(unknown)?;
-            let place = Gva(at.0.wrapping_add(*offset as u64));
-            let code = returns.code(place).zip(bytes.get_mut(*offset..offset + RETURN));
+            let code = returns.code(place(*offset)).zip(bytes.get_mut(*offset..offset + RETURN));
             let (code, into) = code.ok_or_else(unknown)?;
             into.copy_from_slice(&code);
         }
-        Ok(PlacedPiece { name: self.name.clone(), at, bytes, is_code: self.part == Part::Code })
+        Ok(bytes)
     }
 }
 
@@ -285,6 +406,7 @@ mod tests {
     const TEXT: u64 = 0xffff_ffff_8100_0000;
     const SLIDE: u64 = 0x20_0000;
     const CODE: u64 = 0xffff_ffff_fee0_0000;
+    static NONE: BTreeSet<u16> = BTreeSet::new();
 
     fn room(code: u64) -> Room {
         let range = |start: u64, size| Gva(start)..Gva(start + size);
@@ -297,7 +419,8 @@ mod tests {
     }
 
     fn piece(part: Part, bytes: &[u8], fields: Vec<Field>) -> NewPiece {
-        NewPiece { name: "f".into(), part, align: 16, bytes: bytes.to_vec(), fields, returns: Vec::new() }
+        let body = Body { bytes: bytes.to_vec(), fields, returns: Vec::new() };
+        NewPiece { name: "f".into(), part, align: 16, body, alternatives: Vec::new() }
     }
 
     fn field(offset: usize, form: Form, target: Target, addend: i64) -> Field {
@@ -313,7 +436,7 @@ mod tests {
             field(8, Form::Signed32, Target::Piece(1), 2),
         ];
         let mut function = piece(Part::Code, &code, fields);
-        function.returns = vec![12];
+        function.body.returns = vec![12];
         let pointer = field(0, Form::Absolute64, Target::Piece(0), 0);
         Replacement {
             functions: vec![Replaced { name: "f".into(), at: Gva(TEXT + 0x80), piece: 0 }],
@@ -330,7 +453,7 @@ mod tests {
 
     #[test]
     fn fields_get_the_addresses_of_a_running_kernel() {
-        let running = Running { slide: SLIDE, returns: Some(Return::Plain) };
+        let running = Running { slide: SLIDE, returns: Some(Return::Plain), features: &NONE };
         let placed = replacement().place(&room(0x1000), running).expect("room");
         let [function, string, pointer] = &placed.pieces[..] else { panic!("three pieces") };
         let branches: Vec<_> = insn::decode(&function.bytes, function.at).map(|insn| insn.branch).collect();
@@ -351,7 +474,7 @@ mod tests {
     #[test]
     fn a_return_is_that_of_the_running_kernel() {
         let thunk = Gva(TEXT + 0x1000);
-        let running = Running { slide: 0, returns: Some(Return::Thunk(thunk)) };
+        let running = Running { slide: 0, returns: Some(Return::Thunk(thunk)), features: &NONE };
         let placed = replacement().place(&room(0x1000), running).expect("room");
         let at = placed.pieces[0].at.plus(12).expect("an address");
         let code: [u8; RETURN] = placed.pieces[0].bytes[12..].try_into().expect("five bytes");
@@ -367,12 +490,23 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let running = Running { slide: 0, returns: Some(Return::Plain) };
+        let running = Running { slide: 0, returns: Some(Return::Plain), features: &NONE };
         let error = replacement().place(&room(16), running).expect_err("17 bytes");
         assert!(matches!(error, Unplaceable::NoRoom { bytes: 17, .. }), "{error}");
         // Its jump would reach farther than 2 GiB.
         let far = Running { slide: 0x4000_0000_0000, ..running };
         let error = replacement().place(&room(0x1000), far).expect_err("it is far away");
         assert!(matches!(error, Unplaceable::OutOfRange { offset: 1, .. }), "{error}");
+    }
+    #[test]
+    fn nops_become_as_few_as_can_be_and_nothing_else_changes() {
+        // nop; nop; mov eax, 0x90909090; nop; nop; nop; pause; nop
+        let mut code = [0x90, 0x90, 0xb8, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0xf3, 0x90, 0x90];
+        with_long_nops(&mut code);
+        let expected = [0x66, 0x90, 0xb8, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x1f, 0x00, 0xf3, 0x90, 0x90];
+        assert_eq!(code, expected);
+        let mut undecodable = [0x90, 0x90, 0x06, 0x90, 0x90];
+        with_long_nops(&mut undecodable);
+        assert_eq!(undecodable, [0x66, 0x90, 0x06, 0x90, 0x90]);
     }
 }

@@ -1,6 +1,11 @@
 //! What the sections of a kernel's objects are for, by their names (include/asm-generic/vmlinux.lds.h,
 //! arch/x86/kernel/vmlinux.lds.S).
 
+/// The table of alternatives by CPU feature.
+pub(super) const ALTERNATIVES: &str = ".altinstructions";
+/// The code that an alternative may put in another's place.
+pub(super) const REPLACEMENTS: &str = ".altinstr_replacement";
+
 /// What a section is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
@@ -56,9 +61,9 @@ pub(super) fn purpose(name: &str) -> Purpose {
     } else {
         match name {
             "__jump_table" => Purpose::Table(3),
-            "__bug_table" | "__ex_table" | ".altinstructions" | ".static_call_sites" => Purpose::Table(2),
+            "__bug_table" | "__ex_table" | ALTERNATIVES | ".static_call_sites" => Purpose::Table(2),
             ".parainstructions" => Purpose::Table(1),
-            ".altinstr_replacement"
+            REPLACEMENTS
             | ".altinstr_aux"
             | ".smp_locks"
             | ".retpoline_sites"

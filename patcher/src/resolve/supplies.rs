@@ -77,6 +77,7 @@ fn refusal(unfit: Unfit) -> Refusal {
         | Unfit::Unchanged
         | Unfit::Obstacle(_)
         | Unfit::Told { .. }
+        | Unfit::Alternative { .. }
         | Unfit::RuntimeConstant { .. }
         | Unfit::NotLeft { .. }
         | Unfit::Shared { .. } => Refusal::NotReplaceable { what },

@@ -91,14 +91,14 @@ const PLANS: [(&str, &[Capability]); 13] = [
 ];
 
 /// A guest that runs the miniature, as it is after boot.
-struct Booted<'a> {
+pub(crate) struct Booted<'a> {
     image: &'a KernelImage,
     text: Vec<u8>,
 }
 
 impl<'a> Booted<'a> {
     /// `whole` has every name.
-    fn new(image: &'a KernelImage, file: &[u8], whole: &KernelImage) -> Self {
+    pub(crate) fn new(image: &'a KernelImage, file: &[u8], whole: &KernelImage) -> Self {
         let at = |name: &str| whole.symbols().only(name).expect("it is in the whole miniature");
         // Behind the file's and the only segment's header.
         let mut booted = Self { image, text: file[64 + 56..].to_vec() };
@@ -112,7 +112,7 @@ impl<'a> Booted<'a> {
         booted
     }
 
-    fn put(&mut self, at: Gva, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, at: Gva, bytes: &[u8]) {
         let from = at.offset_from(Gva(miniature::BASE)).expect("in the image");
         self.text[from..from + bytes.len()].copy_from_slice(bytes);
     }

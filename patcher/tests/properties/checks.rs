@@ -1,6 +1,8 @@
 //! Properties that hold for any input, shared by the property tests and the fuzz targets.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use std::collections::BTreeSet;
+
 use patcher::addr::Gva;
 use patcher::image::symbols::Symbols;
 use patcher::image::{Contents, KernelFile, KernelImage, Loadable, unpack};
@@ -312,7 +314,7 @@ fn place(object: &Object<'_>, image: &KernelImage, contents: &Contents<'_>) {
     let Ok(replacement) = build(object, object, image, contents) else { return };
     let part = |number: u64| Gva(START + number * 0x20_0000)..Gva(START + (number + 1) * 0x20_0000);
     let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None };
-    let running = Running { slide: 0, returns: Some(Return::Plain) };
+    let running = Running { slide: 0, returns: Some(Return::Plain), features: &BTreeSet::new() };
     let Ok(placed) = replacement.place(&room, running) else { return };
     for piece in &placed.pieces {
         let end = piece.at.plus(piece.bytes.len()).expect("an address");

@@ -1,15 +1,22 @@
 //! New code refers to the same things as the object, wherever the linker put them; what can't be brought into a
 //! running kernel is refused.
 
+use std::collections::BTreeSet;
+
 use patcher::addr::Gva;
 use patcher::image::{Contents, KernelImage};
 use patcher::insn;
-use patcher::object::replacement::{Placed, PlacedPiece, Return, Running};
+use patcher::linux::Kernel;
+use patcher::linux::module_list::read_modules;
+use patcher::object::replacement::{Placed, PlacedPiece, Return, Running, Unplaceable};
 use patcher::object::{BUG_ENTRY, BugTable, Object, Obstacle, Replacement, Room, Unfit, build};
+use patcher::plan::Plan;
+use patcher::resolve::{RunningGuest, Supplies, resolve_with};
 use proptest::prelude::*;
 
+use crate::capabilities::Booted;
 use crate::miniature;
-use crate::sources::{ABSOLUTE, CALL, FAR, Kind, Linked, NEAR, Part, SIGNED, Source};
+use crate::sources::{ABSOLUTE, CALL, FAR, Kind, Linked, NEAR, Part, SIGNED, Source, UNSIGNED};
 
 const SLIDE: u64 = 0x20_0000;
 const PAGES: u64 = 0xffff_ffff_fee0_0000;
@@ -137,8 +144,20 @@ fn built_in(
 }
 
 fn placed(replacement: &Replacement) -> Placed {
-    let running = Running { slide: SLIDE, returns: Some(Return::Plain) };
-    replacement.place(&room(), running).expect("room")
+    placed_with(replacement, &[])
+}
+
+fn placed_with(replacement: &Replacement, features: &[u16]) -> Placed {
+    running(replacement, Some(Return::Plain), features).expect("room")
+}
+
+fn running(
+    replacement: &Replacement,
+    returns: Option<Return>,
+    features: &[u16],
+) -> Result<Placed, Unplaceable> {
+    let features: BTreeSet<u16> = features.iter().copied().collect();
+    replacement.place(&room(), Running { slide: SLIDE, returns, features: &features })
 }
 
 fn piece<'p>(placed: &'p Placed, name: &str) -> &'p PlacedPiece {
@@ -335,6 +354,296 @@ fn what_can_not_be_replaced_is_refused() {
     assert!(unfit.iter().any(|unfit| matches!(unfit, Unfit::Shared { .. })), "{unfit:?}");
 }
 
+/// CPU features.
+const FIRST: u16 = 5;
+const SECOND: u16 = 9 * 32 + 1;
+const ALWAYS: u16 = 3 * 32 + 21;
+/// Flags of an entry.
+const INVERTED: u16 = 1;
+const DIRECT_CALL: u16 = 2;
+/// In code that `alternative` makes: `call left`, with a NOP of three bytes in place of three of one.
+const PLACE: usize = 5;
+const PLACE_LENGTH: u8 = 8;
+
+/// Entries of the table of alternatives: place, feature, flags, length of the place, and the replacement, each in a
+/// section of its own of which they say so.
+type Alternative<'a> = (usize, u16, u16, u8, &'a [u8]);
+
+/// `main` after the change, with entries as 6.1 has them: a call, a place that alternatives are for, a return.
+fn alternatives(entries: &[Alternative<'_>]) -> Source {
+    let mut source = after();
+    let main = &mut source.parts[0];
+    main.bytes = code(&[&ENTRY, &[0xe8, 0, 0, 0, 0, 0x90, 0x90, 0x90], &[0xe9, 0, 0, 0, 0]]);
+    main.fields = Part::function(
+        "",
+        &[],
+        &[(PLACE + 1, CALL, "left", -4), (PLACE + 9, CALL, "__x86_return_thunk", -4)],
+    )
+    .fields;
+    let mut start = 0_i64;
+    for (place, feature, flags, length, replacement) in entries {
+        let bytes = [&[0; 8][..], &(feature | flags << 15).to_le_bytes(), &[*length, len(replacement)]];
+        entry(&mut source, *place, &bytes.concat(), start);
+        start += i64::from(len(replacement));
+    }
+    let all: Vec<u8> = entries.iter().flat_map(|(.., replacement)| replacement.iter().copied()).collect();
+    source.parts.push(Part::new("", ".altinstr_replacement", Kind::Label, &all, &[]));
+    source
+}
+
+fn len(bytes: &[u8]) -> u8 {
+    u8::try_from(bytes.len()).expect("short")
+}
+
+/// Adds an entry whose replacement is at `start` of their section.
+fn entry(source: &mut Source, place: usize, bytes: &[u8], start: i64) {
+    let place = i64::try_from(place).expect("small");
+    let fields = [(0, NEAR, "main", place), (4, NEAR, ".altinstr_replacement", start)];
+    source.parts.push(Part::new("", ".altinstructions", Kind::Label, bytes, &fields));
+}
+
+/// Adds a field to the replacements.
+fn refer(source: &mut Source, offset: usize, to: &str, addend: i64) {
+    let fields = Part::function("", &[], &[(offset, CALL, to, addend)]).fields;
+    source.parts.last_mut().expect("the replacements").fields.extend(fields);
+}
+
+fn replaced(after: &Source) -> Result<Replacement, Vec<Unfit>> {
+    let before = before();
+    built(&before, after, &Linked::new(&[&before], &ELSEWHERE))
+}
+
+/// What `main` holds where alternatives are for on a CPU with these features.
+fn chosen(after: &Source, features: &[u16]) -> Vec<u8> {
+    let placed = placed_with(&replaced(after).expect("it can be replaced"), features);
+    let main = piece(&placed, "main");
+    assert_eq!(main.bytes[..PLACE], ENTRY);
+    let end = PLACE + usize::from(PLACE_LENGTH);
+    assert_eq!(main.bytes[end..], [0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
+    main.bytes[PLACE..end].to_vec()
+}
+
+/// Where a call at the first byte of a place leads.
+fn called(after: &Source, features: &[u16]) -> Option<Gva> {
+    let placed = placed_with(&replaced(after).expect("it can be replaced"), features);
+    let main = piece(&placed, "main");
+    let at = main.at.plus(PLACE).expect("an address");
+    insn::decode(&main.bytes[PLACE..], at).next().expect("an instruction").branch
+}
+
+/// `popcnt rax, rdi`.
+const COUNT: [u8; 5] = [0xf3, 0x48, 0x0f, 0xb8, 0xc7];
+/// `stac`.
+const SHORT: [u8; 3] = [0x0f, 0x01, 0xcb];
+const NOPS_3: [u8; 3] = [0x0f, 0x1f, 0x00];
+const NOPS_8: [u8; 8] = [0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0];
+
+#[test]
+fn alternatives_are_those_of_the_running_cpu() {
+    let source = alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &COUNT)]);
+    assert_eq!(replaced(&source).expect("fit").features(), [FIRST].into());
+    assert_eq!(chosen(&source, &[FIRST]), [&COUNT[..], &NOPS_3].concat());
+    for others in [&[][..], &[SECOND]] {
+        assert_eq!(called(&source, others), Some(Gva(LEFT + SLIDE)), "its own code");
+        assert_eq!(chosen(&source, others)[5..], NOPS_3, "padded by one NOP");
+    }
+    let inverted = alternatives(&[(PLACE, FIRST, INVERTED, PLACE_LENGTH, &COUNT)]);
+    assert_eq!(called(&inverted, &[FIRST]), Some(Gva(LEFT + SLIDE)));
+    assert_eq!(chosen(&inverted, &[])[..5], COUNT);
+    let nothing = alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &[])]);
+    assert_eq!(chosen(&nothing, &[FIRST]), NOPS_8);
+}
+
+#[test]
+fn of_several_alternatives_the_last_that_applies_is_taken() {
+    let source =
+        alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &COUNT), (PLACE, SECOND, 0, PLACE_LENGTH, &SHORT)]);
+    let short = [&SHORT[..], &[0x0f, 0x1f, 0x44, 0, 0]].concat();
+    assert_eq!(called(&source, &[]), Some(Gva(LEFT + SLIDE)));
+    assert_eq!(chosen(&source, &[FIRST])[..5], COUNT);
+    assert_eq!((chosen(&source, &[SECOND]), chosen(&source, &[FIRST, SECOND])), (short.clone(), short));
+    // The second is nested in the first's place, which goes with it as a whole.
+    let nested = alternatives(&[
+        (PLACE, FIRST, 0, PLACE_LENGTH, &[0x31, 0xc0, 0x31, 0xc9, 0x31, 0xd2, 0x31, 0xdb]),
+        (PLACE, SECOND, 0, 5, &SHORT),
+    ]);
+    assert_eq!(chosen(&nested, &[FIRST, SECOND])[3..], [0x0f, 0x1f, 0x44, 0, 0]);
+}
+
+#[test]
+fn what_replaces_code_leads_where_its_object_says() {
+    // call right; jne +1, to the NOPs behind it; nop
+    let mut source = alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &[0xe8, 0, 0, 0, 0, 0x75, 0x01, 0x90])]);
+    refer(&mut source, 1, "right", -4);
+    assert_eq!(called(&source, &[FIRST]), Some(Gva(RIGHT + SLIDE)));
+    assert_eq!(chosen(&source, &[FIRST])[5..], [0x75, 0x01, 0x90]);
+    // What only a replacement uses goes along.
+    let mut source = alternatives(&[
+        (PLACE, SECOND, 0, PLACE_LENGTH, &SHORT),
+        (PLACE, FIRST, 0, PLACE_LENGTH, &[0xe8, 0, 0, 0, 0]),
+    ]);
+    refer(&mut source, 4, "fresh", -4);
+    let placed = placed_with(&replaced(&source).expect("fit"), &[FIRST]);
+    assert_eq!(said(piece(&placed, "main"), PLACE + 1, Some(PLACE + 5)), piece(&placed, "fresh").at.0);
+    // A return: that of the guest's kernel.
+    let mut source = alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &[0xe9, 0, 0, 0, 0])]);
+    refer(&mut source, 1, "__x86_return_thunk", -4);
+    assert_eq!(chosen(&source, &[FIRST]), [0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0x0f, 0x1f, 0x00]);
+}
+
+/// As `_static_cpu_has` has it (Linux arch/x86/include/asm/cpufeature.h): until the kernel has chosen, its code tests
+/// the feature elsewhere.
+#[test]
+fn code_that_tests_a_feature_becomes_a_jump_or_nothing() {
+    let test = |entries: &[Alternative<'_>]| {
+        let mut source = alternatives(entries);
+        // jmp .altinstr_aux
+        source.parts[0].bytes[PLACE] = 0xe9;
+        source.parts[0].fields[0].to = ".altinstr_aux".into();
+        refer(&mut source, 1, "main", 13 - 4);
+        source.parts.push(Part::new("", ".altinstr_aux", Kind::Label, &[0xe9, 0, 0, 0, 0], &[]));
+        source
+    };
+    let no: Alternative<'_> = (PLACE, ALWAYS, 0, PLACE_LENGTH, &[0xe9, 0, 0, 0, 0]);
+    let source = test(&[no, (PLACE, FIRST, 0, PLACE_LENGTH, &[])]);
+    assert_eq!(replaced(&source).expect("fit").features(), [FIRST].into());
+    let placed = placed_with(&replaced(&source).expect("fit"), &[]);
+    let main = piece(&placed, "main");
+    assert_eq!(said(main, PLACE + 1, Some(PLACE + 5)), main.at.0 + 13);
+    assert_eq!(chosen(&source, &[FIRST]), NOPS_8);
+    // It would go on where nothing is.
+    let may_stay = (PLACE, FIRST, 0, PLACE_LENGTH, &[0xe9, 0, 0, 0, 0][..]);
+    let never = (PLACE, ALWAYS, INVERTED, PLACE_LENGTH, &[0xe9, 0, 0, 0, 0][..]);
+    for entries in [[may_stay], [never]] {
+        let unfit = replaced(&test(&entries)).expect_err("it may stay");
+        assert!(
+            matches!(&unfit[..], [Unfit::Unresolved { symbol, .. }] if symbol == ".altinstr_aux"),
+            "{unfit:?}"
+        );
+    }
+}
+
+/// What is replaced does not count: how the kernel returns, and whether a field can hold its address.
+#[test]
+fn what_is_replaced_is_not_written() {
+    let source = alternatives(&[(PLACE + 8, FIRST, 0, 5, &SHORT)]);
+    let replacement = replaced(&source).expect("fit");
+    let placed = running(&replacement, None, &[FIRST]).expect("no return is left in main");
+    assert_eq!(piece(&placed, "main").bytes[PLACE + 8..], [0x0f, 0x01, 0xcb, 0x66, 0x90]);
+    let error = running(&replacement, None, &[]).expect_err("there is one");
+    assert!(matches!(error, Unplaceable::NoReturn { .. }), "{error}");
+    let mut source = alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &COUNT)]);
+    // mov eax, an address of 32 bits
+    (source.parts[0].bytes[PLACE], source.parts[0].fields[0].form) = (0xb8, UNSIGNED);
+    assert_eq!(chosen(&source, &[FIRST])[..5], COUNT);
+    let error = running(&replaced(&source).expect("fit"), Some(Return::Plain), &[]);
+    let error = error.expect_err("the kernel lies higher");
+    assert!(matches!(error, Unplaceable::OutOfRange { offset: 6, .. }), "{error}");
+}
+
+#[test]
+fn entries_of_every_layout_are_read_and_no_others() {
+    let with = |rest: &[u8]| {
+        let mut source = alternatives(&[]);
+        let last = source.parts.len() - 1;
+        source.parts[last].bytes = COUNT.to_vec();
+        entry(&mut source, PLACE, &[&[0; 8], rest].concat(), 0);
+        source
+    };
+    let [low, high] = FIRST.to_le_bytes();
+    for rest in [&[low, high, 8, 5][..], &[low, high, 8, 5, 0], &[low, high, 0, 0, 8, 5]] {
+        assert_eq!(chosen(&with(rest), &[FIRST])[..5], COUNT, "{rest:x?}");
+    }
+    let inverted = u8::try_from(INVERTED).expect("small");
+    assert_eq!(chosen(&with(&[low, high, inverted, 0, 8, 5]), &[])[..5], COUNT);
+    // Its target follows from what the pointer holds.
+    let direct = replaced(&with(&[low, high, u8::try_from(DIRECT_CALL).expect("small"), 0, 8, 5]));
+    let direct = direct.expect("fit for a CPU without the feature");
+    assert!(running(&direct, Some(Return::Plain), &[]).is_ok());
+    let error = running(&direct, Some(Return::Plain), &[FIRST]).expect_err("a direct call");
+    assert!(matches!(error, Unplaceable::DirectCall { offset: PLACE, .. }), "{error}");
+    let unknown = "its entry is not as in any known kernel";
+    for rest in [&[low, high, 8][..], &[low, high, 8, 5, 0, 0, 0], &[low, high, 4, 0, 8, 5]] {
+        assert_eq!(why(&with(rest)), unknown, "{rest:x?}");
+    }
+    let mut elsewhere = with(&[low, high, 0, 0, 8, 5]);
+    elsewhere.parts.last_mut().expect("the entry").fields[1].offset = 6;
+    assert_eq!(why(&elsewhere), unknown);
+}
+
+/// Why an alternative can't be applied.
+fn why(after: &Source) -> &'static str {
+    let unfit = replaced(after).expect_err("it is refused");
+    let why = unfit.iter().find_map(|unfit| match unfit {
+        Unfit::Alternative { function, why } if function == "main" => Some(*why),
+        _ => None,
+    });
+    why.unwrap_or_else(|| panic!("{unfit:?}"))
+}
+
+#[test]
+fn an_alternative_that_does_not_fit_its_place_is_refused() {
+    let one = |place, length, replacement| why(&alternatives(&[(place, FIRST, 0, length, replacement)]));
+    assert_eq!(one(PLACE, 4, &COUNT), "its replacement is longer than its place");
+    assert_eq!(one(PLACE, 14, &COUNT), "its place goes beyond the function's end");
+    assert_eq!(one(PLACE + 8, u8::MAX, &[]), "its place goes beyond the function's end");
+    for (place, length) in [(PLACE + 1, 4), (PLACE, 4), (PLACE, 12)] {
+        assert_eq!(one(place, length, &[]), "its place begins or ends in the middle of an instruction");
+    }
+    assert_eq!(one(PLACE, PLACE_LENGTH, &[0xeb, 0x01]), "its replacement branches into another");
+    let overlapping = alternatives(&[(PLACE + 5, FIRST, 0, 2, &[]), (PLACE, SECOND, 0, 6, &[])]);
+    assert_eq!(why(&overlapping), "its place is a part of another's");
+    let mut beyond = alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &COUNT)]);
+    beyond.parts.last_mut().expect("the replacements").bytes.pop();
+    let unfit = replaced(&beyond).expect_err("its replacement is cut off");
+    assert!(unfit.contains(&Unfit::Obstacle(Obstacle::Tables)), "{unfit:?}");
+    let unfit = replaced(&alternatives(&[(PLACE, FIRST, 0, PLACE_LENGTH, &[0xe8, 0, 0])]));
+    let unfit = unfit.expect_err("its replacement is no instruction");
+    assert!(unfit.contains(&Unfit::Obstacle(Obstacle::Tables)), "{unfit:?}");
+    // A function that stays has its own already.
+    let mut of_another = alternatives(&[(PLACE, FIRST, 0, 3, &COUNT)]);
+    let entry = of_another.parts.iter_mut().find(|part| part.section == ".altinstructions");
+    entry.expect("an entry").fields[0].to = "user".into();
+    let found = replaced(&of_another);
+    assert!(found.is_err(), "{found:?}");
+}
+
+/// The bits are those of the guest's `boot_cpu_data`.
+#[test]
+fn features_are_those_of_the_running_kernel() {
+    let file = miniature::vmlinux();
+    let image = KernelImage::parse(&file).expect("a kernel");
+    // It can be told that it is chosen: that is refused.
+    let refused = |feature: u16, present: &[u16]| {
+        let mut source = alternatives(&[]);
+        source.parts.last_mut().expect("the replacements").bytes = COUNT.to_vec();
+        let rest = [&feature.to_le_bytes()[..], &[2, 0, PLACE_LENGTH, len(&COUNT)]];
+        entry(&mut source, PLACE, &[&[0; 8], &rest.concat()[..]].concat(), 0);
+        let replacement = replaced(&source).expect("fit");
+        let mut guest = Booted::new(&image, &file, &image);
+        for at in replacement.returns() {
+            guest.put(*at, &[0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
+        }
+        let words = image.symbols().only("boot_cpu_data").expect("a symbol").plus(16).expect("an address");
+        for feature in present {
+            let byte = words.plus(usize::from(feature / 8)).expect("an address");
+            guest.put(byte, &[1 << (feature % 8)]);
+        }
+        let plan = br#"{"version":1,"name":"x","patches":[{"object":{"before":{"base64":""},"after":{"base64":""}}}]}"#;
+        let plan = Plan::parse(plan).expect("well-formed");
+        let supplies = Supplies { replacements: [(0, replacement)].into(), room: Some(room()) };
+        let modules = read_modules(&image, 0, &guest);
+        let kernel = Kernel { image: &image, slide: 0, modules: &modules };
+        let resolved = resolve_with(&plan, &supplies, RunningGuest { kernel, text: &guest, vcpus: 1 }, []);
+        resolved.err().unwrap_or_default().iter().map(ToString::to_string).collect::<Vec<_>>().concat()
+    };
+    let chosen = |feature, present: &[u16]| refused(feature, present).contains("calls through a pointer");
+    for feature in [FIRST, SECOND] {
+        assert!(chosen(feature, &[feature]) && !chosen(feature, &[feature + 1, feature - 1]), "{feature}");
+    }
+    assert!(chosen(ALWAYS, &[]));
+}
+
 /// A WARN in new code, one in code that stays, and one in a new function.
 #[test]
 fn warnings_of_new_code_are_added_to_the_guests_table() {
@@ -363,7 +672,7 @@ fn warnings_of_new_code_are_added_to_the_guests_table() {
         assert_eq!(table.bytes[start + 8..start + 12], [line, 0, 1, 9]);
     }
     // There is room for two.
-    let running = Running { slide: SLIDE, returns: Some(Return::Plain) };
+    let running = Running { slide: SLIDE, returns: Some(Return::Plain), features: &BTreeSet::new() };
     assert!(replacement.place(&placed.left, running).is_err());
     assert!(replacement.place(&Room { bugs: None, ..room() }, running).is_err(), "there is no table");
 }
@@ -374,8 +683,11 @@ proptest! {
     #[test]
     fn a_damaged_object_is_refused_or_stays_in_its_room(
         damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4),
+        has_alternatives: bool,
     ) {
-        let (before, after) = (before(), after());
+        let entries: [Alternative<'_>; 2] =
+            [(PLACE, FIRST, 0, PLACE_LENGTH, &COUNT), (PLACE + 8, SECOND, INVERTED, 5, &SHORT)];
+        let (before, after) = (before(), if has_alternatives { alternatives(&entries) } else { after() });
         let linked = Linked::new(&[&before], &ELSEWHERE);
         let (image, file) = linked.image();
         let mut damaged = after.object(true);
@@ -387,8 +699,7 @@ proptest! {
         let original = before.object(true);
         let original = Object::parse(&original).expect("an object");
         let Ok(replacement) = build(&original, &parsed, &image, &contents) else { return Ok(()) };
-        let running = Running { slide: SLIDE, returns: Some(Return::Plain) };
-        let Ok(placed) = replacement.place(&room(), running) else { return Ok(()) };
+        let Ok(placed) = running(&replacement, Some(Return::Plain), &[FIRST]) else { return Ok(()) };
         let room = room();
         let mut ends: Vec<(Gva, Gva)> = Vec::new();
         for piece in &placed.pieces {

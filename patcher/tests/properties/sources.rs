@@ -11,6 +11,7 @@ use crate::miniature;
 pub(crate) const ABSOLUTE: u32 = 1;
 pub(crate) const NEAR: u32 = 2;
 pub(crate) const CALL: u32 = 4;
+pub(crate) const UNSIGNED: u32 = 10;
 pub(crate) const SIGNED: u32 = 11;
 pub(crate) const FAR: u32 = 24;
 
@@ -190,7 +191,7 @@ fn elf(sections: &[(String, Section)], symbols: &[(String, usize, u64, u64, u8)]
     let symbol_table = sections.len() as u64 + 1;
     for (name, section) in sections {
         let flags = match name {
-            name if name.starts_with(".text") => 6,
+            name if name.starts_with(".text") || name == ".altinstr_replacement" => 6,
             name if name == STRINGS => 0x32,
             name if name.starts_with(".rodata") => 2,
             _ => 3,

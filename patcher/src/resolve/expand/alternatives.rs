@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::addr::Gva;
+use crate::image::choice::ALWAYS;
 use crate::image::tables::Alternative;
 use crate::insn;
 use crate::linux::Kernel;
@@ -14,9 +15,6 @@ use crate::linux::memory::{GuestMemory, read, read_u64};
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::expansion::{Code, Expansion};
 use crate::resolve::expand::{fixed_features, rewrite};
-
-/// `X86_FEATURE_ALWAYS`, which is no CPU feature.
-const ALWAYS: u16 = 3 * 32 + 21;
 
 /// Makes the code what it would be on a CPU with the feature, or on one without it.
 pub(crate) fn expand(

@@ -9,10 +9,11 @@ use crate::insn;
 use crate::linux::memory::{GuestMemory, read};
 use crate::linux::view::{Kernel, missing};
 use crate::object::Room;
-use crate::object::replacement::{RETURN, Replacement, Return, Running};
+use crate::object::replacement::{RETURN, Replacement, Return, Running, Unplaceable};
 use crate::plan::refusal::Refusal;
 use crate::resolve::expand::call_thunk::thunk;
 use crate::resolve::expand::expansion::{Brought, Code, Datum, Expansion, Needs};
+use crate::resolve::expand::paravirt;
 use crate::resolve::expand::redirect::jump;
 use crate::safety::old_code::Place;
 
@@ -50,9 +51,12 @@ pub(crate) fn expand(
     if replacement.has_bugs() {
         kernel.image.profile().require(Capability::BugTables).map_err(missing)?;
     }
-    let running = Running { slide: kernel.slide, returns };
-    let placed =
-        replacement.place(room, running).map_err(|error| Refusal::NoRoom { why: error.to_string() })?;
+    let features = features(kernel, text, replacement)?;
+    let running = Running { slide: kernel.slide, returns, features: &features };
+    let placed = replacement.place(room, running).map_err(|error| match error {
+        Unplaceable::DirectCall { .. } => Refusal::NotReplaceable { what: error.to_string() },
+        _ => Refusal::NoRoom { why: error.to_string() },
+    })?;
     let mut expansion = Expansion { needs: Needs::Left, ..Expansion::default() };
     let mut old = Vec::new();
     for (name, from, to) in &placed.functions {
@@ -71,6 +75,30 @@ pub(crate) fn expand(
     });
     expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left, bugs });
     Ok(expansion)
+}
+
+/// Which of the CPU features the kernel has that the new code depends on.
+fn features(
+    kernel: &Kernel<'_>,
+    text: &dyn GuestMemory,
+    replacement: &Replacement,
+) -> Result<BTreeSet<u16>, Refusal> {
+    let asked = replacement.features();
+    // No later plan tells code that was placed.
+    if !asked.is_empty() && paravirt::unlock_feature(kernel).is_some_and(|unlock| asked.contains(&unlock)) {
+        return Err(Refusal::NotReplaceable {
+            what:
+                "the new code releases spinlocks by itself, and how that is done a plan may switch (paravirt)"
+                    .to_owned(),
+        });
+    }
+    let mut present = BTreeSet::new();
+    for feature in asked {
+        if kernel.has_feature(text, feature)? {
+            present.insert(feature);
+        }
+    }
+    Ok(present)
 }
 
 /// The jump at the entry of an old function. It goes behind the place for the tracer, so that the guest's tracer, its

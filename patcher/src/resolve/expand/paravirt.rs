@@ -16,7 +16,7 @@
 //! preempts tasks in kernel mode it therefore stays a call of the same length, of either target.
 
 use crate::addr::Gva;
-use crate::image::lock_ops::{IS_PREEMPTED, LockOps, OPERATIONS};
+use crate::image::lock_ops::{IS_PREEMPTED, LockOps, OPERATIONS, UNLOCK};
 use crate::image::tables::ParavirtSite;
 use crate::insn;
 use crate::linux::Kernel;
@@ -193,6 +193,13 @@ fn features(calls: &[LockCall<'_>]) -> Result<Vec<(usize, u16)>, Refusal> {
         }
     }
     Ok(found)
+}
+
+/// The feature that stands for `unlock`. `None` also if it can't be told: then no plan switches it.
+pub(super) fn unlock_feature(kernel: &Kernel<'_>) -> Option<u16> {
+    let ops = kernel.image.lock_ops()?;
+    let features = features(&lock_calls(kernel, ops)).ok()?;
+    features.iter().find(|(operation, _)| *operation == UNLOCK).map(|(_, feature)| *feature)
 }
 
 /// Updates the kernel's record of the features, which modules are patched by when they are loaded.

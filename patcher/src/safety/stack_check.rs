@@ -214,7 +214,8 @@ impl StackCheck {
         Ok(occupants)
     }
 
-    /// The first word that tells that the task stands inside.
+    /// The first word that tells that the task stands inside: one that tells where, if there is one. A tracer's
+    /// trampoline leaves words on stacks that outlast it, and lie below those of the functions that were called through it.
     fn occupies<S: Stacks>(
         &self,
         stacks: &mut S,
@@ -225,7 +226,9 @@ impl StackCheck {
             true => stacks.hidden(task)?,
             false => Vec::new(),
         };
-        let found = words.iter().chain(&hidden).find_map(|word| Some((*word, self.code.judge(*word)?)));
+        let told = || words.iter().chain(&hidden).filter_map(|word| Some((*word, self.code.judge(*word)?)));
+        let tells_where = |(_, why): &(u64, Why)| matches!(why, Why::Function(_) | Why::Piece(_));
+        let found = told().find(tells_where).or_else(|| told().next());
         Ok(found.map(|(word, why)| Occupant { task, word: Gva(word), why }))
     }
 }
@@ -326,6 +329,22 @@ mod tests {
         one.hidden = Some(vec![0x118]);
         let occupant = Occupant { task: TASK, word: Gva(0x118), why: Why::Function(1) };
         assert_eq!(check.occupants(&mut one), Ok(vec![occupant]));
+    }
+
+    #[test]
+    fn a_word_that_tells_where_counts_before_one_that_does_not() {
+        let check = StackCheck::new(code());
+        // The return address that the trampoline hides is kept elsewhere.
+        for (stack, hidden, why) in [
+            (vec![0x410, 0x400], vec![0x118], Why::Function(1)),
+            (vec![0x410, 0x308, 0x208], vec![], Why::Piece(0)),
+            (vec![0x410, 0x308], vec![], Why::Trampoline),
+            (vec![0x308, 0x410], vec![], Why::Slot),
+        ] {
+            let mut one = One { stack: Some(stack), hidden: Some(hidden), read: Vec::new() };
+            let occupants = check.occupants(&mut one).expect("it is read");
+            assert_eq!(occupants.iter().map(|one| one.why).collect::<Vec<_>>(), [why]);
+        }
     }
 
     #[test]

@@ -8,9 +8,12 @@ const SLOWEST: usize = 10;
 /// What the line begins with by which a test in the rig tells what it waited for.
 const MARK: &str = "waited: ";
 
-/// What the tests of a run cost.
+/// How much of why a test failed the summary tells, in lines and bytes: what is kept of a run's output may be its end only.
+const REASON: (usize, usize) = (12, 600);
+
+/// What the tests of a run cost, and why some failed.
 #[derive(Debug, Default)]
-pub struct Costs(Mutex<Vec<Cost>>);
+pub struct Costs(Mutex<Vec<Cost>>, Mutex<Vec<String>>);
 
 #[derive(Debug)]
 struct Cost {
@@ -29,6 +32,16 @@ impl Costs {
         result
     }
 
+    /// Keeps why a test failed for the summary, by the output of the process that ran it or the error.
+    pub fn failed(&self, test: &'static str, output: &str) {
+        let own = format!("---- {test} ----");
+        let behind = output.rsplit_once(&own).map_or(output, |(_, behind)| behind);
+        let lines = behind.trim().lines().take_while(|line| !line.starts_with("Stack backtrace"));
+        let mut reason = lines.take(REASON.0).collect::<Vec<_>>().join("\n    ");
+        reason.truncate(reason.floor_char_boundary(REASON.1));
+        self.1.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{test}\n    {reason}"));
+    }
+
     /// The slowest tests, and how long all took, each with what was waited for.
     pub fn summary(&self) -> String {
         let mut costs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -37,6 +50,9 @@ impl Costs {
         let mut text = format!("{} tests in {:.0} s; the slowest:\n", costs.len(), total.as_secs_f64());
         for Cost { test, took, waited } in costs.iter().take(SLOWEST) {
             text += &format!("  {:>6.1} s  {test} ({waited})\n", took.as_secs_f64());
+        }
+        for failed in self.1.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            text += &format!("failed: {failed}\n");
         }
         text
     }
@@ -98,5 +114,20 @@ mod tests {
         assert_eq!(lines.len(), 1 + SLOWEST, "{summary}");
         assert!(lines[0].starts_with("11 tests in 0 s"), "{summary}");
         assert!(lines[1].ends_with("slow (1 boots)"), "{summary}");
+    }
+
+    #[test]
+    fn the_summary_says_why_tests_failed() {
+        let costs = Costs::default();
+        let noise = "line\n".repeat(50);
+        costs.failed(
+            "a::b",
+            &format!("{noise}failures:\n\n---- a::b ----\nno such file\n\nStack backtrace:\n  0: main\n"),
+        );
+        costs.failed("a::c", &format!("the host is gone: {}", "ä".repeat(400)));
+        let summary = costs.summary();
+        let (_, told) = summary.split_once("failed: a::b\n").expect("it is told");
+        assert!(told.starts_with("    no such file\n") && !told.contains("main"), "{summary}");
+        assert!(told.contains("failed: a::c\n    the host is gone: ä") && told.len() < 700, "{summary}");
     }
 }

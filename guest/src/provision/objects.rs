@@ -18,7 +18,7 @@ use crate::provision::progress::Step;
 use crate::provision::{cache, packages};
 
 /// Part of the cache key: raise it when anything about the build or the changes does.
-const BUILD: u32 = 4;
+const BUILD: u32 = 5;
 /// The compiler's package. Both kernels were built by it; objects of another would not belong to them.
 const COMPILER: &str = "gcc-12";
 /// Debian calls its compilers by their name or with this before it; the configuration has which.
@@ -41,7 +41,7 @@ struct Change {
     edits: &'static [(&'static str, &'static str)],
 }
 
-const CHANGES: [Change; 9] = [
+const CHANGES: [Change; 10] = [
     // A process is its own parent.
     Change {
         name: "getppid",
@@ -126,15 +126,57 @@ static int cmdline_proc_show("#,
         source: "kernel/sys.c",
         edits: &[("int overflowuid = DEFAULT_OVERFLOWUID;", "int overflowuid = DEFAULT_OVERFLOWUID - 1;")],
     },
-    // A static key in a function that had none.
+    // Static branches in a function that had none: by a key of the kernel's, taken while it is on and while it is off,
+    // and by a key of the new code's own, which that switches.
     Change {
         name: "key",
         source: "fs/proc/loadavg.c",
         edits: &[
-            ("#include <linux/fs.h>", "#include <linux/fs.h>\n#include <linux/interrupt.h>"),
+            (
+                "#include <linux/fs.h>",
+                "#include <linux/fs.h>\n#include <linux/jump_label.h>\nDECLARE_STATIC_KEY_FALSE(sched_schedstats);\n\
+                 static DEFINE_STATIC_KEY_FALSE(replaced_key);",
+            ),
             (
                 "get_avenrun(avnrun, FIXED_1/200, 0);",
-                "get_avenrun(avnrun, force_irqthreads() ? 0 : FIXED_1/200, 0);",
+                r#"get_avenrun(avnrun, FIXED_1/200, 0);
+	if (static_branch_unlikely(&sched_schedstats))
+		seq_puts(m, "on ");
+	if (!static_branch_likely(&sched_schedstats))
+		seq_puts(m, "off ");
+	if (static_branch_unlikely(&replaced_key)) {
+		seq_puts(m, "odd ");
+		static_branch_disable(&replaced_key);
+	} else {
+		seq_puts(m, "even ");
+		static_branch_enable(&replaced_key);
+	}"#,
+            ),
+        ],
+    },
+    // A read of an address that is not mapped, and where that goes on.
+    Change {
+        name: "fault",
+        source: "fs/proc/loadavg.c",
+        edits: &[
+            ("#include <linux/fs.h>", "#include <linux/fs.h>\n#include <linux/uaccess.h>"),
+            (
+                "get_avenrun(avnrun, FIXED_1/200, 0);",
+                r#"get_avenrun(avnrun, FIXED_1/200, 0);
+	{
+		unsigned long word;
+
+		__get_kernel_nofault(&word, &avnrun[0], unsigned long, wrong);
+		if (word == avnrun[0])
+			seq_puts(m, "read ");
+		__get_kernel_nofault(&word, 0xffffffffffe00000UL, unsigned long, fault);
+wrong:
+		seq_puts(m, "wrong ");
+		goto end;
+fault:
+		seq_puts(m, "fault ");
+end:;
+	}"#,
             ),
         ],
     },

@@ -31,6 +31,8 @@ pub struct Insn {
     /// The address that it makes without going there: by `lea` relative to RIP, or as an operand of 64
     /// bits.
     pub points_to: Option<Gva>,
+    /// Whether it has an operand in memory at a distance from its own end.
+    pub is_ip_relative: bool,
     /// Whether it goes where a register or memory says.
     pub is_indirect: bool,
     /// Whether control may return to the next instruction from elsewhere: a call, interrupt or
@@ -105,6 +107,7 @@ pub fn decode(code: &[u8], at: Gva) -> impl Iterator<Item = Insn> {
             len: insn.len(),
             branch: branch(&insn),
             points_to: points_to(&insn),
+            is_ip_relative: insn.is_ip_rel_memory_operand(),
             is_indirect: insn.flow_control() == FlowControl::IndirectBranch,
             returns: returns(&insn),
             ends: matches!(

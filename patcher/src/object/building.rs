@@ -15,19 +15,23 @@ use crate::budget::Budget;
 use crate::image::{Contents, KernelImage};
 use crate::insn;
 use crate::object::alternatives::{Entries, entries, places};
-use crate::object::comparison::{Change, Comparison, Obstacle, compare};
+use crate::object::comparison::{Change, Comparison, compare};
 use crate::object::error::Error;
 use crate::object::matching::match_image;
 use crate::object::normal::Names;
-use crate::object::outcome::{Match, Outcome, PieceMatch};
+use crate::object::outcome::{Match, Outcome};
 use crate::object::piece::Piece;
 use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
 use crate::object::relocation::{Form, Relocation};
 use crate::object::replacement::{
     Alternative, Body, Field, NewPiece, Part, RETURN, Replaced, Replacement, Target,
 };
+use crate::object::rewritten::FENTRY;
 use crate::object::room::BUG_ENTRY;
-use crate::object::sections::{Purpose, is_runtime_constant, purpose};
+use crate::object::sections::{BUGS, FAULTS, Purpose, is_runtime_constant, purpose};
+use crate::object::spread::Spread;
+use crate::object::static_branches::{self, Test};
+use crate::object::unfit::{Unfit, mismatch};
 
 /// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
 const WORK: u64 = 1 << 22;
@@ -36,96 +40,14 @@ const WORK_A_BYTE: u64 = 64;
 const MOST_RETURNS: usize = 64;
 /// Variables that each CPU has lie below this, as far as KASLR does not move them.
 const MOST_PER_CPU: u64 = 16 << 20;
-/// What the compiler's calls at the entry of a function lead to.
-const FENTRY: &str = "__fentry__";
 /// Where functions return to, if not by themselves (Linux arch/x86/include/asm/linkage.h, `RET`).
 const RETURN_THUNK: &str = "__x86_return_thunk";
 /// Thunks for indirect branches begin so (Linux arch/x86/include/asm/asm-prototypes.h).
 const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
 /// What the compiler calls a piece of a function that is seldom executed: behind the function's name comes this.
 const COLD: &str = ".cold";
-/// Tables that the kernel looks into while it runs, by the code's address.
-const TOLD: [(&str, &str); 2] =
-    [("__ex_table", "handles faults (exception table)"), ("__jump_table", "has a static key or tracepoint")];
-/// The table of what the kernel says where code warns or stops it.
-const BUGS: &str = "__bug_table";
 /// Sections whose code is entered where nothing else may run.
 const NOT_LEFT: [&str; 3] = [".noinstr", ".entry", ".cpuidle"];
-
-/// Why two objects make no replacement.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unfit {
-    /// An object takes too much work.
-    #[error("{0}")]
-    TooMuchWork(String),
-    /// The object before the change is not of this kernel.
-    #[error("{name} of the object before the change is not what the kernel has: {why}")]
-    BuildMismatch {
-        /// The function, or the section of data.
-        name: String,
-        /// The difference.
-        why: String,
-    },
-    /// The objects are the same, as far as functions go.
-    #[error("the objects have the same functions, so there is nothing to replace")]
-    Unchanged,
-    /// Something changed that can't be replaced in a running kernel.
-    #[error("{0}")]
-    Obstacle(Obstacle),
-    /// The kernel would have to learn of new code.
-    #[error("{function} {what}, which the guest's kernel would have to be told of; that is not done yet")]
-    Told {
-        /// The function.
-        function: String,
-        /// What it does.
-        what: &'static str,
-    },
-    /// An alternative by CPU feature that can't be chosen as the kernel does.
-    #[error("{function} has an alternative by CPU feature that can't be applied: {why}")]
-    Alternative {
-        /// The function.
-        function: String,
-        /// What is wrong with it.
-        why: &'static str,
-    },
-    /// The kernel writes a constant into the function while it starts, which new code would lack.
-    #[error(
-        "{function} has the constant {constant}, which the kernel writes into its code while it starts; that is not \
-         done for new code yet"
-    )]
-    RuntimeConstant {
-        /// The function.
-        function: String,
-        /// The table of the places of the constant.
-        constant: String,
-    },
-    /// A function that may not be left by a jump.
-    #[error("{function} lies in section {section}, which no jump may leave")]
-    NotLeft {
-        /// The function.
-        function: String,
-        /// Its section.
-        section: String,
-    },
-    /// A function whose code can't be taken by itself.
-    #[error(
-        "{function} can't be taken out of its section: build both objects with -ffunction-sections -fdata-sections"
-    )]
-    Shared {
-        /// The function.
-        function: String,
-    },
-    /// Something that new code refers to, and that is at no place that is known.
-    #[error("{from} refers to {symbol}, {why}")]
-    Unresolved {
-        /// The function or variable that refers to it.
-        from: String,
-        /// What it refers to.
-        symbol: String,
-        /// What is known of that.
-        why: &'static str,
-    },
-}
 
 /// Compares two objects with each other and with a kernel, and makes a replacement of what differs.
 ///
@@ -149,16 +71,6 @@ pub fn build(
     let builder = Builder::new(before, after, image, (&found, &comparison), &budget);
     let built = builder.build(contents);
     if budget.is_exhausted() { Err(too_much(Error::TooMuchWork)) } else { built }
-}
-
-/// Why a piece of the object before the change is not the kernel's.
-fn mismatch(piece: &PieceMatch) -> Option<Unfit> {
-    let why = match &piece.outcome {
-        Outcome::Mismatch(difference) => difference.to_string(),
-        Outcome::Ambiguous { .. } => "it is at several places, and nothing tells which is its".to_owned(),
-        _ => return None,
-    };
-    Some(Unfit::BuildMismatch { name: piece.name.clone(), why })
 }
 
 /// What goes along, as a symbol's number, or as a section's.
@@ -188,7 +100,12 @@ struct Builder<'a, 'o> {
     image: &'o KernelImage,
     comparison: &'o Comparison,
     names: Names<'a, 'o>,
+    /// Functions of the object after the change, by section and offset; of several names of one, the first.
+    by_place: BTreeMap<(usize, usize), &'o Function<'a>>,
     alternatives: Entries<'a>,
+    branches: static_branches::Entries,
+    /// Where functions with static branches have their instructions in new code.
+    spreads: BTreeMap<usize, Result<Spread, &'static str>>,
     budget: &'o Budget,
     /// Where the image has the functions, sections and outside symbols of the object before the change.
     functions: BTreeMap<&'o str, &'o Outcome>,
@@ -237,12 +154,20 @@ impl<'a, 'o> Builder<'a, 'o> {
         }
         let functions = found.functions.iter().map(|one| (one.name.as_str(), &one.outcome)).collect();
         let names = Names::new(after, budget);
+        let branches = static_branches::entries(&names);
+        let mut by_place = BTreeMap::new();
+        for function in after.functions() {
+            by_place.entry((function.section, function.offset)).or_insert(function);
+        }
         Self {
             before,
             after,
             image,
             comparison,
             alternatives: entries(&names),
+            spreads: spreads(after, &by_place, &branches),
+            branches,
+            by_place,
             names,
             budget,
             functions,
@@ -337,6 +262,10 @@ impl<'a, 'o> Builder<'a, 'o> {
                     self.unresolved(name, BUGS, "whose entries are not of a layout that is known");
                     return None;
                 };
+                let Some(behind) = self.in_new_code(Target::Piece(index), number, behind) else {
+                    self.unresolved(name, BUGS, "which has an entry in the middle of an instruction");
+                    return None;
+                };
                 let code = Field {
                     offset: start,
                     form: Form::Relative32,
@@ -423,11 +352,8 @@ impl<'a, 'o> Builder<'a, 'o> {
         let symbol = self.after.symbols()[number];
         let Place::Section(place) = symbol.place else { return None };
         let section = &self.after.sections()[place];
-        let function =
-            self.after.functions().iter().find(|one| {
-                is_function(&symbol) && (one.section, one.offset as u64) == (place, symbol.offset)
-            });
-        match function {
+        let offset = usize::try_from(symbol.offset).ok().filter(|_| is_function(&symbol));
+        match offset.and_then(|offset| self.by_place.get(&(place, offset)).copied()) {
             Some(function) => self.function(number, function, section),
             None => self.variable(number, &symbol, section),
         }
@@ -474,7 +400,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         let from = (number, name);
         let entries = self.alternatives.get(&number).cloned().unwrap_or(Ok(Vec::new()));
         let placed = entries.and_then(|entries| Ok((places(function, &entries)?, entries)));
-        let (places, entries) = match placed {
+        let (mut places, entries) = match placed {
             Ok(placed) => placed,
             Err(why) => {
                 self.wrong.push(Unfit::Alternative { function: name.to_owned(), why });
@@ -489,7 +415,8 @@ impl<'a, 'o> Builder<'a, 'o> {
             before.is_some_and(|(start, length)| offset - start < *length)
         };
         let code = Piece { section: function.section, offset, bytes };
-        let body = self.code(&code, Role::Function, from, is_gone)?;
+        let mut body = self.code(&code, Role::Function, from, is_gone)?;
+        self.spread(&mut body, function, from, &mut places)?;
         let mut alternatives = Vec::new();
         for ((offset, length), entry) in places.into_iter().zip(entries) {
             let body = self.code(&entry.replacement, Role::Replacement, from, |_| false)?;
@@ -510,6 +437,44 @@ impl<'a, 'o> Builder<'a, 'o> {
             body,
             alternatives,
         })
+    }
+
+    /// Has the static branches of a function test their keys, and its code spread. `alternatives` are the places of those,
+    /// which move with it.
+    fn spread(
+        &mut self,
+        body: &mut Body,
+        function: &Function<'a>,
+        from: (usize, &'a str),
+        alternatives: &mut [(usize, usize)],
+    ) -> Option<()> {
+        let Some(entries) = self.branches.get(&from.0) else { return Some(()) };
+        let mut tests = BTreeMap::new();
+        for entry in entries.clone().unwrap_or_default() {
+            let target = self.target(&entry.target, 0, Use::Branch, from)?;
+            let key = self.target(&entry.key, 0, Use::Address, from)?;
+            let test = Test { key, target, if_enabled: entry.if_enabled };
+            tests.insert(entry.offset - function.offset, test);
+        }
+        let spread = |spread: &Spread| {
+            spread.apply(body, &tests)?;
+            for (place, length) in alternatives {
+                let is_whole = spread.is_unchanged(*place, *length);
+                *place = spread
+                    .place(*place)
+                    .filter(|_| is_whole)
+                    .ok_or("a static branch is in an alternative by CPU feature")?;
+            }
+            Ok(())
+        };
+        let spread = match self.spreads.get(&from.0)? {
+            Ok(known) => spread(known),
+            Err(why) => Err(*why),
+        };
+        if let Err(why) = spread {
+            self.wrong.push(Unfit::StaticBranch { function: from.1.to_owned(), why });
+        }
+        spread.ok()
     }
 
     /// Code and what its fields refer to, but for those fields that are gone.
@@ -639,7 +604,24 @@ impl<'a, 'o> Builder<'a, 'o> {
         } else {
             self.variable_target(to, from)
         };
-        Some((target?, behind))
+        let target = target?;
+        let Some(behind) = self.in_new_code(target, to, behind) else {
+            self.unresolved(from, self.after.symbols()[to].name, "in the middle of an instruction of it");
+            return None;
+        };
+        Some((target, behind))
+    }
+
+    /// How far behind the first byte of a function a place is in new code that was so far behind it in the object.
+    fn in_new_code(&self, target: Target, function: usize, behind: i64) -> Option<i64> {
+        let Item::Symbol(first) = self.first(Item::Symbol(function)) else { return Some(behind) };
+        match (target, self.spreads.get(&first)) {
+            (Target::Piece(_), Some(Ok(spread))) => {
+                let place = spread.place(usize::try_from(behind).ok()?)?;
+                i64::try_from(place).ok()
+            }
+            _ => Some(behind),
+        }
     }
 
     fn function_target(
@@ -773,8 +755,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     fn told(&mut self) {
         for section in self.after.sections() {
             let Purpose::Table(fields) = purpose(section.name) else { continue };
-            let told = TOLD.iter().find(|(table, _)| *table == section.name);
-            if told.is_none() && !is_runtime_constant(section.name) {
+            if section.name != FAULTS && !is_runtime_constant(section.name) {
                 continue;
             }
             for fields in section.relocations.chunks(fields) {
@@ -784,9 +765,9 @@ impl<'a, 'o> Builder<'a, 'o> {
                 let Some((number, function)) = self.names.covering(place, offset) else { continue };
                 if self.items.contains_key(&self.first(Item::Symbol(number))) {
                     let (function, constant) = (function.name.to_owned(), section.name.to_owned());
-                    self.wrong.push(match told {
-                        Some((_, what)) => Unfit::Told { function, what },
-                        None => Unfit::RuntimeConstant { function, constant },
+                    self.wrong.push(match constant == FAULTS {
+                        true => Unfit::Told { function, what: "handles faults (exception table)" },
+                        false => Unfit::RuntimeConstant { function, constant },
                     });
                 }
             }
@@ -814,6 +795,33 @@ impl<'a, 'o> Builder<'a, 'o> {
         });
         all.take(MOST_RETURNS).collect()
     }
+}
+
+/// Where functions with static branches have their instructions once those test their keys.
+fn spreads(
+    object: &Object<'_>,
+    by_place: &BTreeMap<(usize, usize), &Function<'_>>,
+    branches: &static_branches::Entries,
+) -> BTreeMap<usize, Result<Spread, &'static str>> {
+    let spread = |number: usize, entries: &[static_branches::Entry]| {
+        let symbol = &object.symbols()[number];
+        let place = match symbol.place {
+            Place::Section(section) => usize::try_from(symbol.offset).ok().map(|offset| (section, offset)),
+            _ => None,
+        };
+        let function = place.and_then(|place| by_place.get(&place)).ok_or("it is in no function")?;
+        let section = object.section(function.section);
+        let is_filled = |at: usize, length: usize| {
+            let at = function.offset + at;
+            !section.relocations_in(at, at + length).is_empty()
+        };
+        let tests = entries.iter().map(|entry| entry.offset - function.offset).collect();
+        Spread::new(function.bytes, &tests, is_filled)
+    };
+    let all = branches.iter().map(|(number, entries)| {
+        (*number, entries.as_ref().map_err(|why| *why).and_then(|entries| spread(*number, entries)))
+    });
+    all.collect()
 }
 
 fn is_function(symbol: &Symbol<'_>) -> bool {

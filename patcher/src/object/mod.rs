@@ -27,8 +27,11 @@ pub mod replacement;
 mod rewritten;
 mod room;
 mod sections;
+mod spread;
+mod static_branches;
+mod unfit;
 
-pub use building::{Unfit, build};
+pub use building::build;
 pub use comparison::{Change, Comparison, Obstacle, compare};
 pub use error::Error;
 pub use layouts::Layouts;
@@ -37,3 +40,4 @@ pub use outcome::{Difference, Match, Outcome};
 pub use relocatable::Object;
 pub use replacement::Replacement;
 pub use room::{BUG_ENTRY, BugTable, Room};
+pub use unfit::Unfit;

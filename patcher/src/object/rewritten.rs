@@ -19,7 +19,7 @@ use crate::object::relocatable::Object;
 use crate::object::relocation::{Form, Relocation};
 
 /// What the compiler's calls at the entry of a function lead to.
-const FENTRY: &str = "__fentry__";
+pub(super) const FENTRY: &str = "__fentry__";
 
 /// An instruction of the object that the image has in another form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,6 +6,13 @@ pub(super) const ALTERNATIVES: &str = ".altinstructions";
 /// The code that an alternative may put in another's place.
 pub(super) const REPLACEMENTS: &str = ".altinstr_replacement";
 
+/// The table of static branches.
+pub(super) const JUMPS: &str = "__jump_table";
+/// The table of where code goes on behind a fault.
+pub(super) const FAULTS: &str = "__ex_table";
+/// The table of what the kernel says where code warns or stops it.
+pub(super) const BUGS: &str = "__bug_table";
+
 /// What a section is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
@@ -60,8 +67,8 @@ pub(super) fn purpose(name: &str) -> Purpose {
         Purpose::Export
     } else {
         match name {
-            "__jump_table" => Purpose::Table(3),
-            "__bug_table" | "__ex_table" | ALTERNATIVES | ".static_call_sites" => Purpose::Table(2),
+            JUMPS => Purpose::Table(3),
+            BUGS | FAULTS | ALTERNATIVES | ".static_call_sites" => Purpose::Table(2),
             ".parainstructions" => Purpose::Table(1),
             REPLACEMENTS
             | ".altinstr_aux"

@@ -78,6 +78,7 @@ fn refusal(unfit: Unfit) -> Refusal {
         | Unfit::Obstacle(_)
         | Unfit::Told { .. }
         | Unfit::Alternative { .. }
+        | Unfit::StaticBranch { .. }
         | Unfit::RuntimeConstant { .. }
         | Unfit::NotLeft { .. }
         | Unfit::Shared { .. } => Refusal::NotReplaceable { what },

@@ -292,12 +292,27 @@ fn what_can_not_be_replaced_is_refused() {
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "nowhere"),
     );
     refused(
-        "a static key",
+        "a fault",
         |after| {
-            let fields = [(0, NEAR, "main", 11), (4, NEAR, "main", 21), (8, FAR, "counter", 0)];
-            after.parts.push(Part::new("", "__jump_table", Kind::Label, &[0; 16], &fields));
+            let fields = [(0, NEAR, "main", 21), (4, NEAR, "main", 27)];
+            after.parts.push(Part::new("", "__ex_table", Kind::Label, &[0; 12], &fields));
         },
         |unfit| matches!(unfit, Unfit::Told { function, .. } if function == "main"),
+    );
+    refused(
+        "a static branch in the middle of an instruction",
+        |after| after.parts.push(static_branch(12, 21, "counter", 0)),
+        |unfit| matches!(unfit, Unfit::StaticBranch { function, .. } if function == "main"),
+    );
+    refused(
+        "a static branch of another layout",
+        |after| {
+            after.parts.push(static_branch(11, 21, "counter", 0));
+            after.parts.last_mut().expect("it").fields.swap(1, 2);
+            let fields = &mut after.parts.last_mut().expect("it").fields;
+            (fields[1].offset, fields[2].offset) = (4, 12);
+        },
+        |unfit| matches!(unfit, Unfit::StaticBranch { function, .. } if function == "main"),
     );
     refused(
         "a table of bugs of another layout",
@@ -352,6 +367,67 @@ fn what_can_not_be_replaced_is_refused() {
     let unfit =
         built_in(&before.object(true), &shared.object(false), &image, &file).expect_err("it is shared");
     assert!(unfit.iter().any(|unfit| matches!(unfit, Unfit::Shared { .. })), "{unfit:?}");
+}
+
+/// An entry of the table of static branches: a branch at `place` of `main` to `target`.
+fn static_branch(place: i64, target: i64, key: &str, flags: i64) -> Part {
+    let fields = [(0, NEAR, "main", place), (4, NEAR, "main", target), (8, FAR, key, flags)];
+    Part::new("", "__jump_table", Kind::Label, &[0; 16], &fields)
+}
+
+/// Where the call of `fresh` is in `main`, there is a branch by a key: its own code, with what follows.
+fn with_static_branch(branch: &[u8], key: &str, flags: i64) -> Source {
+    let mut source = after();
+    let main = &mut source.parts[0];
+    main.bytes.splice(11..16, branch.iter().copied());
+    main.fields.retain(|field| field.offset != 12);
+    source.parts.push(static_branch(11, 21, key, flags));
+    source
+}
+
+/// A key of the kernel's, and one of the new code's own. Bit 1 of the flags is the build's.
+#[test]
+fn a_static_branch_tests_its_key() {
+    let before = before();
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let old = |name: &str| miniature::BASE + linked.offset(name) as u64 + SLIDE;
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    // jmp main+21, and what the compiler may have behind it.
+    let short = [0xeb, 8, 0x90, 0x90, 0x90];
+    for (branch, key, flags, condition) in [
+        (nop, "counter", 0, 0x8f),
+        (nop, "state", 1, 0x8e),
+        (short, "state", 2, 0x8f),
+        (short, "counter", 3, 0x8e),
+    ] {
+        let replacement = built(&before, &with_static_branch(&branch, key, flags), &linked);
+        let placed = placed(&replacement.expect("it can be replaced"));
+        let main = piece(&placed, "main");
+        let expected = if key == "state" { piece(&placed, key).at.0 } else { old(key) };
+        assert_eq!(main.bytes[11..13], [0x83, 0x3d], "cmp dword [rip+disp32], imm8");
+        assert_eq!((said(main, 13, Some(18)), main.bytes[17]), (expected, 0));
+        assert_eq!(main.bytes[18..20], [0x0f, condition]);
+        // Both branches are 13 bytes long by now, and what is behind them lies as much farther on.
+        let moved = if branch == nop { 13 - 5 } else { 13 - 2 };
+        assert_eq!(said(main, 20, Some(24)), main.at.0 + 21 + moved as u64, "where the branch goes");
+        assert_eq!(main.bytes[24..24 + moved - 8], [0x90; 3][..moved - 8]);
+        assert_eq!(said(main, 17 + moved, Some(21 + moved)), old("helper"), "what is behind");
+        assert_eq!(said(main, 55 + moved, None), main.at.0, "its own address");
+        let cold = piece(&placed, "main.cold");
+        assert_eq!(said(cold, 6, Some(10)), main.at.0 + 11, "the branch, from the cold piece");
+        assert_eq!(said(main, 7, Some(11)), cold.at.0, "and to that");
+    }
+    // From the cold piece to behind the branch, and to the middle of it.
+    for (to, expected) in [(13, Some(24)), (14, Some(25)), (12, None)] {
+        let mut source = with_static_branch(&short, "counter", 0);
+        source.parts[8].fields[1].addend = to - 4;
+        let replacement = built(&before, &source, &linked);
+        let came = replacement.map(|replacement| {
+            let placed = placed(&replacement);
+            said(piece(&placed, "main.cold"), 6, Some(10)) - piece(&placed, "main").at.0
+        });
+        assert_eq!(came.ok(), expected, "{to}");
+    }
 }
 
 /// CPU features.

@@ -152,10 +152,16 @@ fn here(lab: &Lab, costs: &Arc<Costs>) -> Vec<Trial> {
                 }
                 (result, waited)
             });
-            result.map(|()| Completion::Completed).map_err(|error| Failed::from(format!("{error:?}")))
+            result.map(|()| Completion::Completed).map_err(|error| failed(&costs, name, format!("{error:?}")))
         })
     };
     all().into_iter().map(trial).collect()
+}
+
+/// Has the summary say why a test failed, too.
+fn failed(costs: &Costs, name: &'static str, why: String) -> Failed {
+    costs.failed(name, &why);
+    Failed::from(why)
 }
 
 /// Tests that run in the rig's host, each in a process of its own.
@@ -175,9 +181,9 @@ fn there(rigged: Rigged, prepare: Prepare, costs: &Arc<Costs>) -> Vec<Trial> {
             let text = String::from_utf8_lossy(&output);
             // Without an answer nothing is known of the host, so it is shut off, and the next test
             // has another.
-            let code = code.map_err(|error| Failed::from(format!("{error:?}\n{text}")))?;
+            let code = code.map_err(|error| failed(&costs, name, format!("{error:?}\n{text}")))?;
             idle.put_back(rigged);
-            suite::verdict(name, code, &text).map_err(Failed::from)
+            suite::verdict(name, code, &text).map_err(|why| failed(&costs, name, why))
         })
     };
     all().into_iter().map(trial).collect()

@@ -8,7 +8,7 @@ use patcher::plan::ObjectFile;
 use serde_json::{Value, json};
 use tests::lab::Lab;
 use tests::patches::redirect_plan;
-use tests::vm::{Method, Setup, TRACING, Vm};
+use tests::vm::{Method, SCHEDSTATS, Setup, TRACING, Vm};
 
 use super::Test;
 
@@ -22,6 +22,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("objects::a_traced_function_of_the_later_kernel_is_replaced", traced_later),
     ("objects::a_warning_in_new_code_is_told_once", warned),
     ("objects::a_warning_in_new_code_of_the_later_kernel_is_told_once", warned_later),
+    ("objects::new_code_follows_a_static_key", keyed),
+    ("objects::new_code_of_the_later_kernel_follows_a_static_key", keyed_later),
     ("objects::a_staged_plan_is_committed", staged),
     ("objects::nobody_is_left_inside", left),
     ("objects::what_does_not_belong_is_refused", refused),
@@ -286,6 +288,37 @@ fn warned(lab: &Lab) -> Result<()> {
     vm.power_off()
 }
 
+fn keyed_later(lab: &Lab) -> Result<()> {
+    keyed(&lab.with_later_kernel())
+}
+
+/// Static branches in new code do what the guest's kernel says, which switches their keys and does not know of them; one
+/// key is the new code's own.
+fn keyed(lab: &Lab) -> Result<()> {
+    const SWITCHES: usize = 60;
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    vm.hammer("getppid", 0, 1)?;
+    let key = plan(lab, "key")?;
+    for _ in 0..2 {
+        vm.apply(&key)?;
+        for round in 0..SWITCHES {
+            vm.ask(&format!("write {SCHEDSTATS} {}", round % 2))?;
+            let expected = [["off", "on"][round % 2], ["even", "odd"][round % 2]].join(" ");
+            let line = cat(&mut vm, "/proc/loadavg")?;
+            ensure!(line.starts_with(&format!("{expected} ")), "{round}: {line}, not {expected}");
+        }
+        vm.revert("key")?;
+        let line = cat(&mut vm, "/proc/loadavg")?;
+        ensure!(
+            line.starts_with(|first: char| first.is_ascii_digit()),
+            "it is the kernel's own again: {line}"
+        );
+    }
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
 /// What is staged is checked once more, and committed, dropped or kept.
 fn staged(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
@@ -384,7 +417,7 @@ fn refused_later(lab: &Lab) -> Result<()> {
 /// Changes that can't be replaced in a running kernel.
 fn not_replaceable(lab: &Lab, vm: &mut Vm) -> Result<()> {
     for (name, says) in [
-        ("key", "loadavg_proc_show has a static key"),
+        ("fault", "loadavg_proc_show handles faults"),
         ("data", "the initial value or size of overflowuid changed"),
         ("layout", "the layout of struct eventpoll differs"),
     ] {

@@ -36,7 +36,10 @@ impl Costs {
     pub fn failed(&self, test: &'static str, output: &str) {
         let own = format!("---- {test} ----");
         let behind = output.rsplit_once(&own).map_or(output, |(_, behind)| behind);
-        let lines = behind.trim().lines().take_while(|line| !line.starts_with("Stack backtrace"));
+        let lines = behind
+            .trim()
+            .lines()
+            .take_while(|line| !line.starts_with("Stack backtrace") && *line != "failures:");
         let mut reason = lines.take(REASON.0).collect::<Vec<_>>().join("\n    ");
         reason.truncate(reason.floor_char_boundary(REASON.1));
         self.1.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{test}\n    {reason}"));

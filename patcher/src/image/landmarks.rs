@@ -48,6 +48,8 @@ pub struct Landmarks {
     /// The list of modules that have a table of bugs, and the word of the lock under which it is changed: zero means
     /// free.
     pub bugs: Option<(Gva, Gva)>,
+    /// The tree of modules by the addresses of their code, and the word of the lock under which it is changed.
+    pub module_tree: Option<(Gva, Gva)>,
     /// Where a vCPU can be stopped that is about to run a module's init, and one that is about to free a
     /// module; RDI is the address of its `struct module` there.
     pub module_doors: Option<[Push; 2]>,
@@ -65,6 +67,7 @@ impl Landmarks {
             probes: symbols.only("kprobe_table"),
             livepatches: symbols.only("klp_ops"),
             bugs: symbols.only("module_bug_list").zip(lock("module_mutex")),
+            module_tree: symbols.only("mod_tree").zip(lock("module_mutex")),
             module_doors: module_doors(vmlinux, symbols, tables),
         }
     }

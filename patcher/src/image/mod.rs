@@ -38,6 +38,7 @@ mod search;
 pub mod symbols;
 pub mod tables;
 pub mod task_offsets;
+pub mod tree_offsets;
 
 pub use contents::Contents;
 pub use error::Error;

@@ -3,6 +3,7 @@
 use crate::image::btf::Btf;
 use crate::image::scan_offsets::ScanOffsets;
 use crate::image::task_offsets::{InactiveOffsets, TaskOffsets};
+use crate::image::tree_offsets::TreeOffsets;
 
 /// Offsets in bytes. `None` where the kernel has no BTF, or no such member.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +23,8 @@ pub struct Offsets {
     pub module: Option<ModuleOffsets>,
     /// Of `struct module`, what its table of bugs needs.
     pub bugs: Option<BugOffsets>,
+    /// The tree of modules by the addresses of their code, and a module's node in it.
+    pub tree: Option<TreeOffsets>,
     /// `struct task_struct`.
     pub task: Option<TaskOffsets>,
     /// `struct inactive_task_frame`.
@@ -102,6 +105,7 @@ impl Offsets {
             livepatch: LivepatchOffsets::read(btf),
             module: ModuleOffsets::read(btf),
             bugs: BugOffsets::read(btf),
+            tree: TreeOffsets::read(btf),
             task: TaskOffsets::read(btf),
             inactive: InactiveOffsets::read(btf),
             scan: ScanOffsets::read(btf),

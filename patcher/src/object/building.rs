@@ -6,7 +6,7 @@
 //!                                  ──▶ all else: where the image has it, as matching read it off
 //! ```
 //!
-//! What a kernel would have to learn of new code, so that it works, is refused: `told`.
+//! What the guest's kernel has to learn of new code goes along, too: where it warns, goes on behind faults, has its frames.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -22,13 +22,10 @@ use crate::object::normal::Names;
 use crate::object::outcome::{Match, Outcome};
 use crate::object::piece::Piece;
 use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
-use crate::object::relocation::{Form, Relocation};
-use crate::object::replacement::{
-    Alternative, Body, Field, NewPiece, Part, RETURN, Replaced, Replacement, Target,
-};
+use crate::object::relocation::Form;
+use crate::object::replacement::{Alternative, Body, NewPiece, Part, RETURN, Replaced, Replacement};
 use crate::object::rewritten::FENTRY;
-use crate::object::room::BUG_ENTRY;
-use crate::object::sections::{BUGS, FAULTS, Purpose, is_runtime_constant, purpose};
+use crate::object::sections::{Purpose, purpose};
 use crate::object::spread::Spread;
 use crate::object::static_branches::{self, Test};
 use crate::object::unfit::{Unfit, mismatch};
@@ -39,13 +36,13 @@ const WORK_A_BYTE: u64 = 64;
 /// Most places where it is looked how the kernel returns.
 const MOST_RETURNS: usize = 64;
 /// Variables that each CPU has lie below this, as far as KASLR does not move them.
-const MOST_PER_CPU: u64 = 16 << 20;
+pub(super) const MOST_PER_CPU: u64 = 16 << 20;
 /// Where functions return to, if not by themselves (Linux arch/x86/include/asm/linkage.h, `RET`).
 const RETURN_THUNK: &str = "__x86_return_thunk";
 /// Thunks for indirect branches begin so (Linux arch/x86/include/asm/asm-prototypes.h).
-const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
+pub(super) const INDIRECT_THUNK: &str = "__x86_indirect_thunk_";
 /// What the compiler calls a piece of a function that is seldom executed: behind the function's name comes this.
-const COLD: &str = ".cold";
+pub(super) const COLD: &str = ".cold";
 /// Sections whose code is entered where nothing else may run.
 const NOT_LEFT: [&str; 3] = [".noinstr", ".entry", ".cpuidle"];
 
@@ -75,14 +72,14 @@ pub fn build(
 
 /// What goes along, as a symbol's number, or as a section's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Item {
+pub(super) enum Item {
     Symbol(usize),
     Section(usize),
 }
 
 /// A branch, or what else refers to something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Use {
+pub(super) enum Use {
     Branch,
     Address,
 }
@@ -94,32 +91,32 @@ enum Role {
     Replacement,
 }
 
-struct Builder<'a, 'o> {
-    before: &'o Object<'a>,
-    after: &'o Object<'a>,
-    image: &'o KernelImage,
-    comparison: &'o Comparison,
-    names: Names<'a, 'o>,
+pub(super) struct Builder<'a, 'o> {
+    pub(super) before: &'o Object<'a>,
+    pub(super) after: &'o Object<'a>,
+    pub(super) image: &'o KernelImage,
+    pub(super) comparison: &'o Comparison,
+    pub(super) names: Names<'a, 'o>,
     /// Functions of the object after the change, by section and offset; of several names of one, the first.
-    by_place: BTreeMap<(usize, usize), &'o Function<'a>>,
-    alternatives: Entries<'a>,
-    branches: static_branches::Entries,
+    pub(super) by_place: BTreeMap<(usize, usize), &'o Function<'a>>,
+    pub(super) alternatives: Entries<'a>,
+    pub(super) branches: static_branches::Entries,
     /// Where functions with static branches have their instructions in new code.
-    spreads: BTreeMap<usize, Result<Spread, &'static str>>,
-    budget: &'o Budget,
+    pub(super) spreads: BTreeMap<usize, Result<Spread, &'static str>>,
+    pub(super) budget: &'o Budget,
     /// Where the image has the functions, sections and outside symbols of the object before the change.
-    functions: BTreeMap<&'o str, &'o Outcome>,
-    sections: BTreeMap<&'o str, Option<Gva>>,
-    outside: BTreeMap<&'o str, Gva>,
+    pub(super) functions: BTreeMap<&'o str, &'o Outcome>,
+    pub(super) sections: BTreeMap<&'o str, Option<Gva>>,
+    pub(super) outside: BTreeMap<&'o str, Gva>,
     /// Pieces of the old kernel's that are replaced, by the name of the function.
-    replaced: BTreeSet<&'a str>,
-    items: BTreeMap<Item, usize>,
-    waiting: VecDeque<Item>,
+    pub(super) replaced: BTreeSet<&'a str>,
+    pub(super) items: BTreeMap<Item, usize>,
+    pub(super) waiting: VecDeque<Item>,
     /// Functions of the kernel whose addresses are taken; who takes it, and the name, of one that begins with `endbr64`
     /// in the object after the change.
-    taken: BTreeMap<Gva, Option<(&'a str, &'a str)>>,
-    is_indirect: bool,
-    wrong: Vec<Unfit>,
+    pub(super) taken: BTreeMap<Gva, Option<(&'a str, &'a str)>>,
+    pub(super) is_indirect: bool,
+    pub(super) wrong: Vec<Unfit>,
 }
 
 impl<'a, 'o> Builder<'a, 'o> {
@@ -203,13 +200,15 @@ impl<'a, 'o> Builder<'a, 'o> {
         let mut pieces = Vec::new();
         self.take_along(&mut pieces);
         let bugs = self.bugs();
+        let faults = self.faults();
         // The names of the files that it is in.
         self.take_along(&mut pieces);
         if self.budget.is_exhausted() {
             return Err(self.wrong);
         }
         pieces.extend(bugs);
-        self.told();
+        self.constants();
+        let frames = self.frames();
         let taken = self.taken(contents);
         if !self.wrong.is_empty() {
             return Err(self.wrong);
@@ -218,7 +217,8 @@ impl<'a, 'o> Builder<'a, 'o> {
             |(at, (piece, name)): (Gva, (usize, &str))| Replaced { name: name.to_owned(), at, piece };
         let functions = by_place.into_iter().map(replaced).collect();
         let is_indirect = self.is_indirect;
-        Ok(Replacement { functions, pieces, returns: self.returns(), taken, is_indirect })
+        let returns = self.returns();
+        Ok(Replacement { functions, pieces, faults, frames, returns, taken, is_indirect })
     }
 
     /// Makes pieces of all that waits, and of what that refers to.
@@ -229,56 +229,6 @@ impl<'a, 'o> Builder<'a, 'o> {
                 Item::Section(number) => Some(self.whole(number)),
             });
         }
-    }
-
-    /// The entries of the table of bugs that are of code that goes along.
-    fn bugs(&mut self) -> Option<NewPiece> {
-        let mut piece = NewPiece {
-            name: BUGS.to_owned(),
-            part: Part::Bugs,
-            align: 1,
-            body: Body::default(),
-            alternatives: Vec::new(),
-        };
-        let after = self.after;
-        for section in after.sections().iter().filter(|section| section.name == BUGS) {
-            for (entry, fields) in section.bytes.chunks(BUG_ENTRY).zip(section.relocations.chunks(2)) {
-                let (code, file) = (fields.first()?, fields.get(1));
-                let symbol = after.symbol(code);
-                let Place::Section(place) = symbol.place else { continue };
-                let offset = symbol.offset.wrapping_add(code.addend.cast_unsigned());
-                let Some((number, function)) = self.names.covering(place, offset) else { continue };
-                let (behind, name) = (offset.wrapping_sub(function.offset).cast_signed(), function.name);
-                let Some(index) = self.items.get(&self.first(Item::Symbol(number))).copied() else {
-                    continue;
-                };
-                let start = piece.body.bytes.len();
-                let is_entry = |field: &Relocation, at: usize| {
-                    field.offset % BUG_ENTRY == at && field.form == Form::Relative32
-                };
-                let file =
-                    file.filter(|file| is_entry(file, 4) && is_entry(code, 0) && entry.len() == BUG_ENTRY);
-                let Some(file) = file else {
-                    self.unresolved(name, BUGS, "whose entries are not of a layout that is known");
-                    return None;
-                };
-                let Some(behind) = self.in_new_code(Target::Piece(index), number, behind) else {
-                    self.unresolved(name, BUGS, "which has an entry in the middle of an instruction");
-                    return None;
-                };
-                let code = Field {
-                    offset: start,
-                    form: Form::Relative32,
-                    target: Target::Piece(index),
-                    addend: behind,
-                };
-                let (target, addend) = self.target(file, 0, Use::Address, (number, name))?;
-                let file = Field { offset: start + 4, form: Form::Relative32, target, addend };
-                piece.body.fields.extend([code, file]);
-                piece.body.bytes.extend_from_slice(entry);
-            }
-        }
-        Some(piece).filter(|piece| !piece.body.bytes.is_empty())
     }
 
     /// The functions that are replaced, by their number after the change, and where the image has them.
@@ -310,12 +260,12 @@ impl<'a, 'o> Builder<'a, 'o> {
         functions
     }
 
-    fn unresolved(&mut self, from: &str, symbol: &str, why: &'static str) {
+    pub(super) fn unresolved(&mut self, from: &str, symbol: &str, why: &'static str) {
         self.wrong.push(Unfit::Unresolved { from: from.to_owned(), symbol: symbol.to_owned(), why });
     }
 
     /// The index of a piece, which goes along from now on.
-    fn item(&mut self, item: Item) -> usize {
+    pub(super) fn item(&mut self, item: Item) -> usize {
         let item = self.first(item);
         let next = self.items.len();
         *self.items.entry(item).or_insert_with(|| {
@@ -325,7 +275,7 @@ impl<'a, 'o> Builder<'a, 'o> {
     }
 
     /// Of several symbols of one place, the first.
-    fn first(&self, item: Item) -> Item {
+    pub(super) fn first(&self, item: Item) -> Item {
         let Item::Symbol(number) = item else { return item };
         let symbol = &self.after.symbols()[number];
         let Place::Section(section) = symbol.place else { return item };
@@ -544,237 +494,6 @@ impl<'a, 'o> Builder<'a, 'o> {
         Some(body)
     }
 
-    /// A field of a piece that begins at `start` of its section. `bias` is how far behind its field a distance is
-    /// counted from.
-    fn field(
-        &mut self,
-        relocation: &Relocation,
-        bias: usize,
-        how: Use,
-        from: (usize, &'a str),
-        start: usize,
-    ) -> Option<Field> {
-        let (target, addend) = self.target(relocation, bias as u64, how, from)?;
-        let (offset, form) = (relocation.offset - start, relocation.form);
-        Some(Field { offset, form, target, addend: addend.wrapping_sub_unsigned(bias as u64) })
-    }
-
-    /// What a relocation refers to, and how far behind its first byte.
-    fn target(
-        &mut self,
-        relocation: &Relocation,
-        bias: u64,
-        how: Use,
-        (number, from): (usize, &'a str),
-    ) -> Option<(Target, i64)> {
-        self.budget.spend(1)?;
-        let symbol = *self.after.symbol(relocation);
-        let addend = relocation.addend.wrapping_add_unsigned(bias);
-        let section = match symbol.place {
-            Place::Absolute => return Some((Target::Fixed(symbol.offset), addend)),
-            Place::Undefined => {
-                let target = self.elsewhere(symbol.name, from)?;
-                if let (Use::Address, Target::Kernel(at)) = (how, target) {
-                    self.taken.entry(at).or_default();
-                }
-                return Some((target, addend));
-            }
-            Place::Section(section) => section,
-        };
-        let holds = &self.after.sections()[section];
-        let offset = symbol.offset.wrapping_add(addend.cast_unsigned());
-        let is_plain = holds.relocations.is_empty() && !holds.writable && !holds.executable;
-        if holds.merged.is_some() && is_plain {
-            return Some((Target::Piece(self.item(Item::Section(section))), offset.cast_signed()));
-        }
-        let covering = if matches!(symbol.kind, Kind::Function | Kind::Data) {
-            Some((relocation.symbol, addend))
-        } else {
-            self.names.owner(section, offset)
-        };
-        let Some((to, behind)) = covering else {
-            if is_plain && purpose(holds.name) == Purpose::Resident && !holds.bytes.is_empty() {
-                return Some((Target::Piece(self.item(Item::Section(section))), offset.cast_signed()));
-            }
-            self.unresolved(from, holds.name, "at a place of it that no symbol covers");
-            return None;
-        };
-        let target = if is_function(&self.after.symbols()[to]) {
-            self.function_target(to, behind, how, (number, from))
-        } else {
-            self.variable_target(to, from)
-        };
-        let target = target?;
-        let Some(behind) = self.in_new_code(target, to, behind) else {
-            self.unresolved(from, self.after.symbols()[to].name, "in the middle of an instruction of it");
-            return None;
-        };
-        Some((target, behind))
-    }
-
-    /// How far behind the first byte of a function a place is in new code that was so far behind it in the object.
-    fn in_new_code(&self, target: Target, function: usize, behind: i64) -> Option<i64> {
-        let Item::Symbol(first) = self.first(Item::Symbol(function)) else { return Some(behind) };
-        match (target, self.spreads.get(&first)) {
-            (Target::Piece(_), Some(Ok(spread))) => {
-                let place = spread.place(usize::try_from(behind).ok()?)?;
-                i64::try_from(place).ok()
-            }
-            _ => Some(behind),
-        }
-    }
-
-    fn function_target(
-        &mut self,
-        to: usize,
-        behind: i64,
-        how: Use,
-        (number, from): (usize, &'a str),
-    ) -> Option<Target> {
-        let name = self.after.symbols()[to].name;
-        // A branch to the inside of a function comes from a piece of it.
-        let is_own = to == number || name.contains(COLD) || behind != 0;
-        let change = self.comparison.functions.get(name);
-        let is_new = change == Some(&Change::New);
-        // An address that is taken outlives the patch, so it is the old function's, which leads to the new one.
-        if is_own || is_new || (how == Use::Branch && self.replaced.contains(name)) {
-            return Some(Target::Piece(self.item(Item::Symbol(to))));
-        }
-        match self.functions.get(name) {
-            Some(Outcome::Matches { at } | Outcome::Overridden { at }) => {
-                let at = *at;
-                if how == Use::Address {
-                    let by = self.is_entered_indirectly(to).then_some((from, name));
-                    let known = self.taken.entry(at).or_default();
-                    *known = known.or(by);
-                }
-                Some(Target::Kernel(at))
-            }
-            _ => {
-                self.unresolved(from, name, "which the kernel does not have in its memory");
-                None
-            }
-        }
-    }
-
-    /// Whether a function of the object after the change begins with `endbr64`.
-    fn is_entered_indirectly(&self, function: usize) -> bool {
-        let symbol = &self.after.symbols()[function];
-        let Place::Section(section) = symbol.place else { return false };
-        let start = usize::try_from(symbol.offset).unwrap_or(usize::MAX);
-        insn::marker(self.after.sections()[section].bytes.get(start..).unwrap_or_default()) != 0
-    }
-
-    fn variable_target(&mut self, to: usize, from: &str) -> Option<Target> {
-        let symbol = self.after.symbols()[to];
-        let before = self.comparison.renamed.get(symbol.name).map_or(symbol.name, String::as_str);
-        let change = self.comparison.data.get(before).copied();
-        if matches!(change, Some(Change::New) | None) && before == symbol.name {
-            return Some(Target::Piece(self.item(Item::Symbol(to))));
-        }
-        let is_copyable = self.after.is_copyable(&symbol);
-        if change == Some(Change::Changed) && is_copyable {
-            return Some(Target::Piece(self.item(Item::Symbol(to))));
-        }
-        if let Some(at) = self.variable_of_image(before) {
-            return self.of_image(at, from, symbol.name);
-        }
-        if is_copyable {
-            return Some(Target::Piece(self.item(Item::Symbol(to))));
-        }
-        self.unresolved(
-            from,
-            symbol.name,
-            "which was not found in the kernel: nothing that matched refers to it",
-        );
-        None
-    }
-
-    /// Where the image has a variable of the object before the change.
-    fn variable_of_image(&self, name: &str) -> Option<Gva> {
-        let is_it = |symbol: &&Symbol<'_>| symbol.name == name && symbol.kind == Kind::Data;
-        let symbol = self.before.symbols().iter().find(is_it)?;
-        let Place::Section(section) = symbol.place else { return None };
-        let base = self.sections.get(self.before.sections()[section].name).copied().flatten();
-        base.map(|base| Gva(base.0.wrapping_add(symbol.offset))).or_else(|| self.image.symbols().only(name))
-    }
-
-    /// What is in another object.
-    fn elsewhere(&mut self, name: &str, from: &str) -> Option<Target> {
-        self.is_indirect |= name.starts_with(INDIRECT_THUNK);
-        let at = match self.outside.get(name) {
-            Some(at) => *at,
-            None => {
-                let places = self.image.symbols().places(name);
-                let mut places: Vec<Gva> =
-                    places.filter(|(_, kind)| kind.is_ascii_uppercase()).map(|(at, _)| at).collect();
-                places.sort_unstable();
-                places.dedup();
-                let [at] = places[..] else {
-                    let why = if places.is_empty() {
-                        "which the kernel has no symbol of that other objects see (modules are not looked into)"
-                    } else {
-                        "which the kernel has several of"
-                    };
-                    self.unresolved(from, name, why);
-                    return None;
-                };
-                at
-            }
-        };
-        self.of_image(at, from, name)
-    }
-
-    /// An address of the image, which KASLR moves, or a number that it does not.
-    fn of_image(&mut self, at: Gva, from: &str, name: &str) -> Option<Target> {
-        if (self.image.text_base()..self.image.end()).contains(&at) {
-            return Some(Target::Kernel(at));
-        }
-        if at.0 < MOST_PER_CPU {
-            return Some(Target::Fixed(at.0));
-        }
-        self.unresolved(from, name, "at an address that is not the kernel's");
-        None
-    }
-
-    /// Functions of the kernel whose addresses are taken, and that may be entered so as the kernel's file has them.
-    fn taken(&mut self, contents: &Contents<'_>) -> Vec<Gva> {
-        let mut entered = Vec::new();
-        for (at, by) in std::mem::take(&mut self.taken) {
-            if insn::marker(contents.bytes(at, insn::MARKER).unwrap_or_default()) != 0 {
-                entered.push(at);
-            } else if let Some((from, name)) = by {
-                let why = "whose address nobody took before, so the kernel has it without `endbr64` (IBT)";
-                self.unresolved(from, name, why);
-            }
-        }
-        entered
-    }
-
-    /// Refuses functions that tables say more of.
-    fn told(&mut self) {
-        for section in self.after.sections() {
-            let Purpose::Table(fields) = purpose(section.name) else { continue };
-            if section.name != FAULTS && !is_runtime_constant(section.name) {
-                continue;
-            }
-            for fields in section.relocations.chunks(fields) {
-                let symbol = self.after.symbol(&fields[0]);
-                let Place::Section(place) = symbol.place else { continue };
-                let offset = symbol.offset.wrapping_add(fields[0].addend.cast_unsigned());
-                let Some((number, function)) = self.names.covering(place, offset) else { continue };
-                if self.items.contains_key(&self.first(Item::Symbol(number))) {
-                    let (function, constant) = (function.name.to_owned(), section.name.to_owned());
-                    self.wrong.push(match constant == FAULTS {
-                        true => Unfit::Told { function, what: "handles faults (exception table)" },
-                        false => Unfit::RuntimeConstant { function, constant },
-                    });
-                }
-            }
-        }
-        self.wrong.dedup();
-    }
-
     /// Where the image has returns of functions of the object before the change.
     fn returns(&self) -> Vec<Gva> {
         let functions = self.before.functions().iter();
@@ -824,7 +543,7 @@ fn spreads(
     all.collect()
 }
 
-fn is_function(symbol: &Symbol<'_>) -> bool {
+pub(super) fn is_function(symbol: &Symbol<'_>) -> bool {
     symbol.kind == Kind::Function && matches!(symbol.place, Place::Section(_))
 }
 

@@ -21,6 +21,7 @@ pub mod matching;
 mod normal;
 pub mod outcome;
 mod piece;
+mod references;
 pub mod relocatable;
 pub mod relocation;
 pub mod replacement;
@@ -29,6 +30,8 @@ mod room;
 mod sections;
 mod spread;
 mod static_branches;
+mod tables;
+mod told;
 mod unfit;
 
 pub use building::build;
@@ -39,5 +42,7 @@ pub use matching::match_image;
 pub use outcome::{Difference, Match, Outcome};
 pub use relocatable::Object;
 pub use replacement::Replacement;
-pub use room::{BUG_ENTRY, BugTable, Room};
+pub use room::{
+    BUG_ENTRY, Description, FAULT_ENTRY, FRAME_ADDRESS, FRAME_ENTRY, FUNCTION_ENTRY, Room, Table,
+};
 pub use unfit::Unfit;

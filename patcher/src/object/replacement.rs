@@ -8,7 +8,8 @@ use crate::addr::Gva;
 use crate::image::choice::ALWAYS;
 use crate::insn::{self, INT3};
 use crate::object::relocation::Form;
-use crate::object::room::Room;
+use crate::object::room::{BUG_ENTRY, Description, Room};
+use crate::object::told::{Fault, Frame, Function, Told, tell};
 
 /// Functions of a kernel that are to be replaced, and all that takes their place. Addresses of the kernel are
 /// link-time addresses.
@@ -17,6 +18,10 @@ pub struct Replacement {
     /// The functions that go.
     pub functions: Vec<Replaced>,
     pub(super) pieces: Vec<NewPiece>,
+    /// Where new code goes on behind faults.
+    pub(super) faults: Vec<Fault>,
+    /// Where its stack frames end, as far as the object says.
+    pub(super) frames: Vec<Frame>,
     /// Where functions of the kernel's own return that belong to the object, as the kernel's file has it.
     pub(super) returns: Vec<Gva>,
     /// Functions of the kernel that begin with `endbr64` and whose addresses the new code takes.
@@ -155,8 +160,8 @@ pub struct Placed {
     pub functions: Vec<(String, Gva, Gva)>,
     /// The room that is left.
     pub left: Room,
-    /// How many entries the guest's table of bugs gets more: the word that says it, before and after.
-    pub bugs: Option<(Gva, u32, u32)>,
+    /// How many entries tables of the guest's get more: the words that say it, before and after.
+    pub counts: Vec<(Gva, u32, u32)>,
 }
 
 /// A piece at its place.
@@ -244,6 +249,12 @@ impl Replacement {
         self.pieces.iter().any(|piece| piece.part == Part::Bugs)
     }
 
+    /// Whether new code goes on behind faults.
+    #[must_use]
+    pub fn has_faults(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
     /// Whether new code calls or jumps by the kernel's thunks for indirect branches.
     #[must_use]
     pub fn is_indirect(&self) -> bool {
@@ -275,8 +286,9 @@ impl Replacement {
                     places.push(
                         left.bugs
                             .as_mut()
-                            .and_then(|bugs| bugs.take(&piece.body.bytes))
-                            .ok_or_else(no_room)?,
+                            .and_then(|bugs| bugs.take(&piece.body.bytes, BUG_ENTRY))
+                            .ok_or_else(no_room)?
+                            .1,
                     );
                     continue;
                 }
@@ -290,14 +302,46 @@ impl Replacement {
             places.push(at);
         }
         let filled = self.pieces.iter().zip(&places);
-        let pieces = filled.map(|(piece, at)| piece.fill(*at, &places, running)).collect::<Result<_, _>>()?;
+        let pieces = filled.map(|(piece, at)| piece.fill(*at, &places, running));
+        let mut pieces: Vec<PlacedPiece> = pieces.collect::<Result<_, _>>()?;
+        let count = |room: &Room| room.bugs.as_ref().map(|bugs| (bugs.count, bugs.used));
+        let bugs = count(room).zip(count(&left)).map(|((at, before), (_, after))| (at, before, after));
+        let mut counts: Vec<_> = bugs.into_iter().filter(|(_, before, after)| before != after).collect();
+        if let Some(description) = &mut left.description {
+            let told = self.tell(description, &pieces, &places, running)?;
+            counts.extend(told.counts);
+            let tables = told.written.into_iter();
+            pieces.extend(tables.map(|(name, at, bytes)| PlacedPiece {
+                name: name.to_owned(),
+                at,
+                bytes,
+                is_code: false,
+            }));
+        } else if self.has_faults() {
+            return Err(Unplaceable::NoRoom { name: "__ex_table".to_owned(), bytes: self.faults.len() });
+        }
         let live = |at: Gva| Gva(at.0.wrapping_add(running.slide));
         let functions = self.functions.iter();
         let functions = functions.map(|one| (one.name.clone(), live(one.at), places[one.piece])).collect();
-        let count = |room: &Room| room.bugs.as_ref().map(|bugs| (bugs.count, bugs.used));
-        let bugs = count(room).zip(count(&left)).map(|((at, before), (_, after))| (at, before, after));
-        let bugs = bugs.filter(|(_, before, after)| before != after);
-        Ok(Placed { pieces, functions, left, bugs })
+        Ok(Placed { pieces, functions, left, counts })
+    }
+
+    /// What the guest's kernel is told of the pieces.
+    fn tell(
+        &self,
+        description: &mut Description,
+        pieces: &[PlacedPiece],
+        places: &[Gva],
+        running: Running<'_>,
+    ) -> Result<Told, Unplaceable> {
+        let code = pieces.iter().enumerate().filter(|(_, piece)| piece.is_code);
+        let function = |(number, piece): (usize, &'_ PlacedPiece)| {
+            let end = Gva(piece.at.0.wrapping_add(piece.bytes.len() as u64));
+            Function { name: &self.pieces[number].name, piece: number, code: piece.at..end }
+        };
+        let filling = Filling { name: "", at: Gva(0), places, running };
+        let mut functions: Vec<Function<'_>> = code.map(function).collect();
+        tell(description, &mut functions, (&self.faults, &self.frames), &filling)
     }
 }
 
@@ -355,16 +399,26 @@ fn with_long_nops(code: &mut [u8]) {
 }
 
 /// What fields of a piece are filled by.
-struct Filling<'a> {
+pub(super) struct Filling<'a> {
     name: &'a str,
     /// Where the piece begins.
     at: Gva,
     /// Where each piece begins.
-    places: &'a [Gva],
+    pub(super) places: &'a [Gva],
     running: Running<'a>,
 }
 
 impl Filling<'_> {
+    /// Where something is, and so far behind it.
+    pub(super) fn address(&self, target: Target, addend: i64) -> u64 {
+        let at = match target {
+            Target::Kernel(at) => at.0.wrapping_add(self.running.slide),
+            Target::Fixed(number) => number,
+            Target::Piece(index) => self.places[index].0,
+        };
+        at.wrapping_add(addend.cast_unsigned())
+    }
+
     /// The bytes of `body`, which begins at `start` of the piece. What `is_gone` is not written.
     fn fill(
         &self,
@@ -372,16 +426,11 @@ impl Filling<'_> {
         start: usize,
         is_gone: impl Fn(usize) -> bool,
     ) -> Result<Vec<u8>, Unplaceable> {
-        let Self { places, running, .. } = *self;
+        let Self { running, .. } = *self;
         let place = |offset: usize| Gva(self.at.0.wrapping_add((start + offset) as u64));
         let mut bytes = body.bytes.clone();
         for field in body.fields.iter().filter(|field| !is_gone(field.offset)) {
-            let to = match field.target {
-                Target::Kernel(at) => at.0.wrapping_add(running.slide),
-                Target::Fixed(number) => number,
-                Target::Piece(index) => places[index].0,
-            };
-            let to = to.wrapping_add(field.addend.cast_unsigned());
+            let to = self.address(field.target, field.addend);
             let into = bytes.get_mut(field.offset..field.offset + field.form.length());
             if into.and_then(|into| field.form.write(into, place(field.offset), to)).is_none() {
                 let (name, offset) = (self.name.to_owned(), start + field.offset);
@@ -415,6 +464,7 @@ mod tests {
             constants: range(CODE + 0x1000, 0x100),
             data: range(CODE + 0x2000, 0x100),
             bugs: None,
+            description: None,
         }
     }
 
@@ -445,6 +495,8 @@ mod tests {
                 piece(Part::Constants, b"\0\0hello\0", Vec::new()),
                 piece(Part::Data, &[0; 8], vec![pointer]),
             ],
+            faults: Vec::new(),
+            frames: Vec::new(),
             returns: Vec::new(),
             taken: Vec::new(),
             is_indirect: false,

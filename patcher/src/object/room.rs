@@ -14,16 +14,18 @@ pub struct Room {
     pub constants: Range<Gva>,
     /// Writable, and not executable.
     pub data: Range<Gva>,
-    /// The guest's table of bugs for new code, if its kernel has such.
-    pub bugs: Option<BugTable>,
+    /// The guest's table of bugs (`BUG`, `WARN`) for new code, if its kernel has such.
+    pub bugs: Option<Table>,
+    /// What the guest's kernel looks up by an address in new code, if it can.
+    pub description: Option<Description>,
 }
 
-/// A table of bugs (`BUG`, `WARN`) that the guest's kernel looks into, with room at its end.
+/// A table that the guest's kernel looks into, with room at its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BugTable {
+pub struct Table {
     /// Its first entry.
     pub at: Gva,
-    /// The word that says how many entries it has.
+    /// The word that says how many entries it has, 4 bytes.
     pub count: Gva,
     /// How many those are.
     pub used: u32,
@@ -31,19 +33,42 @@ pub struct BugTable {
     pub most: u32,
 }
 
-/// Length of an entry, in bytes (include/asm-generic/bug.h, `struct bug_entry`).
-pub const BUG_ENTRY: usize = 12;
+/// What the guest's kernel looks up by an address in new code. The tables are in the order of the addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Where code goes on behind a fault (`struct exception_table_entry`).
+    pub faults: Table,
+    /// Where stack frames end: the addresses, and the entries that belong to them (`struct orc_entry`).
+    pub frames: Option<(Table, Gva)>,
+    /// Functions (`Elf64_Sym`).
+    pub functions: Table,
+    /// Their names: where those begin, and what is free.
+    pub names: (Gva, Range<Gva>),
+}
 
-impl BugTable {
-    /// Takes room for these entries. `None` if there is none, or they are no whole entries.
-    pub(super) fn take(&mut self, entries: &[u8]) -> Option<Gva> {
-        let count = u32::try_from(entries.len() / BUG_ENTRY).ok()?;
-        let used = self.used.checked_add(count).filter(|used| *used <= self.most)?;
-        let at = self.at.plus(self.used as usize * BUG_ENTRY)?;
-        if !entries.len().is_multiple_of(BUG_ENTRY) {
+/// Length of an entry of the table of bugs, in bytes (include/asm-generic/bug.h, `struct bug_entry`).
+pub const BUG_ENTRY: usize = 12;
+/// Of the exception table (arch/x86/include/asm/extable.h, since 5.16).
+pub const FAULT_ENTRY: usize = 12;
+/// Of an address, and of what belongs to it, in the ORC tables (arch/x86/include/asm/orc_types.h).
+pub const FRAME_ADDRESS: usize = 4;
+/// What belongs to it.
+pub const FRAME_ENTRY: usize = 6;
+/// Of a symbol (`Elf64_Sym`).
+pub const FUNCTION_ENTRY: usize = 24;
+
+impl Table {
+    /// Takes room for entries of `size` bytes each; returns their number before, and where they go. `None` if there is none, or
+    /// they are no whole entries.
+    pub(super) fn take(&mut self, entries: &[u8], size: usize) -> Option<(u32, Gva)> {
+        let count = u32::try_from(entries.len() / size).ok()?;
+        let before = self.used;
+        let used = before.checked_add(count).filter(|used| *used <= self.most)?;
+        let at = self.at.plus(before as usize * size)?;
+        if !entries.len().is_multiple_of(size) {
             return None;
         }
         self.used = used;
-        Some(at)
+        Some((before, at))
     }
 }

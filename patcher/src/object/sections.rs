@@ -13,6 +13,11 @@ pub(super) const FAULTS: &str = "__ex_table";
 /// The table of what the kernel says where code warns or stops it.
 pub(super) const BUGS: &str = "__bug_table";
 
+/// The tables of where stack frames end, by address: the addresses, and what belongs to them.
+pub(super) const FRAME_ADDRESSES: &str = ".orc_unwind_ip";
+/// What belongs to them.
+pub(super) const FRAMES: &str = ".orc_unwind";
+
 /// What a section is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
@@ -78,8 +83,8 @@ pub(super) fn purpose(name: &str) -> Purpose {
             | ".call_sites"
             | ".ibt_endbr_seal"
             | "__mcount_loc"
-            | ".orc_unwind"
-            | ".orc_unwind_ip"
+            | FRAMES
+            | FRAME_ADDRESSES
             | ".orc_header"
             | ".static_call_tramp_key" => Purpose::Derived,
             _ => Purpose::Unknown,

@@ -23,14 +23,6 @@ pub enum Unfit {
     /// Something changed that can't be replaced in a running kernel.
     #[error("{0}")]
     Obstacle(Obstacle),
-    /// The kernel would have to learn of new code.
-    #[error("{function} {what}, which the guest's kernel would have to be told of; that is not done yet")]
-    Told {
-        /// The function.
-        function: String,
-        /// What it does.
-        what: &'static str,
-    },
     /// An alternative by CPU feature that can't be chosen as the kernel does.
     #[error("{function} has an alternative by CPU feature that can't be applied: {why}")]
     Alternative {

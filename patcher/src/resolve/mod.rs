@@ -158,9 +158,9 @@ fn resolve_within<'t>(
         };
         needs = needs.max(expansion.needs);
         data.extend(expansion.data);
-        if let Some(Brought { pieces, old: places, left, bugs }) = expansion.brought {
+        if let Some(Brought { pieces, old: places, left, counts: more }) = expansion.brought {
             brings.extend(pieces);
-            counts.extend(bugs);
+            counts.extend(more);
             old.extend(places);
             room = Some(left);
         }

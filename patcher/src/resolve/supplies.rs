@@ -76,7 +76,6 @@ fn refusal(unfit: Unfit) -> Refusal {
         Unfit::TooMuchWork(_)
         | Unfit::Unchanged
         | Unfit::Obstacle(_)
-        | Unfit::Told { .. }
         | Unfit::Alternative { .. }
         | Unfit::StaticBranch { .. }
         | Unfit::RuntimeConstant { .. }

@@ -313,7 +313,7 @@ fn place(object: &Object<'_>, image: &KernelImage, contents: &Contents<'_>) {
     const START: u64 = 0xffff_ffff_fea0_0000;
     let Ok(replacement) = build(object, object, image, contents) else { return };
     let part = |number: u64| Gva(START + number * 0x20_0000)..Gva(START + (number + 1) * 0x20_0000);
-    let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None };
+    let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None, description: None };
     let running = Running { slide: 0, returns: Some(Return::Plain), features: &BTreeSet::new() };
     let Ok(placed) = replacement.place(&room, running) else { return };
     for piece in &placed.pieces {

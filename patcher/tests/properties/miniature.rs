@@ -63,7 +63,7 @@ fn far(from: u64, to: u64) -> [u8; 8] {
 type Structure = (&'static str, u32, &'static [(&'static str, u32)]);
 
 /// The structures whose members are looked up.
-pub(crate) const STRUCTURES: [Structure; 24] = [
+pub(crate) const STRUCTURES: [Structure; 30] = [
     ("cpuinfo_x86", 256, &[("x86_capability", 16)]),
     (
         "module",
@@ -90,7 +90,13 @@ pub(crate) const STRUCTURES: [Structure; 24] = [
     ("bug_entry", 12, &[("bug_addr_disp", 0), ("file_disp", 4), ("line", 8), ("flags", 10)]),
     ("mutex", 32, &[("owner", 0), ("rtmutex", 0)]),
     ("rt_mutex_base", 32, &[("owner", 24)]),
-    ("module_layout", 16, &[("base", 0), ("text_size", 8)]),
+    ("module_layout", 88, &[("base", 0), ("text_size", 8), ("size", 12), ("mtn", 32)]),
+    ("exception_table_entry", 12, &[("insn", 0), ("fixup", 4), ("data", 8)]),
+    ("mod_tree_root", 40, &[("root", 0), ("addr_min", 24), ("addr_max", 32)]),
+    ("latch_tree_root", 24, &[("seq", 0), ("tree", 8)]),
+    ("latch_tree_node", 48, &[("node", 0)]),
+    ("mod_tree_node", 56, &[("mod", 0), ("node", 8)]),
+    ("rb_node", 24, &[("__rb_parent_color", 0), ("rb_right", 8), ("rb_left", 16)]),
     (
         "task_struct",
         192,
@@ -133,7 +139,7 @@ pub(crate) const STRUCTURES: [Structure; 24] = [
     ("kprobe", 64, &[("hlist", 0), ("addr", 40)]),
     ("klp_ops", 64, &[("node", 0), ("func_stack", 16)]),
     ("klp_func", 64, &[("old_func", 16), ("old_size", 24), ("stack_node", 40)]),
-    ("module_memory", 16, &[("base", 0), ("size", 8)]),
+    ("module_memory", 88, &[("base", 0), ("size", 8), ("mtn", 32)]),
     ("mod_kallsyms", 32, &[("symtab", 0), ("num_symtab", 8), ("strtab", 16), ("typetab", 24)]),
     ("paravirt_patch_template", 64, &[("lock", 16)]),
     (
@@ -290,7 +296,7 @@ pub(crate) const DIRECT_CALL: Name = Name::Symbol("a direct call");
 pub(crate) const ALL_DATA: Name = Name::Symbol("data");
 
 /// Names that other kernels have instead of those of the miniature: of 6.1 with `PREEMPT_RT`.
-pub(crate) const OLDER: [Name; 26] = [
+pub(crate) const OLDER: [Name; 28] = [
     DIRECT_CALL,
     Name::Symbol("nop_func"),
     Name::Symbol("BUG_func"),
@@ -301,6 +307,8 @@ pub(crate) const OLDER: [Name; 26] = [
     Name::Member("module", "core_layout"),
     Name::Member("module_layout", "base"),
     Name::Member("module_layout", "text_size"),
+    Name::Member("module_layout", "size"),
+    Name::Member("module_layout", "mtn"),
     Name::Member("mutex", "rtmutex"),
     Name::Member("rt_mutex_base", "owner"),
     Name::Symbol("rt_spin_lock"),
@@ -319,7 +327,7 @@ pub(crate) const OLDER: [Name; 26] = [
     Name::Member("kretprobe_instance", "ret_addr"),
 ];
 /// Those that the miniature has instead.
-pub(crate) const NEWER: [Name; 29] = [
+pub(crate) const NEWER: [Name; 30] = [
     Name::Symbol("rt_spin_lock"),
     Name::Symbol("pv_ops"),
     Name::Member("paravirt_patch_template", "lock"),
@@ -338,6 +346,7 @@ pub(crate) const NEWER: [Name; 29] = [
     Name::Member("module", "mem"),
     Name::Member("module_memory", "base"),
     Name::Member("module_memory", "size"),
+    Name::Member("module_memory", "mtn"),
     Name::Member("mutex", "owner"),
     Name::Member("task_struct", "__state"),
     Name::Member("task_struct", "thread_info"),
@@ -530,6 +539,7 @@ fn build(names: &[String], layout: Kallsyms, left_out: &[Name]) -> Vec<u8> {
     k.put("klp_ops", b'd', &[livepatches, livepatches].concat());
     k.put("page_offset_base", b'd', &[0; 8]);
     k.put("module_bug_list", b'd', &[0; 16]);
+    k.put("mod_tree", b'd', &[0; 40]);
     k.put("module_mutex", b'd', &[0; 32]);
     k.put("boot_cpu_data", b'D', &[0; 256]);
     for name in ["pv_ops", "pv_ops_lock"] {

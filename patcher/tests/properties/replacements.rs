@@ -9,7 +9,10 @@ use patcher::insn;
 use patcher::linux::Kernel;
 use patcher::linux::module_list::read_modules;
 use patcher::object::replacement::{Placed, PlacedPiece, Return, Running, Unplaceable};
-use patcher::object::{BUG_ENTRY, BugTable, Object, Obstacle, Replacement, Room, Unfit, build};
+use patcher::object::{
+    BUG_ENTRY, Description, FAULT_ENTRY, FRAME_ENTRY, FUNCTION_ENTRY, Object, Obstacle, Replacement, Room,
+    Table, Unfit, build,
+};
 use patcher::plan::Plan;
 use patcher::resolve::{RunningGuest, Supplies, resolve_with};
 use proptest::prelude::*;
@@ -30,6 +33,9 @@ const ELSEWHERE: [(&str, u64); 5] = [
     ("__x86_return_thunk", LEFT + 0x200),
     ("_end", 0xffff_ffff_8300_0000),
 ];
+/// What is told of new code.
+const TABLES: [&str; 6] =
+    ["__bug_table", "__ex_table", ".orc_unwind_ip", ".orc_unwind", ".symtab", ".strtab"];
 /// `call __fentry__` has become a NOP.
 const ENTRY: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
 
@@ -122,8 +128,21 @@ fn after() -> Source {
 
 fn room() -> Room {
     let part = |number: u64| Gva(PAGES + number * 0x1000)..Gva(PAGES + (number + 1) * 0x1000);
-    let bugs = BugTable { at: Gva(PAGES + 0x3000), count: Gva(PAGES + 0x4000), used: 3, most: 5 };
-    Room { code: part(0), constants: part(1), data: part(2), bugs: Some(bugs) }
+    let table = |number: u64, used, most| Table {
+        at: Gva(PAGES + 0x3000 + number * 0x1000),
+        count: Gva(PAGES + 0x9000 + number * 8),
+        used,
+        most,
+    };
+    let names = part(8);
+    let description = Description {
+        faults: table(1, 2, 6),
+        frames: Some((table(2, 1, 40), Gva(PAGES + 0x6000))),
+        functions: table(4, 1, 8),
+        names: (names.start, Gva(names.start.0 + 1)..names.end),
+    };
+    let bugs = Some(table(0, 3, 5));
+    Room { code: part(0), constants: part(1), data: part(2), bugs, description: Some(description) }
 }
 
 fn built(before: &Source, after: &Source, linked: &Linked) -> Result<Replacement, Vec<Unfit>> {
@@ -184,6 +203,7 @@ fn new_code_refers_to_the_same_things_as_its_object() {
     let (state, strings) = (piece(&placed, "state"), piece(&placed, ".rodata.str1.1"));
     let mut names: Vec<&str> = placed.pieces.iter().map(|piece| piece.name.as_str()).collect();
     names.sort_unstable();
+    names.retain(|name| !TABLES.contains(name));
     assert_eq!(names, [".rodata.str1.1", "fresh", "main", "main.cold", "state"], "nothing else goes along");
     for (what, said, expected) in [
         ("its cold piece", said(main, 7, Some(11)), cold.at.0),
@@ -292,12 +312,12 @@ fn what_can_not_be_replaced_is_refused() {
         |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "nowhere"),
     );
     refused(
-        "a fault",
+        "an exception table of another layout",
         |after| {
-            let fields = [(0, NEAR, "main", 21), (4, NEAR, "main", 27)];
+            let fields = [(0, NEAR, "main", 21), (8, NEAR, "main", 27)];
             after.parts.push(Part::new("", "__ex_table", Kind::Label, &[0; 12], &fields));
         },
-        |unfit| matches!(unfit, Unfit::Told { function, .. } if function == "main"),
+        |unfit| matches!(unfit, Unfit::Unresolved { symbol, .. } if symbol == "__ex_table"),
     );
     refused(
         "a static branch in the middle of an instruction",
@@ -740,7 +760,7 @@ fn warnings_of_new_code_are_added_to_the_guests_table() {
         (table.at, table.bytes.len(), table.is_code),
         (Gva(PAGES + 0x3000 + 36), 2 * BUG_ENTRY, false)
     );
-    assert_eq!(placed.bugs, Some((Gva(PAGES + 0x4000), 3, 5)));
+    assert_eq!(placed.counts[0], (Gva(PAGES + 0x9000), 3, 5));
     for (index, line, function, behind) in [(0, 2, "main", 11), (1, 3, "fresh", 5)] {
         let start = index * BUG_ENTRY;
         let (code, file) = (said(table, start, Some(start)), said(table, start + 4, Some(start + 4)));
@@ -751,6 +771,111 @@ fn warnings_of_new_code_are_added_to_the_guests_table() {
     let running = Running { slide: SLIDE, returns: Some(Return::Plain), features: &BTreeSet::new() };
     assert!(replacement.place(&placed.left, running).is_err());
     assert!(replacement.place(&Room { bugs: None, ..room() }, running).is_err(), "there is no table");
+}
+
+/// Entries of the exception table for `helper`, `main` and `fresh`, and of the ORC tables for `main` and another function.
+fn with_tables(branch: Option<&[u8]>) -> (Source, Source) {
+    let fault = |function: &str, at, fixup: &str, behind| {
+        let bytes = [0, 0, 0, 0, 0, 0, 0, 0, 3, 1, 2, 0];
+        Part::new("", "__ex_table", Kind::Label, &bytes, &[(0, NEAR, function, at), (4, NEAR, fixup, behind)])
+    };
+    let mut before = before();
+    before.parts.push(fault("helper", 5, "helper", 12));
+    let mut after = branch.map_or_else(after, |branch| with_static_branch(branch, "counter", 0));
+    after.parts.extend([
+        fault("helper", 5, "helper", 12),
+        fault("fresh", 5, "main.cold", 5),
+        fault("main", 21, "main", 27),
+    ]);
+    let rows = [("main", 0, 1), ("main", 5, 2), ("main", 27, 3), ("helper", 5, 4)];
+    let fields: Vec<_> = (0..).zip(rows).map(|(row, (of, at, _))| (4 * row, NEAR, of, at)).collect();
+    after.parts.push(Part::new("", ".orc_unwind_ip", Kind::Label, &[0; 16], &fields));
+    let entries: Vec<u8> = rows.iter().flat_map(|(.., entry)| [*entry; 6]).collect();
+    after.parts.push(Part::new("", ".orc_unwind", Kind::Label, &entries, &[]));
+    (before, after)
+}
+
+/// What the guest's kernel looks up by an address is told of new code, in the order of the addresses, behind what was told before.
+#[test]
+fn the_guests_kernel_is_told_of_new_code() {
+    // A static branch of two bytes, which moves what is behind it on.
+    for (branch, moved) in [(None, 0), (Some([0xeb, 8, 0x90, 0x90, 0x90]), 11)] {
+        let (before, after) = with_tables(branch.as_ref().map(|branch| &branch[..]));
+        let linked = Linked::new(&[&before], &ELSEWHERE);
+        let replacement = built(&before, &after, &linked).expect("it can be replaced");
+        assert!(replacement.has_faults());
+        let placed = placed(&replacement);
+        let start = |name: &str| piece(&placed, name).at.0;
+        let end = |name: &str| start(name) + piece(&placed, name).bytes.len() as u64;
+        let counts: Vec<_> =
+            placed.counts.iter().map(|(at, before, after)| (at.0 - PAGES, before, after)).collect();
+        let functions = if branch.is_none() { 3 } else { 2 };
+        let has_fresh = branch.is_none();
+        let faults = if has_fresh { 2 } else { 1 };
+        let frames = if has_fresh { 4 + 2 + 2 } else { 4 + 2 };
+        assert_eq!(
+            counts,
+            [(0x9008, &2, &(2 + faults)), (0x9010, &1, &(1 + frames)), (0x9020, &1, &(1 + functions))]
+        );
+        // Faults, by the address of the instruction.
+        let table = piece(&placed, "__ex_table");
+        assert_eq!(table.at.0, PAGES + 0x4000 + 2 * FAULT_ENTRY as u64);
+        let mut expected = vec![(start("main") + 21 + moved, start("main") + 27 + moved)];
+        if has_fresh {
+            expected.push((start("fresh") + 5, start("main.cold") + 5));
+        }
+        expected.sort_unstable();
+        for (row, (code, fixup)) in expected.into_iter().enumerate() {
+            let at = row * FAULT_ENTRY;
+            assert_eq!((said(table, at, Some(at)), said(table, at + 4, Some(at + 4))), (code, fixup));
+            assert_eq!(table.bytes[at + 8..at + 12], [3, 1, 2, 0]);
+        }
+        // Frames: what is known of `main`, and that nothing is of the others and behind each.
+        let (addresses, entries) = (piece(&placed, ".orc_unwind_ip"), piece(&placed, ".orc_unwind"));
+        assert_eq!((addresses.at.0, entries.at.0), (PAGES + 0x5000 + 4, PAGES + 0x6000 + FRAME_ENTRY as u64));
+        let mut expected = vec![
+            (start("main"), 1),
+            (start("main") + 5, 2),
+            (start("main") + 27 + moved, 3),
+            (end("main"), 0),
+        ];
+        for name in ["main.cold", "fresh"].into_iter().filter(|name| has_fresh || *name != "fresh") {
+            expected.extend([(start(name), 0), (end(name), 0)]);
+        }
+        expected.sort_by_key(|(at, _)| *at);
+        let found: Vec<(u64, u8)> = entries
+            .bytes
+            .chunks(FRAME_ENTRY)
+            .enumerate()
+            .map(|(row, entry)| {
+                assert!(entry.iter().all(|byte| *byte == entry[0]), "{entry:?}");
+                (said(addresses, 4 * row, Some(4 * row)), entry[0])
+            })
+            .collect();
+        assert_eq!(found, expected);
+        // Functions: name, section, address, size.
+        let (symbols, names) = (piece(&placed, ".symtab"), piece(&placed, ".strtab"));
+        assert_eq!((symbols.at.0, names.at.0), (PAGES + 0x7000 + FUNCTION_ENTRY as u64, PAGES + 0x8000 + 1));
+        for symbol in symbols.bytes.chunks(FUNCTION_ENTRY) {
+            let word = |at: usize| u64::from_le_bytes(symbol[at..at + 8].try_into().expect("eight bytes"));
+            let offset = u32::from_le_bytes(symbol[..4].try_into().expect("four bytes")) as usize - 1;
+            let name = names.bytes[offset..].split(|byte| *byte == 0).next().expect("a name");
+            let name = std::str::from_utf8(name).expect("text");
+            assert_eq!(symbol[6..8], [1, 0], "it is defined");
+            assert_eq!((word(8), word(8) + word(16)), (start(name), end(name)), "{name}");
+        }
+        let next = replacement.place(
+            &placed.left,
+            Running { slide: SLIDE, returns: Some(Return::Plain), features: &BTreeSet::new() },
+        );
+        let next = next.expect("room");
+        let again = piece(&next, "__ex_table");
+        assert_eq!(again.at.0, table.at.0 + table.bytes.len() as u64, "behind what was told before");
+        assert!(said(again, 0, Some(0)) > said(table, 0, Some(0)), "in the order of the addresses");
+        let nobody = Room { description: None, ..room() };
+        let running = Running { slide: SLIDE, returns: Some(Return::Plain), features: &BTreeSet::new() };
+        assert!(replacement.place(&nobody, running).is_err(), "faults can't be told");
+    }
 }
 
 proptest! {
@@ -780,7 +905,7 @@ proptest! {
         let mut ends: Vec<(Gva, Gva)> = Vec::new();
         for piece in &placed.pieces {
             let end = piece.at.plus(piece.bytes.len()).expect("an address");
-            if piece.name == "__bug_table" {
+            if TABLES.contains(&piece.name.as_str()) && piece.at >= room.data.end {
                 continue;
             }
             let part = if piece.is_code { &room.code } else if piece.at < room.data.start { &room.constants } else { &room.data };

@@ -24,6 +24,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("objects::a_warning_in_new_code_of_the_later_kernel_is_told_once", warned_later),
     ("objects::new_code_follows_a_static_key", keyed),
     ("objects::new_code_of_the_later_kernel_follows_a_static_key", keyed_later),
+    ("objects::the_guest_knows_new_code", known),
+    ("objects::the_guest_knows_new_code_of_the_later_kernel", known_later),
     ("objects::a_staged_plan_is_committed", staged),
     ("objects::nobody_is_left_inside", left),
     ("objects::what_does_not_belong_is_refused", refused),
@@ -319,6 +321,60 @@ fn keyed(lab: &Lab) -> Result<()> {
     vm.power_off()
 }
 
+/// The guest's kernel goes on behind a fault in new code, as the code says, and names it in stack traces. It does so with modules
+/// that come and go.
+fn known(lab: &Lab) -> Result<()> {
+    known_in(lab, true)
+}
+
+/// Objects that objtool did not run on do not say where stack frames end.
+fn known_later(lab: &Lab) -> Result<()> {
+    known_in(&lab.with_later_kernel(), false)
+}
+
+fn known_in(lab: &Lab, has_frames: bool) -> Result<()> {
+    let mut vm = Vm::start(lab, &Setup::cpus(4))?;
+    vm.hammer("getppid", 0, 1)?;
+    let kernel = vm.kernel()?;
+    let release = kernel["release"].as_str().context("a release")?.to_owned();
+    let (fault, fifo) = (plan(lab, "fault")?, plan(lab, "fifo")?);
+    for round in 0..3 {
+        if round == 1 {
+            vm.ask(&format!("load /modules/{release}/{MODULE}.ko"))?;
+        }
+        vm.apply(&fault)?;
+        for _ in 0..3 {
+            let line = cat(&mut vm, "/proc/loadavg")?;
+            ensure!(line.starts_with("read fault "), "{line}");
+        }
+        if round == 1 {
+            vm.ask(&format!("unload {MODULE}"))?;
+            let line = cat(&mut vm, "/proc/loadavg")?;
+            ensure!(line.starts_with("read fault "), "{line}");
+        }
+        vm.revert("fault")?;
+        ensure!(!cat(&mut vm, "/proc/loadavg")?.contains("fault"), "it is the kernel's own again");
+    }
+    // A task asleep in new code, as the guest itself says.
+    vm.ask("sleepers")?;
+    // The reader that waits for a writer in the old code goes on.
+    let _ = vm.ask(&format!("write {FIFO} text"));
+    vm.apply(&fifo)?;
+    vm.ask(&format!("open {FIFO}"))?;
+    let (lines, _) = vm.ask("tasks")?;
+    let line = lines.iter().find(|line| line.contains(" opens|")).with_context(|| lines.join("\n"))?;
+    println!("{line}");
+    ensure!(line.contains("fifo_open+0x") && line.contains(" [vmm]"), "{line}");
+    let frames: Vec<&str> = line.split(['|', ';']).collect();
+    let last = frames.last().copied().unwrap_or_default();
+    ensure!(!has_frames || last.starts_with("entry_SYSCALL_64_after_hwframe"), "it ends at {last}: {line}");
+    let _ = vm.ask(&format!("write {FIFO} text"));
+    vm.revert("fifo")?;
+    vm.expect_all(false)?;
+    vm.expect_no_kernel_errors()?;
+    vm.power_off()
+}
+
 /// What is staged is checked once more, and committed, dropped or kept.
 fn staged(lab: &Lab) -> Result<()> {
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
@@ -417,7 +473,6 @@ fn refused_later(lab: &Lab) -> Result<()> {
 /// Changes that can't be replaced in a running kernel.
 fn not_replaceable(lab: &Lab, vm: &mut Vm) -> Result<()> {
     for (name, says) in [
-        ("fault", "loadavg_proc_show handles faults"),
         ("data", "the initial value or size of overflowuid changed"),
         ("layout", "the layout of struct eventpoll differs"),
     ] {

@@ -18,7 +18,7 @@
 use patcher::addr::{Gpa, Gva};
 use patcher::image::offsets::BugOffsets;
 use patcher::linux::GuestMemory;
-use patcher::object::{BUG_ENTRY, BugTable, Room};
+use patcher::object::{BUG_ENTRY, Room, Table};
 
 use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
@@ -41,13 +41,13 @@ pub(super) struct BugList {
 }
 
 impl BugList {
-    /// Takes room for it from the data pages.
-    pub(super) fn place(kernel: &GuestKernel, room: &mut Room) -> Result<Self, String> {
+    /// Takes room for the table from the data pages. What looks like a module begins at `module`, and has a page.
+    pub(super) fn place(kernel: &GuestKernel, room: &mut Room, module: Gva) -> Result<Self, String> {
         let view = kernel.kernel();
         let (offsets, list) = (view.image.offsets().bugs, view.image.landmarks().bugs);
         let (offsets, (head, lock)) = offsets.zip(list).ok_or("the list of tables of bugs is not known")?;
-        let list = Self::at(room, offsets, view.live(head), view.live(lock))?;
-        room.bugs = Some(BugTable {
+        let list = Self::at(room, module, offsets, (view.live(head), view.live(lock)))?;
+        room.bugs = Some(Table {
             at: list.table,
             count: list.field(offsets.count),
             used: 0,
@@ -56,13 +56,17 @@ impl BugList {
         Ok(list)
     }
 
-    fn at(room: &mut Room, offsets: BugOffsets, head: Gva, lock: Gva) -> Result<Self, String> {
-        let module = room.data.start;
+    fn at(
+        room: &mut Room,
+        module: Gva,
+        offsets: BugOffsets,
+        (head, lock): (Gva, Gva),
+    ) -> Result<Self, String> {
         let last = offsets.node.max(offsets.table).max(offsets.count);
         if last + 16 > PAGE {
             return Err("struct module is larger than a page".to_owned());
         }
-        let table = Gva(module.0 + PAGE);
+        let table = Gva(room.data.start.0.next_multiple_of(PAGE));
         room.data.start = Gva(table.0 + TABLE);
         Ok(Self { module, offsets, table, head, lock })
     }
@@ -141,11 +145,12 @@ mod tests {
 
     fn room() -> Room {
         let none = || DATA..DATA;
-        Room { code: none(), constants: none(), data: DATA..Gva(DATA.0 + PAGES_SIZE), bugs: None }
+        let data = Gva(DATA.0 + PAGE)..Gva(DATA.0 + PAGES_SIZE);
+        Room { code: none(), constants: none(), data, bugs: None, description: None }
     }
 
     fn list() -> BugList {
-        BugList::at(&mut room(), OFFSETS, HEAD, LOCK).expect("room")
+        BugList::at(&mut room(), DATA, OFFSETS, (HEAD, LOCK)).expect("room")
     }
 
     /// A list of these nodes, and the lock.
@@ -192,11 +197,11 @@ mod tests {
     #[test]
     fn the_table_is_behind_what_looks_like_a_module() {
         let mut room = room();
-        let list = BugList::at(&mut room, OFFSETS, HEAD, LOCK).expect("room");
+        let list = BugList::at(&mut room, DATA, OFFSETS, (HEAD, LOCK)).expect("room");
         assert!(list.field(OFFSETS.count).0 + 4 <= list.table.0 && list.node().0 + 16 <= list.table.0);
         assert_eq!(room.data.start.0, list.table.0 + TABLE);
         let far = BugOffsets { count: PAGE - 8, ..OFFSETS };
-        assert!(BugList::at(&mut room, far, HEAD, LOCK).is_err(), "it would reach into the table");
+        assert!(BugList::at(&mut room, DATA, far, (HEAD, LOCK)).is_err(), "it would reach into the table");
         let ram = GuestRam::new(16 * PAGE).expect("RAM");
         list.write(&ram, Gva(DATA.0 - 2 * PAGES_SIZE)).expect("RAM");
         let word = |at: Gva| ram.load_u64(Gpa(DATA_PAGES + (at.0 - DATA.0))).expect("RAM");

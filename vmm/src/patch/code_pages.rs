@@ -27,6 +27,7 @@ use crate::memory::paging::NO_EXECUTE;
 use crate::memory::{Error, GuestRam, PAGE, PAGE_SIZE};
 use crate::patch::arena::READ_EXECUTE;
 use crate::patch::bug_list::BugList;
+use crate::patch::description::Described;
 
 /// R/W of an entry that maps a large page (SDM volume 3, table 4-18).
 const WRITABLE: u64 = 1 << 1;
@@ -57,6 +58,7 @@ pub struct CodePages {
     entries: [Gpa; 3],
     room: Room,
     bugs: Option<BugList>,
+    described: Option<Described>,
     mapped: bool,
 }
 
@@ -76,8 +78,16 @@ impl CodePages {
         let (base, entries) = find(|at| kernel.directory_entry(at))?;
         empty(kernel.ram()).map_err(|error| error.to_string())?;
         let mut pages = Self::at(base, entries);
-        if kernel.kernel().image.profile().require(Capability::BugTables).is_ok() {
-            let list = BugList::place(kernel, &mut pages.room)?;
+        let has = |capability| kernel.kernel().image.profile().require(capability).is_ok();
+        let module = pages.room.data.start;
+        pages.room.data.start = Gva(module.0 + PAGE);
+        if has(Capability::ModuleTree) && has(Capability::Modules) {
+            let described = Described::place(kernel, &mut pages.room, module)?;
+            described.write(kernel.ram(), pages.base)?;
+            pages.described = Some(described);
+        }
+        if has(Capability::BugTables) {
+            let list = BugList::place(kernel, &mut pages.room, module)?;
             list.write(kernel.ram(), pages.base).map_err(|error| error.to_string())?;
             pages.bugs = Some(list);
         }
@@ -86,8 +96,8 @@ impl CodePages {
 
     fn at(base: Gva, entries: [Gpa; 3]) -> Self {
         let part = |index: u64| Gva(base.0 + index * PAGES_SIZE)..Gva(base.0 + (index + 1) * PAGES_SIZE);
-        let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None };
-        Self { base, entries, room, bugs: None, mapped: false }
+        let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None, description: None };
+        Self { base, entries, room, bugs: None, described: None, mapped: false }
     }
 
     /// What is free of them.
@@ -105,8 +115,12 @@ impl CodePages {
             return Ok(());
         }
         let first = self.bugs.as_ref().map(|list| list.first(kernel)).transpose()?;
+        let links = self.described.as_ref().map(|described| described.links(kernel)).transpose()?;
         set(self.entries, |at, old, new| kernel.replace_entry(at, old, new))?;
         self.mapped = true;
+        if let Some(links) = links {
+            Described::link(kernel, &links).inspect_err(|_| self.room.description = None)?;
+        }
         match (&self.bugs, first) {
             (Some(list), Some(first)) => list.link(kernel, first).inspect_err(|_| self.room.bugs = None),
             _ => Ok(()),
@@ -126,6 +140,12 @@ impl CodePages {
         take(&mut self.room.data, left.data.start, ALIGN);
         if let (Some(bugs), Some(left)) = (&mut self.room.bugs, &left.bugs) {
             bugs.used = bugs.used.max(left.used);
+        }
+        if let (Some(own), Some(left)) = (&mut self.room.description, &left.description) {
+            // All of its tables grow together.
+            if left.functions.used > own.functions.used {
+                own.clone_from(left);
+            }
         }
     }
 

@@ -57,6 +57,8 @@ pub enum Capability {
     StackCheck,
     /// Where the kernel looks for what a place in a module's code warns of.
     BugTables,
+    /// Where the kernel looks up what an address in a module's code is: the fixups of its faults, its stack frames, its names.
+    ModuleTree,
     /// Where the kernel maps all memory, which tells whether pages can be kept from being executed.
     DirectMapping,
     /// The place where a guest that is about to start init can be made to wait.
@@ -81,7 +83,7 @@ const fn always(facts: &'static [&'static [&'static [Fact]]]) -> Part {
 
 impl Capability {
     /// All of them.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::Location,
         Self::InitSections,
         Self::PerCpu,
@@ -105,6 +107,7 @@ impl Capability {
         Self::Orc,
         Self::StackCheck,
         Self::BugTables,
+        Self::ModuleTree,
         Self::DirectMapping,
         Self::InitGate,
     ];
@@ -136,6 +139,7 @@ impl Capability {
             Self::Orc => "orc",
             Self::StackCheck => "stack_check",
             Self::BugTables => "bug_tables",
+            Self::ModuleTree => "module_tree",
             Self::DirectMapping => "direct_mapping",
             Self::InitGate => "init_gate",
         }
@@ -156,6 +160,7 @@ impl Capability {
             Self::Livepatches => "livepatches",
             Self::Orc => "ORC table",
             Self::BugTables => "modules with tables of bugs",
+            Self::ModuleTree => "tree of modules by their addresses",
             other => other.name(),
         }
     }
@@ -187,6 +192,7 @@ impl Capability {
             Self::Orc => ORC,
             Self::StackCheck => STACK_CHECK,
             Self::BugTables => BUG_TABLES,
+            Self::ModuleTree => MODULE_TREE,
             Self::DirectMapping => DIRECT_MAPPING,
             Self::InitGate => INIT_GATE,
         }
@@ -466,6 +472,52 @@ const LIVEPATCHES: &[Part] = &[Part {
         &[&[Member("klp_func", "stack_node")]],
         &[&[Member("klp_func", "old_func")]],
         &[&[Member("klp_func", "old_size")]],
+    ],
+}];
+
+/// kernel/module/tree_lookup.c, kernel/module/kallsyms.c, arch/x86/include/asm/extable.h; `module_layout` up to 6.3.
+const MODULE_TREE: &[Part] = &[Part {
+    shown_by: &[Symbol("mod_tree"), Symbol("load_module")],
+    facts: &[
+        &[&[Symbol("mod_tree")]],
+        &[&[Lock("module_mutex")]],
+        &[&[Member("mod_tree_root", "root")]],
+        &[&[Member("mod_tree_root", "addr_min")]],
+        &[&[Member("mod_tree_root", "addr_max")]],
+        &[&[Member("latch_tree_root", "seq")]],
+        &[&[Member("latch_tree_root", "tree")]],
+        &[&[Member("latch_tree_node", "node")]],
+        &[&[Member("mod_tree_node", "mod")]],
+        &[&[Member("mod_tree_node", "node")]],
+        &[&[Member("rb_node", "__rb_parent_color")]],
+        &[&[Member("rb_node", "rb_right")]],
+        &[&[Member("rb_node", "rb_left")]],
+        &[
+            &[
+                Member("module", "mem"),
+                Member("module_memory", "base"),
+                Member("module_memory", "size"),
+                Member("module_memory", "mtn"),
+            ],
+            &[
+                Member("module", "core_layout"),
+                Member("module_layout", "base"),
+                Member("module_layout", "size"),
+                Member("module_layout", "text_size"),
+                Member("module_layout", "mtn"),
+            ],
+        ],
+        &[&[Member("module", "name")]],
+        &[&[Member("module", "kallsyms")]],
+        &[&[Member("module", "extable")]],
+        &[&[Member("module", "num_exentries")]],
+        &[&[Member("mod_kallsyms", "symtab")]],
+        &[&[Member("mod_kallsyms", "num_symtab")]],
+        &[&[Member("mod_kallsyms", "strtab")]],
+        &[&[Member("mod_kallsyms", "typetab")]],
+        &[&[Member("exception_table_entry", "insn")]],
+        &[&[Member("exception_table_entry", "fixup")]],
+        &[&[Member("exception_table_entry", "data")]],
     ],
 }];
 

@@ -25,8 +25,8 @@ pub(crate) struct Brought {
     pub(crate) old: Vec<Place>,
     /// The room that is left.
     pub(crate) left: Room,
-    /// The word that says how long the guest's table of bugs is.
-    pub(crate) bugs: Option<Datum>,
+    /// The words that say how long tables are that the guest's kernel looks into.
+    pub(crate) counts: Vec<Datum>,
 }
 
 impl Expansion {

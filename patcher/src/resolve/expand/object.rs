@@ -51,6 +51,9 @@ pub(crate) fn expand(
     if replacement.has_bugs() {
         kernel.image.profile().require(Capability::BugTables).map_err(missing)?;
     }
+    if replacement.has_faults() {
+        kernel.image.profile().require(Capability::ModuleTree).map_err(missing)?;
+    }
     let features = features(kernel, text, replacement)?;
     let running = Running { slide: kernel.slide, returns, features: &features };
     let placed = replacement.place(room, running).map_err(|error| match error {
@@ -68,12 +71,13 @@ pub(crate) fn expand(
         expansion.code.push(entry(kernel, text, name, *from, *to)?);
         old.push(Place::of(kernel, *from, name)?);
     }
-    let bugs = placed.bugs.map(|(at, before, after)| Datum {
+    let count = |(at, before, after): (Gva, u32, u32)| Datum {
         at,
         old: before.to_le_bytes().to_vec(),
         new: after.to_le_bytes().to_vec(),
-    });
-    expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left, bugs });
+    };
+    let counts = placed.counts.into_iter().map(count).collect();
+    expansion.brought = Some(Brought { pieces: placed.pieces, old, left: placed.left, counts });
     Ok(expansion)
 }
 

@@ -4,6 +4,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use guest::provision::livepatch;
 use patcher::plan::ObjectFile;
 use serde_json::{Value, json};
 use tests::lab::Lab;
@@ -361,13 +362,23 @@ fn known_in(lab: &Lab, has_frames: bool) -> Result<()> {
     let _ = vm.ask(&format!("write {FIFO} text"));
     vm.apply(&fifo)?;
     vm.ask(&format!("open {FIFO}"))?;
-    let (lines, _) = vm.ask("tasks")?;
-    let line = lines.iter().find(|line| line.contains(" opens|")).with_context(|| lines.join("\n"))?;
-    println!("{line}");
+    let asleep = |vm: &mut Vm| -> Result<String> {
+        let (lines, _) = vm.ask("tasks")?;
+        lines.iter().find(|line| line.contains(" opens|")).cloned().with_context(|| lines.join("\n"))
+    };
+    let line = asleep(&mut vm)?;
     ensure!(line.contains("fifo_open+0x") && line.contains(" [vmm]"), "{line}");
     let frames: Vec<&str> = line.split(['|', ';']).collect();
     let last = frames.last().copied().unwrap_or_default();
     ensure!(!has_frames || last.starts_with("entry_SYSCALL_64_after_hwframe"), "it ends at {last}: {line}");
+    // The guest's own livepatch waits until it knows the whole stack of each task (`klp_try_switch_task`); after 15
+    // seconds it wakes those of which it does not.
+    if has_frames {
+        vm.ask(&format!("livepatch /modules/{release}/{}.ko", livepatch::NAME))?;
+        vm.ask("livepatch-end")?;
+        let later = asleep(&mut vm)?;
+        ensure!(later == line, "it was woken: {line}, {later}");
+    }
     let _ = vm.ask(&format!("write {FIFO} text"));
     vm.revert("fifo")?;
     vm.expect_all(false)?;

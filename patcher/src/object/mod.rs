@@ -18,6 +18,7 @@ mod known;
 pub mod layouts;
 mod line;
 pub mod matching;
+mod new_piece;
 mod normal;
 pub mod outcome;
 mod piece;
@@ -33,6 +34,7 @@ mod static_branches;
 mod tables;
 mod told;
 mod unfit;
+mod unplaceable;
 
 pub use building::build;
 pub use comparison::{Change, Comparison, Obstacle, compare};

@@ -5,10 +5,10 @@ use crate::image::Contents;
 use crate::insn;
 use crate::object::building::{Builder, COLD, INDIRECT_THUNK, Item, MOST_PER_CPU, Use, is_function};
 use crate::object::comparison::Change;
+use crate::object::new_piece::{Field, Target};
 use crate::object::outcome::Outcome;
 use crate::object::relocatable::{Kind, Place, Symbol};
 use crate::object::relocation::Relocation;
-use crate::object::replacement::{Field, Target};
 use crate::object::sections::{Purpose, purpose};
 
 impl<'a> Builder<'a, '_> {

@@ -7,9 +7,10 @@ use serde::ser::{Serialize, SerializeStruct, Serializer};
 use crate::addr::Gva;
 use crate::image::choice::ALWAYS;
 use crate::insn::{self, INT3};
-use crate::object::relocation::Form;
+use crate::object::new_piece::{Alternative, Body, NewPiece, Part, Target};
 use crate::object::room::{BUG_ENTRY, Description, Room};
 use crate::object::told::{Fault, Frame, Function, Told, tell};
+pub use crate::object::unplaceable::Unplaceable;
 
 /// Functions of a kernel that are to be replaced, and all that takes their place. Addresses of the kernel are
 /// link-time addresses.
@@ -39,72 +40,6 @@ pub struct Replaced {
     pub at: Gva,
     /// Its new code, as its index in the list of pieces.
     pub(super) piece: usize,
-}
-
-/// Where a piece goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
-    Code,
-    Constants,
-    Data,
-    /// At the end of the guest's table of bugs.
-    Bugs,
-}
-
-/// Code or data that is placed as a whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct NewPiece {
-    pub(super) name: String,
-    pub(super) part: Part,
-    pub(super) align: u64,
-    pub(super) body: Body,
-    /// In the order of the object's table. Those of one place are equally long, and others have no byte in common.
-    pub(super) alternatives: Vec<Alternative>,
-}
-
-/// Bytes, and what in them depends on where things are.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Body {
-    pub(super) bytes: Vec<u8>,
-    pub(super) fields: Vec<Field>,
-    /// Where jumps of five bytes to the kernel's thunk for returns are.
-    pub(super) returns: Vec<usize>,
-}
-
-/// Code that may take the place of a piece's own, by a CPU feature.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Alternative {
-    /// Where in the piece.
-    pub(super) offset: usize,
-    /// How many bytes it replaces, at least its own.
-    pub(super) length: usize,
-    pub(super) body: Body,
-    /// The feature: 32 times the word, plus the bit.
-    pub(super) feature: u16,
-    /// Whether it is chosen if the CPU lacks the feature.
-    pub(super) inverted: bool,
-    /// Whether it is a direct call of what the piece's own code calls through a pointer, not its own bytes.
-    pub(super) direct_call: bool,
-}
-
-/// A field that gets an address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Field {
-    pub(super) offset: usize,
-    pub(super) form: Form,
-    pub(super) target: Target,
-    pub(super) addend: i64,
-}
-
-/// What a field refers to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Target {
-    /// An address of the kernel, which KASLR moves.
-    Kernel(Gva),
-    /// A number that KASLR leaves alone, such as the offset of a variable that each CPU has.
-    Fixed(u64),
-    /// A piece, by its index.
-    Piece(usize),
 }
 
 /// How functions of a running kernel return.
@@ -190,46 +125,6 @@ impl Serialize for PlacedPiece {
     }
 }
 
-/// Why a replacement can't be placed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unplaceable {
-    /// There is not enough room.
-    #[error("there is no room for the {bytes} bytes of {name}")]
-    NoRoom {
-        /// The piece.
-        name: String,
-        /// How many bytes it has.
-        bytes: usize,
-    },
-    /// A field can't hold its address.
-    #[error("{name}+{offset:#x} can't refer to {to:#x}: the field is too narrow")]
-    OutOfRange {
-        /// The piece.
-        name: String,
-        /// Where in it.
-        offset: usize,
-        /// What it refers to.
-        to: u64,
-    },
-    /// It is not known how functions of the running kernel return.
-    #[error("{name} returns by a thunk, and no function of the object tells how the guest's kernel has that")]
-    NoReturn {
-        /// The piece.
-        name: String,
-    },
-    /// An alternative that follows from a pointer's value.
-    #[error(
-        "{name}+{offset:#x} calls through a pointer where the guest's kernel calls the pointer's target; that is not \
-         done for new code yet"
-    )]
-    DirectCall {
-        /// The piece.
-        name: String,
-        /// Where in it.
-        offset: usize,
-    },
-}
-
 impl Replacement {
     /// Where functions of the kernel return that belong to the object; each has [`RETURN`] bytes there.
     #[must_use]
@@ -241,6 +136,16 @@ impl Replacement {
     #[must_use]
     pub fn taken(&self) -> &[Gva] {
         &self.taken
+    }
+
+    /// How many bytes it brings, before they have their places.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let bodies = |piece: &NewPiece| {
+            let alternatives = piece.alternatives.iter().map(|alternative| alternative.body.bytes.len());
+            piece.body.bytes.len() + alternatives.sum::<usize>()
+        };
+        self.pieces.iter().map(bodies).sum()
     }
 
     /// Whether new code warns or stops the kernel.
@@ -341,7 +246,8 @@ impl Replacement {
         };
         let filling = Filling { name: "", at: Gva(0), places, running };
         let mut functions: Vec<Function<'_>> = code.map(function).collect();
-        tell(description, &mut functions, (&self.faults, &self.frames), &filling)
+        let address = |target, addend| filling.address(target, addend);
+        tell(description, &mut functions, (&self.faults, &self.frames), &address)
     }
 }
 
@@ -399,18 +305,18 @@ fn with_long_nops(code: &mut [u8]) {
 }
 
 /// What fields of a piece are filled by.
-pub(super) struct Filling<'a> {
+struct Filling<'a> {
     name: &'a str,
     /// Where the piece begins.
     at: Gva,
     /// Where each piece begins.
-    pub(super) places: &'a [Gva],
+    places: &'a [Gva],
     running: Running<'a>,
 }
 
 impl Filling<'_> {
     /// Where something is, and so far behind it.
-    pub(super) fn address(&self, target: Target, addend: i64) -> u64 {
+    fn address(&self, target: Target, addend: i64) -> u64 {
         let at = match target {
             Target::Kernel(at) => at.0.wrapping_add(self.running.slide),
             Target::Fixed(number) => number,
@@ -451,6 +357,8 @@ impl Filling<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::object::new_piece::Field;
+    use crate::object::relocation::Form;
 
     const TEXT: u64 = 0xffff_ffff_8100_0000;
     const SLIDE: u64 = 0x20_0000;

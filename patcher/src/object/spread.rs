@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::addr::Gva;
 use crate::insn::{self, Insn};
-use crate::object::replacement::{Body, Field};
+use crate::object::new_piece::{Body, Field};
 use crate::object::static_branches::Test;
 
 /// Where code is taken to lie, so that no distance is below zero.
@@ -201,8 +201,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::object::new_piece::Target;
     use crate::object::relocation::Form;
-    use crate::object::replacement::Target;
 
     const KEY: (Target, i64) = (Target::Fixed(1), 0);
     const TEST: Test = Test { key: KEY, target: (Target::Piece(0), 7), if_enabled: true };

@@ -15,10 +15,10 @@
 
 use std::collections::BTreeMap;
 
+use crate::object::new_piece::{Field, Target};
 use crate::object::normal::{Names, rows};
 use crate::object::relocatable::Place;
 use crate::object::relocation::{Form, Relocation};
-use crate::object::replacement::{Field, Target};
 use crate::object::sections::{JUMPS, Purpose, purpose};
 
 /// Bits of an entry's last field that are not the key's address: whether the branch is taken while the key is off, and

@@ -1,10 +1,10 @@
 //! What tables of an object say of code that goes along: where it warns, goes on behind faults, has its stack frames.
 
 use crate::object::building::{Builder, Item, Use};
+use crate::object::new_piece::{Body, Field, NewPiece, Part, Target};
 use crate::object::normal::rows;
 use crate::object::relocatable::Place;
 use crate::object::relocation::{Form, Relocation};
-use crate::object::replacement::{Body, Field, NewPiece, Part, Target};
 use crate::object::room::{BUG_ENTRY, FAULT_ENTRY, FRAME_ADDRESS, FRAME_ENTRY};
 use crate::object::sections::{BUGS, FAULTS, FRAME_ADDRESSES, FRAMES, is_runtime_constant};
 use crate::object::told::{Fault, Frame};

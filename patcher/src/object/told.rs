@@ -7,8 +7,9 @@
 use std::ops::Range;
 
 use crate::addr::Gva;
-use crate::object::replacement::{Filling, Target, Unplaceable};
+use crate::object::new_piece::Target;
 use crate::object::room::{Description, FAULT_ENTRY, FRAME_ADDRESS, FRAME_ENTRY, FUNCTION_ENTRY, Table};
+use crate::object::unplaceable::Unplaceable;
 
 /// Where code goes on behind a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +54,7 @@ pub(super) struct Told {
     pub(super) counts: Vec<(Gva, u32, u32)>,
 }
 
-/// Takes room for what is told of new code.
+/// Takes room for what is told of new code. `address` is where something is, and so far behind it.
 ///
 /// # Errors
 /// [`Unplaceable`].
@@ -61,12 +62,13 @@ pub(super) fn tell(
     description: &mut Description,
     functions: &mut [Function<'_>],
     (faults, frames): (&[Fault], &[Frame]),
-    filling: &Filling<'_>,
+    address: &dyn Fn(Target, i64) -> u64,
 ) -> Result<Told, Unplaceable> {
     functions.sort_by_key(|function| function.code.start);
-    let place = |(piece, offset): (usize, usize)| filling.places[piece].0.wrapping_add(offset as u64);
+    let place =
+        |(piece, offset): (usize, usize)| address(Target::Piece(piece), 0).wrapping_add(offset as u64);
     let mut told = Told::default();
-    told.faults(&mut description.faults, faults, place, filling)?;
+    told.faults(&mut description.faults, faults, place, address)?;
     if let Some((addresses, entries)) = &mut description.frames {
         told.frames(addresses, *entries, &rows_of(functions, frames, place))?;
     }
@@ -80,12 +82,12 @@ impl Told {
         table: &mut Table,
         faults: &[Fault],
         place: impl Fn((usize, usize)) -> u64,
-        filling: &Filling<'_>,
+        address: &dyn Fn(Target, i64) -> u64,
     ) -> Result<(), Unplaceable> {
         const NAME: &str = "__ex_table";
         let mut rows: Vec<_> = faults
             .iter()
-            .map(|fault| (place(fault.at), filling.address(fault.fixup.0, fault.fixup.1), fault.data))
+            .map(|fault| (place(fault.at), address(fault.fixup.0, fault.fixup.1), fault.data))
             .collect();
         rows.sort_unstable();
         let mut bytes = Vec::new();

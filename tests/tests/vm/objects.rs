@@ -298,7 +298,7 @@ fn keyed_later(lab: &Lab) -> Result<()> {
 /// Static branches in new code do what the guest's kernel says, which switches their keys and does not know of them; one
 /// key is the new code's own.
 fn keyed(lab: &Lab) -> Result<()> {
-    const SWITCHES: usize = 60;
+    const SWITCHES: usize = 16;
     let mut vm = Vm::start(lab, &Setup::cpus(4))?;
     vm.hammer("getppid", 0, 1)?;
     let key = plan(lab, "key")?;
@@ -339,7 +339,7 @@ fn known_in(lab: &Lab, has_frames: bool) -> Result<()> {
     let kernel = vm.kernel()?;
     let release = kernel["release"].as_str().context("a release")?.to_owned();
     let (fault, fifo) = (plan(lab, "fault")?, plan(lab, "fifo")?);
-    for round in 0..3 {
+    for round in 0..2 {
         if round == 1 {
             vm.ask(&format!("load /modules/{release}/{MODULE}.ko"))?;
         }

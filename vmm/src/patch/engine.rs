@@ -34,6 +34,7 @@ use crate::patch::driver::Driver;
 use crate::patch::image::{Image, Unpacked, Unread};
 use crate::patch::patch_set::PatchSet;
 use crate::patch::pending_set::PendingSet;
+use crate::patch::prepared::Prepared;
 use crate::patch::staged_set::StagedSet;
 use crate::sync::rendezvous::{FenceError, Rendezvous};
 use crate::text_guard::Guard;
@@ -58,6 +59,8 @@ pub struct Engine {
     pub(super) arena: Option<GuestArena>,
     /// New code, and what belongs to it.
     pub(super) code_pages: Option<CodePages>,
+    /// What objects bring, as it was prepared lately.
+    pub(super) prepared: Prepared,
     image: Arc<Image>,
     /// Where the kernel was found, while the vCPU that found it waits.
     located: Option<Located>,
@@ -106,6 +109,7 @@ impl Engine {
             driver,
             arena: None,
             code_pages: None,
+            prepared: Prepared::default(),
             image,
             located: None,
             has_syscalls: false,

@@ -38,6 +38,7 @@ mod outcome;
 mod patch_set;
 mod pending;
 mod pending_set;
+mod prepared;
 mod reconcile;
 mod remove_arena;
 mod replaced;

@@ -19,9 +19,16 @@ impl Engine {
         let began = Instant::now();
         let not_ready = |why| at_root(Refusal::GuestNotReady { why });
         let image = self.image().map_err(|why| not_ready(why.to_string()))?;
-        let unpacked = self.unpack_image().map_err(not_ready)?;
-        let contents = unpacked.contents().map_err(not_ready)?;
-        let replacements = Supplies::prepare(plan, &image, &contents)?;
+        let replacements = match self.prepared.find(plan, &image) {
+            Some(known) => known,
+            None => {
+                let unpacked = self.unpack_image().map_err(not_ready)?;
+                let contents = unpacked.contents().map_err(not_ready)?;
+                let replacements = Supplies::prepare(plan, &image, &contents)?;
+                self.prepared.keep(plan, image, &replacements);
+                replacements
+            }
+        };
         tracing::debug!("preparing the objects of {} took {:?}", plan.name, began.elapsed());
         Ok(Supplies { replacements, room: None })
     }

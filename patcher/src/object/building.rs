@@ -102,7 +102,7 @@ pub(super) struct Builder<'a, 'o> {
     pub(super) by_place: BTreeMap<(usize, usize), &'o Function<'a>>,
     pub(super) alternatives: Entries<'a>,
     pub(super) branches: static_branches::Entries,
-    /// Where functions with static branches have their instructions in new code.
+    /// Where functions with static branches have their instructions in new code, as far as it was asked for.
     pub(super) spreads: BTreeMap<usize, Result<Spread, &'static str>>,
     pub(super) budget: &'o Budget,
     /// Where the image has the functions, sections and outside symbols of the object before the change.
@@ -163,7 +163,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             image,
             comparison,
             alternatives: entries(&names),
-            spreads: spreads(after, &by_place, &branches),
+            spreads: BTreeMap::new(),
             branches,
             by_place,
             names,
@@ -199,11 +199,14 @@ impl<'a, 'o> Builder<'a, 'o> {
             }
         }
         let mut pieces = Vec::new();
-        self.take_along(&mut pieces);
-        let bugs = self.bugs();
-        let faults = self.faults();
-        // The names of the files that it is in.
-        self.take_along(&mut pieces);
+        // What tables say of code may lead to more of it.
+        let (bugs, faults) = loop {
+            self.take_along(&mut pieces);
+            let (bugs, faults) = (self.bugs(), self.faults());
+            if self.waiting.is_empty() || !self.wrong.is_empty() || self.budget.is_exhausted() {
+                break (bugs, faults);
+            }
+        };
         if self.budget.is_exhausted() {
             return Err(self.wrong);
         }
@@ -390,6 +393,39 @@ impl<'a, 'o> Builder<'a, 'o> {
         })
     }
 
+    /// Where a function has its instructions in new code, if it has static branches, or why it can't have them.
+    pub(super) fn spread_of(&mut self, function: usize) -> Option<&Result<Spread, &'static str>> {
+        let entries = self.branches.get(&function)?;
+        if !self.spreads.contains_key(&function) {
+            let spread = match entries {
+                Ok(entries) => self.new_spread(function, entries),
+                Err(why) => Err(*why),
+            };
+            self.spreads.insert(function, spread);
+        }
+        self.spreads.get(&function)
+    }
+
+    fn new_spread(
+        &self,
+        function: usize,
+        entries: &[static_branches::Entry],
+    ) -> Result<Spread, &'static str> {
+        let symbol = &self.after.symbols()[function];
+        let place = match symbol.place {
+            Place::Section(section) => usize::try_from(symbol.offset).ok().map(|offset| (section, offset)),
+            _ => None,
+        };
+        let function = place.and_then(|place| self.by_place.get(&place)).ok_or("it is in no function")?;
+        let section = self.after.section(function.section);
+        let is_filled = |at: usize, length: usize| {
+            let at = function.offset + at;
+            !section.relocations_in(at, at + length).is_empty()
+        };
+        let tests = entries.iter().map(|entry| entry.offset - function.offset).collect();
+        Spread::new(function.bytes, &tests, is_filled, self.budget)
+    }
+
     /// Has the static branches of a function test their keys, and its code spread. `alternatives` are the places of those,
     /// which move with it.
     fn spread(
@@ -418,7 +454,7 @@ impl<'a, 'o> Builder<'a, 'o> {
             }
             Ok(())
         };
-        let spread = match self.spreads.get(&from.0)? {
+        let spread = match self.spread_of(from.0)? {
             Ok(known) => spread(known),
             Err(why) => Err(*why),
         };
@@ -515,33 +551,6 @@ impl<'a, 'o> Builder<'a, 'o> {
         });
         all.take(MOST_RETURNS).collect()
     }
-}
-
-/// Where functions with static branches have their instructions once those test their keys.
-fn spreads(
-    object: &Object<'_>,
-    by_place: &BTreeMap<(usize, usize), &Function<'_>>,
-    branches: &static_branches::Entries,
-) -> BTreeMap<usize, Result<Spread, &'static str>> {
-    let spread = |number: usize, entries: &[static_branches::Entry]| {
-        let symbol = &object.symbols()[number];
-        let place = match symbol.place {
-            Place::Section(section) => usize::try_from(symbol.offset).ok().map(|offset| (section, offset)),
-            _ => None,
-        };
-        let function = place.and_then(|place| by_place.get(&place)).ok_or("it is in no function")?;
-        let section = object.section(function.section);
-        let is_filled = |at: usize, length: usize| {
-            let at = function.offset + at;
-            !section.relocations_in(at, at + length).is_empty()
-        };
-        let tests = entries.iter().map(|entry| entry.offset - function.offset).collect();
-        Spread::new(function.bytes, &tests, is_filled)
-    };
-    let all = branches.iter().map(|(number, entries)| {
-        (*number, entries.as_ref().map_err(|why| *why).and_then(|entries| spread(*number, entries)))
-    });
-    all.collect()
 }
 
 pub(super) fn is_function(symbol: &Symbol<'_>) -> bool {

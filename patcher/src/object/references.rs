@@ -10,6 +10,7 @@ use crate::object::outcome::Outcome;
 use crate::object::relocatable::{Kind, Place, Symbol};
 use crate::object::relocation::Relocation;
 use crate::object::sections::{Purpose, purpose};
+use crate::object::spread::Spread;
 
 impl<'a> Builder<'a, '_> {
     /// A field of a piece that begins at `start` of its section. `bias` is how far behind its field a distance is
@@ -80,14 +81,24 @@ impl<'a> Builder<'a, '_> {
         Some((target, behind))
     }
 
-    /// How far behind the first byte of a function a place is in new code that was so far behind it in the object.
-    pub(super) fn in_new_code(&self, target: Target, function: usize, behind: i64) -> Option<i64> {
-        let Item::Symbol(first) = self.first(Item::Symbol(function)) else { return Some(behind) };
-        match (target, self.spreads.get(&first)) {
-            (Target::Piece(_), Some(Ok(spread))) => {
-                let place = spread.place(usize::try_from(behind).ok()?)?;
-                i64::try_from(place).ok()
-            }
+    /// How far behind the first byte of a function an instruction is in new code that was so far behind it in the object.
+    pub(super) fn in_new_code(&mut self, target: Target, function: usize, behind: i64) -> Option<i64> {
+        self.moved(target, function, behind, Spread::place)
+    }
+
+    /// The same of what `place` finds.
+    pub(super) fn moved(
+        &mut self,
+        target: Target,
+        function: usize,
+        behind: i64,
+        place: fn(&Spread, usize) -> Option<usize>,
+    ) -> Option<i64> {
+        let (Target::Piece(_), Item::Symbol(first)) = (target, self.first(Item::Symbol(function))) else {
+            return Some(behind);
+        };
+        match self.spread_of(first) {
+            Some(Ok(spread)) => i64::try_from(place(spread, usize::try_from(behind).ok()?)?).ok(),
             _ => Some(behind),
         }
     }

@@ -7,12 +7,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::addr::Gva;
+use crate::budget::Budget;
 use crate::insn::{self, Insn};
 use crate::object::new_piece::{Body, Field};
 use crate::object::static_branches::Test;
 
 /// Where code is taken to lie, so that no distance is below zero.
 const BASE: Gva = Gva(1 << 32);
+
+/// Longest function, in bytes; the longest of 6.1 has 40,000.
+const LONGEST: usize = 1 << 18;
+const TOO_LONG: &str = "its function is too long";
+/// Most rounds in which branches get their longer form; real functions take three.
+const MOST_ROUNDS: usize = 64;
+/// What a round takes, in units of [`Budget`].
+const WORK_A_BYTE: usize = 4;
 
 /// Where each instruction of a function is before and after.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +73,11 @@ impl Spread {
         code: &[u8],
         tests: &BTreeSet<usize>,
         is_filled: impl Fn(usize, usize) -> bool,
+        budget: &Budget,
     ) -> Result<Self, &'static str> {
+        if code.len() > LONGEST {
+            return Err(TOO_LONG);
+        }
         let insns: Vec<Insn> = insn::decode(code, BASE).collect();
         if insns.iter().map(|insn| insn.len).sum::<usize>() != code.len() {
             return Err("its function can't be decoded");
@@ -85,7 +98,8 @@ impl Spread {
             }
         }
         let mut spread = Self { places: BTreeMap::new(), longer: BTreeSet::new() };
-        loop {
+        for _ in 0..MOST_ROUNDS {
+            budget.spend(WORK_A_BYTE * code.len()).ok_or(TOO_LONG)?;
             spread.arrange(code, &insns, tests);
             let known = spread.longer.len();
             for (from, to, near) in &branches {
@@ -101,6 +115,7 @@ impl Spread {
                 return Ok(spread);
             }
         }
+        Err("its function's branches do not settle")
     }
 
     fn arrange(&mut self, code: &[u8], insns: &[Insn], tests: &BTreeSet<usize>) {
@@ -127,6 +142,17 @@ impl Spread {
         self.places.get(&before).copied()
     }
 
+    /// The same of any byte of an instruction that is as it was.
+    pub(super) fn byte(&self, before: usize) -> Option<usize> {
+        let (start, place) = self.places.range(..=before).next_back()?;
+        let inside = before - start;
+        if inside == 0 {
+            return Some(*place);
+        }
+        let (next, end) = self.places.range(before..).next()?;
+        (next - start == end - place).then_some(place + inside)
+    }
+
     /// Whether instructions that began at a place are together as long as they were.
     pub(super) fn is_unchanged(&self, start: usize, length: usize) -> bool {
         let end = start + length;
@@ -148,7 +174,7 @@ impl Spread {
             // In order, so that none is left behind.
             let own: Vec<&Field> =
                 fields.extract_if(from..from + insn.len, |_, _| true).map(|(_, field)| field).collect();
-            let is_return = old.returns.contains(&from);
+            let is_return = old.returns.binary_search(&from).is_ok();
             if let Some(test) = tests.get(&from) {
                 let (code, fields) = test.code(to);
                 body.bytes.extend(code);
@@ -162,8 +188,7 @@ impl Spread {
             match target.map(offset) {
                 Some(target) => {
                     let opcode = if self.longer.contains(&from) { longer(code) } else { None };
-                    body.bytes
-                        .extend(self.branch(code, opcode, to, target).ok_or("its function is too long")?);
+                    body.bytes.extend(self.branch(code, opcode, to, target).ok_or(TOO_LONG)?);
                 }
                 None => body.bytes.extend_from_slice(code),
             }
@@ -212,7 +237,7 @@ mod tests {
         let is_filled = |at: usize, length: usize| {
             body.fields.iter().any(|field| (at..at + length).contains(&field.offset))
         };
-        let spread = Spread::new(&body.bytes, &places, is_filled)?;
+        let spread = Spread::new(&body.bytes, &places, is_filled, &Budget::new(1 << 20))?;
         let mut new = body.clone();
         spread.apply(&mut new, &tests.iter().map(|at| (*at, TEST)).collect())?;
         Ok((spread, new))
@@ -268,7 +293,9 @@ mod tests {
         );
         assert_eq!(new.returns, [21 + moved]);
         assert_eq!((spread.place(4), spread.place(27)), (Some(4 + moved), Some(27 + moved)));
-        assert_eq!(spread.place(3), None, "the middle of an instruction");
+        assert_eq!(spread.place(12), None, "the middle of an instruction");
+        assert_eq!((spread.byte(4), spread.byte(12)), (Some(4 + moved), Some(12 + moved)));
+        assert_eq!((spread.byte(3), spread.byte(28)), (None, None), "in the branch, and behind the end");
         assert!(spread.is_unchanged(4, 6) && !spread.is_unchanged(0, 4) && !spread.is_unchanged(3, 1));
     }
 
@@ -302,6 +329,28 @@ mod tests {
         ] {
             assert!(spread(&code, &[test]).is_err(), "{what}");
         }
+    }
+
+    /// Each branch just reaches over the next, so one after the other gets its longer form.
+    #[test]
+    fn branches_that_push_each_other_end() {
+        let chain = |count: usize| {
+            let mut code = Vec::new();
+            for _ in 0..count {
+                code.extend([0x74, 127]);
+                code.extend([0x90; 98]);
+            }
+            // Where the last of them goes, there has to be an instruction; it reaches over the static branch.
+            code.extend([0x66, 0x90]);
+            code.extend([0x90; 200]);
+            (body(&[&code]), count * 100)
+        };
+        let (code, test) = chain(MOST_ROUNDS / 2);
+        assert_eq!(spread(&code, &[test]).expect("it can").0.longer.len(), MOST_ROUNDS / 2);
+        let (code, test) = chain(MOST_ROUNDS * 2);
+        assert!(spread(&code, &[test]).is_err());
+        let long = body(&[&vec![0x90; LONGEST + 1]]);
+        assert_eq!(spread(&long, &[0]).expect_err("it is long"), TOO_LONG);
     }
 
     /// Code of plain instructions of these lengths and of branches, each to one of the instructions or the end, by its number.

@@ -7,6 +7,7 @@ use crate::object::relocatable::Place;
 use crate::object::relocation::{Form, Relocation};
 use crate::object::room::{BUG_ENTRY, FAULT_ENTRY, FRAME_ADDRESS, FRAME_ENTRY};
 use crate::object::sections::{BUGS, FAULTS, FRAME_ADDRESSES, FRAMES, is_runtime_constant};
+use crate::object::spread::Spread;
 use crate::object::told::{Fault, Frame};
 use crate::object::unfit::Unfit;
 
@@ -60,9 +61,9 @@ impl<'a> Builder<'a, '_> {
         Some(piece).filter(|piece| !piece.body.bytes.is_empty())
     }
 
-    /// The instructions of new code that a row of a table is of, as the first field of the row says: the piece, and where in it;
-    /// with the function. `None` if it is of no new code.
+    /// What of new code a row of a table is of, as its first field says. `None` if it is of none.
     fn in_pieces(&mut self, field: &Relocation) -> Option<Row<'a>> {
+        self.budget.spend(1)?;
         let symbol = self.after.symbol(field);
         let Place::Section(place) = symbol.place else { return None };
         let offset = symbol.offset.wrapping_add(field.addend.cast_unsigned());
@@ -106,26 +107,63 @@ impl<'a> Builder<'a, '_> {
 
     /// Where stack frames of new code end. An object that objtool did not run on does not say.
     pub(super) fn frames(&mut self) -> Vec<Frame> {
-        let after = self.after;
+        let rows = self.frame_rows();
         let mut frames = Vec::new();
-        let all = |name: &'static str| after.sections().iter().filter(move |section| section.name == name);
-        for (addresses, entries) in all(FRAME_ADDRESSES).zip(all(FRAMES)) {
-            for field in &addresses.relocations {
-                let start = field.offset / FRAME_ADDRESS * FRAME_ENTRY;
-                let Some(entry) = entries.bytes.get(start..start + FRAME_ENTRY) else { continue };
-                let Some(Row { at, .. }) = self.in_pieces(field) else { continue };
-                frames.extend(entry.try_into().ok().map(|entry| Frame { at, entry }));
+        let items: Vec<(Item, usize)> = self.items.iter().map(|(item, piece)| (*item, *piece)).collect();
+        for (item, piece) in items {
+            let Item::Symbol(number) = item else { continue };
+            let symbol = self.after.symbols()[number];
+            let Place::Section(section) = symbol.place else { continue };
+            let end = symbol.offset.saturating_add(symbol.size);
+            // A row that is as the one before is left out, also where a function begins (objtool, `orc_create`).
+            let known = rows.partition_point(|(at, _)| *at <= (section, symbol.offset));
+            let first = rows[..known].last().filter(|((of, _), _)| *of == section);
+            frames.extend(first.map(|(_, entry)| Frame { at: (piece, 0), entry: *entry }));
+            let own = rows[known..].iter().take_while(|(at, _)| *at < (section, end));
+            for ((_, at), entry) in own {
+                if self.budget.spend(1).is_none() {
+                    return frames;
+                }
+                let behind = at.wrapping_sub(symbol.offset).cast_signed();
+                // They may change within an alternative, where the code in its place has no instruction.
+                let behind = self.moved(Target::Piece(piece), number, behind, Spread::byte);
+                let at = behind.and_then(|behind| usize::try_from(behind).ok());
+                frames.extend(at.map(|at| Frame { at: (piece, at), entry: *entry }));
             }
         }
         frames
+    }
+
+    /// The rows of the object, by section and offset, in order.
+    fn frame_rows(&self) -> Vec<((usize, u64), [u8; FRAME_ENTRY])> {
+        let after = self.after;
+        let all = |name: &'static str| after.sections().iter().filter(move |section| section.name == name);
+        let mut rows = Vec::new();
+        for (addresses, entries) in all(FRAME_ADDRESSES).zip(all(FRAMES)) {
+            for field in &addresses.relocations {
+                let start = field.offset / FRAME_ADDRESS * FRAME_ENTRY;
+                let entry =
+                    entries.bytes.get(start..start + FRAME_ENTRY).and_then(|entry| entry.try_into().ok());
+                let symbol = after.symbol(field);
+                if let (Some(entry), Place::Section(section)) = (entry, symbol.place) {
+                    rows.push(((section, symbol.offset.wrapping_add(field.addend.cast_unsigned())), entry));
+                }
+            }
+        }
+        rows.sort_by_key(|(at, _)| *at);
+        rows
     }
 
     /// Refuses functions with constants that the kernel writes while it starts.
     pub(super) fn constants(&mut self) {
         for section in self.after.sections().iter().filter(|section| is_runtime_constant(section.name)) {
             for field in &section.relocations {
-                if let Some(Row { of: (_, function), .. }) = self.in_pieces(field) {
-                    let (function, constant) = (function.to_owned(), section.name.to_owned());
+                let symbol = self.after.symbol(field);
+                let Place::Section(place) = symbol.place else { continue };
+                let offset = symbol.offset.wrapping_add(field.addend.cast_unsigned());
+                let Some((number, function)) = self.names.covering(place, offset) else { continue };
+                if self.items.contains_key(&self.first(Item::Symbol(number))) {
+                    let (function, constant) = (function.name.to_owned(), section.name.to_owned());
                     self.wrong.push(Unfit::RuntimeConstant { function, constant });
                 }
             }

@@ -4,6 +4,7 @@
 //! All of it goes behind what was told before: newer code lies at higher addresses, so the tables stay in order, and whoever
 //! searches one meanwhile finds what it has found before.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::addr::Gva;
@@ -106,6 +107,10 @@ impl Told {
         rows: &[(u64, [u8; FRAME_ENTRY])],
     ) -> Result<(), Unplaceable> {
         const NAME: &str = ".orc_unwind_ip";
+        // Without its rows a stack trace ends in new code, as behind the last row nothing is known.
+        if rows.len() > (table.most - table.used.min(table.most)) as usize {
+            return Ok(());
+        }
         let mut bytes = Vec::new();
         for (code, _) in rows {
             bytes.extend(distance(end(table, FRAME_ADDRESS, bytes.len(), NAME)?, *code, NAME)?);
@@ -170,9 +175,12 @@ fn rows_of(
     frames: &[Frame],
     place: impl Fn((usize, usize)) -> u64,
 ) -> Vec<(u64, [u8; FRAME_ENTRY])> {
-    let mut rows = Vec::new();
+    let (mut rows, mut by_piece) = (Vec::new(), BTreeMap::<usize, Vec<&Frame>>::new());
+    for frame in frames {
+        by_piece.entry(frame.at.0).or_default().push(frame);
+    }
     for function in functions {
-        let own = frames.iter().filter(|frame| frame.at.0 == function.piece);
+        let own = by_piece.get(&function.piece).into_iter().flatten();
         let mut own: Vec<_> = own.map(|frame| (place(frame.at), frame.entry)).collect();
         own.sort_by_key(|(at, _)| *at);
         if own.first().is_none_or(|(at, _)| *at != function.code.start.0) {

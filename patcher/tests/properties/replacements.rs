@@ -878,6 +878,59 @@ fn the_guests_kernel_is_told_of_new_code() {
     }
 }
 
+/// A table may lead to code that nothing else leads to, of which tables say more.
+#[test]
+fn what_only_a_table_leads_to_is_told_of_too() {
+    let (before, mut after) = (before(), after());
+    let entry = |table: &str, bytes: &[u8], fields: [(usize, u32, &str, i64); 2]| {
+        Part::new("", table, Kind::Label, bytes, &fields)
+    };
+    after.parts.extend([
+        entry("__ex_table", &[0; 12], [(0, NEAR, "fresh", 0), (4, NEAR, "fresh.cold", 0)]),
+        entry("__ex_table", &[0; 12], [(0, NEAR, "later", 0), (4, NEAR, "later", 2)]),
+        entry("__bug_table", &[0; 12], [(0, NEAR, "later", 0), (4, NEAR, ".LC1", 0)]),
+        Part::new(
+            "fresh.cold",
+            ".text.unlikely",
+            Kind::Function,
+            &[0xe8, 0, 0, 0, 0, 0xc3],
+            &[(1, CALL, "later", -4)],
+        ),
+        Part::function("later", &[0x0f, 0x0b, 0xc3], &[]),
+    ]);
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let placed = placed(&built(&before, &after, &linked).expect("it can be replaced"));
+    let later = piece(&placed, "later").at.0;
+    assert_eq!(said(piece(&placed, "fresh.cold"), 1, Some(5)), later);
+    assert_eq!(said(piece(&placed, "__bug_table"), 0, Some(0)), later);
+    assert_eq!(piece(&placed, "__ex_table").bytes.len(), 2 * FAULT_ENTRY);
+}
+
+/// objtool leaves a row out that is as the one before, also where the next function of the section begins.
+#[test]
+fn a_functions_first_frame_may_be_that_of_the_one_before() {
+    let (before, mut after) = (before(), after());
+    let linked = Linked::new(&[&before], &ELSEWHERE);
+    let (image, file) = linked.image();
+    after.parts[9].bytes = code(&[&[0xe8, 0, 0, 0, 0], &[0xe8, 0, 0, 0, 0], &[0xc3]]);
+    after.parts[9].fields = Part::function("", &[], &[(1, CALL, "main", -4), (6, CALL, "late", -4)]).fields;
+    after.parts.push(Part::function("late", &[0x90, 0xc3], &[]));
+    after.parts.push(Part::new("", ".orc_unwind_ip", Kind::Label, &[0; 4], &[(0, NEAR, "fresh", 0)]));
+    after.parts.push(Part::new("", ".orc_unwind", Kind::Label, &[7; 6], &[]));
+    // All functions are in one section.
+    let replacement = built_in(&before.object(true), &after.object(false), &image, &file);
+    let placed = placed(&replacement.expect("it can be replaced"));
+    let (addresses, entries) = (piece(&placed, ".orc_unwind_ip"), piece(&placed, ".orc_unwind"));
+    let known = |at: u64| {
+        let row =
+            (0..addresses.bytes.len() / 4).rev().find(|row| said(addresses, 4 * row, Some(4 * row)) <= at);
+        entries.bytes[row.expect("a row") * FRAME_ENTRY]
+    };
+    let (fresh, late) = (piece(&placed, "fresh").at.0, piece(&placed, "late").at.0);
+    assert_eq!((known(fresh), known(fresh + 10), known(late), known(late + 1)), (7, 7, 7, 7));
+    assert_eq!((known(late + 2), known(piece(&placed, "main").at.0)), (0, 0));
+}
+
 proptest! {
     /// Whatever bytes an object has: it is refused, or what it brings lies in the room, each piece by itself, and
     /// decodes.

@@ -60,6 +60,8 @@ pub struct CodePages {
     bugs: Option<BugList>,
     described: Option<Described>,
     mapped: bool,
+    /// Why the guest's kernel could not be told of them.
+    untold: Option<String>,
 }
 
 impl CodePages {
@@ -97,7 +99,7 @@ impl CodePages {
     fn at(base: Gva, entries: [Gpa; 3]) -> Self {
         let part = |index: u64| Gva(base.0 + index * PAGES_SIZE)..Gva(base.0 + (index + 1) * PAGES_SIZE);
         let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None, description: None };
-        Self { base, entries, room, bugs: None, described: None, mapped: false }
+        Self { base, entries, room, bugs: None, described: None, mapped: false, untold: None }
     }
 
     /// What is free of them.
@@ -112,19 +114,28 @@ impl CodePages {
     /// When the place was taken since it was found; the guest is unchanged then.
     pub fn map(&mut self, kernel: &GuestKernel) -> Result<(), String> {
         if self.mapped {
-            return Ok(());
+            return self.untold.clone().map_or(Ok(()), Err);
         }
         let first = self.bugs.as_ref().map(|list| list.first(kernel)).transpose()?;
         let links = self.described.as_ref().map(|described| described.links(kernel)).transpose()?;
         set(self.entries, |at, old, new| kernel.replace_entry(at, old, new))?;
         self.mapped = true;
+        let told = self.tell(kernel, first, links);
+        self.untold = told.clone().err();
+        told
+    }
+
+    /// Has the guest's kernel find what it is told.
+    fn tell(
+        &self,
+        kernel: &GuestKernel,
+        first: Option<Gva>,
+        links: Option<Vec<(Gva, u64)>>,
+    ) -> Result<(), String> {
         if let Some(links) = links {
-            Described::link(kernel, &links).inspect_err(|_| self.room.description = None)?;
+            Described::link(kernel, &links)?;
         }
-        match (&self.bugs, first) {
-            (Some(list), Some(first)) => list.link(kernel, first).inspect_err(|_| self.room.bugs = None),
-            _ => Ok(()),
-        }
+        self.bugs.as_ref().zip(first).map_or(Ok(()), |(list, first)| list.link(kernel, first))
     }
 
     /// Whether the guest can see them.

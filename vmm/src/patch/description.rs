@@ -3,7 +3,7 @@
 //! To tell of an address in a module what a fault there is fixed up by, where the stack frame ends, and which function it is,
 //! the kernel looks for the module in a tree (Linux kernel/module/main.c, `__module_address`), and then in that module's tables. So
 //! what looks like a module is put into the tree, which covers the code pages. It is not in the list of modules: nothing unloads
-//! it, shows it or goes through it. Its count of references is zero, so kprobes, which would take one, are refused there.
+//! it, shows it or goes through it. It is said to be going, so that nobody takes a reference: kprobes there are refused.
 //!
 //! ```text
 //!   mod_tree ─▶ ours: name, code ──▶ exception table, ORC tables, symbols, in the constant pages
@@ -27,11 +27,13 @@ use crate::patch::module_tree::{Region, insert};
 
 /// What the guest's stack traces say behind the name of a function, in brackets.
 const NAME: &[u8] = b"vmm\0";
+/// `MODULE_STATE_GOING` (include/linux/module.h).
+const GOING: u32 = 2;
 /// Where the `struct mod_kallsyms` is, behind all that looks like a module.
 const KALLSYMS: u64 = 3 << 10;
 /// How many entries the tables may have, and how long all names may be. The kernel itself has 3,000, 900,000 and 120,000.
 const FAULTS: u32 = 4096;
-const FRAMES: u32 = 32_768;
+const FRAMES: u32 = 65_536;
 const FUNCTIONS: u32 = 8192;
 const NAMES: u64 = 64 * PAGE;
 /// Where modules are (Linux arch/x86/include/asm/pgtable_64_types.h; KASLR makes it begin later).
@@ -113,6 +115,7 @@ impl Described {
         let (symbols, _, strings, types) = members.symbols;
         let mut all = vec![
             (field(members.name), NAME.to_vec()),
+            number(field(members.state), GOING),
             word(field(tree.base), code.start.0),
             number(field(tree.sizes[0]), size),
             number(field(tree.sizes[1]), size),
@@ -261,7 +264,7 @@ mod tests {
         let data = |offset: u64| ram.load_u64(Gpa(DATA_PAGES + offset)).expect("RAM");
         let constant =
             |at: Gva| ram.load_u64(Gpa(CONSTANT_PAGES + (at.0 - BASE.0 - PAGES_SIZE))).expect("RAM");
-        assert_eq!(data(24).to_le_bytes()[..4], *NAME);
+        assert_eq!((&data(24).to_le_bytes()[..4], data(0)), (NAME, GOING.into()));
         assert_eq!((data(0x140), data(0x148)), (BASE.0, PAGES_SIZE | PAGES_SIZE << 32));
         assert_eq!((data(0x130), data(0x128)), (told.faults.at.0, 0));
         assert_eq!((data(0x1b0), data(0x1b8), data(0x1c0)), (1, frames.at.0, entries.0));

@@ -52,7 +52,9 @@ pub(crate) fn expand(
         kernel.image.profile().require(Capability::BugTables).map_err(missing)?;
     }
     if replacement.has_faults() {
-        kernel.image.profile().require(Capability::ModuleTree).map_err(missing)?;
+        for needed in [Capability::ModuleTree, Capability::Modules] {
+            kernel.image.profile().require(needed).map_err(missing)?;
+        }
     }
     let features = features(kernel, text, replacement)?;
     let running = Running { slide: kernel.slide, returns, features: &features };

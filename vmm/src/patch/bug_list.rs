@@ -126,7 +126,7 @@ impl BugList {
     }
 
     /// What is written where. The node leads on before anything leads to it.
-    fn links(&self, first: Gva) -> [(Gva, Gva); 4] {
+    pub(super) fn links(&self, first: Gva) -> [(Gva, Gva); 4] {
         let node = self.node();
         [(node, first), (Gva(node.0 + 8), self.head), (Gva(first.0 + 8), node), (self.head, node)]
     }

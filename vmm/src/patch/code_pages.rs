@@ -21,9 +21,10 @@ use patcher::addr::{Gpa, Gva};
 use patcher::image::profile::Capability;
 use patcher::object::Room;
 
+use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
-use crate::memory::layout::{CODE_PAGES, CONSTANT_PAGES, DATA_PAGES, PAGES_SIZE};
-use crate::memory::paging::NO_EXECUTE;
+use crate::memory::layout::{CODE_PAGES, CONSTANT_PAGES, DATA_PAGES, PAGES_SIZE, READ_ONLY};
+use crate::memory::paging::{NO_EXECUTE, Pieces};
 use crate::memory::{Error, GuestRam, PAGE, PAGE_SIZE};
 use crate::patch::arena::READ_EXECUTE;
 use crate::patch::bug_list::BugList;
@@ -108,21 +109,32 @@ impl CodePages {
         self.room.clone()
     }
 
-    /// Maps them if they are not mapped yet. The vCPUs are held by the caller.
+    /// Maps them if they are not mapped yet. The vCPUs are held by the caller. `is_protected` tells of memory that the guest
+    /// can't write to.
     ///
     /// # Errors
-    /// When the place was taken since it was found; the guest is unchanged then.
-    pub fn map(&mut self, kernel: &GuestKernel) -> Result<(), String> {
+    /// When the place was taken since it was found, or the guest's kernel can't be told; the guest is unchanged then.
+    pub fn map(&mut self, kernel: &GuestKernel, is_protected: impl Fn(Gpa) -> bool) -> Result<(), String> {
         if self.mapped {
             return self.untold.clone().map_or(Ok(()), Err);
         }
         let first = self.bugs.as_ref().map(|list| list.first(kernel)).transpose()?;
         let links = self.described.as_ref().map(|described| described.links(kernel)).transpose()?;
+        // The guest says where its lists and trees lead: what it can't write there is not written for it.
+        let bugs = self.bugs.as_ref().zip(first).map(|(list, first)| list.links(first).map(|(at, _)| at));
+        let places = links.iter().flatten().map(|(at, _)| *at).chain(bugs.into_iter().flatten());
+        let memory = CachedTranslations::of(kernel);
+        guest_writes(places.filter(|at| !self.is_data(*at)), |at| memory.pieces(at, 8), is_protected)?;
         set(self.entries, |at, old, new| kernel.replace_entry(at, old, new))?;
         self.mapped = true;
         let told = self.tell(kernel, first, links);
         self.untold = told.clone().err();
         told
+    }
+
+    fn is_data(&self, at: Gva) -> bool {
+        let data = Gva(self.base.0 + 2 * PAGES_SIZE);
+        (data..Gva(data.0 + PAGES_SIZE)).contains(&at)
     }
 
     /// Has the guest's kernel find what it is told.
@@ -165,6 +177,21 @@ impl CodePages {
     pub fn code(&self) -> Range<Gva> {
         self.base..Gva(self.base.0 + PAGES_SIZE)
     }
+}
+
+/// Whether the guest can write eight bytes to each of these places by itself.
+fn guest_writes(
+    places: impl Iterator<Item = Gva>,
+    pieces: impl Fn(Gva) -> Result<Pieces, Gva>,
+    is_protected: impl Fn(Gpa) -> bool,
+) -> Result<(), String> {
+    for at in places {
+        let pieces = pieces(at).map_err(|at| format!("{at} is not mapped"))?;
+        if pieces.iter().any(|(at, _)| READ_ONLY.contains(&at.0) || is_protected(*at)) {
+            return Err(format!("the guest's modules lead to {at}, which it can't write to itself"));
+        }
+    }
+    Ok(())
 }
 
 /// Has `part` begin at `start`, or at the next multiple of `align`; it never begins earlier than it did.
@@ -324,6 +351,22 @@ mod tests {
                 assert_eq!(reach(Mode::User), [None; 3], "{at:#x}");
             }
         }
+    }
+
+    #[test]
+    fn what_the_guest_can_not_write_to_is_not_written_for_it() {
+        let may = |physical: u64| {
+            let pieces = |_| Ok([(Gpa(physical), 4), (Gpa(physical + PAGE), 4)].into_iter().collect());
+            guest_writes([Gva(LAST)].into_iter(), pieces, |at| at == Gpa(0x5000))
+        };
+        assert_eq!(may(0x8000), Ok(()));
+        for physical in [CODE_PAGES, CONSTANT_PAGES, READ_ONLY.start, READ_ONLY.start - PAGE, 0x5000, 0x4000]
+        {
+            assert!(may(physical).expect_err("it can't").contains("can't write"), "{physical:#x}");
+        }
+        assert_eq!(may(DATA_PAGES), Ok(()));
+        let unmapped = guest_writes([Gva(LAST)].into_iter(), Err, |_| false);
+        assert!(unmapped.expect_err("nothing is there").contains("not mapped"));
     }
 
     #[test]

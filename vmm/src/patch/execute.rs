@@ -112,10 +112,11 @@ impl Engine {
     /// Maps the pages for new code, if they are not mapped yet.
     pub(super) fn map_code_pages(&mut self, kernel: &GuestKernel) -> Result<(), String> {
         let Some(pages) = self.code_pages.as_mut().filter(|pages| !pages.is_mapped()) else { return Ok(()) };
-        let until = Instant::now() + PATIENCE;
+        let (until, guard) = (Instant::now() + PATIENCE, &self.guard);
         loop {
             // The guest may be loading a module.
-            match map_held(&self.rendezvous, &self.guard, kernel, || pages.map(kernel)) {
+            match map_held(&self.rendezvous, guard, kernel, || pages.map(kernel, |at| guard.is_protected(at)))
+            {
                 Err(_) if Instant::now() < until => std::thread::sleep(PAUSE),
                 mapped => return mapped,
             }

@@ -22,8 +22,8 @@ use crate::object::relocation::{Form, Relocation};
 use crate::object::sections::{JUMPS, Purpose, purpose};
 
 /// Bits of an entry's last field that are not the key's address: whether the branch is taken while the key is off, and
-/// one that is the build's own (include/linux/jump_label.h, `jump_entry_is_branch`; scripts/link-vmlinux.sh has objtool
-/// read the other).
+/// whether objtool is to make a NOP of it (include/linux/jump_label.h, `jump_entry_is_branch`; tools/objtool/check.c,
+/// `handle_jump_alt`).
 const FLAGS: i64 = 3;
 const TAKEN_IF_OFF: i64 = 1;
 

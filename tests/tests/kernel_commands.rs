@@ -93,7 +93,7 @@ fn objects_without_objtool_belong_to_the_later_kernel_and_their_changes_are_foun
 }
 
 fn own_objects(kernel: &Kernel) -> Result<()> {
-    const CHANGED: [(&str, &[&str]); 8] = [
+    const CHANGED: [(&str, &[&str]); 9] = [
         ("getppid", &["__do_sys_getppid", "__ia32_sys_getppid", "__x64_sys_getppid"]),
         ("cmdline", &["cmdline_proc_show", "replaced_line"]),
         ("version", &["version_proc_show"]),
@@ -102,6 +102,7 @@ fn own_objects(kernel: &Kernel) -> Result<()> {
         ("fifo", &["fifo_open"]),
         ("data", &[]),
         ("key", &["loadavg_proc_show"]),
+        ("fault", &["loadavg_proc_show"]),
     ];
     /// Those that nothing is in the way of.
     const REPLACEABLE: [&str; 4] = ["getppid", "cmdline", "version", "pair"];

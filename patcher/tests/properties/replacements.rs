@@ -325,6 +325,11 @@ fn what_can_not_be_replaced_is_refused() {
         |unfit| matches!(unfit, Unfit::StaticBranch { function, .. } if function == "main"),
     );
     refused(
+        "two static branches at one place",
+        |after| after.parts.extend([static_branch(11, 21, "counter", 0), static_branch(11, 21, "state", 0)]),
+        |unfit| matches!(unfit, Unfit::StaticBranch { function, .. } if function == "main"),
+    );
+    refused(
         "a static branch of another layout",
         |after| {
             after.parts.push(static_branch(11, 21, "counter", 0));

@@ -7,7 +7,7 @@ use crate::image::choice::Choice;
 use crate::insn;
 use crate::object::normal::{Names, rows};
 use crate::object::piece::Piece;
-use crate::object::relocatable::{Function, Place};
+use crate::object::relocatable::Function;
 use crate::object::relocation::{Form, Relocation};
 use crate::object::sections::{ALTERNATIVES, Purpose, REPLACEMENTS, purpose};
 
@@ -34,7 +34,7 @@ pub(super) fn entries<'a>(names: &Names<'a, '_>) -> Entries<'a> {
         }
         let mut start = 0;
         for (row, fields) in rows(section, fields).into_iter().flatten() {
-            if let Some((function, offset)) = place(names, &fields[0]) {
+            if let Some((function, offset)) = names.function_at(&fields[0]) {
                 let entry = entry(names, (start, row), fields, offset);
                 let known = all.entry(function).or_insert_with(|| Ok(Vec::new()));
                 match (known, entry) {
@@ -49,20 +49,6 @@ pub(super) fn entries<'a>(names: &Names<'a, '_>) -> Entries<'a> {
     all
 }
 
-/// The function that a field refers to, and the offset in its section.
-fn place(names: &Names<'_, '_>, field: &Relocation) -> Option<(usize, usize)> {
-    let (section, offset) = target(names, field)?;
-    Some((names.covering(section, offset as u64)?.0, offset))
-}
-
-/// The section that a field refers to, and the offset there.
-fn target(names: &Names<'_, '_>, field: &Relocation) -> Option<(usize, usize)> {
-    let symbol = names.object.symbol(field);
-    let Place::Section(section) = symbol.place else { return None };
-    let offset = symbol.offset.wrapping_add(field.addend.cast_unsigned());
-    Some((section, usize::try_from(offset).ok()?))
-}
-
 fn entry<'a>(
     names: &Names<'a, '_>,
     (start, row): (usize, &[u8]),
@@ -72,7 +58,8 @@ fn entry<'a>(
     let is_at = |(field, at): (&Relocation, usize)| (field.offset, field.form) == (at, Form::Relative32);
     let known = Choice::read(row).filter(|_| fields.iter().zip([start, start + 4]).all(is_at));
     let choice = known.ok_or("its entry is not as in any known kernel")?;
-    let replacement = target(names, &fields[1]).and_then(|(section, offset)| {
+    let replacement = names.object.place(&fields[1]).and_then(|(section, offset)| {
+        let offset = usize::try_from(offset).ok()?;
         let holds = names.object.section(section);
         let bytes = holds.bytes.get(offset..offset.checked_add(choice.replacement)?)?;
         (holds.name == REPLACEMENTS).then_some(Piece { section, offset, bytes })

@@ -22,7 +22,7 @@ use crate::object::new_piece::{Alternative, Body, NewPiece, Part};
 use crate::object::normal::Names;
 use crate::object::outcome::{Match, Outcome};
 use crate::object::piece::Piece;
-use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol};
+use crate::object::relocatable::{Function, Kind, Object, Place, Section, Symbol, budget};
 use crate::object::relocation::Form;
 use crate::object::replacement::{RETURN, Replaced, Replacement};
 use crate::object::rewritten::FENTRY;
@@ -31,9 +31,6 @@ use crate::object::spread::Spread;
 use crate::object::static_branches::{self, Test};
 use crate::object::unfit::{Unfit, mismatch};
 
-/// What may be spent on building, in units of [`Budget`], for any object and for each byte of its sections.
-const WORK: u64 = 1 << 22;
-const WORK_A_BYTE: u64 = 64;
 /// Most places where it is looked how the kernel returns.
 const MOST_RETURNS: usize = 64;
 /// Variables that each CPU has lie below this, as far as KASLR does not move them.
@@ -64,8 +61,7 @@ pub fn build(
         return Err(mismatches);
     }
     let comparison = compare(before, after).map_err(too_much)?;
-    let size: usize = after.sections().iter().map(|section| section.bytes.len()).sum();
-    let budget = Budget::new(WORK + WORK_A_BYTE * size as u64);
+    let budget = budget(&[after]);
     let builder = Builder::new(before, after, image, (&found, &comparison), &budget);
     let built = builder.build(contents);
     if budget.is_exhausted() { Err(too_much(Error::TooMuchWork)) } else { built }
@@ -374,15 +370,7 @@ impl<'a, 'o> Builder<'a, 'o> {
         let mut alternatives = Vec::new();
         for ((offset, length), entry) in places.into_iter().zip(entries) {
             let body = self.code(&entry.replacement, Role::Replacement, from, |_| false)?;
-            let choice = entry.choice;
-            alternatives.push(Alternative {
-                offset,
-                length,
-                body,
-                feature: choice.feature,
-                inverted: choice.inverted,
-                direct_call: choice.direct_call,
-            });
+            alternatives.push(Alternative { offset, length, body, choice: entry.choice });
         }
         Some(NewPiece {
             name: name.to_owned(),

@@ -11,12 +11,8 @@ use crate::object::error::Error;
 use crate::object::line::equal_but_for_lines;
 use crate::object::normal::{Names, Normal, Target};
 use crate::object::piece::Piece;
-use crate::object::relocatable::{Kind, Object, Place, Symbol};
+use crate::object::relocatable::{Kind, Object, Place, Symbol, budget};
 use crate::object::sections::{Purpose, purpose};
-
-/// What may be spent on comparing, in units of [`Budget`], for any object and for each byte of its sections.
-const WORK: u64 = 1 << 22;
-const WORK_A_BYTE: u64 = 64;
 
 /// What became of a function or a variable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -110,9 +106,7 @@ impl fmt::Display for Obstacle {
 /// # Errors
 /// [`Error::TooMuchWork`], of objects that are made for that.
 pub fn compare(before: &Object<'_>, after: &Object<'_>) -> Result<Comparison, Error> {
-    let size =
-        |object: &Object<'_>| object.sections().iter().map(|section| section.bytes.len() as u64).sum::<u64>();
-    let budget = Budget::new(WORK + WORK_A_BYTE * (size(before) + size(after)));
+    let budget = budget(&[before, after]);
     let mut comparer = Comparer {
         before: Side::new(before, &budget),
         after: Side::new(after, &budget),

@@ -11,7 +11,6 @@
 //! ```
 
 use crate::addr::Gva;
-use crate::budget::Budget;
 use crate::image::{Contents, KernelImage};
 use crate::object::adjacent::Order;
 use crate::object::agreement::{Agreement, Key, Reference};
@@ -20,17 +19,12 @@ use crate::object::error::Error;
 use crate::object::known::Known;
 use crate::object::outcome::{Binding, Difference, Match, Outcome, PieceMatch, Places};
 use crate::object::piece::Piece;
-use crate::object::relocatable::{Kind, Object, Place, Section};
+use crate::object::relocatable::{Kind, Object, Place, Section, budget};
 use crate::object::rewritten::Jumps;
 use crate::object::sections::{Purpose, purpose};
 
 /// What it is called that an object does not belong to an image.
 pub const BUILD_MISMATCH: &str = "build_mismatch";
-
-/// What may be spent on comparing, in units of [`Budget`]: so much for any object, and so much more for each byte
-/// of its sections.
-const WORK: u64 = 1 << 22;
-const WORK_A_BYTE: u64 = 64;
 
 /// Compares every function of an object, and its initialised data, with an image. `contents` is the
 /// same image's.
@@ -42,8 +36,7 @@ pub fn match_image(
     image: &KernelImage,
     contents: &Contents<'_>,
 ) -> Result<Match, Error> {
-    let size: usize = object.sections().iter().map(|section| section.bytes.len()).sum();
-    let budget = Budget::new(WORK + WORK_A_BYTE * size as u64);
+    let budget = budget(&[object]);
     let known = Known::new(object, image);
     let jumps = Jumps::new(image);
     let pair = Pair { object, image, contents, known: &known, jumps: &jumps, budget: &budget };

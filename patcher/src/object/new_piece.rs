@@ -1,6 +1,7 @@
 //! Code and data that an object brings, before they have places.
 
 use crate::addr::Gva;
+use crate::image::choice::Choice;
 use crate::object::relocation::Form;
 
 /// Where a piece goes.
@@ -41,12 +42,8 @@ pub(super) struct Alternative {
     /// How many bytes it replaces, at least its own.
     pub(super) length: usize,
     pub(super) body: Body,
-    /// The feature: 32 times the word, plus the bit.
-    pub(super) feature: u16,
-    /// Whether it is chosen if the CPU lacks the feature.
-    pub(super) inverted: bool,
-    /// Whether it is a direct call of what the piece's own code calls through a pointer, not its own bytes.
-    pub(super) direct_call: bool,
+    /// When it is chosen.
+    pub(super) choice: Choice,
 }
 
 /// A field that gets an address.

@@ -96,6 +96,12 @@ impl<'a, 'o> Names<'a, 'o> {
         is_inside.then_some((number, symbol))
     }
 
+    /// The function or variable that a field of data refers to, and the offset in its section.
+    pub(super) fn function_at(&self, field: &Relocation) -> Option<(usize, usize)> {
+        let (section, offset) = self.object.place(field)?;
+        Some((self.covering(section, offset)?.0, usize::try_from(offset).ok()?))
+    }
+
     /// The function or variable that a place of a section is meant of, and how far behind its first byte it is: the one
     /// that covers it, or ends there, or is the only one of the section. (A loop may count down to the place before an array.)
     pub(super) fn owner(&self, section: usize, offset: u64) -> Option<(usize, i64)> {
@@ -265,9 +271,8 @@ impl<'a, 'o> Names<'a, 'o> {
 
     /// The code that an alternative may put in its place.
     fn replacement(&self, field: &Relocation, length: usize) -> Option<Target<'a>> {
-        let symbol = self.object.symbol(field);
-        let Place::Section(section) = symbol.place else { return None };
-        let offset = usize::try_from(symbol.offset.wrapping_add(field.addend.cast_unsigned())).ok()?;
+        let (section, offset) = self.object.place(field)?;
+        let offset = usize::try_from(offset).ok()?;
         let bytes = self.object.section(section).bytes.get(offset..offset.checked_add(length)?)?;
         // No loop: what is in a section of replacements is in no table.
         let is_replacement = self.object.section(section).name == REPLACEMENTS;

@@ -9,6 +9,7 @@ use object::elf::{self, FileHeader64};
 use object::read::elf::{FileHeader, SectionHeader, SectionTable, Sym, SymbolTable};
 use object::read::{SectionIndex, SymbolIndex};
 
+use crate::budget::Budget;
 use crate::object::error::Error;
 use crate::object::relocation::{Form, Relocation};
 
@@ -167,6 +168,14 @@ impl<'a> Object<'a> {
         &self.symbols[relocation.symbol]
     }
 
+    /// The place that a field of data refers to: the section, and the offset there. `None` if it is elsewhere.
+    #[must_use]
+    pub(super) fn place(&self, field: &Relocation) -> Option<(usize, u64)> {
+        let symbol = self.symbol(field);
+        let Place::Section(section) = symbol.place else { return None };
+        Some((section, symbol.offset.wrapping_add(field.addend.cast_unsigned())))
+    }
+
     /// Whether a copy of a variable is as good as the variable: a constant of this object alone that refers to nothing.
     pub(super) fn is_copyable(&self, symbol: &Symbol<'_>) -> bool {
         let Place::Section(section) = symbol.place else { return false };
@@ -187,6 +196,16 @@ impl Section<'_> {
         let length = self.relocations[start..].partition_point(|relocation| relocation.offset < to);
         &self.relocations[start..start + length]
     }
+}
+
+/// What may be spent on these objects together.
+pub(super) fn budget(objects: &[&Object<'_>]) -> Budget {
+    /// For any objects, and for each byte of their sections, in units of [`Budget`].
+    const WORK: u64 = 1 << 22;
+    const WORK_A_BYTE: u64 = 64;
+    let sections = objects.iter().flat_map(|object| object.sections());
+    let size: u64 = sections.map(|section| section.bytes.len() as u64).sum();
+    Budget::new(WORK + WORK_A_BYTE * size)
 }
 
 /// Tells whether a file is a relocatable object for x86-64.

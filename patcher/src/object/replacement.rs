@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
 use crate::addr::Gva;
-use crate::image::choice::ALWAYS;
+use crate::image::choice::{ALWAYS, Choice};
 use crate::insn::{self, INT3};
 use crate::object::new_piece::{Alternative, Body, NewPiece, Part, Target};
 use crate::object::room::{BUG_ENTRY, Description, Room};
@@ -84,6 +84,18 @@ pub struct Running<'a> {
     pub returns: Option<Return>,
     /// Which of [`Replacement::features`] it has.
     pub features: &'a BTreeSet<u16>,
+}
+
+impl Running<'_> {
+    /// Where something is, and so far behind it. `places` are those of the pieces.
+    fn address(&self, places: &[Gva], target: Target, addend: i64) -> u64 {
+        let at = match target {
+            Target::Kernel(at) => at.0.wrapping_add(self.slide),
+            Target::Fixed(number) => number,
+            Target::Piece(index) => places[index].0,
+        };
+        at.wrapping_add(addend.cast_unsigned())
+    }
 }
 
 /// Code and data at their places.
@@ -170,7 +182,7 @@ impl Replacement {
     #[must_use]
     pub fn features(&self) -> BTreeSet<u16> {
         let all = self.pieces.iter().flat_map(|piece| &piece.alternatives);
-        all.map(|alternative| alternative.feature).filter(|feature| *feature != ALWAYS).collect()
+        all.map(|alternative| alternative.choice.feature).filter(|feature| *feature != ALWAYS).collect()
     }
 
     /// Gives each piece its place, and each field its address. Nothing is written.
@@ -244,9 +256,8 @@ impl Replacement {
             let end = Gva(piece.at.0.wrapping_add(piece.bytes.len() as u64));
             Function { name: &self.pieces[number].name, piece: number, code: piece.at..end }
         };
-        let filling = Filling { name: "", at: Gva(0), places, running };
         let mut functions: Vec<Function<'_>> = code.map(function).collect();
-        let address = |target, addend| filling.address(target, addend);
+        let address = |target, addend| running.address(places, target, addend);
         tell(description, &mut functions, (&self.faults, &self.frames), &address)
     }
 }
@@ -270,7 +281,7 @@ impl NewPiece {
                 with_long_nops(place);
                 continue;
             };
-            if chosen.direct_call {
+            if chosen.choice.direct_call {
                 return Err(Unplaceable::DirectCall { name: self.name.clone(), offset });
             }
             let mut code = filling.fill(&chosen.body, offset, |_| false)?;
@@ -284,7 +295,8 @@ impl NewPiece {
 impl Alternative {
     /// Whether a kernel that has these features puts it in its place, unless another comes behind it.
     fn is_chosen(&self, features: &BTreeSet<u16>) -> bool {
-        (self.feature == ALWAYS || features.contains(&self.feature)) != self.inverted
+        let Choice { feature, inverted, .. } = self.choice;
+        (feature == ALWAYS || features.contains(&feature)) != inverted
     }
 }
 
@@ -315,16 +327,6 @@ struct Filling<'a> {
 }
 
 impl Filling<'_> {
-    /// Where something is, and so far behind it.
-    fn address(&self, target: Target, addend: i64) -> u64 {
-        let at = match target {
-            Target::Kernel(at) => at.0.wrapping_add(self.running.slide),
-            Target::Fixed(number) => number,
-            Target::Piece(index) => self.places[index].0,
-        };
-        at.wrapping_add(addend.cast_unsigned())
-    }
-
     /// The bytes of `body`, which begins at `start` of the piece. What `is_gone` is not written.
     fn fill(
         &self,
@@ -332,11 +334,11 @@ impl Filling<'_> {
         start: usize,
         is_gone: impl Fn(usize) -> bool,
     ) -> Result<Vec<u8>, Unplaceable> {
-        let Self { running, .. } = *self;
+        let Self { places, running, .. } = *self;
         let place = |offset: usize| Gva(self.at.0.wrapping_add((start + offset) as u64));
         let mut bytes = body.bytes.clone();
         for field in body.fields.iter().filter(|field| !is_gone(field.offset)) {
-            let to = self.address(field.target, field.addend);
+            let to = running.address(places, field.target, field.addend);
             let into = bytes.get_mut(field.offset..field.offset + field.form.length());
             if into.and_then(|into| field.form.write(into, place(field.offset), to)).is_none() {
                 let (name, offset) = (self.name.to_owned(), start + field.offset);

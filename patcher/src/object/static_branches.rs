@@ -17,7 +17,6 @@ use std::collections::BTreeMap;
 
 use crate::object::new_piece::{Field, Target};
 use crate::object::normal::{Names, rows};
-use crate::object::relocatable::Place;
 use crate::object::relocation::{Form, Relocation};
 use crate::object::sections::{JUMPS, Purpose, purpose};
 
@@ -51,7 +50,7 @@ pub(super) fn entries(names: &Names<'_, '_>) -> Entries {
         let Purpose::Table(fields) = purpose(section.name) else { continue };
         let mut start = 0;
         for (row, fields) in rows(section, fields).into_iter().flatten() {
-            if let Some((function, offset)) = place(names, &fields[0]) {
+            if let Some((function, offset)) = names.function_at(&fields[0]) {
                 let known = all.entry(function).or_insert_with(|| Ok(Vec::new()));
                 match (known, entry(start, row.len(), fields, offset)) {
                     (Ok(known), Some(entry)) => known.push(entry),
@@ -74,13 +73,6 @@ pub(super) fn entries(names: &Names<'_, '_>) -> Entries {
 fn are_apart(entries: &mut [Entry]) -> bool {
     entries.sort_by_key(|entry| entry.offset);
     entries.is_sorted_by(|one, next| one.offset < next.offset)
-}
-
-fn place(names: &Names<'_, '_>, field: &Relocation) -> Option<(usize, usize)> {
-    let symbol = names.object.symbol(field);
-    let Place::Section(section) = symbol.place else { return None };
-    let offset = symbol.offset.wrapping_add(field.addend.cast_unsigned());
-    Some((names.covering(section, offset)?.0, usize::try_from(offset).ok()?))
 }
 
 /// An entry that begins at `start` (include/linux/jump_label.h, `struct jump_entry`, with

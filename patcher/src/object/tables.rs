@@ -64,9 +64,7 @@ impl<'a> Builder<'a, '_> {
     /// What of new code a row of a table is of, as its first field says. `None` if it is of none.
     fn in_pieces(&mut self, field: &Relocation) -> Option<Row<'a>> {
         self.budget.spend(1)?;
-        let symbol = self.after.symbol(field);
-        let Place::Section(place) = symbol.place else { return None };
-        let offset = symbol.offset.wrapping_add(field.addend.cast_unsigned());
+        let (place, offset) = self.after.place(field)?;
         let (number, function) = self.names.covering(place, offset)?;
         let (behind, name) = (offset.wrapping_sub(function.offset).cast_signed(), function.name);
         let piece = *self.items.get(&self.first(Item::Symbol(number)))?;
@@ -144,10 +142,7 @@ impl<'a> Builder<'a, '_> {
                 let start = field.offset / FRAME_ADDRESS * FRAME_ENTRY;
                 let entry =
                     entries.bytes.get(start..start + FRAME_ENTRY).and_then(|entry| entry.try_into().ok());
-                let symbol = after.symbol(field);
-                if let (Some(entry), Place::Section(section)) = (entry, symbol.place) {
-                    rows.push(((section, symbol.offset.wrapping_add(field.addend.cast_unsigned())), entry));
-                }
+                rows.extend(after.place(field).zip(entry));
             }
         }
         rows.sort_by_key(|(at, _)| *at);
@@ -158,9 +153,7 @@ impl<'a> Builder<'a, '_> {
     pub(super) fn constants(&mut self) {
         for section in self.after.sections().iter().filter(|section| is_runtime_constant(section.name)) {
             for field in &section.relocations {
-                let symbol = self.after.symbol(field);
-                let Place::Section(place) = symbol.place else { continue };
-                let offset = symbol.offset.wrapping_add(field.addend.cast_unsigned());
+                let Some((place, offset)) = self.after.place(field) else { continue };
                 let Some((number, function)) = self.names.covering(place, offset) else { continue };
                 if self.items.contains_key(&self.first(Item::Symbol(number))) {
                     let (function, constant) = (function.name.to_owned(), section.name.to_owned());

@@ -17,12 +17,10 @@
 
 use patcher::addr::{Gpa, Gva};
 use patcher::image::offsets::BugOffsets;
-use patcher::linux::GuestMemory;
 use patcher::object::{BUG_ENTRY, Room, Table};
 
-use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
-use crate::memory::layout::{DATA_PAGES, PAGES_SIZE};
+use crate::memory::layout::CODE_PAGES;
 use crate::memory::{Error, GuestRam, PAGE};
 
 /// Room for the table, in bytes: 5,461 entries. The kernel itself has 11,000.
@@ -81,24 +79,19 @@ impl BugList {
 
     /// Writes what looks like a module, which nothing leads to yet. `base` is where the first of the pages will be mapped.
     pub(super) fn write(&self, ram: &GuestRam, base: Gva) -> Result<(), Error> {
-        let pages = Gva(base.0 + 2 * PAGES_SIZE);
-        let physical = |at: Gva| Gpa(DATA_PAGES + (at.0 - pages.0));
+        let physical = |at: Gva| Gpa(CODE_PAGES + (at.0 - base.0));
         let put = |at: Gva, value: u64| ram.write(physical(at), &value.to_le_bytes());
         put(self.node(), self.node().0)?;
         put(Gva(self.node().0 + 8), self.node().0)?;
         put(self.field(self.offsets.table), self.table.0)
     }
 
-    /// The first of the list. The vCPUs are held.
+    /// What is to be written to have the list lead to it, in order. The vCPUs are held, and `word` reads the guest's memory.
     ///
     /// # Errors
     /// When the guest is changing the list, or it is inconsistent.
-    pub(super) fn first(&self, kernel: &GuestKernel) -> Result<Gva, String> {
-        self.first_by(|at| {
-            let mut bytes = [0; 8];
-            kernel.read(at, &mut bytes).map_err(|at| format!("{at} is not mapped"))?;
-            Ok(u64::from_le_bytes(bytes))
-        })
+    pub(super) fn links(&self, word: impl Fn(Gva) -> Result<u64, String>) -> Result<[(Gva, u64); 4], String> {
+        Ok(self.links_before(self.first_by(word)?).map(|(at, to)| (at, to.0)))
     }
 
     fn first_by(&self, word: impl Fn(Gva) -> Result<u64, String>) -> Result<Gva, String> {
@@ -113,20 +106,8 @@ impl BugList {
         Ok(first)
     }
 
-    /// Puts it into the list, before `first`. The vCPUs are held since that was read, and the pages are mapped.
-    ///
-    /// # Errors
-    /// When a word of the list is not mapped.
-    pub(super) fn link(&self, kernel: &GuestKernel, first: Gva) -> Result<(), String> {
-        let memory = CachedTranslations::of(kernel);
-        for (at, to) in self.links(first) {
-            memory.write(at, &to.0.to_le_bytes()).map_err(|at| format!("{at} is not mapped"))?;
-        }
-        Ok(())
-    }
-
     /// What is written where. The node leads on before anything leads to it.
-    pub(super) fn links(&self, first: Gva) -> [(Gva, Gva); 4] {
+    fn links_before(&self, first: Gva) -> [(Gva, Gva); 4] {
         let node = self.node();
         [(node, first), (Gva(node.0 + 8), self.head), (Gva(first.0 + 8), node), (self.head, node)]
     }
@@ -137,6 +118,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::memory::layout::{DATA_PAGES, PAGES_SIZE};
 
     const DATA: Gva = Gva(0xffff_ffff_fee0_0000);
     const HEAD: Gva = Gva(0xffff_ffff_8200_0000);
@@ -175,7 +157,7 @@ mod tests {
             let mut words = memory(nodes, 0);
             let found = first(&words).expect("it is whole");
             assert_eq!(found.0, nodes.first().copied().unwrap_or(HEAD.0));
-            let links = list().links(found);
+            let links = list().links_before(found);
             assert_eq!(links[3].0, HEAD, "it leads on before the head leads to it");
             words.extend(links.map(|(at, to)| (at.0, to.0)));
             let ours = list().node().0;

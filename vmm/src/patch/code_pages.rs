@@ -19,6 +19,7 @@ use std::ops::Range;
 
 use patcher::addr::{Gpa, Gva};
 use patcher::image::profile::Capability;
+use patcher::linux::memory::read_u64;
 use patcher::object::Room;
 
 use crate::guest::cached_translations::CachedTranslations;
@@ -60,9 +61,8 @@ pub struct CodePages {
     room: Room,
     bugs: Option<BugList>,
     described: Option<Described>,
-    mapped: bool,
-    /// Why the guest's kernel could not be told of them.
-    untold: Option<String>,
+    /// Whether the guest's kernel was told of them, or why it could not be, once they are mapped.
+    told: Option<Result<(), String>>,
 }
 
 impl CodePages {
@@ -86,7 +86,7 @@ impl CodePages {
         pages.room.data.start = Gva(module.0 + PAGE);
         if has(Capability::ModuleTree) && has(Capability::Modules) {
             let described = Described::place(kernel, &mut pages.room, module)?;
-            described.write(kernel.ram(), pages.base)?;
+            described.write(kernel.ram())?;
             pages.described = Some(described);
         }
         if has(Capability::BugTables) {
@@ -100,7 +100,7 @@ impl CodePages {
     fn at(base: Gva, entries: [Gpa; 3]) -> Self {
         let part = |index: u64| Gva(base.0 + index * PAGES_SIZE)..Gva(base.0 + (index + 1) * PAGES_SIZE);
         let room = Room { code: part(0), constants: part(1), data: part(2), bugs: None, description: None };
-        Self { base, entries, room, bugs: None, described: None, mapped: false, untold: None }
+        Self { base, entries, room, bugs: None, described: None, told: None }
     }
 
     /// What is free of them.
@@ -115,21 +115,25 @@ impl CodePages {
     /// # Errors
     /// When the place was taken since it was found, or the guest's kernel can't be told; the guest is unchanged then.
     pub fn map(&mut self, kernel: &GuestKernel, is_protected: impl Fn(Gpa) -> bool) -> Result<(), String> {
-        if self.mapped {
-            return self.untold.clone().map_or(Ok(()), Err);
+        if let Some(told) = &self.told {
+            return told.clone();
         }
-        let first = self.bugs.as_ref().map(|list| list.first(kernel)).transpose()?;
-        let links = self.described.as_ref().map(|described| described.links(kernel)).transpose()?;
+        let word = |at| read_u64(kernel, at).map_err(|refusal| refusal.to_string());
+        let mut links = Vec::new();
+        if let Some(described) = &self.described {
+            links.extend(described.links(word)?);
+        }
+        if let Some(list) = &self.bugs {
+            links.extend(list.links(word)?);
+        }
         // The guest says where its lists and trees lead: what it can't write there is not written for it.
-        let bugs = self.bugs.as_ref().zip(first).map(|(list, first)| list.links(first).map(|(at, _)| at));
-        let places = links.iter().flatten().map(|(at, _)| *at).chain(bugs.into_iter().flatten());
         let memory = CachedTranslations::of(kernel);
-        guest_writes(places.filter(|at| !self.is_data(*at)), |at| memory.pieces(at, 8), is_protected)?;
+        let places = links.iter().map(|(at, _)| *at).filter(|at| !self.is_data(*at));
+        guest_writes(places, |at| memory.pieces(at, 8), is_protected)?;
         set(self.entries, |at, old, new| kernel.replace_entry(at, old, new))?;
-        self.mapped = true;
-        let told = self.tell(kernel, first, links);
-        self.untold = told.clone().err();
-        told
+        let mut written = links.iter().map(|(at, value)| memory.write(*at, &value.to_le_bytes()));
+        let told = written.try_for_each(|written| written.map_err(|at| format!("{at} is not mapped")));
+        self.told.insert(told).clone()
     }
 
     fn is_data(&self, at: Gva) -> bool {
@@ -137,23 +141,10 @@ impl CodePages {
         (data..Gva(data.0 + PAGES_SIZE)).contains(&at)
     }
 
-    /// Has the guest's kernel find what it is told.
-    fn tell(
-        &self,
-        kernel: &GuestKernel,
-        first: Option<Gva>,
-        links: Option<Vec<(Gva, u64)>>,
-    ) -> Result<(), String> {
-        if let Some(links) = links {
-            Described::link(kernel, &links)?;
-        }
-        self.bugs.as_ref().zip(first).map_or(Ok(()), |(list, first)| list.link(kernel, first))
-    }
-
-    /// Whether the guest can see them.
+    /// Whether the guest can see them, and its kernel knows of them.
     #[must_use]
-    pub fn is_mapped(&self) -> bool {
-        self.mapped
+    pub fn is_ready(&self) -> bool {
+        self.told == Some(Ok(()))
     }
 
     /// Takes what lies before `left`, for good: code that was live is never given to anybody else.
@@ -367,6 +358,16 @@ mod tests {
         assert_eq!(may(DATA_PAGES), Ok(()));
         let unmapped = guest_writes([Gva(LAST)].into_iter(), Err, |_| false);
         assert!(unmapped.expect_err("nothing is there").contains("not mapped"));
+    }
+
+    #[test]
+    fn pages_that_the_kernel_could_not_be_told_of_are_never_ready() {
+        let mut pages = pages();
+        for (told, ready) in [(None, false), (Some(Err("unmapped".to_owned())), false), (Some(Ok(())), true)]
+        {
+            pages.told = told;
+            assert_eq!(pages.is_ready(), ready, "{:?}", pages.told);
+        }
     }
 
     #[test]

@@ -16,13 +16,11 @@ use std::ops::Range;
 use patcher::addr::{Gpa, Gva};
 use patcher::image::offsets::ModuleOffsets;
 use patcher::image::tree_offsets::TreeOffsets;
-use patcher::linux::GuestMemory;
 use patcher::object::{Description, FAULT_ENTRY, FRAME_ADDRESS, FRAME_ENTRY, FUNCTION_ENTRY, Room, Table};
 
-use crate::guest::cached_translations::CachedTranslations;
 use crate::guest::kernel::GuestKernel;
-use crate::memory::layout::{CONSTANT_PAGES, DATA_PAGES, PAGES_SIZE};
-use crate::memory::{Error, GuestRam, PAGE};
+use crate::memory::layout::CODE_PAGES;
+use crate::memory::{GuestRam, PAGE};
 use crate::patch::module_tree::{Region, insert};
 
 /// What the guest's stack traces say behind the name of a function, in brackets.
@@ -140,32 +138,20 @@ impl Described {
         Ok(all)
     }
 
-    /// Writes what looks like a module, which nothing leads to yet. `base` is where the first of the pages will be mapped.
-    pub(super) fn write(&self, ram: &GuestRam, base: Gva) -> Result<(), String> {
-        let (constants, data) = (Gva(base.0 + PAGES_SIZE), Gva(base.0 + 2 * PAGES_SIZE));
+    /// Writes what looks like a module, which nothing leads to yet.
+    pub(super) fn write(&self, ram: &GuestRam) -> Result<(), String> {
         for (at, bytes) in self.contents()? {
-            let physical = match at.0.checked_sub(data.0) {
-                Some(offset) => DATA_PAGES + offset,
-                None => CONSTANT_PAGES + (at.0 - constants.0),
-            };
-            ram.write(Gpa(physical), &bytes).map_err(|error: Error| error.to_string())?;
+            let physical = Gpa(CODE_PAGES + (at.0 - self.code.start.0));
+            ram.write(physical, &bytes).map_err(|error| error.to_string())?;
         }
         Ok(())
     }
 
-    /// What is to be written to have the tree lead to it, in order. The vCPUs are held.
+    /// What is to be written to have the tree lead to it, in order. The vCPUs are held, and `word` reads the guest's memory.
     ///
     /// # Errors
     /// When the guest is changing the tree, or it is inconsistent.
-    pub(super) fn links(&self, kernel: &GuestKernel) -> Result<Vec<(Gva, u64)>, String> {
-        self.links_by(|at| {
-            let mut bytes = [0; 8];
-            kernel.read(at, &mut bytes).map_err(|at| format!("{at} is not mapped"))?;
-            Ok(u64::from_le_bytes(bytes))
-        })
-    }
-
-    fn links_by(&self, word: impl Fn(Gva) -> Result<u64, String>) -> Result<Vec<(Gva, u64)>, String> {
+    pub(super) fn links(&self, word: impl Fn(Gva) -> Result<u64, String>) -> Result<Vec<(Gva, u64)>, String> {
         let (tree, lock) = self.places;
         if word(lock)? != 0 {
             return Err("the guest is loading or unloading a module; try again".to_owned());
@@ -174,18 +160,6 @@ impl Described {
         let region = Region { node, module: self.module, memory: self.code.clone() };
         insert(tree, &self.tree, &region, &MODULES, word)
     }
-
-    /// Has the tree lead to it. The vCPUs are held since `links` were found, and the pages are mapped.
-    ///
-    /// # Errors
-    /// When a word of the tree is not mapped.
-    pub(super) fn link(kernel: &GuestKernel, links: &[(Gva, u64)]) -> Result<(), String> {
-        let memory = CachedTranslations::of(kernel);
-        for (at, value) in links {
-            memory.write(*at, &value.to_le_bytes()).map_err(|at| format!("{at} is not mapped"))?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -193,6 +167,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::memory::layout::{CONSTANT_PAGES, DATA_PAGES, PAGES_SIZE};
 
     const BASE: Gva = Gva(0xffff_ffff_fea0_0000);
     const TREE: Gva = Gva(0xffff_ffff_8200_0000);
@@ -252,7 +227,7 @@ mod tests {
         assert!(ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{ranges:x?}");
         assert!(ranges[4].1 == room.constants.start.0 && room.constants.start < room.constants.end);
         let ram = GuestRam::new(16 * PAGE).expect("RAM");
-        described.write(&ram, BASE).expect("RAM");
+        described.write(&ram).expect("RAM");
         let data = |offset: u64| ram.load_u64(Gpa(DATA_PAGES + offset)).expect("RAM");
         let constant =
             |at: Gva| ram.load_u64(Gpa(CONSTANT_PAGES + (at.0 - BASE.0 - PAGES_SIZE))).expect("RAM");
@@ -287,7 +262,7 @@ mod tests {
             empty.chain([(LOCK.0, lock)]).collect::<BTreeMap<u64, u64>>()
         };
         let links = |words: &BTreeMap<u64, u64>| {
-            described.links_by(|at| words.get(&at.0).copied().ok_or_else(|| format!("{at} is not mapped")))
+            described.links(|at| words.get(&at.0).copied().ok_or_else(|| format!("{at} is not mapped")))
         };
         assert!(links(&words(8)).expect_err("locked").contains("loading or unloading"));
         let links: BTreeMap<u64, u64> =

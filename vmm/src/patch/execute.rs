@@ -111,7 +111,7 @@ impl Engine {
 
     /// Maps the pages for new code, if they are not mapped yet.
     pub(super) fn map_code_pages(&mut self, kernel: &GuestKernel) -> Result<(), String> {
-        let Some(pages) = self.code_pages.as_mut().filter(|pages| !pages.is_mapped()) else { return Ok(()) };
+        let Some(pages) = self.code_pages.as_mut().filter(|pages| !pages.is_ready()) else { return Ok(()) };
         let (until, guard) = (Instant::now() + PATIENCE, &self.guard);
         loop {
             // The guest may be loading a module.

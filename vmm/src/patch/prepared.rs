@@ -22,40 +22,44 @@ pub(super) struct Prepared(VecDeque<Known>);
 #[derive(Debug)]
 struct Known {
     image: Arc<KernelImage>,
-    objects: [u8; 32],
+    objects: Objects,
     replacements: Replacements,
 }
 
+/// Tells the objects of a plan from others: which of its patches brings what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Objects([u8; 32]);
+
 impl Prepared {
-    /// What a plan's objects bring to a kernel, if that is known.
-    pub(super) fn find(&self, plan: &Plan, image: &Arc<KernelImage>) -> Option<Replacements> {
-        let objects = digest(plan);
+    /// What objects bring to a kernel, if that is known.
+    pub(super) fn find(&self, objects: Objects, image: &Arc<KernelImage>) -> Option<Replacements> {
         let is_it = |known: &&Known| known.objects == objects && Arc::ptr_eq(&known.image, image);
         self.0.iter().find(is_it).map(|known| known.replacements.clone())
     }
 
     /// Remembers it.
-    pub(super) fn keep(&mut self, plan: &Plan, image: Arc<KernelImage>, replacements: &Replacements) {
+    pub(super) fn keep(&mut self, objects: Objects, image: Arc<KernelImage>, replacements: &Replacements) {
         if replacements.values().map(Replacement::size).sum::<usize>() > MOST_BYTES {
             return;
         }
-        self.0.push_front(Known { image, objects: digest(plan), replacements: replacements.clone() });
+        self.0.push_front(Known { image, objects, replacements: replacements.clone() });
         self.0.truncate(MOST);
     }
 }
 
-/// Of the objects of a plan: which of its patches brings what.
-fn digest(plan: &Plan) -> [u8; 32] {
-    let mut sum = Sha256::new();
-    for (index, patch) in plan.patches.iter().enumerate() {
-        let Patch::Object { before, after } = patch else { continue };
-        sum.update((index as u64).to_le_bytes());
-        for file in [before, after] {
-            sum.update((file.0.len() as u64).to_le_bytes());
-            sum.update(&file.0);
+impl Objects {
+    pub(super) fn of(plan: &Plan) -> Self {
+        let mut sum = Sha256::new();
+        for (index, patch) in plan.patches.iter().enumerate() {
+            let Patch::Object { before, after } = patch else { continue };
+            sum.update((index as u64).to_le_bytes());
+            for file in [before, after] {
+                sum.update((file.0.len() as u64).to_le_bytes());
+                sum.update(&file.0);
+            }
         }
+        Self(sum.finalize().into())
     }
-    sum.finalize().into()
 }
 
 #[cfg(test)]
@@ -76,6 +80,10 @@ mod tests {
         Plan::parse(plan.to_string().as_bytes()).expect("a plan")
     }
 
+    fn objects(name: &str, objects: &[(&[u8], &[u8])]) -> Objects {
+        Objects::of(&plan(name, objects))
+    }
+
     fn image() -> Arc<KernelImage> {
         Arc::new(KernelImage::from_parts("6.1".into(), Symbols::default(), Gva(0xffff_ffff_8100_0000)))
     }
@@ -83,9 +91,9 @@ mod tests {
     #[test]
     fn the_same_objects_for_the_same_kernel_are_known() {
         let (mut prepared, ours) = (Prepared::default(), image());
-        prepared.keep(&plan("a", &[(b"1", b"23")]), ours.clone(), &Replacements::new());
+        prepared.keep(objects("a", &[(b"1", b"23")]), ours.clone(), &Replacements::new());
         let finds = |prepared: &Prepared, objects: &[(&[u8], &[u8])], image: &Arc<KernelImage>| {
-            prepared.find(&plan("b", objects), image).is_some()
+            prepared.find(self::objects("b", objects), image).is_some()
         };
         assert!(finds(&prepared, &[(b"1", b"23")], &ours), "whatever the plan's name");
         for other in [&[(&b"12"[..], &b"3"[..])][..], &[(b"1", b"24")], &[(b"1", b"23"), (b"1", b"23")]] {
@@ -94,7 +102,7 @@ mod tests {
         assert!(!finds(&prepared, &[(b"1", b"23")], &image()), "another kernel");
         for number in 0..MOST {
             prepared.keep(
-                &plan("a", &[(b"1", number.to_string().as_bytes())]),
+                objects("a", &[(b"1", number.to_string().as_bytes())]),
                 ours.clone(),
                 &Replacements::new(),
             );

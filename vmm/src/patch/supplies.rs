@@ -9,6 +9,7 @@ use patcher::resolve::{ResolvedPlan, Supplies};
 
 use crate::patch::code_pages::CodePages;
 use crate::patch::engine::{Engine, at_root};
+use crate::patch::prepared::Objects;
 
 impl Engine {
     /// What the objects of a plan bring. Nothing is written.
@@ -19,13 +20,14 @@ impl Engine {
         let began = Instant::now();
         let not_ready = |why| at_root(Refusal::GuestNotReady { why });
         let image = self.image().map_err(|why| not_ready(why.to_string()))?;
-        let replacements = match self.prepared.find(plan, &image) {
+        let objects = Objects::of(plan);
+        let replacements = match self.prepared.find(objects, &image) {
             Some(known) => known,
             None => {
                 let unpacked = self.unpack_image().map_err(not_ready)?;
                 let contents = unpacked.contents().map_err(not_ready)?;
                 let replacements = Supplies::prepare(plan, &image, &contents)?;
-                self.prepared.keep(plan, image, &replacements);
+                self.prepared.keep(objects, image, &replacements);
                 replacements
             }
         };
